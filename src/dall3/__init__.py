@@ -1,0 +1,24 @@
+"""Text to picture with the checkpoints of DALL-3 (2021): `from dall3 import Dall3Pipeline`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dall3.archive import CheckpointError
+    from dall3.output import Dall3Output
+    from dall3.pipeline import Dall3Pipeline
+
+__version__ = "0.1.0"
+__all__ = ["CheckpointError", "Dall3Output", "Dall3Pipeline", "__version__"]
+
+_PLACES = {"CheckpointError": "archive", "Dall3Output": "output", "Dall3Pipeline": "pipeline"}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported at first use: `import dall3` alone must not wait for torch.
+    if name in _PLACES:
+        from importlib import import_module
+
+        return getattr(import_module(f"dall3.{_PLACES[name]}"), name)
+    raise AttributeError(f"module 'dall3' has no attribute '{name}'")

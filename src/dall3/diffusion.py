@@ -1,0 +1,339 @@
+"""Gaussian diffusion (arXiv 2006.11239, 2102.09672): the noise schedule, one step's statistics, and the samplers.
+
+Every sampler has one signature, `(predict, diffusion, x, steps, noise)`, and yields (x, predicted x_0) a step.
+`predict(x, i)` runs the UNet at step i; guidance is a function around it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from dall3.models.unet import DiffusionConfig, UNet
+
+
+@dataclass
+class Prediction:
+    """p(x_{t-1} | x_t) and the picture that it aims at: float tensors (batch, 3, height, width)."""
+
+    mean: Tensor
+    variance: Tensor
+    log_variance: Tensor
+    pred_xstart: Tensor
+    gradient: Tensor | None = None  # of the log-probability of what guides, by x_t
+
+
+Predict = Callable[[Tensor, int], Prediction]
+Guide = Callable[[Predict, "GaussianDiffusion", int], Predict]  # the last: the lowest step that is guided
+Sampler = Callable[..., Iterator[tuple[Tensor, Tensor]]]
+
+
+def beta_schedule(name: str, steps: int) -> np.ndarray:
+    """Variances of the noise added at each step, float64 (steps,). name: "linear" or "cosine"."""
+    if name == "linear":
+        return np.linspace(0.1 / steps, 20 / steps, steps, dtype=np.float64)
+    if name == "cosine":
+        edges = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
+        return np.array([min(1 - after / before, 0.999) for before, after in zip(edges, edges[1:], strict=False)])
+    raise ValueError(f"noise_schedule '{name}' is not known; expected 'linear' or 'cosine'")
+
+
+def space_timesteps(total: int, spacing: int | str) -> list[int]:
+    """Which of `total` steps to take, ascending.
+
+    spacing: a number ("25") or numbers for equal parts of the process ("10,10,5"), spread evenly over each with both
+    ends kept; or "ddim20", every k-th step from 0, as the DDIM paper has it. Raises ValueError when it does not fit.
+    """
+    text = str(spacing)
+    if text.startswith("ddim") and text[4:].isdigit():
+        for stride in range(1, total):
+            if len(range(0, total, stride)) == int(text[4:]):
+                return list(range(0, total, stride))
+        raise ValueError(f"no whole stride takes exactly {text[4:]} of {total} steps; try '{text[4:]}' without 'ddim'")
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"steps '{spacing}' not understood; expected 25, '10,10,5' or 'ddim20'") from None
+    steps, start = set(), 0
+    for i, count in enumerate(counts):
+        size = total // len(counts) + (i < total % len(counts))
+        if not 0 < count <= size:
+            raise ValueError(f"cannot take {count} of {size} steps; steps must be from 1 to {size}")
+        stride = (size - 1) / (count - 1) if count > 1 else 1
+        place = 0.0  # added up, not multiplied: rounding must fall as the original's does
+        for _ in range(count):
+            steps.add(start + round(place))
+            place += stride
+        start += size
+    return sorted(steps)
+
+
+class GaussianDiffusion:
+    """The noise schedule over some of the training's steps. Step i counts those taken; 0 is the least noisy."""
+
+    def __init__(self, config: DiffusionConfig, spacing: int | str | None = None) -> None:
+        self.config = config
+        self.timestep_map = space_timesteps(config.diffusion_steps, spacing or config.diffusion_steps)
+        bar = np.cumprod(1 - beta_schedule(config.noise_schedule, config.diffusion_steps))[self.timestep_map]
+        before = np.append(1.0, bar[:-1])
+        betas = 1 - bar / before
+        posterior = betas * (1 - before) / (1 - bar)
+        # The variance of the last step is 0, whose logarithm does not exist; its neighbour's stands in.
+        log_posterior = np.log(np.append(posterior[1:2] if len(posterior) > 1 else betas[:1], posterior[1:]))
+        self.betas, self.alphas_cumprod = betas, bar
+        scale = 1000 / config.diffusion_steps if config.rescale_timesteps else 1
+        self._tables = {
+            "timestep": np.array(self.timestep_map) * scale,
+            "sqrt_bar": np.sqrt(bar),
+            "sqrt_one_minus_bar": np.sqrt(1 - bar),
+            "sqrt_recip_bar": np.sqrt(1 / bar),
+            "sqrt_recip_bar_minus_one": np.sqrt(1 / bar - 1),
+            "bar_before": before,
+            "mean_of_xstart": betas * np.sqrt(before) / (1 - bar),
+            "mean_of_x": (1 - before) * np.sqrt(1 - betas) / (1 - bar),
+            "log_posterior": log_posterior,
+            "log_beta": np.log(betas),
+            "log_fixed": np.log(np.append(np.exp(log_posterior[:1]), betas[1:])),
+            # DPM-Solver's clock, half the log of the signal-to-noise ratio
+            "half_log_snr": 0.5 * np.log(bar / (1 - bar)),
+        }
+        self._on_device: dict[torch.device, dict[str, Tensor]] = {}
+
+    def __len__(self) -> int:
+        return len(self.timestep_map)
+
+    def at(self, name: str, t: Tensor, like: Tensor | None = None) -> Tensor:
+        """A table's values at steps t, int64 (batch,), as float32 with the dimensions of `like`."""
+        if t.device not in self._on_device:
+            tables = {key: torch.from_numpy(table).float().to(t.device) for key, table in self._tables.items()}
+            self._on_device[t.device] = tables
+        values = self._on_device[t.device][name][t]
+        return values if like is None else values.view(-1, *[1] * (like.ndim - 1))
+
+    def add_noise(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """A sample of q(x_t | x_0): pictures in [-1, 1] noised to steps t (batch,)."""
+        return self.at("sqrt_bar", t, x_start) * x_start + self.at("sqrt_one_minus_bar", t, x_start) * noise
+
+    def predict(self, output: Tensor, x: Tensor, t: Tensor, clip_denoised: bool = False) -> Prediction:
+        """What the UNet's output (batch, 6 or 3, height, width) at x and steps t (batch,) says of the step before.
+
+        With learned variance the second half of the channels tells where it lies between the posterior's and beta.
+        """
+        if self.config.learn_sigma:
+            output, place = output.chunk(2, dim=1)
+            share = (place + 1) / 2
+            log_variance = share * self.at("log_beta", t, x) + (1 - share) * self.at("log_posterior", t, x)
+        else:
+            log_variance = self.at("log_fixed", t, x).expand_as(x)
+        x_start = output if self.config.predict_xstart else self.x_start_from_noise(x, t, output)
+        if clip_denoised:
+            x_start = x_start.clamp(-1, 1)
+        return Prediction(self.posterior_mean(x_start, x, t), log_variance.exp(), log_variance, x_start)
+
+    def posterior_mean(self, x_start: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """The mean of q(x_{t-1} | x_t, x_0)."""
+        return self.at("mean_of_xstart", t, x) * x_start + self.at("mean_of_x", t, x) * x
+
+    def x_start_from_noise(self, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        return self.at("sqrt_recip_bar", t, x) * x - self.at("sqrt_recip_bar_minus_one", t, x) * noise
+
+    def noise_from_x_start(self, x: Tensor, t: Tensor, x_start: Tensor) -> Tensor:
+        return (self.at("sqrt_recip_bar", t, x) * x - x_start) / self.at("sqrt_recip_bar_minus_one", t, x)
+
+    def guided_mean(self, prediction: Prediction) -> Tensor:
+        """The mean, moved along the gradient by the variance (arXiv 2105.05233, algorithm 1)."""
+        if prediction.gradient is None:
+            return prediction.mean
+        return prediction.mean + prediction.variance * prediction.gradient
+
+    def guided_score(self, prediction: Prediction, x: Tensor, t: Tensor) -> Prediction:
+        """The prediction with the gradient added to its score (arXiv 2105.05233, algorithm 2), for DDIM and solvers."""
+        if prediction.gradient is None:
+            return prediction
+        noise = self.noise_from_x_start(x, t, prediction.pred_xstart)
+        x_start = self.x_start_from_noise(x, t, noise - self.at("sqrt_one_minus_bar", t, x) * prediction.gradient)
+        return replace(prediction, pred_xstart=x_start, mean=self.posterior_mean(x_start, x, t))
+
+
+def steps_like(x: Tensor, i: int) -> Tensor:
+    return torch.full((x.shape[0],), i, dtype=torch.int64, device=x.device)
+
+
+def unet_predict(
+    unet: UNet, diffusion: GaussianDiffusion, clip_denoised: bool = False, **conditioning: Tensor
+) -> Predict:
+    """The UNet as `predict(x, i)`, in whatever precision its weights have; the statistics are float32."""
+    dtype = next(unet.parameters()).dtype
+
+    def predict(x: Tensor, i: int) -> Prediction:
+        t = steps_like(x, i)
+        output = unet(x.to(dtype), diffusion.at("timestep", t), **conditioning).float()
+        return diffusion.predict(output, x, t, clip_denoised)
+
+    return predict
+
+
+def sample_ddpm(
+    predict: Predict, diffusion: GaussianDiffusion, x: Tensor, steps: list[int], noise: Callable[[], Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Ancestral sampling (arXiv 2006.11239)."""
+    for i in steps:
+        prediction = predict(x, i)
+        x = diffusion.guided_mean(prediction)
+        if i > 0:
+            x = x + torch.exp(0.5 * prediction.log_variance) * noise()
+        yield x, prediction.pred_xstart
+
+
+def sample_ddim(
+    predict: Predict, diffusion: GaussianDiffusion, x: Tensor, steps: list[int], noise: Callable[[], Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """DDIM without noise, η = 0 (arXiv 2010.02502)."""
+    for i in steps:
+        t = steps_like(x, i)
+        x_start = diffusion.guided_score(predict(x, i), x, t).pred_xstart
+        bar = diffusion.at("bar_before", t, x)
+        x = bar.sqrt() * x_start + (1 - bar).sqrt() * diffusion.noise_from_x_start(x, t, x_start)
+        yield x, x_start
+
+
+def sample_dpm_solver(
+    predict: Predict, diffusion: GaussianDiffusion, x: Tensor, steps: list[int], noise: Callable[[], Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """DPM-Solver++ (2M): second order, one UNet run a step, first order at both ends (arXiv 2211.01095, algorithm 2)."""
+    previous, previous_h = None, None
+    for i in steps:
+        t = steps_like(x, i)
+        x_start = diffusion.guided_score(predict(x, i), x, t).pred_xstart
+        if i == 0:
+            yield x_start, x_start
+            return
+        h = diffusion.at("half_log_snr", t - 1, x) - diffusion.at("half_log_snr", t, x)
+        target = x_start
+        if previous is not None and previous_h is not None:
+            target = x_start + (x_start - previous) * h / (2 * previous_h)
+        shrink = diffusion.at("sqrt_one_minus_bar", t - 1, x) / diffusion.at("sqrt_one_minus_bar", t, x)
+        x = shrink * x - diffusion.at("sqrt_bar", t - 1, x) * torch.expm1(-h) * target
+        previous, previous_h = x_start, h
+        yield x, x_start
+
+
+SAMPLERS: dict[str, Sampler] = {"ddpm": sample_ddpm, "ddim": sample_ddim, "dpm-solver++": sample_dpm_solver}
+
+
+def check_scheduler(scheduler: Any, config: DiffusionConfig, num_inference_steps: int | str) -> None:
+    """Raise ValueError for a scheduler that is not known, or steps that it cannot take."""
+    if not isinstance(scheduler, str):
+        if not hasattr(scheduler, "set_timesteps") or not hasattr(scheduler, "step"):
+            raise ValueError(f"scheduler {scheduler!r} is neither a name nor a diffusers scheduler")
+        if type(num_inference_steps) is not int:
+            raise ValueError(f"a diffusers scheduler takes a number of steps, not {num_inference_steps!r}")
+    elif scheduler not in SAMPLERS:
+        names = ", ".join(f"'{name}'" for name in SAMPLERS)
+        raise ValueError(f"scheduler '{scheduler}' is not known; expected {names} or a diffusers scheduler")
+    space_timesteps(config.diffusion_steps, num_inference_steps)
+
+
+def sample_with_scheduler(
+    predict: Predict,
+    diffusion: GaussianDiffusion,
+    x: Tensor,
+    steps: list[int],
+    scheduler: Any,
+    first: int,
+    generators: list[torch.Generator],
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """A diffusers scheduler's steps from number `first` on. `diffusion` has all of the training's steps.
+
+    x is the scheduler's own: scaled by its `init_noise_sigma`, or noised by its `add_noise`.
+    """
+    extra = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    learned = str(scheduler.config.get("variance_type", "")).startswith("learned") and diffusion.config.learn_sigma
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    for timestep, i in zip(scheduler.timesteps[first:], steps, strict=True):
+        x_in, t = scheduler.scale_model_input(x, timestep), steps_like(x, i)
+        prediction = diffusion.guided_score(predict(x_in, i), x_in, t)
+        noise = diffusion.noise_from_x_start(x_in, t, prediction.pred_xstart)
+        if kind == "epsilon":
+            output = noise
+        elif kind == "sample":
+            output = prediction.pred_xstart
+        else:
+            x_start = prediction.pred_xstart
+            output = diffusion.at("sqrt_bar", t, x) * noise - diffusion.at("sqrt_one_minus_bar", t, x) * x_start
+        if learned:
+            low, high = diffusion.at("log_posterior", t, x), diffusion.at("log_beta", t, x)
+            output = torch.cat((output, 2 * (prediction.log_variance - low) / (high - low) - 1), dim=1)
+        x = scheduler.step(output, timestep, x, **extra).prev_sample
+        yield x, prediction.pred_xstart
+
+
+def denoise(
+    unet: UNet,
+    shape: tuple[int, ...],
+    generators: list[torch.Generator],
+    conditioning: dict[str, Tensor],
+    *,
+    num_inference_steps: int | str,
+    scheduler: Any = "ddim",
+    picture: Tensor | None = None,
+    strength: float = 1.0,
+    guide: Guide | None = None,
+    guidance_share: float = 1.0,
+    stop_at: int | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """The denoising loop: from noise, or from `picture` noised `strength` of the way, to the predicted x_0.
+
+    shape: of one picture. generators: one a picture, on the device where the work is done. picture: float (batch, 3,
+    height, width) in [-1, 1]. guide: wraps `predict`; for the first `guidance_share` of the steps. stop_at: steps.
+    Returns float32 (batch, 3, height, width), about [-1, 1].
+    """
+    device = generators[0].device
+
+    def noise() -> Tensor:
+        return torch.stack([torch.randn(shape, generator=generator, device=device) for generator in generators])
+
+    if isinstance(scheduler, str):
+        diffusion = GaussianDiffusion(unet.config.diffusion, num_inference_steps)
+        total = len(diffusion)
+        first = 0 if picture is None else total - max(round(total * strength), 1)
+        steps = list(range(total - 1 - first, -1, -1))
+        x = noise()
+        if picture is not None:
+            x = diffusion.add_noise(picture, steps_like(x, steps[0]), x)
+    else:
+        diffusion = GaussianDiffusion(unet.config.diffusion)
+        if "trained_betas" in scheduler.config:  # the noise schedule must be the one that the UNet was trained on
+            scheduler = type(scheduler).from_config(scheduler.config, trained_betas=diffusion.betas.tolist())
+        scheduler.set_timesteps(num_inference_steps, device=device)
+        total = len(scheduler.timesteps)
+        first = 0 if picture is None else total - max(round(total * strength), 1)
+        steps = [round(step) for step in scheduler.timesteps[first:].tolist()]
+        x = noise() * scheduler.init_noise_sigma
+        if picture is not None:
+            if hasattr(scheduler, "set_begin_index"):
+                scheduler.set_begin_index(first)
+            x = scheduler.add_noise(picture, noise(), scheduler.timesteps[first : first + 1])
+
+    predict = unet_predict(unet, diffusion, **conditioning)
+    guided_steps = round(len(steps) * guidance_share)
+    if guide is not None and guided_steps:
+        predict = guide(predict, diffusion, steps[guided_steps - 1])
+    if isinstance(scheduler, str):
+        walk = SAMPLERS[scheduler](predict, diffusion, x, steps, noise)
+    else:
+        walk = sample_with_scheduler(predict, diffusion, x, steps, scheduler, first, generators)
+    bar = tqdm(walk, total=min(len(steps), stop_at or len(steps)), desc="refining", disable=not progress)
+    for taken, (_, x_start) in enumerate(bar, start=1):  # noqa: B007
+        if taken == stop_at:
+            break
+    return x_start

@@ -1,0 +1,114 @@
+"""Attention over text and image tokens: one layer, and the patterns that tell which position sees which.
+
+The sparse attentions of DALL·E (arXiv 2102.12092, appendix B.1) are masks over one full attention: what a position
+sees decides the numbers, not how the original's kernels walk over it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+CONV_KERNEL_SIZE = 5  # DALLE-pytorch never set another
+
+
+def attention_pattern(kind: str, text_length: int, grid_size: int) -> Tensor:
+    """Which position sees which, as bool (positions, positions); row = query, column = key.
+
+    Positions are <bos>, the text (together `text_length`), then the image's rows. Every pattern is causal, and every
+    image position sees all of the text.
+
+    kind: "full"; "axial_row" and "axial_col" (the same row, the same column); "conv_like" (a 5×5 window around the
+    position) and "conv_like_causal" (one that ends at it: DALLE-pytorch from 1.5 on).
+    """
+    positions = torch.arange(text_length + grid_size**2, device="cpu")  # real on a meta model too
+    row, column = (positions - text_length) // grid_size, (positions - text_length) % grid_size
+    up, back = row[:, None] - row[None, :], column[:, None] - column[None, :]
+    reach = CONV_KERNEL_SIZE // 2
+    near = {
+        "full": torch.ones_like(up, dtype=torch.bool),
+        "axial_row": up == 0,
+        "axial_col": back == 0,
+        "conv_like": (up.abs() <= reach) & (back.abs() <= reach),
+        "conv_like_causal": (up >= 0) & (up < CONV_KERNEL_SIZE) & (back >= 0) & (back < CONV_KERNEL_SIZE),
+    }[kind]
+    causal = positions[:, None] >= positions[None, :]
+    return causal & (near | (positions < text_length)[None, :])
+
+
+def sparse_layout(seq_len: int, heads: int, block_size: int = 16, text_seq_len: int = 256) -> Tensor:
+    """DeepSpeed's variable sparsity, unidirectional, as bool (heads, blocks, blocks), with its random blocks left out.
+
+    Local windows of four blocks, and the text's blocks are seen by all that follow. DeepSpeed draws
+    `seq_len // 64` more blocks a row at random when a model is made and keeps the layout in the checkpoint.
+    """
+    blocks = torch.arange(-(-seq_len // block_size), device="cpu")
+    local = blocks[:, None] // 4 == blocks[None, :] // 4
+    is_global = blocks[None, :] < -(-text_seq_len // block_size)
+    return ((local | is_global) & (blocks[:, None] >= blocks[None, :])).expand(heads, -1, -1).clone()
+
+
+@dataclass
+class Positions:
+    """Where the tokens of one forward stand, and what follows from it alone: looked up once, read by every layer."""
+
+    index: Tensor  # int64 (n,), places in the sequence
+    visible: int  # keys at 0 … visible - 1 exist
+    masks: dict[str, Tensor]  # attention type -> bool (n, visible) or (heads, n, visible)
+    cos: Tensor | None  # (n, dim_head / 2), rotary
+    sin: Tensor | None
+    above: Tensor  # int64 (n,), whom the first quarter of the channels comes from; -1 is nobody
+    left: Tensor  # int64 (n,), likewise the second quarter
+
+
+@dataclass
+class LayerCache:
+    """What one layer remembers of earlier positions: tensors (batch, …, length, width) by name, written in place."""
+
+    length: int
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def update(self, name: str, rows: Tensor, index: Tensor) -> Tensor:
+        """Write rows (batch, …, n, width) at `index` (n,) and return all `length` rows."""
+        if name not in self.tensors:
+            self.tensors[name] = rows.new_zeros(*rows.shape[:-2], self.length, rows.shape[-1])
+        return self.tensors[name].index_copy_(-2, index, rows)
+
+    def repeat(self, times: int) -> LayerCache:
+        """A copy in which every sequence of the batch stands `times` times in a row."""
+        return LayerCache(self.length, {k: t.repeat_interleave(times, dim=0) for k, t in self.tensors.items()})
+
+
+def remember(cache: LayerCache | None, name: str, rows: Tensor, at: Positions) -> Tensor:
+    """The rows of every visible position: from the cache after adding these, or just these without a cache."""
+    return rows if cache is None else cache.update(name, rows, at.index)[..., : at.visible, :]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding (arXiv 2104.09864): neighbouring channels of x (…, n, dim_head) turn by the angles (n, half)."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+
+
+class Attention(nn.Module):
+    """Multi-head attention; rotary turns queries, keys and values alike, as DALLE-pytorch does."""
+
+    def __init__(self, dim: int, heads: int, dim_head: int, kind: str) -> None:
+        super().__init__()
+        self.heads, self.kind = heads, kind
+        self.to_qkv = nn.Linear(dim, heads * dim_head * 3, bias=False)
+        self.to_out = nn.Linear(heads * dim_head, dim)
+
+    def forward(self, x: Tensor, at: Positions, cache: LayerCache | None = None) -> Tensor:
+        """x: (batch, n, dim) -> (batch, n, dim)."""
+        qkv = rearrange(self.to_qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        if at.cos is not None and at.sin is not None:
+            qkv = rotate(qkv, at.cos, at.sin)
+        q, k, v = qkv
+        k, v = remember(cache, "k", k, at), remember(cache, "v", v, at)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=at.masks[self.kind])
+        return self.to_out(rearrange(out, "b h n d -> b n (h d)"))

@@ -1,0 +1,196 @@
+"""Discrete VAEs: DALLE-pytorch's own, and OpenAI's dVAE (arXiv 2102.12092, appendix A)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from dall3.models.vqgan import square_side
+
+
+@dataclass(frozen=True)
+class DiscreteVAEConfig:
+    """What a DiscreteVAE is, by DALLE-pytorch's names for its hyper-parameters."""
+
+    image_size: int
+    num_tokens: int
+    codebook_dim: int
+    num_layers: int
+    num_resnet_blocks: int
+    hidden_dim: int
+    channels: int = 3
+    normalization: tuple[tuple[float, ...], tuple[float, ...]] | None = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+class ResBlock(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.net(x)
+
+
+class DiscreteVAE(nn.Module):
+    """DALLE-pytorch's first VAE: strided convolutions down to one code for 2^num_layers pixels a side, and up again."""
+
+    def __init__(self, config: DiscreteVAEConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        widths = [c.channels] + [c.hidden_dim] * c.num_layers
+        encoder: list[nn.Module] = []
+        for width, next_width in zip(widths, widths[1:], strict=False):
+            encoder.append(nn.Sequential(nn.Conv2d(width, next_width, 4, stride=2, padding=1), nn.ReLU()))
+        encoder += [ResBlock(c.hidden_dim) for _ in range(c.num_resnet_blocks)]
+        encoder.append(nn.Conv2d(c.hidden_dim, c.num_tokens, 1))
+
+        decoder: list[nn.Module] = []
+        if c.num_resnet_blocks:
+            decoder.append(nn.Conv2d(c.codebook_dim, c.hidden_dim, 1))
+            decoder += [ResBlock(c.hidden_dim) for _ in range(c.num_resnet_blocks)]
+        first = c.hidden_dim if c.num_resnet_blocks else c.codebook_dim
+        for width in [first] + [c.hidden_dim] * (c.num_layers - 1):
+            decoder.append(nn.Sequential(nn.ConvTranspose2d(width, c.hidden_dim, 4, stride=2, padding=1), nn.ReLU()))
+        decoder.append(nn.Conv2d(c.hidden_dim, c.channels, 1))
+
+        self.encoder, self.decoder = nn.Sequential(*encoder), nn.Sequential(*decoder)
+        self.codebook_embedding = nn.Embedding(c.num_tokens, c.codebook_dim)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.config.num_tokens
+
+    @property
+    def downsampling(self) -> int:
+        return 2**self.config.num_layers
+
+    @property
+    def codebook(self) -> Tensor:
+        """The codes' embeddings, float (num_tokens, codebook_dim)."""
+        return self.codebook_embedding.weight
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = self.config.normalization or ((0.0,), (1.0,))
+        return like.new_tensor(mean)[:, None, None], like.new_tensor(std)[:, None, None]
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Pictures, float (batch, channels, image_size, image_size) in [0, 1], to ids, int64 (batch, side²).
+
+        Raises ValueError for another shape.
+        """
+        size = self.config.image_size
+        if tuple(images.shape[1:]) != (self.config.channels, size, size):
+            expected = f"(batch, {self.config.channels}, {size}, {size})"
+            raise ValueError(f"pictures have shape {tuple(images.shape)}; expected {expected}")
+        mean, std = self._statistics(images)
+        return self.encoder((images - mean) / std).argmax(dim=1).flatten(1)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Ids, int64 (batch, side²), to embeddings, float (batch, codebook_dim, side, side)."""
+        return rearrange(self.codebook_embedding(ids), "b (h w) c -> b c h w", h=square_side(ids))
+
+    def decode(self, ids: Tensor) -> Tensor:
+        """Ids, int64 (batch, side²), to pictures, float (batch, channels, side · downsampling, …) in [0, 1]."""
+        images = self.decoder(self.embed(ids))
+        mean, std = self._statistics(images)
+        return (images * std + mean).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class OpenAIDiscreteVAEConfig:
+    """What OpenAI's dVAE is, by the names of its package."""
+
+    n_hid: int = 256
+    n_init: int = 128
+    n_blk_per_group: int = 2
+    vocab_size: int = 8192
+    group_count: int = 4
+
+
+class OpenAIBlock(nn.Module):
+    """A bottleneck residual block; `widths` are those of its four convolutions, `kernels` their sizes."""
+
+    def __init__(self, n_in: int, n_out: int, kernels: tuple[int, ...], gain: float) -> None:
+        super().__init__()
+        hidden = n_out // 4
+        widths = (n_in, hidden, hidden, hidden, n_out)
+        self.gain = gain
+        self.id_path = nn.Conv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
+        self.res_path = nn.Sequential()
+        for i, kernel in enumerate(kernels):
+            self.res_path.append(nn.ReLU())
+            self.res_path.append(nn.Conv2d(widths[i], widths[i + 1], kernel, padding=kernel // 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.id_path(x) + self.gain * self.res_path(x)
+
+
+class OpenAIDiscreteVAE(nn.Module):
+    """OpenAI's dVAE: 8 pixels a side to one of 8,192 codes. Its codes have no embedding: they enter as one-hot."""
+
+    epsilon = 0.1  # logit-Laplace: pixels are squeezed into [0.1, 0.9]
+
+    def __init__(self, config: OpenAIDiscreteVAEConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        gain = 1 / (c.group_count * c.n_blk_per_group) ** 2
+        down = [c.n_hid * 2**i for i in range(c.group_count)]
+        self.encoder = nn.Sequential(nn.Conv2d(3, c.n_hid, 7, padding=3))
+        self._add_groups(self.encoder, c.n_hid, down, (3, 3, 3, 1), gain, nn.MaxPool2d(2))
+        self.encoder.extend([nn.ReLU(), nn.Conv2d(down[-1], c.vocab_size, 1)])
+        self.decoder = nn.Sequential(nn.Conv2d(c.vocab_size, c.n_init, 1))
+        self._add_groups(self.decoder, c.n_init, down[::-1], (1, 3, 3, 3), gain, nn.Upsample(scale_factor=2))
+        self.decoder.extend([nn.ReLU(), nn.Conv2d(c.n_hid, 6, 1)])
+
+    def _add_groups(
+        self,
+        net: nn.Sequential,
+        width: int,
+        widths: list[int],
+        kernels: tuple[int, ...],
+        gain: float,
+        resample: nn.Module,
+    ) -> None:
+        for group, next_width in enumerate(widths):
+            for _ in range(self.config.n_blk_per_group):
+                net.append(OpenAIBlock(width, next_width, kernels, gain))
+                width = next_width
+            if group < len(widths) - 1:
+                net.append(resample)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def downsampling(self) -> int:
+        return int(2 ** (self.config.group_count - 1))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Pictures, float (batch, 3, height, width) in [0, 1], sides divisible by 8, to ids, int64 (batch, codes)."""
+        if (
+            images.ndim != 4
+            or images.shape[1] != 3
+            or images.shape[2] % self.downsampling
+            or images.shape[3] % self.downsampling
+        ):
+            raise ValueError(
+                f"pictures have shape {tuple(images.shape)}; expected (batch, 3, height, width), sides divisible by 8"
+            )
+        return self.encoder(images * (1 - 2 * self.epsilon) + self.epsilon).argmax(dim=1).flatten(1)
+
+    def decode(self, ids: Tensor) -> Tensor:
+        """Ids, int64 (batch, side²), to pictures, float (batch, 3, 8 · side, 8 · side) in [0, 1]."""
+        one_hot = F.one_hot(rearrange(ids, "b (h w) -> b h w", h=square_side(ids)), self.num_tokens)
+        mean = self.decoder(rearrange(one_hot, "b h w c -> b c h w").to(self.decoder[0].weight.dtype))[:, :3]
+        return ((torch.sigmoid(mean) - self.epsilon) / (1 - 2 * self.epsilon)).clamp(0, 1)

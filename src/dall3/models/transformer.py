@@ -1,0 +1,333 @@
+"""The DALL·E transformer (arXiv 2102.12092) as DALLE-pytorch built it, releases 1.0 to 1.6 and the seed's fork.
+
+Sequence: <bos>, `text_seq_len` text tokens, `grid_size`² image tokens. Logits: the text vocabulary (words, then one
+padding id a position), then the image vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dall3.models.attention import Attention, LayerCache, Positions, attention_pattern, remember, sparse_layout
+
+ATTENTION_TYPES = ("full", "axial_row", "axial_col", "conv_like", "conv_like_causal", "sparse", "mlp")
+FEED_FORWARD_MULT = 4
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """What a DalleTransformer is, by DALLE-pytorch's names for its hyper-parameters."""
+
+    num_text_tokens: int  # words of the tokenizer; the text vocabulary is `text_seq_len` wider
+    num_image_tokens: int
+    text_seq_len: int
+    dim: int
+    depth: int
+    heads: int = 8
+    dim_head: int = 64
+    grid_size: int = 16
+    attn_types: tuple[str, ...] = ("full",)  # cycled over the layers
+    rotary_emb: bool = True
+    shift_tokens: bool = True
+    reversible: bool = False
+    stable: bool = False
+    sandwich_norm: bool = False
+    shared_attn_ids: tuple[int, ...] | None = None  # layers with the same id share weights; cycled
+    shared_ff_ids: tuple[int, ...] | None = None
+    share_input_output_emb: bool = False
+    loss_img_weight: float = 7.0
+
+    def __post_init__(self) -> None:
+        unknown = set(self.attn_types) - set(ATTENTION_TYPES)
+        if unknown or not self.attn_types:
+            raise ValueError(
+                f"attn_types {sorted(unknown)} are not known; expected some of {', '.join(ATTENTION_TYPES)}"
+            )
+        if self.rotary_emb and "mlp" in self.attn_types:
+            raise ValueError("attention type 'mlp' has no queries to rotate; set rotary_emb=False")
+        if self.shift_tokens and self.dim % 4:
+            raise ValueError(f"shift_tokens moves quarters of the channels; dim={self.dim} is not divisible by 4")
+        if self.rotary_emb and self.dim_head % 2:
+            raise ValueError(f"rotary_emb turns pairs of channels; dim_head={self.dim_head} is odd")
+
+    @property
+    def text_length(self) -> int:
+        """Positions before the image: <bos> and the text."""
+        return self.text_seq_len + 1
+
+    @property
+    def image_seq_len(self) -> int:
+        return self.grid_size**2
+
+    @property
+    def seq_len(self) -> int:
+        """Positions that are ever fed: the last image token predicts nothing."""
+        return self.text_seq_len + self.image_seq_len
+
+    @property
+    def text_vocabulary(self) -> int:
+        return self.num_text_tokens + self.text_seq_len
+
+
+def rotary_table(config: TransformerConfig) -> Tensor:
+    """Angles (text_length + image_seq_len, channels): a third for the place in the text, two for row and column.
+
+    The image stands at 8192 on the text's axis, the text at -10 on the image's, whose rows and columns run from
+    -1 to 1 (DALLE-pytorch, transformer.py).
+    """
+    from rotary_embedding_torch import RotaryEmbedding
+
+    part, image_length = config.dim_head // 3, config.image_seq_len
+    sequence, pixel = RotaryEmbedding(dim=part), RotaryEmbedding(dim=part, freqs_for="pixel")
+    place = torch.cat((torch.arange(config.text_length).float(), torch.full((image_length,), 8192.0)))
+    axis = torch.linspace(-1, 1, steps=config.grid_size)
+    outside = torch.full((config.text_length,), -10.0)
+    row = torch.cat((outside, axis.repeat_interleave(config.grid_size)))
+    column = torch.cat((outside, axis.repeat(config.grid_size)))
+    return torch.cat((sequence(place), pixel(row), pixel(column)), dim=-1).detach()
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a gated GELU between them (arXiv 2002.05202)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.proj_in = nn.Linear(dim, dim * FEED_FORWARD_MULT * 2)
+        self.proj_out = nn.Linear(dim * FEED_FORWARD_MULT, dim)
+
+    def forward(self, x: Tensor, at: Positions, cache: LayerCache | None = None) -> Tensor:
+        x, gate = self.proj_in(x).chunk(2, dim=-1)
+        return self.proj_out(x * F.gelu(gate))
+
+
+class GatedMLP(nn.Module):
+    """gMLP (arXiv 2105.08050): positions mix through a learned causal matrix instead of attention."""
+
+    def __init__(self, dim: int, seq_len: int) -> None:
+        super().__init__()
+        inner = dim * FEED_FORWARD_MULT
+        self.proj_in = nn.Linear(dim, inner)
+        self.norm = nn.LayerNorm(inner // 2)
+        self.weight = nn.Parameter(torch.empty(seq_len, seq_len).uniform_(-1e-3 / seq_len, 1e-3 / seq_len))
+        self.bias = nn.Parameter(torch.ones(seq_len))
+        self.proj_out = nn.Linear(inner // 2, dim)
+
+    def forward(self, x: Tensor, at: Positions, cache: LayerCache | None = None) -> Tensor:
+        x, gate = F.gelu(self.proj_in(x)).chunk(2, dim=-1)
+        gate = remember(cache, "gate", self.norm(gate), at)
+        weight = self.weight[at.index, : at.visible] * at.masks["full"]
+        return self.proj_out(x * (weight @ gate + self.bias[at.index, None]))
+
+
+class Sublayer(nn.Module):
+    """Norm, token shift, function, scale (CaiT's LayerScale, arXiv 2103.17239): what is added to the stream."""
+
+    def __init__(self, config: TransformerConfig, function: nn.Module, layer: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.dim)
+        self.function = function
+        self.norm_out = nn.LayerNorm(config.dim) if config.sandwich_norm else nn.Identity()
+        init = 0.1 if layer < 18 else 1e-5 if layer < 24 else 1e-6
+        self.scale = nn.Parameter(torch.full((config.dim,), init))
+        self.shift_tokens = config.shift_tokens
+
+    def forward(self, x: Tensor, at: Positions, cache: LayerCache | None = None) -> Tensor:
+        x = self.norm(x)
+        if self.shift_tokens:
+            x = shift_tokens(x, at, cache)
+        return self.norm_out(self.function(x, at, cache)) * self.scale
+
+
+def shift_tokens(x: Tensor, at: Positions, cache: LayerCache | None) -> Tensor:
+    """Two quarters of the channels come from neighbours: above and left in the image, left (both) in the text."""
+    quarter = x.shape[-1] // 4
+    first, second, rest = x.split((quarter, quarter, 2 * quarter), dim=-1)
+    neighbours = remember(cache, "shift", x[..., : 2 * quarter], at)
+    first = neighbours[:, at.above.clamp(min=0), :quarter] * (at.above >= 0)[:, None]
+    second = neighbours[:, at.left.clamp(min=0), quarter:] * (at.left >= 0)[:, None]
+    return torch.cat((first, second, rest), dim=-1)
+
+
+class DalleTransformer(nn.Module):
+    """The DALL·E transformer. `forward` gives the original's logits; `run` with caches draws tokens one by one.
+
+    Raises ValueError for a configuration that contradicts itself.
+    """
+
+    rotary_cos: Tensor
+    rotary_sin: Tensor
+    attention_layout: Tensor
+    above: Tensor
+    left: Tensor
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        self.to_logits = nn.Linear(c.dim, c.text_vocabulary + c.num_image_tokens)
+        if not c.share_input_output_emb:
+            self.text_emb = nn.Embedding(c.text_vocabulary, c.dim)
+            self.image_emb = nn.Embedding(c.num_image_tokens, c.dim)
+        if not c.rotary_emb:
+            self.text_pos_emb = nn.Embedding(c.text_length, c.dim)
+            self.row_pos_emb = nn.Embedding(c.grid_size, c.dim)
+            self.column_pos_emb = nn.Embedding(c.grid_size, c.dim)
+        self.layers = nn.ModuleList(
+            nn.ModuleList(Sublayer(c, function, i) for function in pair) for i, pair in enumerate(layer_functions(c))
+        )
+        self.norm_out = nn.LayerNorm(c.dim)
+
+        if c.rotary_emb:
+            self.set_rotary_angles(rotary_table(c))
+        if "sparse" in c.attn_types:
+            self.register_buffer("attention_layout", sparse_layout(c.seq_len, c.heads))
+        for kind in {"full", *c.attn_types} - {"mlp", "sparse"}:
+            pattern = attention_pattern(kind, c.text_length, c.grid_size)
+            self.register_buffer(f"{kind}_pattern", pattern, persistent=False)
+        place = torch.arange(c.text_length + c.image_seq_len, device="cpu")  # real on a meta model too
+        in_image, row, column = image_places(place, c)
+        above = torch.where(in_image, torch.where(row > 0, place - c.grid_size, -1), place - 1)
+        left = torch.where(in_image & (column == 0), -1, place - 1)
+        self.register_buffer("above", above, persistent=False)
+        self.register_buffer("left", left, persistent=False)
+
+    def set_rotary_angles(self, angles: Tensor) -> None:
+        """Take the table of angles (positions, channels) of a checkpoint; neighbouring channels share an angle."""
+        half = angles.reshape(angles.shape[-2:])[:, ::2]
+        half = F.pad(half, (0, self.config.dim_head // 2 - half.shape[1]))  # the last channels do not turn
+        self.register_buffer("rotary_cos", half.cos())
+        self.register_buffer("rotary_sin", half.sin())
+
+    def forward(self, text_ids: Tensor, image_ids: Tensor | None = None) -> Tensor:
+        """Logits (batch, positions, text + image vocabulary); what cannot follow has the dtype's lowest value.
+
+        text_ids: int64 (batch, text_seq_len), padded with 0. image_ids: int64 (batch, up to grid_size²) or None.
+        There is a position for <bos>, each text and each image token, except the very last one, which nothing follows.
+        """
+        text, image = self._logits(text_ids, image_ids)
+        lowest = torch.finfo(text.dtype).min
+        text = F.pad(text, (0, self.config.num_image_tokens), value=lowest)
+        return torch.cat((text, F.pad(image, (self.config.text_vocabulary, 0), value=lowest)), dim=1)
+
+    def loss(self, text_ids: Tensor, image_ids: Tensor) -> Tensor:
+        """Mean cross-entropy in nats of the next token, text and image weighted 1 : loss_img_weight. Shapes as above."""
+        text, image = self._logits(text_ids, image_ids)
+        text_loss = F.cross_entropy(text.transpose(1, 2), self.pad_text(text_ids))
+        image_loss = F.cross_entropy(image.transpose(1, 2), image_ids)
+        weight = self.config.loss_img_weight
+        return (text_loss + weight * image_loss) / (weight + 1)
+
+    def _logits(self, text_ids: Tensor, image_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Text logits of the positions that a text token follows, image logits of the others."""
+        c = self.config
+        x = self.embed_text(text_ids)
+        if image_ids is not None:
+            places = torch.arange(image_ids.shape[1], device=x.device)
+            x = torch.cat((x, self.embed_image(image_ids, places)), dim=1)[:, : c.seq_len]
+        if c.stable:
+            x = x * 0.1 + x.detach() * 0.9  # the same value, a tenth of the gradient (CogView, arXiv 2105.13290)
+        x = self.run(x, torch.arange(x.shape[1], device=x.device), x.shape[1])
+        return self.text_logits(x[:, : c.text_seq_len]), self.image_logits(x[:, c.text_seq_len :])
+
+    def image_logits(self, x: Tensor) -> Tensor:
+        """Hidden states (batch, n, dim) from `run` to logits (batch, n, num_image_tokens): half of the head only."""
+        start = self.config.text_vocabulary
+        return F.linear(x, self.to_logits.weight[start:], self.to_logits.bias[start:])
+
+    def text_logits(self, x: Tensor) -> Tensor:
+        """Hidden states (batch, n, dim) from `run` to logits (batch, n, text vocabulary)."""
+        end = self.config.text_vocabulary
+        return F.linear(x, self.to_logits.weight[:end], self.to_logits.bias[:end])
+
+    def pad_text(self, text_ids: Tensor) -> Tensor:
+        """Every 0 becomes the padding id of its own position."""
+        padding = torch.arange(self.config.text_seq_len, device=text_ids.device) + self.config.num_text_tokens
+        return torch.where(text_ids == 0, padding, text_ids)
+
+    def embed_text(self, text_ids: Tensor) -> Tensor:
+        """Text ids (batch, text_seq_len), 0 for padding, to embeddings (batch, text_seq_len + 1, dim); <bos> first."""
+        if text_ids.shape[-1] != self.config.text_seq_len:
+            raise ValueError(f"text has {text_ids.shape[-1]} tokens; this transformer takes {self.config.text_seq_len}")
+        return self.embed_words(F.pad(self.pad_text(text_ids), (1, 0)))
+
+    def embed_words(self, ids: Tensor) -> Tensor:
+        """The ids of the first positions, <bos> = 0 among them, as they are: (batch, n) to (batch, n, dim)."""
+        c = self.config
+        x = F.embedding(
+            ids, self.to_logits.weight[: c.text_vocabulary] if c.share_input_output_emb else self.text_emb.weight
+        )
+        return x if c.rotary_emb else x + self.text_pos_emb.weight[: ids.shape[1]]
+
+    def embed_image(self, image_ids: Tensor, places: Tensor) -> Tensor:
+        """Image ids (batch, n) at `places` (n,) of the image's grid, 0 first, to embeddings (batch, n, dim)."""
+        c = self.config
+        table = self.to_logits.weight[c.text_vocabulary :] if c.share_input_output_emb else self.image_emb.weight
+        x = F.embedding(image_ids, table)
+        if c.rotary_emb:
+            return x
+        return x + self.row_pos_emb(places // c.grid_size) + self.column_pos_emb(places % c.grid_size)
+
+    def make_caches(self) -> list[LayerCache]:
+        """Empty caches for `run`, two a layer; their batch is that of the first tokens fed."""
+        return [LayerCache(self.config.seq_len) for _ in range(2 * self.config.depth)]
+
+    def run(self, x: Tensor, index: Tensor, visible: int, caches: list[LayerCache] | None = None) -> Tensor:
+        """Embeddings (batch, n, dim) of the positions `index` (n,) to hidden states (batch, n, dim).
+
+        Without caches x holds all `visible` positions; with them, the ones that the caches do not know yet, and keys
+        0 … visible - 1 are read: any number from the last position + 1 up, a constant one keeps the shapes static.
+        """
+        c, at = self.config, self._positions(index, visible)
+        streams = [x, x] if c.reversible else [x]
+        for i, pair in enumerate(self.layers):
+            for j, sublayer in enumerate(pair):
+                target, source = (j, 1 - j) if c.reversible else (0, 0)
+                cache = caches[2 * i + j] if caches else None
+                streams[target] = streams[target] + sublayer(streams[source], at, cache)
+        x = (streams[0] + streams[1]) / 2 if c.reversible else streams[0]
+        if c.stable:
+            x = x / x.amax(dim=-1, keepdim=True).detach()
+        return self.norm_out(x)
+
+    def _positions(self, index: Tensor, visible: int) -> Positions:
+        c = self.config
+        masks = {kind: self._mask(kind, index, visible) for kind in {"full", *c.attn_types} - {"mlp"}}
+        cos, sin = (self.rotary_cos[index], self.rotary_sin[index]) if c.rotary_emb else (None, None)
+        return Positions(index, visible, masks, cos, sin, self.above[index], self.left[index])
+
+    def _mask(self, kind: str, index: Tensor, visible: int) -> Tensor:
+        if kind != "sparse":
+            return self.get_buffer(f"{kind}_pattern")[index, :visible]
+        keys = torch.arange(visible, device=index.device)
+        return self.attention_layout[:, index // 16][..., keys // 16] & self._mask("full", index, visible)
+
+
+def layer_functions(config: TransformerConfig) -> list[tuple[nn.Module, nn.Module]]:
+    """Attention (or gMLP) and feed-forward of each layer; layers that share weights get the same modules."""
+    c = config
+    attentions: dict[int, tuple[str, nn.Module]] = {}
+    feed_forwards: dict[int, nn.Module] = {}
+    functions = []
+    for i in range(c.depth):
+        kind = c.attn_types[i % len(c.attn_types)]
+        attn_id = c.shared_attn_ids[i % len(c.shared_attn_ids)] if c.shared_attn_ids else i
+        ff_id = c.shared_ff_ids[i % len(c.shared_ff_ids)] if c.shared_ff_ids else i
+        if attn_id not in attentions:
+            attention = GatedMLP(c.dim, c.seq_len) if kind == "mlp" else Attention(c.dim, c.heads, c.dim_head, kind)
+            attentions[attn_id] = (kind, attention)
+        if ff_id not in feed_forwards:
+            feed_forwards[ff_id] = FeedForward(c.dim)
+        first_kind, attention = attentions[attn_id]
+        if first_kind != kind:
+            raise ValueError(f"shared_attn_ids: layer {i} is '{kind}' but shares weights with a '{first_kind}' layer")
+        functions.append((attention, feed_forwards[ff_id]))
+    return functions
+
+
+def image_places(place: Tensor, config: TransformerConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """For places in the sequence: whether they are in the image, and their row and column there."""
+    i = place - config.text_length
+    return i >= 0, i // config.grid_size, i % config.grid_size

@@ -1,0 +1,251 @@
+"""The UNet of guided diffusion (arXiv 2105.05233) with the names of its checkpoints.
+
+Three kinds: plain; conditioned on code embeddings, which join the middle block (Jack000/guided-diffusion); and
+conditioned on a low-resolution picture, which joins the input (super-resolution).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """How a UNet was trained, by guided-diffusion's names."""
+
+    diffusion_steps: int = 1000
+    noise_schedule: str = "linear"
+    learn_sigma: bool = True
+    predict_xstart: bool = False
+    rescale_timesteps: bool = True
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """What a UNet is, by guided-diffusion's names. Channels of a level: int(multiplier · model_channels)."""
+
+    model_channels: int
+    channel_mult: tuple[float, ...]
+    num_res_blocks: int
+    attention_levels: tuple[int, ...]  # levels with attention, counted from the full resolution down
+    image_size: int
+    num_heads: int = 4
+    num_head_channels: int | None = None  # if given, decides the number of heads
+    num_heads_upsample: int | None = None  # None for num_heads
+    use_new_attention_order: bool = False
+    use_scale_shift_norm: bool = True
+    resblock_updown: bool = True
+    num_classes: int | None = None
+    embedding_dims: tuple[int, int] | None = None  # channels of the code embeddings: given, after the convolution
+    super_resolution: bool = False
+    diffusion: DiffusionConfig = DiffusionConfig()
+
+    @property
+    def channels(self) -> list[int]:
+        return [int(mult * self.model_channels) for mult in self.channel_mult]
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels a side that one place of the middle block stands for."""
+        return 2 ** (len(self.channel_mult) - 1)
+
+
+class ResBlock(nn.Module):
+    """A residual block that hears the time; `resample` halves or doubles both its branches."""
+
+    def __init__(self, c: UNetConfig, channels: int, out_channels: int, resample: nn.Module | None = None) -> None:
+        super().__init__()
+        self.use_scale_shift_norm = c.use_scale_shift_norm
+        self.resample = resample or nn.Identity()
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+        )
+        time_channels = out_channels * (2 if c.use_scale_shift_norm else 1)
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(4 * c.model_channels, time_channels))
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(32, out_channels),
+            nn.SiLU(),
+            nn.Identity(),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1),
+        )
+        same = channels == out_channels
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        norm, activation, conv = self.in_layers
+        h = conv(self.resample(activation(norm(x))))
+        x = self.resample(x)
+        time = self.emb_layers(time)[:, :, None, None]
+        norm, activation, _, conv = self.out_layers
+        if self.use_scale_shift_norm:
+            scale, shift = time.chunk(2, dim=1)
+            h = norm(h) * (1 + scale) + shift
+        else:
+            h = norm(h + time)
+        return self.skip_connection(x) + conv(activation(h))
+
+
+class AttentionBlock(nn.Module):
+    """Attention over all places. Checkpoints before the "new order" keep each head's q, k, v together."""
+
+    def __init__(self, c: UNetConfig, channels: int, num_heads: int) -> None:
+        super().__init__()
+        if c.num_head_channels:
+            if channels % c.num_head_channels:
+                raise ValueError(
+                    f"{channels} channels cannot be split into heads of num_head_channels={c.num_head_channels}"
+                )
+            num_heads = channels // c.num_head_channels
+        if channels % num_heads:
+            raise ValueError(f"{channels} channels cannot be split into num_heads={num_heads}")
+        self.num_heads, self.new_order = num_heads, c.use_new_attention_order
+        self.norm = nn.GroupNorm(32, channels)
+        self.qkv = nn.Conv1d(channels, channels * 3, 1)
+        self.proj_out = nn.Conv1d(channels, channels, 1)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        qkv = self.qkv(self.norm(x).flatten(2))
+        batch, width, length = qkv.shape
+        head_dim = width // (3 * self.num_heads)
+        if self.new_order:
+            q, k, v = qkv.view(batch, 3, self.num_heads, head_dim, length).transpose(-1, -2).unbind(1)
+        else:
+            q, k, v = qkv.view(batch, self.num_heads, 3, head_dim, length).transpose(-1, -2).unbind(2)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(batch, -1, length)
+        return x + self.proj_out(h).view_as(x)
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.op = nn.Conv2d(channels, out_channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class InputConv(nn.Conv2d):
+    """The first convolution; takes the time like every other layer, and has no use for it."""
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x)
+
+
+def run(layers: nn.Module, x: Tensor, time: Tensor) -> Tensor:
+    for layer in layers.children():
+        x = layer(x, time)
+    return x
+
+
+def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
+    """Cosines and sines of timesteps (batch,), which may be fractions, at `dim` // 2 frequencies: (batch, dim)."""
+    half = dim // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    angles = timesteps[:, None].float() * torch.exp(-math.log(10000) * exponents)
+    embedding = torch.cat((angles.cos(), angles.sin()), dim=-1)
+    return F.pad(embedding, (0, dim % 2))
+
+
+class UNet(nn.Module):
+    """Noisy picture and time to the noise in it (and, with learn_sigma, to where its variance lies)."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        time_dim, channels = 4 * c.model_channels, c.channels
+        self.time_embed = nn.Sequential(nn.Linear(c.model_channels, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+        if c.num_classes:
+            self.label_emb = nn.Embedding(c.num_classes, time_dim)
+
+        width = channels[0]
+        skips = [width]
+        first = InputConv(6 if c.super_resolution else 3, width, 3, padding=1)
+        self.input_blocks = nn.ModuleList([nn.ModuleList([first])])
+        for level, out in enumerate(channels):
+            for _ in range(c.num_res_blocks):
+                layers: list[nn.Module] = [ResBlock(c, width, out)]
+                if level in c.attention_levels:
+                    layers.append(AttentionBlock(c, out, c.num_heads))
+                self.input_blocks.append(nn.ModuleList(layers))
+                width = out
+                skips.append(width)
+            if level < len(channels) - 1:
+                down = ResBlock(c, width, width, nn.AvgPool2d(2)) if c.resblock_updown else Downsample(width, width)
+                self.input_blocks.append(nn.ModuleList([down]))
+                skips.append(width)
+
+        middle = width
+        if c.embedding_dims:
+            self.external_block = Downsample(*c.embedding_dims)
+            middle += c.embedding_dims[1]
+        blocks = (ResBlock(c, middle, middle), AttentionBlock(c, middle, c.num_heads), ResBlock(c, middle, width))
+        setattr(self, "middle_block_cond" if c.embedding_dims else "middle_block", nn.ModuleList(blocks))
+
+        self.output_blocks = nn.ModuleList()
+        for level, out in reversed(list(enumerate(channels))):
+            for i in range(c.num_res_blocks + 1):
+                layers = [ResBlock(c, width + skips.pop(), out)]
+                width = out
+                if level in c.attention_levels:
+                    layers.append(AttentionBlock(c, out, c.num_heads_upsample or c.num_heads))
+                if level and i == c.num_res_blocks:
+                    layers.append(
+                        ResBlock(c, out, out, nn.Upsample(scale_factor=2)) if c.resblock_updown else Upsample(out)
+                    )
+                self.output_blocks.append(nn.ModuleList(layers))
+        out_channels = 6 if c.diffusion.learn_sigma else 3
+        self.out = nn.Sequential(nn.GroupNorm(32, width), nn.SiLU(), nn.Conv2d(width, out_channels, 3, padding=1))
+
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        image_embeds: Tensor | None = None,
+        low_res: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """Float (batch, 3, height, width) in [-1, 1] and noise, to (batch, 6 or 3, height, width).
+
+        timesteps: (batch,) on the scale of training, 0 … 1000. image_embeds: (batch, channels, side, side), twice the
+        side of the middle block. low_res: (batch, 3, h, w) in [-1, 1]. labels: int64 (batch,).
+        Raises ValueError when the conditioning is not the kind that this UNet was made for.
+        """
+        for name, given, wanted in (
+            ("image_embeds", image_embeds, self.config.embedding_dims),
+            ("low_res", low_res, self.config.super_resolution),
+            ("labels", labels, self.config.num_classes),
+        ):
+            if (given is not None) != bool(wanted):
+                raise ValueError(f"this UNet {'needs' if wanted else 'does not take'} {name}")
+        time = self.time_embed(timestep_embedding(timesteps, self.config.model_channels).to(x.dtype))
+        if labels is not None:
+            time = time + self.label_emb(labels)
+        if low_res is not None:
+            x = torch.cat((x, F.interpolate(low_res, x.shape[2:], mode="bilinear")), dim=1)
+
+        skips = []
+        for block in self.input_blocks:
+            x = run(block, x, time)
+            skips.append(x)
+        if image_embeds is not None:
+            x = torch.cat((x, self.external_block(image_embeds)), dim=1)
+            x = run(self.middle_block_cond, x, time)
+        else:
+            x = run(self.middle_block, x, time)
+        for block in self.output_blocks:
+            x = run(block, torch.cat((x, skips.pop()), dim=1), time)
+        return self.out(x)

@@ -1,0 +1,123 @@
+"""Choosing image tokens: the filters, one draw, and the loop that draws a whole grid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dall3.models.transformer import DalleTransformer
+
+
+def filter_top_k(logits: Tensor, threshold: float, vocabulary: int | None = None) -> Tensor:
+    """Keep the max(int((1 - threshold) · vocabulary), 1) largest of logits (batch, n), the others become -inf.
+
+    vocabulary: DALLE-pytorch counts text and image ids together; None for n. threshold in [0, 1].
+    """
+    k = min(max(int((1 - threshold) * (vocabulary or logits.shape[-1])), 1), logits.shape[-1])
+    values, indices = logits.topk(k)
+    return torch.full_like(logits, float("-inf")).scatter(-1, indices, values)
+
+
+def filter_top_p(logits: Tensor, threshold: float) -> Tensor:
+    """Keep the smallest set of logits (batch, n) whose probability passes `threshold` (nucleus sampling,
+    arXiv 1904.09751), the token that passes it included; the others become -inf. threshold in (0, 1].
+    """
+    values, indices = logits.sort(descending=True)
+    before = values.softmax(dim=-1).cumsum(dim=-1).roll(1, dims=-1)
+    before[..., 0] = 0
+    return torch.full_like(logits, float("-inf")).scatter(
+        -1, indices, values.masked_fill(before > threshold, float("-inf"))
+    )
+
+
+def choose(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw one id a row from logits (batch, n) by inverting the distribution function at uniforms (batch,) in [0, 1).
+
+    One random number a token: a candidate's draws can be made beforehand and do not depend on its batch.
+    """
+    cumulative = logits.float().softmax(dim=-1).cumsum(dim=-1)
+    # Scaled by the total, which rounding keeps from being 1, so that no id of probability 0 is ever reached.
+    target = uniforms[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
+
+
+def candidate_uniforms(seed: int, candidates: range, count: int) -> Tensor:
+    """Random numbers in [0, 1), float (candidates, count), that follow from the seed and a candidate's number alone."""
+    rows = [np.random.default_rng((seed, 1, k)).random(count, dtype=np.float32) for k in candidates]
+    return torch.from_numpy(np.stack(rows))
+
+
+@torch.no_grad()
+def draw_image_tokens(
+    transformer: DalleTransformer,
+    text_ids: Tensor,
+    uniforms: Tensor,
+    *,
+    top_k: float | None = None,
+    top_p: float | None = None,
+    temperature: float = 1.0,
+    cond_scale: float = 1.0,
+    on_token: Callable[[], object] | None = None,
+) -> Tensor:
+    """Draw image tokens, int64 (batch, grid_size²), for one text.
+
+    text_ids: int64 (text_seq_len,), run once for all candidates. uniforms: (batch, grid_size²) in [0, 1), one row a
+    candidate, on the transformer's device. top_k and top_p filter before the temperature divides, as in 2021.
+    cond_scale: how far to go from the logits without the text to those with it (classifier-free guidance, as
+    DALLE-pytorch 1.6); 1 for the text's own. on_token is called after every token.
+    """
+    config, device = transformer.config, text_ids.device
+    batch = uniforms.shape[0]
+    prompts = text_ids[None] if cond_scale == 1 else torch.stack((text_ids, torch.zeros_like(text_ids)))
+    caches = transformer.make_caches()
+    index = torch.arange(config.seq_len, device=device)
+    text = transformer.embed_text(prompts)
+    hidden = transformer.run(text, index[: config.text_length], config.text_length, caches)[:, -1:]
+    hidden = hidden.repeat_interleave(batch, dim=0)
+    caches = [cache.repeat(batch) for cache in caches]
+    tokens = torch.zeros(batch, config.image_seq_len, dtype=torch.int64, device=device)
+    for i in range(config.image_seq_len):
+        if i > 0:
+            place, end = index[i - 1 : i], config.text_length + i
+            x = transformer.embed_image(tokens[:, i - 1 : i], place).repeat(len(prompts), 1, 1)
+            hidden = transformer.run(x, index[end - 1 : end], end, caches)
+        logits = transformer.image_logits(hidden)[:, 0].float()
+        if cond_scale != 1:
+            with_text, without_text = logits.chunk(2)
+            logits = without_text + (with_text - without_text) * cond_scale
+        if top_k is not None:
+            logits = filter_top_k(logits, top_k, config.text_vocabulary + config.num_image_tokens)
+        elif top_p is not None:
+            logits = filter_top_p(logits, top_p)
+        tokens[:, i] = choose(logits / temperature, uniforms[:, i])
+        if on_token:
+            on_token()
+    return tokens
+
+
+@torch.no_grad()
+def draw_text_tokens(
+    transformer: DalleTransformer, given: Tensor, uniforms: Tensor, top_k: float, temperature: float
+) -> Tensor:
+    """Complete a text: int64 (text_seq_len,), 0 for padding, from the ids that `given` (text_seq_len,) begins with.
+
+    uniforms: (1, text_seq_len) in [0, 1). top_k as in `filter_top_k`. Ends at the first padding token.
+    """
+    config, device = transformer.config, given.device
+    start = int((given != 0).sum())
+    ids = F.pad(given, (1, 0))[None]  # <bos> first
+    caches, index = transformer.make_caches(), torch.arange(config.text_length, device=device)
+    x = transformer.embed_words(ids[:, : start + 1])
+    for i in range(start, config.text_seq_len):
+        hidden = transformer.run(x, index[i + 1 - x.shape[1] : i + 1], i + 1, caches)
+        logits = transformer.text_logits(hidden[:, -1]).float()
+        logits = filter_top_k(logits, top_k, config.text_vocabulary + config.num_image_tokens)
+        ids[:, i + 1] = choose(logits / temperature, uniforms[:, i])
+        x = transformer.embed_words(ids[:, : i + 2])[:, -1:]
+    text = ids[0, 1:]
+    ended = (text >= config.num_text_tokens).cumsum(dim=0) > 0
+    return torch.where(ended, 0, text)

@@ -1,0 +1,168 @@
+"""Prompts to token ids, by the tokenizers and rules of DALLE-pytorch (`tokenizer.py`, `generate.py`)."""
+
+import re
+from collections.abc import Iterable
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+_EXPECTED = "expected the youtokentome, tokenizers JSON or BERT vocab.txt file that the checkpoint was trained with"
+
+
+class Tokenizer(Protocol):
+    """Text to ids in [0, vocab_size) and back; 0 is padding and has no text."""
+
+    vocab_size: int
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, without start, end or padding; an empty list for an empty text."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids` (a 1-D tensor does too), zeros left out. ValueError at an id that no token has."""
+
+
+def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
+    """The tokenizer in a file, its kind told by the content; without a file CLIP's own, DALLE-pytorch's default.
+
+    The kinds are DALLE-pytorch's: a youtokentome model, a JSON file of Hugging Face's `tokenizers` (`--hug`), the
+    `vocab.txt` of bert-base-chinese (`--chinese`). Raises FileNotFoundError or IsADirectoryError where there is no
+    file, ValueError for one that is empty, damaged or of another kind.
+    """
+    if path is None:
+        return _ClipTokenizer()
+    path = Path(path)
+    if not path.is_file():
+        problem = IsADirectoryError if path.is_dir() else FileNotFoundError
+        raise problem(f"{path} is not a file; {_EXPECTED}")
+    with path.open(encoding="utf-8") as file:
+        try:
+            # By lines: a checkpoint of gigabytes, given by mistake, fails within its first bytes.
+            text = "".join(file)
+            if text.startswith("{"):
+                return _HuggingFaceTokenizer(text)
+            if "[UNK]" in text.split("\n"):
+                return _HuggingFaceTokenizer(_bert_json(text))
+            return _YttmTokenizer(text)
+        except Exception as error:  # tokenizers raises nothing more precise
+            raise ValueError(f"{path} is damaged or not a tokenizer ({error}); {_EXPECTED}") from error
+
+
+class TextEncoder:
+    """A prompt as the transformer reads it: lower-cased, `text_seq_len` ids below `num_text_tokens`, padded with 0."""
+
+    def __init__(self, tokenizer: Tokenizer, text_seq_len: int, num_text_tokens: int) -> None:
+        self.tokenizer = tokenizer
+        self.text_seq_len = text_seq_len
+        self.num_text_tokens = num_text_tokens
+
+    def __call__(self, prompt: str, truncate: bool = False) -> torch.Tensor:
+        """Ids of shape (text_seq_len,), int64, in [0, num_text_tokens); 0 after the prompt's end.
+
+        Raises TypeError if `prompt` is not a str; ValueError if it has no tokens, more than `text_seq_len` (which
+        `truncate` cuts off instead), or an id that the transformer does not know.
+        """
+        if not isinstance(prompt, str):
+            raise TypeError(f"the prompt must be a str, not {type(prompt).__name__}; encode several one by one")
+        ids = self.tokenizer.encode(prompt.lower()) if prompt.strip() else []
+        if not ids:
+            raise ValueError(f"the prompt {prompt!r} is empty: expected text to draw")
+        if len(ids) > self.text_seq_len and not truncate:
+            raise ValueError(f"{len(ids)} tokens, {self.text_seq_len} fit: shorten the prompt or pass truncate=True")
+        if max(ids) >= self.num_text_tokens:
+            raise ValueError(f"id {max(ids)} is not below {self.num_text_tokens}: load the transformer's own tokenizer")
+        return torch.tensor(ids[: self.text_seq_len] + [0] * (self.text_seq_len - len(ids)), dtype=torch.int64)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids of shape (n,), padding left out: 0 and the transformer's own, from `num_text_tokens` on."""
+        return self.tokenizer.decode([i for i in map(int, ids) if 0 < i < self.num_text_tokens])
+
+
+def _without_padding(ids: Iterable[int], vocab_size: int) -> list[int]:
+    kept = [i for i in map(int, ids) if i != 0]
+    if any(not 0 < i < vocab_size for i in kept):
+        raise ValueError(f"ids from {min(kept)} to {max(kept)} are not all of this tokenizer's, 0 to {vocab_size - 1}")
+    return kept
+
+
+class _YttmTokenizer:
+    """youtokentome's `bpe.cpp`; a file lists characters (code point, id), merges (left, right, new id), special ids."""
+
+    def __init__(self, text: str) -> None:
+        from tokenizers.models import BPE
+
+        if not re.match(r"\d+ \d+\n", text):
+            raise ValueError("it is of no known kind" if text.strip() else "it is empty")
+        num_characters, num_merges, *body, self.unknown, pad, bos, eos = map(int, text.split())
+        if len(body) != 2 * num_characters + 3 * num_merges:
+            raise ValueError(f"its length is not that of {num_characters} characters and {num_merges} merges")
+        entries = iter(body)
+        tokens = {i: chr(code) for code, i in islice(zip(entries, entries, strict=False), num_characters)}
+        self.alphabet = set(tokens.values())
+        merges = []
+        for left, right, new in zip(entries, entries, entries, strict=True):
+            merges.append((tokens[left], tokens[right]))
+            tokens[new] = tokens[left] + tokens[right]
+        special = {self.unknown: "<UNK>", pad: "<PAD>", bos: "<BOS>", eos: "<EOS>"}
+        self.names = tokens | {i: name for i, name in special.items() if i >= 0}
+        self.vocab_size = len(self.names)
+        ids = {token: i for i, token in tokens.items()}
+        if "▁" not in ids or len(ids) != num_characters + num_merges:
+            raise ValueError("its tokens are not all different, or lack the word mark '▁'")
+        self.bpe = BPE(ids, merges)
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        # The whitespace of C's isspace and the word mark itself; str.split would also split at U+00A0 and the like.
+        for word in re.findall(r"[^ \t\n\v\f\r▁]+", text):
+            # No merge crosses an unknown character, and a run of them is one <UNK>.
+            for known, run in groupby("▁" + word, self.alphabet.__contains__):
+                ids += [token.id for token in self.bpe.tokenize("".join(run))] if known else [self.unknown]
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        text = "".join(self.names[i] for i in _without_padding(ids, self.vocab_size))
+        return text.replace("▁", " ").removeprefix(" ")
+
+
+class _HuggingFaceTokenizer:
+    """Any tokenizer of Hugging Face's `tokenizers`, from its JSON."""
+
+    def __init__(self, json: str) -> None:
+        from tokenizers import Tokenizer
+
+        self.tokenizer = Tokenizer.from_str(json)
+        self.vocab_size = self.tokenizer.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        # DALLE-pytorch replaces the file's post-processor, which may add start and end tokens, by one that adds none.
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.tokenizer.decode(_without_padding(ids, self.vocab_size))
+
+
+def _bert_json(vocabulary: str) -> str:
+    from tokenizers import BertWordPieceTokenizer
+
+    ids = {token: i for i, token in enumerate(vocabulary.removesuffix("\n").split("\n"))}
+    # transformers loads bert-base-chinese, a cased model, with do_lower_case=False, which keeps accents too.
+    return BertWordPieceTokenizer(ids, lowercase=False).to_str()
+
+
+class _ClipTokenizer:
+    """CLIP's byte-level BPE, 49408 tokens; open_clip ships the merges."""
+
+    def __init__(self) -> None:
+        from open_clip.tokenizer import SimpleTokenizer
+
+        self.bpe = SimpleTokenizer()
+        self.vocab_size: int = self.bpe.vocab_size
+
+    def encode(self, text: str) -> list[int]:
+        return self.bpe.encode(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        kept = [i for i in _without_padding(ids, self.vocab_size) if i not in self.bpe.all_special_ids]
+        return self.bpe.decode(kept).rstrip()
