@@ -1,34 +1,5 @@
-"""What the originals computed (tests/golden), and checkpoint files in the originals' own formats made from it."""
-
-import collections
-import json
-import sys
-import types
-from pathlib import Path
-
 import pytest
-import torch
-from fill import state_dict
-from safetensors.torch import load_file
-
-GOLDEN = Path(__file__).parent / "golden"
-
-
-class Golden:
-    """One folder of golden numbers: `golden.expected["logits"]`, `golden.weights()`, `golden.about`."""
-
-    def __init__(self, name: str) -> None:
-        self.folder = GOLDEN / name
-        self.expected = load_file(self.folder / "expected.safetensors")
-        for settings in ("about.json", "config.json", "hparams.json"):
-            if (self.folder / settings).exists():
-                self.about = json.loads((self.folder / settings).read_text())
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        """The original checkpoint's tensors, to the bit."""
-        weights = state_dict(json.loads((self.folder / "keys.json").read_text()))
-        buffers = self.folder / "buffers.safetensors"
-        return weights | (load_file(buffers) if buffers.exists() else {})
+from originals import GOLDEN, Golden, close, save_dalle, save_seedset, save_vqgan  # noqa: F401
 
 
 @pytest.fixture(scope="session")
@@ -36,33 +7,7 @@ def golden():
     return Golden
 
 
-def save_dalle(path: Path, golden: Golden, **more) -> Path:
-    """A DALL·E checkpoint as DALLE-pytorch's train_dalle.py writes it."""
-    hparams = golden.about["hparams"]
-    found = {"hparams": hparams, "vae_params": None, "epoch": 2, "weights": golden.weights(), "opt_state": {}}
-    torch.save(found | {"scheduler_state": None} | more, path)
-    return path
-
-
-def save_vqgan(path: Path, golden: Golden) -> Path:
-    """A VQGAN checkpoint as Lightning writes it: a class as a dictionary key, a loss network beside the weights."""
-    names = ["pytorch_lightning", "pytorch_lightning.callbacks", "pytorch_lightning.callbacks.model_checkpoint"]
-    modules = {name: types.ModuleType(name) for name in names}
-    checkpoint_class = type("ModelCheckpoint", (), {"__module__": names[-1]})
-    modules[names[-1]].ModelCheckpoint = checkpoint_class
-    sys.modules.update(modules)
-    try:
-        weights = collections.OrderedDict(golden.weights())
-        weights["loss.discriminator.main.0.weight"] = torch.zeros(4, 3, 4, 4)
-        found = {"epoch": 3, "global_step": 7, "pytorch-lightning_version": "1.0.8", "state_dict": weights}
-        found |= {"callbacks": {checkpoint_class: {"best_model_score": torch.tensor(1.0)}}, "lr_schedulers": []}
-        torch.save(found, path)
-    finally:
-        for name in names:
-            del sys.modules[name]
-    return path
-
-
-def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
-    """Equal in shape and within an absolute tolerance."""
-    return actual.shape == expected.shape and bool((actual - expected).abs().max() <= tolerance)
+@pytest.fixture(scope="session")
+def seedset(tmp_path_factory):
+    """A folder of the seed's files, small."""
+    return save_seedset(tmp_path_factory.mktemp("seedset"))

@@ -7,12 +7,13 @@ mapped from the file, not copied.
 from __future__ import annotations
 
 import io
+import math
 import mmap
 import pickle
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +21,20 @@ import torch
 from torch import Tensor
 
 DTYPES = {
-    f"{name}Storage": dtype
-    for name, dtype in {
-        "Double": torch.float64,
-        "Float": torch.float32,
-        "Half": torch.float16,
-        "BFloat16": torch.bfloat16,
-        "Long": torch.int64,
-        "Int": torch.int32,
-        "Short": torch.int16,
-        "Char": torch.int8,
-        "Byte": torch.uint8,
-        "Bool": torch.bool,
-    }.items()
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
 }
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-MAX_DEPTH, MAX_NODES = 64, 1_000_000  # of a module tree: far above any network, far below a trap
+# Of a tensor, of a dictionary's key and of a module tree: far above any network, far below a trap.
+MAX_DEPTH, MAX_ITEMS, MAX_NAME = 64, 100_000, 1000
 
 
 class CheckpointError(ValueError):
@@ -57,24 +56,16 @@ class Name:
         return f"<{self.text}>"
 
 
-@dataclass(eq=False)
-class Placeholder:
+class Placeholder(dict[Any, Any]):
     """An object of a class that is not known: what the pickle says of it, and nothing more."""
 
-    name: str
-    args: tuple[Any, ...] = ()
-    state: Any = None
-    items: dict[Any, Any] = field(default_factory=dict)
+    __hash__ = object.__hash__  # type: ignore[assignment]
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.items[key] = value
+    def __init__(self, name: str) -> None:
+        self.name, self.state = name, None
 
-    def append(self, value: Any) -> None:
-        self.items[len(self.items)] = value
-
-    def extend(self, values: Any) -> None:
-        for value in values:
-            self.append(value)
+    def __repr__(self) -> str:
+        return f"<{self.name}>"  # without its contents, which may be a trap
 
 
 @dataclass(eq=False)
@@ -88,49 +79,51 @@ class Storage:
 
 def build_tensor(storage: Any, offset: Any, size: Any, stride: Any, *unused: Any) -> Tensor | None:
     """A view of a storage, checked to lie inside it."""
-    numbers = (offset, *size, *stride)
+    if not (isinstance(storage, Storage) and isinstance(size, tuple | list) and isinstance(stride, tuple | list)):
+        raise CheckpointError("a tensor has no storage, no size or no strides")
     if (
-        not isinstance(storage, Storage)
-        or len(size) != len(stride)
-        or any(type(n) is not int or n < 0 for n in numbers)
+        len(size) != len(stride)
+        or len(size) > MAX_DEPTH
+        or any(type(n) is not int or n < 0 for n in (offset, *size, *stride))
     ):
-        raise CheckpointError("a tensor has no storage, or a negative or odd size, stride or offset")
+        raise CheckpointError("a tensor has a negative or odd size, stride or offset")
     end = offset + 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if 0 not in size and end > storage.numel:
+    # A tensor with more numbers than its storage is no larger as a view, and a bomb once it is copied.
+    if 0 not in size and max(end, math.prod(size)) > storage.numel:
         raise CheckpointError(f"a tensor of shape {tuple(size)} reaches beyond its storage of {storage.numel} numbers")
     if storage.data is None:
         return None
     return storage.data[:0].view(size) if 0 in size else storage.data.as_strided(size, stride, offset)
 
 
-def build_dict(*args: Any) -> dict[Any, Any]:
-    return dict(*args)
+def plain(key: Any) -> Any:
+    """A dictionary's key or a set's member: hashing a tuple of tuples may take forever or overflow the stack."""
+    parts = key if isinstance(key, tuple) else (key,)
+    if len(parts) > MAX_DEPTH or not all(
+        isinstance(n, str | bytes | int | float | None | Name | Placeholder) for n in parts
+    ):
+        raise CheckpointError(f"a dictionary or set has a {type(key).__name__} as a key")
+    return key
 
 
-def first_argument(*args: Any) -> Any:
-    return args[0]
+def build_set(items: Any) -> set[Any]:
+    """A set that uses its list up: a pickle could else copy the same list again with every call."""
+    made = {plain(item) for item in items}
+    items.clear()
+    return made
 
 
-def default_dict(*args: Any) -> dict[Any, Any]:
-    return {}
-
-
+RETURN_FIRST = ("build_intlist", "build_tensorlist", "build_doublelist", "build_boollist", "restore_type_tag")
 KNOWN: dict[str, Callable[..., Any]] = {
-    "collections.OrderedDict": build_dict,
-    "collections.defaultdict": default_dict,
-    "builtins.dict": build_dict,
-    "builtins.set": lambda values=(): set(values),
-    "__builtin__.set": lambda values=(): set(values),
-    "torch.Size": lambda values=(): tuple(values),
+    "collections.OrderedDict": lambda: {},
+    "collections.defaultdict": lambda *factory: {},
+    "builtins.set": build_set,
+    "__builtin__.set": build_set,
+    "torch.Size": lambda size: size,
     "torch._utils._rebuild_tensor": build_tensor,
     "torch._utils._rebuild_tensor_v2": build_tensor,
-    "torch._utils._rebuild_parameter": first_argument,
-    "torch.nn.parameter.Parameter": first_argument,
-    "torch.jit._pickle.build_intlist": first_argument,
-    "torch.jit._pickle.build_tensorlist": first_argument,
-    "torch.jit._pickle.build_doublelist": first_argument,
-    "torch.jit._pickle.build_boollist": first_argument,
-    "torch.jit._pickle.restore_type_tag": first_argument,
+    "torch._utils._rebuild_parameter": lambda tensor, *unused: tensor,
+    **{f"torch.jit._pickle.{name}": lambda value, *unused: value for name in RETURN_FIRST},
 }
 
 
@@ -138,8 +131,7 @@ def construct(name: Any, args: Any) -> Any:
     """What a pickle's call makes: a tensor or plain container where the name is known, else a placeholder."""
     if not isinstance(name, Name) or not isinstance(args, tuple):
         raise CheckpointError("the pickle calls something that is not a name")
-    known = KNOWN.get(name.text)
-    return known(*args) if known else Placeholder(name.text, args)
+    return KNOWN[name.text](*args) if name.text in KNOWN else Placeholder(name.text)
 
 
 class Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
@@ -158,16 +150,15 @@ class Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
     def find_class(self, module: str, name: str) -> Name:
         return Name(f"{module}.{name}")
 
-    def get_extension(self, code: int) -> None:
-        raise CheckpointError("the pickle uses the extension registry, which checkpoints do not")
-
     def persistent_load(self, pid: Any) -> Storage | Name:
         if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module" and isinstance(pid[1], Name):
             return pid[1]  # older files keep a module's source text beside its class
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or not isinstance(pid[1], Name):
-            raise CheckpointError(f"the pickle refers to something other than a storage: {str(pid)[:60]}")
-        kind, key, numel = pid[1].text.rsplit(".", 1)[-1], str(pid[2]), pid[4]
-        if kind not in DTYPES or type(numel) is not int or numel < 0 or (len(pid) > 5 and pid[5] is not None):
+            raise CheckpointError("the pickle refers to something other than a storage")
+        kind, key, numel = pid[1].text.rsplit(".", 1)[-1], pid[2], pid[4]
+        if type(key) is not str or type(numel) is not int:
+            raise CheckpointError("a storage has no name or no size")
+        if kind not in DTYPES or numel < 0 or (len(pid) > 5 and pid[5] is not None):
             raise CheckpointError(f"storage {key} is of a kind that is not known: {kind}, {numel} numbers")
         if key not in self.storages:
             storage = Storage(DTYPES[kind], numel, None)
@@ -179,33 +170,37 @@ class Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
         args = self.stack.pop()
         self.stack[-1] = construct(self.stack[-1], args)
 
-    def load_newobj_ex(self) -> None:
-        keywords = self.stack.pop()
-        self.load_reduce()
-        if keywords and isinstance(self.stack[-1], Placeholder):
-            self.stack[-1].items.update(keywords)
-
-    def load_inst(self) -> None:
-        module, name = (self.readline()[:-1].decode("ascii") for _ in range(2))
-        self.append(construct(Name(f"{module}.{name}"), tuple(self.pop_mark())))
-
-    def load_obj(self) -> None:
-        name, *args = self.pop_mark()
-        self.append(construct(name, tuple(args)))
-
     def load_build(self) -> None:
         state = self.stack.pop()
         if isinstance(self.stack[-1], Placeholder):
             self.stack[-1].state = state
 
+    def add(self, kind: type, items: list[Any]) -> None:
+        target = self.stack[-1]
+        if kind is dict and isinstance(target, dict):
+            target.update(zip(map(plain, items[::2]), items[1::2], strict=True))
+        elif kind is list and isinstance(target, list):
+            target.extend(items)
+        elif kind is set and isinstance(target, set):
+            target.update(map(plain, items))
+        elif not isinstance(target, Placeholder):  # whose items are left out where its class is a list or set
+            raise CheckpointError(f"the pickle adds items to a {type(target).__name__}")
+
     dispatch[pickle.REDUCE[0]] = load_reduce
     dispatch[pickle.NEWOBJ[0]] = load_reduce
-    dispatch[pickle.NEWOBJ_EX[0]] = load_newobj_ex
-    dispatch[pickle.INST[0]] = load_inst
-    dispatch[pickle.OBJ[0]] = load_obj
     dispatch[pickle.BUILD[0]] = load_build
-    for opcode in (pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER):  # type: ignore[attr-defined]
-        del dispatch[opcode[0]]  # no checkpoint has them, and the first reserves what it claims
+    dispatch[pickle.APPEND[0]] = lambda self: self.add(list, [self.stack.pop()])
+    dispatch[pickle.APPENDS[0]] = lambda self: self.add(list, self.pop_mark())
+    dispatch[pickle.SETITEM[0]] = lambda self: self.add(dict, [self.stack.pop(-2), self.stack.pop()])
+    dispatch[pickle.SETITEMS[0]] = lambda self: self.add(dict, self.pop_mark())
+    dispatch[pickle.ADDITEMS[0]] = lambda self: self.add(set, self.pop_mark())
+    # What no checkpoint has: other ways to a call, the extension registry, a buffer as large as the file claims,
+    # numbers of any length, containers built another way.
+    for name in (
+        *("INST", "OBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER"),
+        *("INT", "LONG", "LONG4", "DICT", "FROZENSET"),
+    ):
+        del dispatch[getattr(pickle, name)[0]]
 
 
 def map_numbers(mapped: mmap.mmap, start: int, size: int, storage: Storage, key: str) -> Tensor:
@@ -214,32 +209,40 @@ def map_numbers(mapped: mmap.mmap, start: int, size: int, storage: Storage, key:
         raise CheckpointError(f"storage {key} claims {storage.numel} numbers; the file holds {size} bytes of it")
     if storage.numel == 0:
         return torch.empty(0, dtype=storage.dtype)
-    return torch.frombuffer(mapped, dtype=storage.dtype, count=storage.numel, offset=start)
+    numbers = torch.frombuffer(mapped, dtype=storage.dtype, count=storage.numel, offset=start)
+    if storage.dtype == torch.bool and numbers.view(torch.uint8).max() > 1:  # undefined in C++
+        raise CheckpointError(f"storage {key} is of truth values, but holds other numbers than 0 and 1")
+    return numbers
 
 
 def read_zip(path: Path, mapped: mmap.mmap) -> Any:
-    archive = zipfile.ZipFile(path)
-    entries = {info.filename: info for info in archive.infolist()}
-    pickles = [name for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
+    with zipfile.ZipFile(path) as archive:
+        entries = {info.filename: info for info in archive.infolist()}
+        pickles = [name for name in archive.namelist() if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(pickles) != 1:
-        raise CheckpointError("the zip archive holds no data.pkl: it is not a PyTorch file")
+        raise CheckpointError("the zip archive holds no data.pkl, or several: it is not a PyTorch file")
     root = pickles[0][: -len("data.pkl")]
-    if f"{root}byteorder" in entries and archive.read(f"{root}byteorder") != b"little":
-        raise CheckpointError("the file was written on a big-endian machine; save it again on a little-endian one")
 
     def locate(name: str) -> tuple[int, int]:
         info = entries.get(name)
-        if info is None or info.compress_type != zipfile.ZIP_STORED or info.header_offset + 30 > len(mapped):
+        if info is None or info.compress_type != zipfile.ZIP_STORED:
             raise CheckpointError(f"{name} is missing, or compressed, which PyTorch never does")
+        if info.header_offset not in range(len(mapped) - 30):
+            raise CheckpointError(f"{name} lies outside of the file")
         name_size, extra_size = struct.unpack_from("<HH", mapped, info.header_offset + 26)
         return info.header_offset + 30 + name_size + extra_size, info.file_size
 
-    start, size = locate(pickles[0])
-    unpickler = Unpickler(
-        io.BytesIO(mapped[start : start + size]),
-        lambda storage, key: map_numbers(mapped, *locate(f"{root}data/{key}"), storage, key),
-    )
-    return unpickler.load()
+    def read(name: str) -> bytes:
+        start, size = locate(name)
+        return mapped[start : start + size]
+
+    if f"{root}byteorder" in entries and read(f"{root}byteorder") != b"little":
+        raise CheckpointError("the file was written on a big-endian machine; save it again on a little-endian one")
+
+    def load_storage(storage: Storage, key: str) -> Tensor:
+        return map_numbers(mapped, *locate(f"{root}data/{key}"), storage, key)
+
+    return Unpickler(io.BytesIO(read(pickles[0])), load_storage).load()
 
 
 def read_legacy(mapped: mmap.mmap) -> Any:
@@ -249,18 +252,19 @@ def read_legacy(mapped: mmap.mmap) -> Any:
         unpickler = Unpickler(mapped, load_storage)
         return unpickler.load(), unpickler.storages
 
-    header = [load(lambda storage, key: None)[0] for _ in range(3)]
-    if header[0] != LEGACY_MAGIC:
+    if load(lambda storage, key: None)[0] != LEGACY_MAGIC:
         raise CheckpointError("a pickle, but not one that PyTorch wrote")
+    for _ in range(2):
+        load(lambda storage, key: None)
     start = mapped.tell()
     _, storages = load(lambda storage, key: None)  # once to get past it: the numbers stand behind
     keys = load(lambda storage, key: None)[0]
     places, place = {}, mapped.tell()
     for key in keys if isinstance(keys, list) else []:
-        if str(key) not in storages or place + 8 > len(mapped):
-            raise CheckpointError(f"storage {key} is listed but the file ends or does not use it")
-        size = struct.unpack_from("<q", mapped, place)[0] * storages[str(key)].dtype.itemsize
-        places[str(key)] = (place + 8, size)
+        if type(key) is not str or key not in storages or place + 8 > len(mapped):
+            raise CheckpointError("a storage is listed but the file ends or does not use it")
+        size = struct.unpack_from("<q", mapped, place)[0] * storages[key].dtype.itemsize
+        places[key] = (place + 8, size)
         place += 8 + max(size, 0)
     mapped.seek(start)
     return load(lambda storage, key: map_numbers(mapped, *places.get(key, (0, 0)), storage, key))[0]
@@ -283,6 +287,7 @@ def read_archive(path: str | Path) -> Any:
     with open(path, "rb") as file:
         # Private and writable: torch wants memory that it could write; the file never changes.
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    message = f"not a PyTorch or safetensors file (it begins with {bytes(mapped[:8])!r})"
     try:
         if mapped[:2] == b"PK":
             return read_zip(path, mapped)
@@ -293,12 +298,13 @@ def read_archive(path: str | Path) -> Any:
         if mapped[:1] == b"\x80":
             return read_legacy(mapped)
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        message = str(error)
     except RecursionError:
-        raise CheckpointError(f"{path}: nested deeper than any checkpoint") from None
+        message = "nested deeper than any checkpoint"
     except Exception as error:  # whatever a broken pickle or archive trips over is one thing to its reader
-        raise CheckpointError(f"{path}: truncated or damaged ({type(error).__name__}: {error})") from None
-    raise CheckpointError(f"{path}: not a PyTorch or safetensors file (it begins with {bytes(mapped[:8])!r})")
+        message = f"truncated or damaged ({type(error).__name__}: {error})"
+    # One short line, whatever the file had in its names.
+    raise CheckpointError(f"{path}: {''.join(c if c.isprintable() else '?' for c in message[:300])}")
 
 
 def module_tensors(module: Any) -> dict[str, Tensor]:
@@ -306,17 +312,19 @@ def module_tensors(module: Any) -> dict[str, Tensor]:
 
     Raises CheckpointError for a tree that no network has.
     """
-    nodes = 0
+    seen = 0
 
     def walk(node: Any, prefix: str, depth: int) -> Iterator[tuple[str, Tensor]]:
-        nonlocal nodes
-        nodes += 1
-        if depth > MAX_DEPTH or nodes > MAX_NODES:
-            raise CheckpointError("modules nested deeper or wider than any network")
+        nonlocal seen
         state = node.state if isinstance(node, Placeholder) and isinstance(node.state, dict) else {}
         parts = [part for key in ("_parameters", "_buffers", "_modules") if isinstance(part := state.get(key), dict)]
         for part in parts or [state]:
             for name, value in part.items():
+                seen += 1
+                if not isinstance(name, str):
+                    continue
+                if depth > MAX_DEPTH or seen > MAX_ITEMS or len(prefix) + len(name) > MAX_NAME:
+                    raise CheckpointError("modules nested deeper or wider than any network")
                 if isinstance(value, Tensor):
                     yield f"{prefix}{name}", value
                 elif isinstance(value, Placeholder):

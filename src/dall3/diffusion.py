@@ -10,6 +10,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,11 @@ class Prediction:
 Predict = Callable[[Tensor, int], Prediction]
 Guide = Callable[[Predict, "GaussianDiffusion", int], Predict]  # the last: the lowest step that is guided
 Sampler = Callable[..., Iterator[tuple[Tensor, Tensor]]]
+
+
+def require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
 
 
 def beta_schedule(name: str, steps: int) -> np.ndarray:
@@ -229,19 +235,6 @@ def sample_dpm_solver(
 SAMPLERS: dict[str, Sampler] = {"ddpm": sample_ddpm, "ddim": sample_ddim, "dpm-solver++": sample_dpm_solver}
 
 
-def check_scheduler(scheduler: Any, config: DiffusionConfig, num_inference_steps: int | str) -> None:
-    """Raise ValueError for a scheduler that is not known, or steps that it cannot take."""
-    if not isinstance(scheduler, str):
-        if not hasattr(scheduler, "set_timesteps") or not hasattr(scheduler, "step"):
-            raise ValueError(f"scheduler {scheduler!r} is neither a name nor a diffusers scheduler")
-        if type(num_inference_steps) is not int:
-            raise ValueError(f"a diffusers scheduler takes a number of steps, not {num_inference_steps!r}")
-    elif scheduler not in SAMPLERS:
-        names = ", ".join(f"'{name}'" for name in SAMPLERS)
-        raise ValueError(f"scheduler '{scheduler}' is not known; expected {names} or a diffusers scheduler")
-    space_timesteps(config.diffusion_steps, num_inference_steps)
-
-
 def sample_with_scheduler(
     predict: Predict,
     diffusion: GaussianDiffusion,
@@ -276,64 +269,98 @@ def sample_with_scheduler(
         yield x, prediction.pred_xstart
 
 
+@dataclass(frozen=True)
+class Refinement:
+    """How a picture is refined: what `Dall3Pipeline.upsample` and its call take.
+
+    num_inference_steps: a number, or guided-diffusion's respacing ("10,10,5", "ddim25"). scheduler: "ddim", "ddpm"
+    (ancestral), "dpm-solver++", or a diffusers scheduler. strength: in (0, 1], how far an unconditional UNet noises
+    the picture that it starts from. stop_at: stop after so many steps. clip_guidance_scale: how hard CLIP pulls
+    towards the prompt, looking at `cutn` cut-outs; 0 computes nothing of CLIP. tv_scale, range_scale: penalties for
+    unsmoothness and for colours out of range. guidance_share: in [0, 1], the share of the steps, from the noisiest on,
+    that are guided.
+    """
+
+    num_inference_steps: int | str = 25
+    scheduler: Any = "ddim"
+    strength: float = 0.5
+    stop_at: int | None = None
+    clip_guidance_scale: float = 0.0
+    tv_scale: float = 0.0
+    range_scale: float = 0.0
+    cutn: int = 16
+    guidance_share: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("clip_guidance_scale", "tv_scale", "range_scale"):
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)}; expected a number from 0")
+        for name, count in (("cutn", self.cutn), ("stop_at", self.stop_at or 1)):
+            require(type(count) is int and count > 0, f"{name}={count}; expected a whole number from 1")
+        require(0 <= self.guidance_share <= 1, f"guidance_share={self.guidance_share}; expected a share in [0, 1]")
+        require(0 < self.strength <= 1, f"strength={self.strength}; expected a share of the noise, in (0, 1]")
+        names = ", ".join(f"'{name}'" for name in SAMPLERS)
+        known = (
+            self.scheduler in SAMPLERS if isinstance(self.scheduler, str) else hasattr(self.scheduler, "set_timesteps")
+        )
+        require(known, f"scheduler {self.scheduler!r} is not known; expected {names} or a diffusers scheduler")
+        named = isinstance(self.scheduler, str) or type(self.num_inference_steps) is int
+        require(named, f"a diffusers scheduler takes a number of steps, not {self.num_inference_steps!r}")
+
+    def check(self, config: DiffusionConfig) -> None:
+        """Raise ValueError for steps that a UNet trained so cannot take."""
+        space_timesteps(config.diffusion_steps, self.num_inference_steps)
+
+
 def denoise(
     unet: UNet,
     shape: tuple[int, ...],
     generators: list[torch.Generator],
     conditioning: dict[str, Tensor],
-    *,
-    num_inference_steps: int | str,
-    scheduler: Any = "ddim",
+    settings: Refinement,
     picture: Tensor | None = None,
-    strength: float = 1.0,
     guide: Guide | None = None,
-    guidance_share: float = 1.0,
-    stop_at: int | None = None,
     progress: bool = False,
 ) -> Tensor:
     """The denoising loop: from noise, or from `picture` noised `strength` of the way, to the predicted x_0.
 
     shape: of one picture. generators: one a picture, on the device where the work is done. picture: float (batch, 3,
-    height, width) in [-1, 1]. guide: wraps `predict`; for the first `guidance_share` of the steps. stop_at: steps.
-    Returns float32 (batch, 3, height, width), about [-1, 1].
+    height, width) in [-1, 1]. guide: wraps `predict`. Returns float32 (batch, 3, height, width), about [-1, 1].
     """
-    device = generators[0].device
+    device, scheduler = generators[0].device, settings.scheduler
 
     def noise() -> Tensor:
         return torch.stack([torch.randn(shape, generator=generator, device=device) for generator in generators])
 
-    if isinstance(scheduler, str):
-        diffusion = GaussianDiffusion(unet.config.diffusion, num_inference_steps)
-        total = len(diffusion)
-        first = 0 if picture is None else total - max(round(total * strength), 1)
-        steps = list(range(total - 1 - first, -1, -1))
-        x = noise()
-        if picture is not None:
-            x = diffusion.add_noise(picture, steps_like(x, steps[0]), x)
+    by_name, x = isinstance(scheduler, str), noise()
+    diffusion = GaussianDiffusion(unet.config.diffusion, settings.num_inference_steps if by_name else None)
+    if by_name:
+        steps = list(range(len(diffusion) - 1, -1, -1))
     else:
-        diffusion = GaussianDiffusion(unet.config.diffusion)
         if "trained_betas" in scheduler.config:  # the noise schedule must be the one that the UNet was trained on
             scheduler = type(scheduler).from_config(scheduler.config, trained_betas=diffusion.betas.tolist())
-        scheduler.set_timesteps(num_inference_steps, device=device)
-        total = len(scheduler.timesteps)
-        first = 0 if picture is None else total - max(round(total * strength), 1)
-        steps = [round(step) for step in scheduler.timesteps[first:].tolist()]
-        x = noise() * scheduler.init_noise_sigma
-        if picture is not None:
+        scheduler.set_timesteps(settings.num_inference_steps, device=device)
+        steps = [round(step) for step in scheduler.timesteps.tolist()]
+        x = x * scheduler.init_noise_sigma
+    first = 0
+    if picture is not None:
+        first = len(steps) - max(round(len(steps) * settings.strength), 1)
+        if by_name:
+            x = diffusion.add_noise(picture, steps_like(x, steps[first]), x)
+        else:
             if hasattr(scheduler, "set_begin_index"):
                 scheduler.set_begin_index(first)
             x = scheduler.add_noise(picture, noise(), scheduler.timesteps[first : first + 1])
+    steps = steps[first:]
 
     predict = unet_predict(unet, diffusion, **conditioning)
-    guided_steps = round(len(steps) * guidance_share)
+    guided_steps = round(len(steps) * settings.guidance_share)
     if guide is not None and guided_steps:
         predict = guide(predict, diffusion, steps[guided_steps - 1])
-    if isinstance(scheduler, str):
+    if by_name:
         walk = SAMPLERS[scheduler](predict, diffusion, x, steps, noise)
     else:
         walk = sample_with_scheduler(predict, diffusion, x, steps, scheduler, first, generators)
-    bar = tqdm(walk, total=min(len(steps), stop_at or len(steps)), desc="refining", disable=not progress)
-    for taken, (_, x_start) in enumerate(bar, start=1):  # noqa: B007
-        if taken == stop_at:
-            break
+    total = min(len(steps), settings.stop_at or len(steps))
+    for _, x_start in tqdm(islice(walk, total), total=total, desc="refining", disable=not progress):  # noqa: B007
+        pass
     return x_start

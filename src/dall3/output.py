@@ -79,11 +79,11 @@ class Dall3Output:
         self.grid().save(buffer, format="PNG")
         return buffer.getvalue()
 
-    def save(self, folder: str | Path) -> Path:
+    def save(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Write `0.png`, `0-coarse.png` and `0.npy` (int64, the seed's format) a result, `caption.txt` and
         `settings.json` into a folder, made if need be, and return its path.
 
-        Raises FileExistsError if one of the files is there already, before it writes any.
+        Raises FileExistsError if one of the files is there already, before it writes any, unless `overwrite`.
         """
         folder = Path(folder)
         files: dict[str, Any] = {"caption.txt": self.prompt}
@@ -94,8 +94,8 @@ class Dall3Output:
             if image is not coarse:
                 files[f"{i}-coarse.png"] = coarse
         present = [name for name in files if (folder / name).exists()]
-        if present:
-            raise FileExistsError(f"{folder} already holds {', '.join(present)}; give another folder")
+        if present and not overwrite:
+            raise FileExistsError(f"{folder} already holds {present[0]}; give another folder, or overwrite=True")
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             if isinstance(content, str):

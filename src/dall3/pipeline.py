@@ -10,6 +10,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from tqdm.auto import tqdm
 
 from dall3 import checkpoints
 from dall3.checkpoints import PathLike
-from dall3.diffusion import Guide, check_scheduler, denoise
+from dall3.diffusion import Guide, Refinement, denoise, require
 from dall3.guidance import clip_loss, cut_out, draw_cutouts, guided, with_penalties
 from dall3.models.clip import CLIP
 from dall3.models.discrete_vae import DiscreteVAE, OpenAIDiscreteVAE
@@ -29,10 +30,9 @@ from dall3.models.transformer import DalleTransformer
 from dall3.models.unet import UNet
 from dall3.models.vqgan import VQModel
 from dall3.output import Dall3Output, to_pil, to_tensor
-from dall3.sampling import candidate_uniforms, draw_image_tokens, draw_text_tokens
+from dall3.sampling import Sampling, candidate_uniforms, draw_image_tokens, draw_text_tokens
 from dall3.text import TextEncoder, load_tokenizer
 
-VAE = VQModel | DiscreteVAE | OpenAIDiscreteVAE
 NOISE, CUTOUTS = 2, 3  # streams of random numbers that follow from one seed; the tokens have 1
 
 
@@ -41,25 +41,6 @@ class Ranking(NamedTuple):
 
     indices: Tensor  # int64 (n,)
     scores: Tensor  # float32 (n,), cosine similarities, descending
-
-
-def parse_prompts(text: str) -> list[tuple[str, float]]:
-    """Prompts with weights, as the seed writes them: "a cube:2|a cloud" is [("a cube", 2), ("a cloud", 1)].
-
-    A colon that no number follows belongs to the prompt. Raises ValueError for an empty prompt or weights that sum to 0.
-    """
-    prompts = []
-    for part in text.split("|"):
-        match = re.fullmatch(r"(.*):\s*(-?\d+(?:\.\d+)?)\s*", part, re.DOTALL)
-        prompts.append((match[1].strip(), float(match[2])) if match else (part.strip(), 1.0))
-    if not all(prompt for prompt, _ in prompts):
-        raise ValueError(f"an empty prompt in {text!r}; expected text between the '|'")
-    return prompts
-
-
-def require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ValueError(message)
 
 
 class Dall3Pipeline:
@@ -77,7 +58,7 @@ class Dall3Pipeline:
         *,
         text_encoder: TextEncoder | None = None,
         transformer: DalleTransformer | None = None,
-        vqgan: VAE | None = None,
+        vqgan: VQModel | DiscreteVAE | OpenAIDiscreteVAE | None = None,
         clip: CLIP | None = None,
         upsampler: UNet | None = None,
         super_resolution: UNet | None = None,
@@ -118,18 +99,21 @@ class Dall3Pipeline:
         Raises CheckpointError (a ValueError) for a file that is broken, of another kind or does not fit.
         """
         transformer = None if dalle is None else checkpoints.load_transformer(dalle)
-        config = transformer.config if transformer else None
+        text_encoder = None
+        if transformer is not None:
+            config = transformer.config
+            text_encoder = TextEncoder(load_tokenizer(bpe), config.text_seq_len, config.num_text_tokens)
+        big, bigger = (
+            None if path is None else checkpoints.load_unet(path, flags)
+            for path, flags in ((diffusion, diffusion_config), (super_resolution, super_resolution_config))
+        )
         return cls(
-            text_encoder=TextEncoder(load_tokenizer(bpe), config.text_seq_len, config.num_text_tokens)
-            if config
-            else None,
+            text_encoder=text_encoder,
             transformer=transformer,
             vqgan=checkpoints.load_vae(vqgan, vqgan_config, dalle),
             clip=None if clip is None else checkpoints.load_clip(clip),
-            upsampler=None if diffusion is None else checkpoints.load_unet(diffusion, diffusion_config),
-            super_resolution=(
-                None if super_resolution is None else checkpoints.load_unet(super_resolution, super_resolution_config)
-            ),
+            upsampler=big,
+            super_resolution=bigger,
         )
 
     def to(self, device: str | torch.device, dtype: torch.dtype = torch.float32) -> Dall3Pipeline:
@@ -149,79 +133,60 @@ class Dall3Pipeline:
         num_images: int = 1,
         num_candidates: int | None = None,
         *,
-        temperature: float = 1.0,
-        top_k: float | None = None,
-        top_p: float | None = None,
-        cond_scale: float = 1.0,
-        num_inference_steps: int | str = 25,
-        scheduler: Any = "ddim",
-        clip_guidance_scale: float | None = None,
         guidance_prompt: str | None = None,
-        tv_scale: float = 0.0,
-        range_scale: float = 0.0,
-        cutn: int = 16,
-        guidance_share: float = 1.0,
-        strength: float = 0.5,
         output_size: int | None = None,
         seed: int | None = None,
         generator: torch.Generator | None = None,
         batch_size: int = 32,
         truncate: bool = False,
         progress: bool = True,
+        **settings: Any,
     ) -> Dall3Output:
         """Draw `num_candidates` token grids for a prompt, keep the `num_images` that CLIP likes best, refine them.
 
-        num_candidates: num_images if not given. output_size: with a super_resolution part, pixels a side of the final
-        pictures. clip_guidance_scale: 1000 where there is a CLIP, else 0, if not given. batch_size: candidates, and
-        pictures refined, at a time; the results do not depend on it. The rest as in `generate_tokens` and `upsample`.
+        num_candidates: num_images if not given. guidance_prompt: what CLIP guides to, if not the prompt. output_size:
+        with a super_resolution part, pixels a side of the final pictures. batch_size: candidates, and pictures
+        refined, at a time; the results do not depend on it. truncate: cut a prompt that is too long. settings: those
+        of `Sampling` and `Refinement`; clip_guidance_scale is 1000 where there is a CLIP, if not given.
 
         Raises ValueError for a setting out of range, or one that asks for a part that this pipeline does not have,
-        before any work.
+        and TypeError for an unknown one, before any work.
         """
         num_candidates = num_images if num_candidates is None else num_candidates
-        check_count("num_images", num_images)
-        check_count("num_candidates", num_candidates)
+        check_counts(num_images=num_images, num_candidates=num_candidates, batch_size=batch_size)
         require(num_candidates >= num_images, f"num_candidates={num_candidates} is less than num_images={num_images}")
+        sampling = Sampling(**{k: settings.pop(k) for k in Sampling.__dataclass_fields__ if k in settings})
+        if self.clip is not None and self.upsampler is not None:
+            settings.setdefault("clip_guidance_scale", 1000.0)
+        refinement = Refinement(**settings)
+        self._need("text_encoder", "reading text")(prompt, truncate)
         self._need("vqgan", "making pictures of tokens")
         if num_candidates > num_images:
             self._need("clip", f"choosing {num_images} of {num_candidates} candidates")
+        if self.upsampler is not None or refinement.clip_guidance_scale:
+            self._check_refinement("upsampler", refinement, guidance_prompt or prompt)
         if output_size is not None:
-            self._need("super_resolution", f"output_size={output_size}")
-        if clip_guidance_scale is None:
-            clip_guidance_scale = 1000.0 if self.clip is not None and self.upsampler is not None else 0.0
+            self._check_refinement("super_resolution", refinement, guidance_prompt or prompt)
         seed = choose_seed(seed, generator)
-        sampling: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p, cond_scale=cond_scale)
-        refining: dict[str, Any] = dict(
-            num_inference_steps=num_inference_steps,
-            scheduler=scheduler,
-            clip_guidance_scale=clip_guidance_scale,
-            tv_scale=tv_scale,
-            range_scale=range_scale,
-            cutn=cutn,
-            guidance_share=guidance_share,
-            strength=strength,
-        )
-        refine = dict(prompt=guidance_prompt or prompt, seed=seed, batch_size=batch_size, progress=progress, **refining)
-        if self.upsampler is not None:
-            self._check_upsample("upsampler", **refining, batch_size=batch_size)
-        elif clip_guidance_scale:
-            self._need("upsampler", "clip_guidance_scale")
+        how: dict[str, Any] = dict(seed=seed, batch_size=batch_size, progress=progress)
 
-        tokens = self.generate_tokens(
-            prompt, num_candidates, seed=seed, batch_size=batch_size, truncate=truncate, progress=progress, **sampling
-        )
+        tokens = self.generate_tokens(prompt, num_candidates, truncate=truncate, **how, **asdict(sampling))
         coarse = self.decode_tokens(tokens, batch_size=batch_size)
         candidates, scores = torch.arange(num_candidates), None
         if self.clip is not None:
             candidates, scores = self.rank(coarse, prompt, batch_size=batch_size, progress=progress)
             candidates, scores = candidates[:num_images].cpu(), scores[:num_images].cpu()
         tokens, coarse = tokens[candidates.to(tokens.device)], coarse[candidates.to(coarse.device)]
-        fine = coarse
+        fine, how = coarse, how | vars(refinement) | {"prompt": guidance_prompt or prompt}
         if self.upsampler is not None:
-            fine = self.upsample(tokens=tokens, image=coarse, **refine)
+            fine = self.upsample(tokens, coarse, **how)
         if output_size is not None:
-            fine = self.upsample(image=fine, stage="super_resolution", output_size=output_size, **refine)
+            fine = self.upsample(image=fine, stage="super_resolution", output_size=output_size, **how)
         coarse_images = to_pil(coarse)
+        name = refinement.scheduler if isinstance(refinement.scheduler, str) else type(refinement.scheduler).__name__
+        recipe = dict(
+            seed=seed, num_candidates=num_candidates, guidance_prompt=guidance_prompt, output_size=output_size
+        )
         return Dall3Output(
             prompt=prompt,
             images=coarse_images if fine is coarse else to_pil(fine),
@@ -229,14 +194,7 @@ class Dall3Pipeline:
             tokens=tokens.cpu(),
             clip_scores=scores,
             candidates=candidates,
-            settings=dict(
-                seed=seed,
-                num_candidates=num_candidates,
-                **sampling,
-                **refining | {"scheduler": scheduler if isinstance(scheduler, str) else type(scheduler).__name__},
-                guidance_prompt=guidance_prompt,
-                output_size=output_size,
-            ),
+            settings=recipe | asdict(sampling) | vars(refinement) | {"scheduler": name},
         )
 
     @torch.no_grad()
@@ -245,51 +203,30 @@ class Dall3Pipeline:
         prompt: str,
         num_candidates: int = 1,
         *,
-        temperature: float = 1.0,
-        top_k: float | None = None,
-        top_p: float | None = None,
-        cond_scale: float = 1.0,
         seed: int | None = None,
         generator: torch.Generator | None = None,
         batch_size: int = 32,
         truncate: bool = False,
         progress: bool = True,
+        **settings: Any,
     ) -> Tensor:
         """Draw image tokens for a prompt: int64 (num_candidates, image tokens).
 
-        temperature: above 0. top_k: in [0, 1), the share of the vocabulary that is dropped; top_p: in (0, 1], the
-        probability that is kept; not both. cond_scale: classifier-free guidance, 1 for none. seed: any integer from 0;
-        drawn if neither it nor `generator` is given. truncate: cut a prompt that is too long.
-        Raises ValueError for a setting out of range, a prompt that does not fit, or a missing transformer.
+        seed: any integer from 0; drawn if neither it nor `generator` is given. truncate: cut a prompt that is too
+        long. settings: those of `Sampling`. Raises ValueError for a setting out of range, a prompt that does not fit,
+        or a missing transformer.
         """
-        transformer, text_encoder = (
-            self._need("transformer", "drawing tokens"),
-            self._need("text_encoder", "reading text"),
-        )
-        check_count("num_candidates", num_candidates)
-        check_count("batch_size", batch_size)
-        require(temperature > 0, f"temperature={temperature}; expected a number above 0")
-        require(
-            top_k is None or 0 <= top_k < 1, f"top_k={top_k}; expected a share of the vocabulary to drop, in [0, 1)"
-        )
-        require(top_p is None or 0 < top_p <= 1, f"top_p={top_p}; expected a probability to keep, in (0, 1]")
-        require(top_k is None or top_p is None, "both top_k and top_p are given; choose one")
-        text_ids = text_encoder(prompt, truncate=truncate).to(self.device)
+        sampling = Sampling(**settings)
+        check_counts(num_candidates=num_candidates, batch_size=batch_size)
+        transformer: DalleTransformer = self._need("transformer", "drawing tokens")
+        text_ids = self._need("text_encoder", "reading text")(prompt, truncate=truncate).to(self.device)
         seed, length = choose_seed(seed, generator), transformer.config.image_seq_len
         drawn = []
         with tqdm(total=num_candidates * length, desc=f"drawing {num_candidates}", disable=not progress) as bar:
             for batch in batches(num_candidates, batch_size):
-                tokens = draw_image_tokens(
-                    transformer,
-                    text_ids,
-                    candidate_uniforms(seed, batch, length).to(self.device, non_blocking=True),
-                    top_k=top_k,
-                    top_p=top_p,
-                    temperature=temperature,
-                    cond_scale=cond_scale,
-                    on_token=lambda count=len(batch): bar.update(count),  # type: ignore[misc]
-                )
-                drawn.append(tokens)
+                uniforms = candidate_uniforms(seed, batch, length).to(self.device)
+                count = partial(bar.update, len(batch))
+                drawn.append(draw_image_tokens(transformer, text_ids, uniforms, sampling, count))
         return torch.cat(drawn)
 
     @torch.no_grad()
@@ -298,19 +235,20 @@ class Dall3Pipeline:
 
         Raises ValueError for tokens of another shape or outside the vocabulary, or without a vqgan.
         """
-        vqgan = self._need("vqgan", "making pictures of tokens")
-        tokens = self._check_tokens(tokens)
+        check_counts(batch_size=batch_size)
+        vqgan, tokens = self._need("vqgan", "making pictures of tokens"), self._check_tokens(tokens)
         return torch.cat([vqgan.decode(batch).float() for batch in tokens.split(batch_size)])
 
     @torch.no_grad()
     def rank(self, images: Any, prompt: str, *, batch_size: int = 32, progress: bool = True) -> Ranking:
-        """Sort pictures (PIL's, or float (n, 3, side, side) in [0, 1]) by CLIP's similarity to the prompt, best first.
+        """Sort pictures (PIL's, or float (n, 3, height, width) in [0, 1]) by CLIP's similarity to the prompt, best first.
 
         Raises ValueError for other pictures, or without a clip.
         """
+        check_counts(batch_size=batch_size)
         clip: CLIP = self._need("clip", "ranking")
         pictures = center_crop(to_tensor(images)).split(batch_size)
-        bar = tqdm(pictures, desc="ranking", disable=not progress or len(pictures) == 1)
+        bar = tqdm(pictures, desc="ranking", disable=not progress)
         scores = torch.cat([clip.score(batch.to(self.device), prompt) for batch in bar])
         # Stable, so that equal pictures keep the order in which they were drawn.
         scores, indices = scores.sort(descending=True, stable=True)
@@ -324,113 +262,68 @@ class Dall3Pipeline:
         prompt: str | None = None,
         *,
         image_prompts: Sequence[tuple[Any, float]] = (),
-        num_inference_steps: int | str = 25,
-        scheduler: Any = "ddim",
-        clip_guidance_scale: float = 0.0,
-        tv_scale: float = 0.0,
-        range_scale: float = 0.0,
-        cutn: int = 16,
-        guidance_share: float = 1.0,
-        strength: float = 0.5,
-        stop_at: int | None = None,
         output_size: int | None = None,
         stage: str = "upsampler",
         seed: int | None = None,
         generator: torch.Generator | None = None,
         batch_size: int = 32,
         progress: bool = True,
+        **settings: Any,
     ) -> Tensor:
         """Coarse to fine by diffusion: float32 (n, 3, side, side) in [0, 1].
 
         What it starts from depends on the UNet. On code embeddings: `tokens` (n, side²), or `image`, encoded to them.
-        Unconditional: `image`, noised to a step, `strength` in (0, 1] of the way. Super-resolution: `image`, reduced
-        to a quarter of `output_size`. image: PIL's, or float (n, 3, height, width) in [0, 1]; its middle square.
+        Unconditional: `image`, noised to a step. Super-resolution: `image`, reduced to a quarter of `output_size`.
+        image: PIL's, or float (n, 3, height, width) in [0, 1]; its middle square.
 
-        num_inference_steps: a number, or guided-diffusion's respacing ("10,10,5", "ddim25"). scheduler: "ddim",
-        "ddpm" (ancestral), "dpm-solver++", or a diffusers scheduler. clip_guidance_scale: how hard CLIP pulls towards
-        `prompt` ("a cube:2|a cloud" weighs two) and `image_prompts` (pairs of a picture and a weight), looking at
-        `cutn` cut-outs, for the first `guidance_share` of the steps; 0 computes nothing of CLIP. tv_scale,
-        range_scale: penalties for noise and for colours out of range. stop_at: stop after so many steps.
-        stage: "upsampler" or "super_resolution", the part that does it.
+        prompt: what CLIP guides to; "a cube:2|a cloud" weighs two. image_prompts: pairs of a picture and a weight.
+        output_size: pixels a side; what the UNet was trained on if not given. stage: "upsampler" or
+        "super_resolution", the part that does it. settings: those of `Refinement`.
         Raises ValueError for a setting out of range or a missing part, before any work.
         """
-        unet: UNet = self._need(stage, "refining")
-        self._check_upsample(
-            stage,
-            num_inference_steps=num_inference_steps,
-            scheduler=scheduler,
-            clip_guidance_scale=clip_guidance_scale,
-            tv_scale=tv_scale,
-            range_scale=range_scale,
-            cutn=cutn,
-            guidance_share=guidance_share,
-            strength=strength,
-            batch_size=batch_size,
-            stop_at=stop_at,
-        )
-        if clip_guidance_scale:
-            require(bool(prompt or image_prompts), "clip_guidance_scale needs a prompt or image_prompts to look for")
+        refinement = Refinement(**settings)
+        unet = self._check_refinement(stage, refinement, prompt, image_prompts)
+        check_counts(batch_size=batch_size)
         picture, conditioning, side = self._starting_point(unet, tokens, image, output_size)
-        count = len(next(iter(conditioning.values()), picture))
+        count = len(next(iter(conditioning.values()), picture))  # type: ignore[arg-type]
         seed = choose_seed(seed, generator)
-        if clip_guidance_scale:
-            targets, weights = self._guidance_targets(prompt, image_prompts, cutn, seed)
+        if refinement.clip_guidance_scale:
+            targets, weights = self._guidance_targets(prompt, image_prompts, refinement.cutn, seed)
 
         def guide() -> Guide | None:
-            """Anew for every batch, so that all see the same cut-outs."""
-            if clip_guidance_scale:
-                cutouts = make_generator(self.device, seed, CUTOUTS)
-                pull = clip_loss(self.clip, targets, weights, clip_guidance_scale, cutn, cutouts)
-                return partial(guided, loss=with_penalties(pull, tv_scale, range_scale))
-            if tv_scale or range_scale:
-                return partial(guided, loss=with_penalties(None, tv_scale, range_scale))
-            return None
+            pull = None
+            if refinement.clip_guidance_scale:  # a new generator for every batch: all see the same cut-outs
+                cutouts, clip = make_generator(self.device, seed, CUTOUTS), self._need("clip", "guidance")
+                pull = clip_loss(clip, targets, weights, refinement.clip_guidance_scale, refinement.cutn, cutouts)
+            elif not refinement.tv_scale and not refinement.range_scale:
+                return None
+            return partial(guided, loss=with_penalties(pull, refinement.tv_scale, refinement.range_scale))
 
         fine = []
         for batch in batches(count, batch_size):
-            part = slice(batch.start, batch.stop)
-            fine.append(
-                denoise(
-                    unet,
-                    (3, side, side),
-                    [make_generator(self.device, seed, NOISE, k) for k in batch],
-                    {name: value[part] for name, value in conditioning.items()},
-                    num_inference_steps=num_inference_steps,
-                    scheduler=scheduler,
-                    picture=None if picture is None else picture[part],
-                    strength=strength,
-                    guide=guide(),
-                    guidance_share=guidance_share,
-                    stop_at=stop_at,
-                    progress=progress,
-                )
-            )
+            generators = [make_generator(self.device, seed, NOISE, k) for k in batch]
+            part = {name: value[batch.start : batch.stop] for name, value in conditioning.items()}
+            start = None if picture is None else picture[batch.start : batch.stop]
+            fine.append(denoise(unet, (3, side, side), generators, part, refinement, start, guide(), progress))
         return (torch.cat(fine).clamp(-1, 1) + 1) / 2
 
+    @torch.no_grad()
     def complete_text(
-        self,
-        prompt: str = "",
-        *,
-        top_k: float = 0.5,
-        temperature: float = 1.0,
-        seed: int | None = None,
-        generator: torch.Generator | None = None,
+        self, prompt: str = "", *, seed: int | None = None, generator: torch.Generator | None = None, **settings: Any
     ) -> str:
         """Let the transformer write on from a prompt, which may be empty, and return both.
 
-        top_k: in [0, 1), the share of the vocabulary that is dropped. Raises ValueError as `generate_tokens` does.
+        settings: those of `Sampling`, but cond_scale. Raises ValueError as `generate_tokens` does.
         """
+        sampling = Sampling(**settings)
         transformer: DalleTransformer = self._need("transformer", "writing text")
-        text_encoder: TextEncoder = self._need("text_encoder", "writing text")
-        require(temperature > 0, f"temperature={temperature}; expected a number above 0")
-        require(0 <= top_k < 1, f"top_k={top_k}; expected a share of the vocabulary to drop, in [0, 1)")
-        given = (
-            text_encoder(prompt) if prompt.strip() else torch.zeros(transformer.config.text_seq_len, dtype=torch.int64)
-        )
-        uniforms = candidate_uniforms(choose_seed(seed, generator), range(1), transformer.config.text_seq_len)
-        ids = draw_text_tokens(transformer, given.to(self.device), uniforms.to(self.device), top_k, temperature)
+        encode: TextEncoder = self._need("text_encoder", "writing text")
+        length = transformer.config.text_seq_len
+        given = encode(prompt) if prompt.strip() else torch.zeros(length, dtype=torch.int64)
+        uniforms = candidate_uniforms(choose_seed(seed, generator), range(1), length).to(self.device)
+        ids = draw_text_tokens(transformer, given.to(self.device), uniforms, sampling)
         # The prompt itself stays as it was written: decoding would lose the characters that the tokenizer lacks.
-        return prompt + text_encoder.decode(ids)[len(text_encoder.decode(given)) :]
+        return prompt + encode.decode(ids)[len(encode.decode(given)) :]
 
     def _need(self, part: str, purpose: str) -> Any:
         if getattr(self, part) is None:
@@ -441,95 +334,86 @@ class Dall3Pipeline:
         tokens = torch.as_tensor(tokens)
         tokens = tokens[None] if tokens.ndim == 1 else tokens
         shape, codes = tuple(tokens.shape), self._need("vqgan", "reading tokens").num_tokens
-        square = tokens.ndim == 2 and math.isqrt(shape[1]) ** 2 == shape[1] and tokens.numel() > 0
-        if not square or tokens.is_floating_point() or tokens.dtype == torch.bool:
-            kind = str(tokens.dtype).removeprefix("torch.")
-            raise ValueError(f"tokens are {kind} {shape}; expected int64 (n, side²), such as (n, 256)")
-        low, high = tokens.aminmax()
+        square = len(shape) == 2 and math.isqrt(shape[1]) ** 2 == shape[1] and tokens.numel() > 0
+        kind = str(tokens.dtype).removeprefix("torch.")
+        require(square and "int" in kind, f"tokens are {kind} {shape}; expected int64 (n, side²), such as (n, 256)")
+        low, high = (int(bound) for bound in tokens.aminmax())
         require(low >= 0 and high < codes, f"tokens run from {low} to {high}; this vqgan has codes 0 to {codes - 1}")
         return tokens.to(self.device, torch.int64)
 
-    def _check_upsample(
-        self,
-        stage: str,
-        *,
-        num_inference_steps: int | str,
-        scheduler: Any,
-        clip_guidance_scale: float,
-        tv_scale: float,
-        range_scale: float,
-        cutn: int,
-        guidance_share: float,
-        strength: float,
-        batch_size: int,
-        stop_at: int | None = None,
-    ) -> None:
-        """Raise ValueError for what `upsample` cannot do, before any work."""
+    def _check_refinement(
+        self, stage: str, refinement: Refinement, prompt: str | None, image_prompts: Sequence[tuple[Any, float]] = ()
+    ) -> UNet:
+        require(stage in ("upsampler", "super_resolution"), f"stage '{stage}'; expected upsampler or super_resolution")
         unet: UNet = self._need(stage, "refining")
-        for name, scale in (("clip_guidance", clip_guidance_scale), ("tv", tv_scale), ("range", range_scale)):
-            require(scale >= 0, f"{name}_scale={scale}; expected a number from 0")
-        if clip_guidance_scale:
-            self._need("clip", f"clip_guidance_scale={clip_guidance_scale}")
-        check_count("cutn", cutn)
-        check_count("batch_size", batch_size)
-        if stop_at is not None:
-            check_count("stop_at", stop_at)
-        require(0 <= guidance_share <= 1, f"guidance_share={guidance_share}; expected a share of the steps, in [0, 1]")
-        require(0 < strength <= 1, f"strength={strength}; expected a share of the noise, in (0, 1]")
-        check_scheduler(scheduler, unet.config.diffusion, num_inference_steps)
+        refinement.check(unet.config.diffusion)
+        if refinement.clip_guidance_scale:
+            self._need("clip", f"clip_guidance_scale={refinement.clip_guidance_scale}")
+            require(bool(prompt or image_prompts), "clip_guidance_scale needs a prompt or image_prompts to look for")
+            total = sum(weight for _, weight in (*parse_prompts(prompt or ""), *image_prompts))
+            require(abs(total) > 1e-3, f"the weights of the prompts sum to {total:.3g}; expected anything but 0")
+        return unet
 
     def _starting_point(
         self, unet: UNet, tokens: Tensor | np.ndarray | None, image: Any, output_size: int | None
     ) -> tuple[Tensor | None, dict[str, Tensor], int]:
         """The picture to noise, if any, in [-1, 1]; what the UNet is conditioned on; the side of the result."""
-        config, step = unet.config, unet.config.downsampling
+        config, step, dtype = unet.config, unet.config.downsampling, next(unet.parameters()).dtype
         require(tokens is not None or image is not None, "nothing to refine; give tokens or an image")
-        if config.embedding_dims and tokens is not None:
-            tokens = self._check_tokens(tokens)
-        elif image is None:
-            image = self.decode_tokens(tokens)  # type: ignore[arg-type]
         side = output_size or config.image_size
-        if tokens is None or not config.embedding_dims:
-            require(side > 0 and side % step == 0, f"output_size={side}; expected a multiple of {step}")
+        require(side > 0 and side % step == 0, f"output_size={side}; expected a multiple of {step}")
+        if tokens is not None:
+            tokens = self._check_tokens(tokens)
+        if image is None and not config.embedding_dims:
+            image = self.decode_tokens(tokens)  # type: ignore[arg-type]
+        if image is not None:
             image = center_crop(to_tensor(image)).to(self.device)
-        dtype = next(unet.parameters()).dtype
         if config.super_resolution:
             low_res = F.interpolate(image, side // 4, mode="area") * 2 - 1
             return None, {"low_res": low_res.to(dtype)}, side
-        if config.embedding_dims:
-            vqgan = self._need("vqgan", "conditioning on code embeddings")
-            require(not isinstance(vqgan, OpenAIDiscreteVAE), "OpenAI's dVAE has no code embeddings to condition on")
-            if tokens is None:
-                # The middle block's side is half the codes'.
-                tokens = vqgan.encode(F.interpolate(image, 2 * side // step * vqgan.downsampling, mode="area"))
-            embeddings = vqgan.embed(tokens)
-            wanted = config.embedding_dims[0]
-            require(embeddings.shape[1] == wanted, f"code embeddings have {embeddings.shape[1]} channels, not {wanted}")
-            return None, {"image_embeds": embeddings.to(dtype)}, embeddings.shape[-1] // 2 * step
-        picture = F.interpolate(image, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
-        return picture * 2 - 1, {}, side
+        if not config.embedding_dims:
+            picture = F.interpolate(image, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+            return picture * 2 - 1, {}, side
+        vqgan, wanted = self._need("vqgan", "conditioning on code embeddings"), config.embedding_dims[0]
+        require(not isinstance(vqgan, OpenAIDiscreteVAE), "OpenAI's dVAE has no code embeddings to condition on")
+        if tokens is None:  # the middle block's side is half the codes'
+            tokens = vqgan.encode(F.interpolate(image, 2 * side // step * vqgan.downsampling, mode="area").to(dtype))
+        embeddings = vqgan.embed(tokens)
+        require(embeddings.shape[1] == wanted, f"code embeddings have {embeddings.shape[1]} channels, not {wanted}")
+        return None, {"image_embeds": embeddings.to(dtype)}, embeddings.shape[-1] // 2 * step
 
     def _guidance_targets(
         self, prompt: str | None, image_prompts: Sequence[tuple[Any, float]], cutn: int, seed: int
     ) -> tuple[Tensor, Tensor]:
-        """What CLIP looks for, float32 (targets, width), and how much each counts, (targets,), summing to 1 in size."""
+        """What CLIP looks for, float32 (targets, width), and how much each counts, (targets,), summing to ±1."""
         clip: CLIP = self._need("clip", "guidance")
-        texts = parse_prompts(prompt) if prompt else []
-        targets, weights = [], [weight for _, weight in texts]
-        if texts:
-            targets.append(clip.embed_text([text for text, _ in texts]))
+        texts = parse_prompts(prompt or "")
+        targets = [clip.embed_text([text for text, _ in texts])] if texts else []
+        weights = [weight for _, weight in texts]
         for picture, weight in image_prompts:
             square = center_crop(to_tensor(picture)).to(self.device)
             cutouts = draw_cutouts(square.shape[-1], clip.image_size, cutn, make_generator(self.device, seed, CUTOUTS))
             targets.append(clip.embed_images(cut_out(square, cutouts, clip.image_size)))
             weights += [weight / len(targets[-1])] * len(targets[-1])
-        total = sum(weights)
-        require(abs(total) > 1e-3, f"the weights of the prompts sum to {total:.3g}; expected anything but 0")
-        return torch.cat(targets), torch.tensor(weights, device=self.device) / abs(total)
+        return torch.cat(targets), torch.tensor(weights, device=self.device) / abs(sum(weights))
 
 
-def check_count(name: str, value: int) -> None:
-    require(type(value) is int and value > 0, f"{name}={value}; expected a whole number from 1")
+def parse_prompts(text: str) -> list[tuple[str, float]]:
+    """Prompts with weights, as the seed writes them: "a cube:2|a cloud" is [("a cube", 2), ("a cloud", 1)].
+
+    A colon that no number follows belongs to the prompt. Raises ValueError for an empty prompt among several.
+    """
+    prompts = []
+    for part in text.split("|") if text else []:
+        match = re.fullmatch(r"(.*):\s*(-?\d+(?:\.\d+)?)\s*", part, re.DOTALL)
+        prompts.append((match[1].strip(), float(match[2])) if match else (part.strip(), 1.0))
+    require(all(prompt for prompt, _ in prompts), f"an empty prompt in {text!r}; expected text around every '|'")
+    return prompts
+
+
+def check_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        require(type(value) is int and value > 0, f"{name}={value}; expected a whole number from 1")
 
 
 def batches(count: int, size: int) -> list[range]:
@@ -547,14 +431,19 @@ def center_crop(images: Tensor) -> Tensor:
 def choose_seed(seed: int | None, generator: torch.Generator | None) -> int:
     """The seed as given, drawn from the generator, or from the system. Raises ValueError for a negative one."""
     if seed is not None:
-        require(type(seed) is int and seed >= 0, f"seed={seed}; expected a whole number from 0")
+        require(type(seed) is int and 0 <= seed < 2**63, f"seed={seed}; expected a whole number in [0, 2**63)")
         return seed
     if generator is not None:
         return int(torch.randint(2**62, (), generator=generator, device=generator.device))
     return int.from_bytes(os.urandom(4), "little")
 
 
-def make_generator(device: torch.device, seed: int, *stream: int) -> torch.Generator:
-    """A generator whose numbers follow from the seed and the stream's numbers alone."""
-    state = np.random.SeedSequence((seed, *stream)).generate_state(1, np.uint64)[0]
+def make_generator(device: torch.device, seed: int, stream: int, k: int = 0) -> torch.Generator:
+    """A generator whose numbers follow from the seed, the stream and a picture's number alone.
+
+    The first picture's noise is that of the bare seed: what the seed's sample.py draws on the same kind of device.
+    """
+    if stream == NOISE and k == 0:
+        return torch.Generator(device).manual_seed(seed)
+    state = np.random.SeedSequence((seed, stream, k)).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state >> np.uint64(1)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -51,28 +52,55 @@ def candidate_uniforms(seed: int, candidates: range, count: int) -> Tensor:
     return torch.from_numpy(np.stack(rows))
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen: what `Dall3Pipeline.generate_tokens` and its call take.
+
+    temperature: above 0; divides after filtering, as in 2021. top_k: in [0, 1), the share of the vocabulary that is
+    dropped; top_p: in (0, 1], the probability that is kept; not both. cond_scale: how far to go from the logits
+    without the text to those with it (classifier-free guidance, as DALLE-pytorch 1.6); 1 for the text's own.
+    """
+
+    temperature: float = 1.0
+    top_k: float | None = None
+    top_p: float | None = None
+    cond_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature}; expected a number above 0")
+        if self.top_k is not None and not 0 <= self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k}; expected a share of the vocabulary to drop, in [0, 1)")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}; expected a probability to keep, in (0, 1]")
+        if self.top_k is not None and self.top_p is not None:
+            raise ValueError("both top_k and top_p are given; choose one")
+
+    def choose(self, logits: Tensor, uniforms: Tensor, vocabulary: int) -> Tensor:
+        """Draw one id a row from logits (batch, n) at uniforms (batch,); `vocabulary` as in `filter_top_k`."""
+        if self.top_k is not None:
+            logits = filter_top_k(logits, self.top_k, vocabulary)
+        elif self.top_p is not None:
+            logits = filter_top_p(logits, self.top_p)
+        return choose(logits / self.temperature, uniforms)
+
+
 @torch.no_grad()
 def draw_image_tokens(
     transformer: DalleTransformer,
     text_ids: Tensor,
     uniforms: Tensor,
-    *,
-    top_k: float | None = None,
-    top_p: float | None = None,
-    temperature: float = 1.0,
-    cond_scale: float = 1.0,
-    on_token: Callable[[], object] | None = None,
+    settings: Sampling,
+    on_token: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """Draw image tokens, int64 (batch, grid_size²), for one text.
 
     text_ids: int64 (text_seq_len,), run once for all candidates. uniforms: (batch, grid_size²) in [0, 1), one row a
-    candidate, on the transformer's device. top_k and top_p filter before the temperature divides, as in 2021.
-    cond_scale: how far to go from the logits without the text to those with it (classifier-free guidance, as
-    DALLE-pytorch 1.6); 1 for the text's own. on_token is called after every token.
+    candidate, on the transformer's device. on_token is called after every token.
     """
     config, device = transformer.config, text_ids.device
     batch = uniforms.shape[0]
-    prompts = text_ids[None] if cond_scale == 1 else torch.stack((text_ids, torch.zeros_like(text_ids)))
+    prompts = text_ids[None] if settings.cond_scale == 1 else torch.stack((text_ids, torch.zeros_like(text_ids)))
     caches = transformer.make_caches()
     index = torch.arange(config.seq_len, device=device)
     text = transformer.embed_text(prompts)
@@ -86,38 +114,29 @@ def draw_image_tokens(
             x = transformer.embed_image(tokens[:, i - 1 : i], place).repeat(len(prompts), 1, 1)
             hidden = transformer.run(x, index[end - 1 : end], end, caches)
         logits = transformer.image_logits(hidden)[:, 0].float()
-        if cond_scale != 1:
+        if settings.cond_scale != 1:
             with_text, without_text = logits.chunk(2)
-            logits = without_text + (with_text - without_text) * cond_scale
-        if top_k is not None:
-            logits = filter_top_k(logits, top_k, config.text_vocabulary + config.num_image_tokens)
-        elif top_p is not None:
-            logits = filter_top_p(logits, top_p)
-        tokens[:, i] = choose(logits / temperature, uniforms[:, i])
-        if on_token:
-            on_token()
+            logits = without_text + (with_text - without_text) * settings.cond_scale
+        tokens[:, i] = settings.choose(logits, uniforms[:, i], config.text_vocabulary + config.num_image_tokens)
+        on_token()
     return tokens
 
 
 @torch.no_grad()
-def draw_text_tokens(
-    transformer: DalleTransformer, given: Tensor, uniforms: Tensor, top_k: float, temperature: float
-) -> Tensor:
+def draw_text_tokens(transformer: DalleTransformer, given: Tensor, uniforms: Tensor, settings: Sampling) -> Tensor:
     """Complete a text: int64 (text_seq_len,), 0 for padding, from the ids that `given` (text_seq_len,) begins with.
 
-    uniforms: (1, text_seq_len) in [0, 1). top_k as in `filter_top_k`. Ends at the first padding token.
+    uniforms: (1, text_seq_len) in [0, 1). Ends at the first padding token.
     """
-    config, device = transformer.config, given.device
+    config = transformer.config
     start = int((given != 0).sum())
     ids = F.pad(given, (1, 0))[None]  # <bos> first
-    caches, index = transformer.make_caches(), torch.arange(config.text_length, device=device)
-    x = transformer.embed_words(ids[:, : start + 1])
+    caches, index = transformer.make_caches(), torch.arange(config.text_length, device=given.device)
     for i in range(start, config.text_seq_len):
-        hidden = transformer.run(x, index[i + 1 - x.shape[1] : i + 1], i + 1, caches)
+        new = slice(0 if i == start else i, i + 1)
+        hidden = transformer.run(transformer.embed_words(ids, new), index[new], i + 1, caches)
         logits = transformer.text_logits(hidden[:, -1]).float()
-        logits = filter_top_k(logits, top_k, config.text_vocabulary + config.num_image_tokens)
-        ids[:, i + 1] = choose(logits / temperature, uniforms[:, i])
-        x = transformer.embed_words(ids[:, : i + 2])[:, -1:]
+        ids[:, i + 1] = settings.choose(logits, uniforms[:, i], config.text_vocabulary + config.num_image_tokens)
     text = ids[0, 1:]
     ended = (text >= config.num_text_tokens).cumsum(dim=0) > 0
     return torch.where(ended, 0, text)

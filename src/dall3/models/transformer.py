@@ -251,15 +251,14 @@ class DalleTransformer(nn.Module):
         """Text ids (batch, text_seq_len), 0 for padding, to embeddings (batch, text_seq_len + 1, dim); <bos> first."""
         if text_ids.shape[-1] != self.config.text_seq_len:
             raise ValueError(f"text has {text_ids.shape[-1]} tokens; this transformer takes {self.config.text_seq_len}")
-        return self.embed_words(F.pad(self.pad_text(text_ids), (1, 0)))
+        return self.embed_words(F.pad(self.pad_text(text_ids), (1, 0)), slice(None))
 
-    def embed_words(self, ids: Tensor) -> Tensor:
-        """The ids of the first positions, <bos> = 0 among them, as they are: (batch, n) to (batch, n, dim)."""
+    def embed_words(self, ids: Tensor, part: slice) -> Tensor:
+        """A part of the text's ids (batch, n), <bos> = 0 first, as they are, to embeddings (batch, part, dim)."""
         c = self.config
-        x = F.embedding(
-            ids, self.to_logits.weight[: c.text_vocabulary] if c.share_input_output_emb else self.text_emb.weight
-        )
-        return x if c.rotary_emb else x + self.text_pos_emb.weight[: ids.shape[1]]
+        table = self.to_logits.weight[: c.text_vocabulary] if c.share_input_output_emb else self.text_emb.weight
+        x = F.embedding(ids[:, part], table)
+        return x if c.rotary_emb else x + self.text_pos_emb.weight[part]
 
     def embed_image(self, image_ids: Tensor, places: Tensor) -> Tensor:
         """Image ids (batch, n) at `places` (n,) of the image's grid, 0 first, to embeddings (batch, n, dim)."""

@@ -1,0 +1,270 @@
+"""The `dall3` command: the seed's generate.py, sample.py and super_res.py by their own options, in one process."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from dall3.pipeline import Dall3Pipeline
+
+
+def add_refinement(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--model_config", metavar="JSON", help="guided-diffusion's flags, where the UNet is not one of the seed's sizes"
+    )
+    add("--clip_path", default="ViT-B-16/openai", help="CLIP: a file, or a name of open_clip's (default: %(default)s)")
+    add("--clip_guidance", action="store_true", help="let CLIP pull the picture towards the text")
+    add("--clip_guidance_scale", type=float, default=1000, help="how hard (default: %(default)s)")
+    add("--guidance_share", type=float, default=1.0, help="share of the steps that are guided, from the first on")
+    add("--tv_scale", type=float, default=0, help="smoothness of the result")
+    add("--range_scale", type=float, default=0, help="how strictly colours stay in range")
+    add("--cutn", type=int, default=16, help="cut-outs that CLIP looks at (default: %(default)s)")
+    add("--timestep_respacing", "--num_inference_steps", default="25", help="steps: 25, '10,10,5' or ddim25")
+    add("--scheduler", default="ddim", help="ddim, ddpm (ancestral, the seed's) or dpm-solver++ (default: %(default)s)")
+    add("--strength", type=float, default=0.5, help="how far an unconditional UNet noises its picture, in (0, 1]")
+    add("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    add("--device", help="cuda, cpu, … (default: cuda where there is one)")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="default: %(default)s")
+    add("--overwrite", action="store_true", help="replace files of an earlier run")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dall3", description=__doc__.partition("\n")[0] if __doc__ else None)
+    commands = parser.add_subparsers(required=True)
+
+    generate_parser = commands.add_parser("generate", help="text to pictures")
+    generate_parser.set_defaults(run=generate)
+    add = generate_parser.add_argument
+    add("prompt", nargs="?", help="the text prompt; several separated with |")
+    add("--text", help="the same")
+    add("--dalle_path", required=True, help="DALLE-pytorch's checkpoint")
+    add("--bpe_path", help="its tokenizer, of any kind (default: CLIP's)")
+    add("--hug", action="store_true", help="the tokenizer is Hugging Face's JSON; told by its content anyway")
+    add("--chinese", action="store_true", help="the tokenizer is BERT's; give its vocab.txt as --bpe_path")
+    add("--taming", action="store_true", help="the VAE is a VQGAN of taming-transformers")
+    add("--vqgan_model_path", help="the VQGAN's .ckpt, or a DiscreteVAE's .pt")
+    add("--vqgan_config_path", help="the VQGAN's .yaml")
+    add("--openai_vae", nargs=2, metavar=("ENCODER", "DECODER"), help="OpenAI's encoder.pkl and decoder.pkl")
+    add("--diffusion_path", help="guided-diffusion's checkpoint: go on to the fine picture")
+    add("--num_images", type=int, default=12, help="pictures to keep (default: %(default)s)")
+    add("--num_candidates", type=int, help="pictures to draw, of which CLIP keeps the best (default: num_images)")
+    add("--batch_size", type=int, default=4, help="default: %(default)s")
+    add("--top_k", type=float, help="share of the vocabulary to drop, in [0, 1)")
+    add("--top_p", type=float, help="probability to keep, in (0, 1] (default: 0.9 without --top_k)")
+    add("--temperature", type=float, default=1.0, help="default: %(default)s")
+    add("--cond_scale", type=float, default=1.0, help="classifier-free guidance (default: %(default)s, none)")
+    add("--clip_sort", action="store_true", help="sort by CLIP's similarity, best first")
+    add("--output_npy", action="store_true", help="write the image tokens too")
+    add("--gentxt", action="store_true", help="let the transformer write the prompt to its end first")
+    add("--truncate", action="store_true", help="cut a prompt that is too long")
+    add("--outputs_dir", default="./outputs", help="default: %(default)s")
+    add_refinement(generate_parser)
+
+    upsample_parser = commands.add_parser("upsample", help="tokens or a picture to a finer picture")
+    upsample_parser.set_defaults(run=upsample)
+    add = upsample_parser.add_argument
+    add("--input", required=True, help="a picture, or a .npy of image tokens")
+    add("--model_path", default="./models/model-latest.pt", help="guided-diffusion's checkpoint, of any kind")
+    add("--model_size", type=int, choices=(512, 256, 128, 64), help="what the UNet was trained on; read off it anyway")
+    add("--vae_path", default="./models/vqgan_gumbel_f8/checkpoints/last.ckpt", help="the VQGAN or DiscreteVAE")
+    add("--vqgan_config_path", help="the VQGAN's .yaml")
+    add("--dvae_mode", action="store_true", help="the VAE is a DiscreteVAE; told by its content anyway")
+    add("--text", help="what CLIP guides to; several separated with |, weighted as in 'a cube:2|a cloud'")
+    add("--image_prompts", help="pictures that CLIP guides to, likewise")
+    add("--num_batches", type=int, default=1, help="default: %(default)s")
+    add("--batch_size", type=int, default=1, help="default: %(default)s")
+    add(
+        "--output_size", type=int, help="pixels a side, for picture input (default: 512 for super-resolution, else 256)"
+    )
+    add("--stop_at", type=int, default=1000, help="stop early for an airbrushed look")
+    add("--cpu", action="store_true", help="the same as --device cpu")
+    add("--outputs_dir", default=".", help="default: %(default)s")
+    add_refinement(upsample_parser)
+    return parser
+
+
+def place(pipe: Dall3Pipeline, args: argparse.Namespace) -> Dall3Pipeline:
+    import torch
+
+    device = "cpu" if getattr(args, "cpu", False) else args.device
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return pipe.to(device, getattr(torch, args.dtype))
+
+
+def refinement(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
+    names = ("guidance_share", "tv_scale", "range_scale", "cutn", "scheduler", "strength")
+    steps = int(args.timestep_respacing) if args.timestep_respacing.isdigit() else args.timestep_respacing
+    scale = args.clip_guidance_scale if args.clip_guidance else 0.0
+    found = {name: getattr(args, name) for name in names}
+    return found | {"num_inference_steps": steps, "clip_guidance_scale": scale} | more
+
+
+def save_all(folder: Path, files: dict[str, Callable[[Path], object]], overwrite: bool) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    check_free(folder, files, overwrite)
+    for name, write in files.items():
+        write(folder / name)
+
+
+def check_free(folder: Path, names: Any, overwrite: bool) -> None:
+    present = [name for name in names if (folder / name).exists()]
+    if present and not overwrite:
+        raise FileExistsError(f"{folder} already holds {present[0]}; give another --outputs_dir, or --overwrite")
+
+
+def generate(args: argparse.Namespace) -> None:
+    import numpy as np
+
+    from dall3.diffusion import Refinement
+    from dall3.pipeline import Dall3Pipeline
+    from dall3.sampling import Sampling
+
+    text = args.text or args.prompt
+    if not text or not all(part.strip() for part in text.split("|")) and not args.gentxt:
+        raise ValueError("an empty prompt; give text, also around every '|'")
+    top_p = 0.9 if args.top_k is None and args.top_p is None else args.top_p
+    how = dict(temperature=args.temperature, top_k=args.top_k, top_p=top_p, cond_scale=args.cond_scale)
+    refine = refinement(args) if args.diffusion_path else {}
+    Sampling(**how), Refinement(**refine)  # out of range is said before anything is loaded
+    texts = [part.lower() for part in text.split("|")]
+    folders = [Path(args.outputs_dir) / part.replace(" ", "_")[:100] for part in texts]
+    for folder in folders:
+        check_free(folder, ["0.npy", "0.jpg", "0-fine.png"], args.overwrite)
+    if args.chinese and not args.bpe_path:
+        raise ValueError("--chinese needs the vocab.txt of bert-base-chinese as --bpe_path")
+    if args.taming and not args.vqgan_model_path:
+        raise ValueError("--taming needs --vqgan_model_path")
+    candidates = args.num_candidates or args.num_images
+    ranks = args.clip_sort or args.clip_guidance or candidates > args.num_images
+    pipe = Dall3Pipeline.from_checkpoints(
+        dalle=args.dalle_path,
+        bpe=args.bpe_path,
+        vqgan=tuple(args.openai_vae) if args.openai_vae else args.vqgan_model_path,
+        vqgan_config=args.vqgan_config_path,
+        diffusion=args.diffusion_path,
+        diffusion_config=args.model_config,
+        clip=args.clip_path if ranks else None,
+    )
+    if pipe.vqgan is None:
+        raise ValueError(f"{args.dalle_path} holds no VAE; give --taming and --vqgan_model_path, or --openai_vae")
+    place(pipe, args)
+    for part in texts:  # a prompt that does not fit is said before the first is drawn
+        if pipe.text_encoder is not None and part.strip():
+            pipe.text_encoder(part, truncate=args.truncate)
+    for part, folder in zip(texts, folders, strict=True):
+        if args.gentxt:
+            part = pipe.complete_text(part, seed=args.seed, temperature=args.temperature, top_k=args.top_k or 0.5)
+            folder = Path(args.outputs_dir) / part.replace(" ", "_").replace("/", "_")[:100]
+        out = pipe(
+            part,
+            args.num_images,
+            candidates,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            truncate=args.truncate or args.gentxt,
+            **how,
+            **refine,
+        )
+        files: dict[str, Callable[[Path], object]] = {}
+        if not args.clip_sort:
+            files["caption.txt"] = lambda path, part=part: path.write_text(part)  # type: ignore[misc]
+        for i, (coarse, fine, tokens) in enumerate(zip(out.coarse_images, out.images, out.tokens.numpy(), strict=True)):
+            scored = args.clip_sort and out.clip_scores is not None
+            files[f"{i}-{out.clip_scores[i].item()}.png" if scored else f"{i}.jpg"] = coarse.save  # type: ignore[index]
+            if args.diffusion_path:
+                files[f"{i}-fine.png"] = fine.save
+            if args.output_npy:
+                files[f"{i}.npy"] = lambda path, tokens=tokens: np.save(path, tokens)  # type: ignore[misc]
+        save_all(folder, files, args.overwrite)
+        print(f'created {len(out)} images at "{folder}"')
+
+
+def upsample(args: argparse.Namespace) -> None:
+    from dall3.output import to_pil
+    from dall3.pipeline import Dall3Pipeline, check_counts, parse_prompts
+
+    settings = refinement(args, stop_at=args.stop_at + 2)  # sample.py takes two more before it looks
+    check_counts(num_batches=args.num_batches, batch_size=args.batch_size)
+    count = args.num_batches * args.batch_size
+    names = [f"progress_{i:05}.png" for i in range(count)]
+    check_free(Path(args.outputs_dir), names, args.overwrite)
+    tokens = image = None
+    if str(args.input).endswith("npy"):
+        tokens = read_tokens(args.input).expand(count, -1)
+    else:
+        image = [open_image(args.input)] * count
+    image_prompts = [(open_image(path), weight) for path, weight in parse_prompts(args.image_prompts or "")]
+    pipe = Dall3Pipeline.from_checkpoints(
+        diffusion=args.model_path,
+        diffusion_config=args.model_config or ({"image_size": args.model_size} if args.model_size else None),
+        clip=args.clip_path if args.clip_guidance else None,
+    )
+    assert pipe.upsampler is not None
+    if pipe.upsampler.config.embedding_dims or tokens is not None:
+        from dall3.checkpoints import load_vae
+
+        pipe.vqgan = load_vae(args.vae_path, args.vqgan_config_path)
+    place(pipe, args)
+    side = args.output_size or (512 if pipe.upsampler.config.super_resolution else pipe.upsampler.config.image_size)
+    fine = pipe.upsample(
+        tokens,
+        image,
+        args.text,
+        image_prompts=image_prompts,
+        output_size=side,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        **settings,
+    )
+    files = {name: picture.save for name, picture in zip(names, to_pil(fine), strict=True)}
+    save_all(Path(args.outputs_dir), files, args.overwrite)  # type: ignore[arg-type]
+    print(f'created {count} images at "{args.outputs_dir}"')
+
+
+def read_tokens(path: str) -> Any:
+    """The tokens in a .npy, int64 (1, n). Raises ValueError for another file."""
+    import numpy as np
+    import torch
+
+    try:
+        tokens = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path}: not a .npy of image tokens ({error})") from None
+    if tokens.dtype.kind not in "iu" or tokens.size == 0:
+        raise ValueError(f"{path}: holds {tokens.dtype} {tokens.shape}; expected int64 (256,)")
+    return torch.from_numpy(tokens.astype(np.int64)).reshape(1, -1)
+
+
+def open_image(path: str) -> Image:
+    """A picture from a file or an address. Raises ValueError for a file that is none."""
+    import urllib.request
+
+    from PIL import Image, UnidentifiedImageError
+
+    source: Any = path
+    if path.startswith(("http://", "https://")):
+        with urllib.request.urlopen(path, timeout=60) as response:
+            source = io.BytesIO(response.read())
+    try:
+        return Image.open(source).convert("RGB")
+    except UnidentifiedImageError:
+        raise ValueError(f"{path}: not a picture that Pillow can read, nor a .npy of tokens") from None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command. Returns 0, or 2 after one line that says what was wrong."""
+    args = make_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"dall3: error: {error}", file=sys.stderr)
+        return 2
+    return 0

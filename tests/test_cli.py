@@ -1,0 +1,162 @@
+"""`dall3 generate` and `dall3 upsample`: the seed's command lines, its places and names, and one clear line on errors."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dall3.cli import main
+
+PROMPT = "a girl with thick glasses. a girl wearing glasses"
+FOLDER = "a_girl_with_thick_glasses._a_girl_wearing_glasses"
+
+
+def generate_options(seedset):
+    vqgan = seedset / "vqgan_gumbel_f8"
+    return [
+        *("generate", "--dalle_path", str(seedset / "dalle-latest.pt"), "--bpe_path", str(seedset / "bpe.model")),
+        *("--taming", "--vqgan_model_path", str(vqgan / "last.ckpt"), "--vqgan_config_path", str(vqgan / "model.yaml")),
+        *("--clip_path", str(seedset / "ViT-B-16.pt"), "--device", "cpu"),
+    ]
+
+
+def upsample_options(seedset):
+    return [
+        *("upsample", "--model_path", str(seedset / "model-latest.pt"), "--vae_path"),
+        *(str(seedset / "vqgan_gumbel_f8/last.ckpt"), "--model_config", str(seedset / "model-latest.json")),
+        *("--clip_path", str(seedset / "ViT-B-16.pt"), "--timestep_respacing", "ddim4"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def outputs(seedset, tmp_path_factory):
+    """What the command line of the seed's README writes."""
+    folder = tmp_path_factory.mktemp("outputs")
+    options = ["--top_p", "0.85", "--temperature", "1.0", "--clip_sort", "--output_npy", "--num_images", "4"]
+    assert main([*generate_options(seedset), *options, "--outputs_dir", str(folder), "--text", PROMPT]) == 0
+    return folder
+
+
+def test_the_seeds_command_line_gives_four_ranked_pictures_and_their_tokens(outputs):
+    names = sorted(path.name for path in (outputs / FOLDER).iterdir())
+    pictures = [name for name in names if name.endswith(".png")]
+    assert len(pictures) == 4 and len(names) == 8
+    scores = [float(re.fullmatch(rf"{i}-(-?[\d.]+)\.png", name)[1]) for i, name in enumerate(pictures)]
+    assert scores == sorted(scores, reverse=True)
+    assert Image.open(outputs / FOLDER / pictures[0]).size == (128, 128)
+    for i in range(4):
+        tokens = np.load(outputs / FOLDER / f"{i}.npy")
+        assert tokens.shape == (256,) and tokens.dtype == np.int64
+
+
+def test_several_prompts_captions_and_the_fine_picture_in_one_go(seedset, tmp_path):
+    options = ["--num_images", "2", "--top_k", "0.9", "--outputs_dir", str(tmp_path), "A Cube|a cloud"]
+    fine = ["--diffusion_path", str(seedset / "model-latest.pt"), "--model_config", str(seedset / "model-latest.json")]
+    assert main([*generate_options(seedset), *options, *fine, "--timestep_respacing", "2"]) == 0
+    for name, caption in (("a_cube", "a cube"), ("a_cloud", "a cloud")):
+        assert (tmp_path / name / "caption.txt").read_text() == caption
+        assert Image.open(tmp_path / name / "1.jpg").size == (128, 128)
+        assert Image.open(tmp_path / name / "1-fine.png").size == (64, 64)
+
+
+def test_gentxt_writes_the_prompt_to_its_end(seedset, tmp_path):
+    options = ["--num_images", "1", "--gentxt", "--seed", "1", "--outputs_dir", str(tmp_path), "a cube"]
+    assert main([*generate_options(seedset), *options]) == 0
+    (folder,) = tmp_path.iterdir()
+    assert (folder / "caption.txt").read_text().startswith("a cube")
+
+
+def test_upsample_takes_tokens_or_a_picture(seedset, outputs, tmp_path):
+    tokens = str(outputs / FOLDER / "0.npy")
+    both = ["--outputs_dir", str(tmp_path / "tokens"), "--num_batches", "2", "--text", "a cube:2|a cloud"]
+    assert main([*upsample_options(seedset), "--input", tokens, *both, "--clip_guidance"]) == 0
+    pictures = [Image.open(tmp_path / "tokens" / f"progress_0000{i}.png") for i in range(2)]
+    assert pictures[0].size == (64, 64) and pictures[0].tobytes() != pictures[1].tobytes()
+    picture = str(next((outputs / FOLDER).glob("0-*.png")))
+    assert main([*upsample_options(seedset), "--input", picture, "--outputs_dir", str(tmp_path / "picture")]) == 0
+    assert Image.open(tmp_path / "picture/progress_00000.png").size == (64, 64)
+
+
+def test_nothing_is_overwritten_unless_asked(seedset, outputs, tmp_path, capsys):
+    command = [*upsample_options(seedset), "--input", str(outputs / FOLDER / "0.npy"), "--outputs_dir", str(tmp_path)]
+    (tmp_path / "progress_00000.png").write_bytes(b"mine")
+    assert main(command) == 2
+    assert "already holds progress_00000.png" in capsys.readouterr().err
+    assert (tmp_path / "progress_00000.png").read_bytes() == b"mine"
+    assert main([*command, "--overwrite"]) == 0
+    assert Image.open(tmp_path / "progress_00000.png").size == (64, 64)
+    again = [*generate_options(seedset), "--num_images", "1", "--output_npy", "--outputs_dir", str(outputs), PROMPT]
+    assert main(again) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([""], "an empty prompt"),
+        (["a cube||a cloud"], "an empty prompt"),
+        (["a cube " * 30], "fit: shorten the prompt or pass truncate=True"),
+        (["a cube", "--top_p", "1.5"], "top_p=1.5; expected"),
+        (["a cube", "--temperature", "-1"], "temperature=-1.0; expected"),
+        (["a cube", "--num_images", "0"], "num_images=0; expected"),
+        (["a cube", "--dalle_path", "{seedset}"], "is a folder; expected a checkpoint file"),
+        (["a cube", "--dalle_path", "{seedset}/nothing.pt"], "does not exist"),
+        (["a cube", "--dalle_path", "{seedset}/model-latest.pt"], "looks like a UNet of guided-diffusion; expected a DALL·E"),
+        (["a cube", "--vqgan_model_path", "{seedset}/dalle-latest.pt"], "expected a VQGAN"),
+        (["a cube", "--bpe_path", "{seedset}/model-latest.pt"], "not a tokenizer"),
+        (["a cube", "--clip_sort", "--clip_path", "{seedset}/bpe.model"], "bpe.model"),
+        (["a cube", "--clip_sort", "--clip_path", "ViT-Z/nobody"], "'ViT-Z/nobody' is neither a file nor a model"),
+        (["a cube", "--chinese", "--bpe_path", ""], "vocab.txt"),
+    ],
+)
+def test_bad_input_to_generate_is_one_line_before_any_work(seedset, tmp_path, capsys, options, words):
+    options = [option.replace("{seedset}", str(seedset)) for option in options]
+    assert main([*generate_options(seedset), "--outputs_dir", str(tmp_path / "out"), *options]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1 and error.startswith("dall3: error: ")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("tokens.npy", np.arange(255), "expected int64 (n, side²)"),
+        ("tokens.npy", np.full(256, 9999), "tokens run from 9999 to 9999; this vqgan has codes 0 to 255"),
+        ("tokens.npy", np.zeros(256), "holds float64 (256,); expected int64 (256,)"),
+        ("tokens.npy", b"\x93NUMPY\x01\x00", "not a .npy of image tokens"),
+        ("picture.png", b"\x89PNG\r\n\x1a\n broken", "not a picture"),
+        ("picture.png", None, "No such file"),
+    ],
+)
+def test_bad_input_to_upsample_is_one_line(seedset, tmp_path, capsys, name, content, words):
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    elif content is not None:
+        np.save(tmp_path / name, content)
+    command = [*upsample_options(seedset), "--input", str(tmp_path / name), "--outputs_dir", str(tmp_path / "out")]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_truncated_checkpoint_is_one_line(seedset, tmp_path, capsys):
+    whole = (seedset / "model-latest.pt").read_bytes()
+    (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
+    torch.save([1, 2], tmp_path / "list.pt")
+    np.save(tmp_path / "0.npy", np.zeros(256, dtype=np.int64))
+    for name, words in (("half.pt", "truncated or damaged"), ("list.pt", "holds list")):
+        command = [*upsample_options(seedset), "--input", str(tmp_path / "0.npy"), "--model_path", str(tmp_path / name)]
+        assert main([*command, "--outputs_dir", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert words in error and name in error and error.count("\n") == 1
+
+
+def test_the_command_is_installed_and_importing_the_package_imports_nothing_heavy():
+    code = "import sys, dall3; print(sorted({'torch', 'numpy', 'PIL', 'open_clip', 'diffusers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    code = "import sys, dall3.pipeline; print(sorted({'open_clip', 'diffusers', 'tokenizers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -1,0 +1,376 @@
+"""The one call, on small checkpoints in the seed's formats: what it returns, repeats and refuses."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from originals import Golden, save_seedset
+from PIL import Image
+
+from dall3 import Dall3Output, Dall3Pipeline
+from dall3.models.unet import UNet, UNetConfig
+from dall3.pipeline import parse_prompts
+
+PROMPT = "a cube made of cloud"
+
+
+def load(folder, **changes) -> Dall3Pipeline:
+    files = dict(
+        dalle=folder / "dalle-latest.pt",
+        bpe=folder / "bpe.model",
+        vqgan=folder / "vqgan_gumbel_f8/last.ckpt",
+        vqgan_config=folder / "vqgan_gumbel_f8/model.yaml",
+        diffusion=folder / "model-latest.pt",
+        diffusion_config=folder / "model-latest.json",
+        clip=folder / "ViT-B-16.pt",
+    )
+    return Dall3Pipeline.from_checkpoints(**files | changes)
+
+
+@pytest.fixture(scope="module")
+def pipe(seedset):
+    return load(seedset)
+
+
+@pytest.fixture(scope="module")
+def out(pipe) -> Dall3Output:
+    return pipe(PROMPT, num_images=2, num_candidates=5, top_p=0.85, num_inference_steps=4, seed=3, progress=False)
+
+
+def make_unet(**changes) -> UNet:
+    torch.manual_seed(0)
+    settings = dict(
+        model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(1,), image_size=32, num_heads=2
+    )
+    return UNet(UNetConfig(**settings | changes)).eval().requires_grad_(False)
+
+
+def test_one_call_gives_ranked_pictures_and_what_made_them(pipe, out):
+    assert [image.size for image in out.images] == [(64, 64)] * 2
+    assert [image.size for image in out.coarse_images] == [(128, 128)] * 2
+    assert out.tokens.shape == (2, 256) and out.tokens.dtype == torch.int64
+    assert out.clip_scores[0] >= out.clip_scores[1]
+    assert out.settings["seed"] == 3 and out.settings["top_p"] == 0.85 and out.settings["clip_guidance_scale"] == 1000
+
+    candidates = pipe.generate_tokens(PROMPT, 5, top_p=0.85, seed=3, progress=False)
+    ranking = pipe.rank(pipe.decode_tokens(candidates), PROMPT, progress=False)
+    assert torch.equal(candidates[ranking.indices[:2]], out.tokens)
+    assert torch.allclose(ranking.scores[:2], out.clip_scores)
+    fine = pipe.upsample(
+        out.tokens, prompt=PROMPT, clip_guidance_scale=1000, num_inference_steps=4, seed=3, progress=False
+    )
+    assert np.abs(np.array(out.images[1], float) / 255 - fine[1].permute(1, 2, 0).numpy()).max() < 1 / 255
+
+
+def test_picture_k_does_not_depend_on_the_batch(pipe):
+    whole = pipe.generate_tokens(PROMPT, 5, top_p=0.9, seed=1, progress=False)
+    assert torch.equal(pipe.generate_tokens(PROMPT, 5, top_p=0.9, seed=1, batch_size=2, progress=False), whole)
+    assert torch.equal(pipe.generate_tokens(PROMPT, 3, top_p=0.9, seed=1, progress=False), whole[:3])
+    assert not torch.equal(pipe.generate_tokens(PROMPT, 5, top_p=0.9, seed=2, progress=False), whole)
+    settings = dict(prompt=PROMPT, clip_guidance_scale=500, scheduler="ddpm", num_inference_steps=3, seed=1)
+    fine = pipe.upsample(whole[:3], **settings, progress=False)
+    one_by_one = pipe.upsample(whole[:3], **settings, batch_size=1, progress=False)
+    assert (fine - one_by_one).abs().max() < 1e-3
+    assert (fine[0] - fine[1]).abs().max() > 0.1
+
+
+def test_a_generator_stands_for_a_seed(pipe):
+    draws = [
+        pipe.generate_tokens(PROMPT, 2, generator=torch.Generator().manual_seed(n), progress=False) for n in (7, 7, 8)
+    ]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+def test_the_first_picture_starts_from_the_noise_of_sample_py(pipe, out):
+    """torch.manual_seed(seed), then one randn for the start and one a step, as guided-diffusion draws them."""
+    from dall3.diffusion import GaussianDiffusion, sample_ddpm, unet_predict
+
+    generator = torch.Generator().manual_seed(5)
+    diffusion = GaussianDiffusion(pipe.upsampler.config.diffusion, "6")
+    predict = unet_predict(pipe.upsampler, diffusion, image_embeds=pipe.vqgan.embed(out.tokens[:1]))
+    draw = lambda: torch.randn(1, 3, 64, 64, generator=generator)  # noqa: E731
+    with torch.no_grad():
+        *_, (_, expected) = sample_ddpm(predict, diffusion, draw(), list(range(5, -1, -1)), draw)
+    fine = pipe.upsample(out.tokens[:1], scheduler="ddpm", num_inference_steps="6", seed=5, progress=False)
+    assert torch.allclose(fine, (expected.clamp(-1, 1) + 1) / 2, atol=1e-4)
+
+
+def test_guidance_runs_the_unet_once_a_step_and_clip_only_when_asked(pipe, out, monkeypatch):
+    calls = {"unet": 0, "clip": 0}
+    monkeypatch.setattr(pipe.upsampler, "forward", count_calls(calls, "unet", pipe.upsampler.forward))
+    monkeypatch.setattr(pipe.clip, "embed_images", count_calls(calls, "clip", pipe.clip.embed_images))
+    settings = dict(num_inference_steps=6, seed=0, progress=False)
+    plain = pipe.upsample(out.tokens[:1], **settings)
+    assert calls == {"unet": 6, "clip": 0}
+    all_guided = pipe.upsample(out.tokens[:1], prompt=PROMPT, clip_guidance_scale=2000, **settings)
+    assert calls == {"unet": 12, "clip": 6}
+    pipe.upsample(out.tokens[:1], prompt=PROMPT, clip_guidance_scale=2000, guidance_share=0.5, **settings)
+    assert calls == {"unet": 18, "clip": 9}
+    assert (plain - all_guided).abs().max() > 1e-3
+
+
+def count_calls(calls, name, function):
+    def counted(*args, **kwargs):
+        calls[name] += 1
+        return function(*args, **kwargs)
+
+    return counted
+
+
+def test_guidance_pulls_a_picture_towards_the_prompt(pipe, out):
+    """CLIP's spherical distance to the text falls, more so the harder it pulls; a negative weight pushes away."""
+    pipe = Dall3Pipeline(upsampler=make_unet(), clip=pipe.clip)
+    start = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    def similarity(prompt, scale):
+        settings = dict(num_inference_steps=10, strength=1.0, seed=0, progress=False, scheduler="ddpm")
+        fine = pipe.upsample(image=start, prompt=prompt, clip_guidance_scale=scale, **settings)
+        return float(pipe.clip.score(fine, "a cloud"))
+
+    unguided, guided = similarity(None, 0), similarity("a cloud", 3000)
+    assert guided > unguided
+    assert similarity("a cloud:-1", 3000) < unguided
+
+
+def test_prompts_with_weights_and_pictures_guide_together(pipe):
+    picture = Image.effect_noise((50, 70), 80)
+    targets, weights = pipe._guidance_targets("a cube:2|a cloud", [(picture, 1.0)], 4, 0)
+    assert targets.shape == (6, 32)
+    assert torch.allclose(weights, torch.tensor([2, 1, 0.25, 0.25, 0.25, 0.25]) / 4)
+
+
+def test_parse_prompts_reads_what_the_seed_writes():
+    assert parse_prompts("a cube:2|a cloud") == [("a cube", 2.0), ("a cloud", 1.0)]
+    assert parse_prompts("note: a cube") == [("note: a cube", 1.0)]
+    assert parse_prompts("a cube:-0.5") == [("a cube", -0.5)]
+    with pytest.raises(ValueError, match="empty prompt"):
+        parse_prompts("a cube||a cloud")
+
+
+def test_super_resolution_takes_the_fine_picture_to_the_size_asked_for(pipe):
+    bigger = make_unet(super_resolution=True, image_size=64)
+    pipe = Dall3Pipeline(**{name: getattr(pipe, name) for name in ("text_encoder", "transformer", "vqgan", "upsampler")})
+    pipe.super_resolution = bigger
+    out = pipe(PROMPT, output_size=96, num_inference_steps=2, seed=0, progress=False)
+    assert out.images[0].size == (96, 96) and out.coarse_images[0].size == (128, 128)
+    with pytest.raises(ValueError, match="output_size=97; expected a multiple of 2"):
+        pipe.upsample(image=out.images, stage="super_resolution", output_size=97, progress=False)
+
+
+def test_super_resolution_sees_the_picture_reduced_to_a_quarter_by_area(monkeypatch):
+    unet, seen = make_unet(super_resolution=True, image_size=64), []
+    monkeypatch.setattr(unet, "forward", lambda x, t, low_res: seen.append(low_res) or torch.zeros(x.shape[0], 6, *x.shape[2:]))
+    ramp = torch.linspace(0, 1, 128).expand(1, 3, 128, 128)
+    Dall3Pipeline(upsampler=unet).upsample(image=ramp, output_size=64, num_inference_steps=1, progress=False)
+    assert torch.allclose(seen[0], ramp.view(1, 3, 16, 8, 16, 8).mean(dim=(3, 5)) * 2 - 1, atol=1e-6)
+
+
+def test_an_unconditional_unet_starts_from_the_picture_noised_by_strength():
+    pipe = Dall3Pipeline(upsampler=make_unet())
+    for parameter in pipe.upsampler.out.parameters():
+        parameter.zero_()  # predicts no noise: what comes out is what went in, divided by its share of x_t
+    picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    def distance(strength):
+        settings = dict(num_inference_steps=50, strength=strength, seed=0, progress=False)
+        return float((pipe.upsample(image=picture, **settings) - picture).abs().mean())
+
+    assert distance(0.02) < 0.02 < distance(0.2) < distance(0.9)
+
+
+def test_a_picture_can_stand_in_for_tokens(pipe, out):
+    """The middle square of a picture, reduced by area to the VQGAN's size and encoded."""
+    tokens = pipe.vqgan.encode(torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0)))
+    coarse = pipe.decode_tokens(tokens)
+    wide = torch.cat((torch.zeros(1, 3, 128, 20), coarse, torch.ones(1, 3, 128, 20)), dim=3)
+    settings = dict(num_inference_steps=2, seed=0, progress=False)
+    expected = pipe.upsample(pipe.vqgan.encode(coarse), **settings)
+    assert torch.equal(pipe.upsample(image=wide, **settings), expected)
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "dpm-solver++"])
+def test_every_scheduler_ends_in_a_picture_and_stops_early_when_asked(pipe, out, scheduler):
+    settings = dict(scheduler=scheduler, num_inference_steps=5, seed=0, progress=False)
+    fine = pipe.upsample(out.tokens[:1], **settings)
+    early = pipe.upsample(out.tokens[:1], stop_at=2, **settings)
+    assert fine.shape == (1, 3, 64, 64) and fine.min() >= 0 and fine.max() <= 1
+    assert (fine - early).abs().max() > 1e-2
+
+
+def test_missing_parts_are_left_out_and_named_when_asked_for(seedset, pipe):
+    coarse_only = load(seedset, diffusion=None, clip=None)
+    out = coarse_only(PROMPT, seed=0, progress=False)
+    assert out.images == out.coarse_images and out.clip_scores is None
+    for call, part in (
+        (lambda: coarse_only(PROMPT, num_images=1, num_candidates=2), "no clip.*choosing 1 of 2 candidates"),
+        (lambda: coarse_only.rank(out.images, PROMPT), "no clip"),
+        (lambda: coarse_only.upsample(out.tokens), "no upsampler"),
+        (lambda: coarse_only(PROMPT, clip_guidance_scale=100), "no upsampler"),
+        (lambda: coarse_only(PROMPT, output_size=256), "no super_resolution"),
+        (lambda: load(seedset, clip=None)(PROMPT, clip_guidance_scale=100), "no clip"),
+        (lambda: Dall3Pipeline().generate_tokens(PROMPT), "no transformer"),
+        (lambda: Dall3Pipeline(upsampler=pipe.upsampler).upsample(out.tokens), "no vqgan"),
+    ):
+        with pytest.raises(ValueError, match=f"this pipeline has {part}"):
+            call()
+
+
+def test_parts_that_do_not_fit_each_other_are_refused(pipe, seedset, tmp_path):
+    wide = make_unet(embedding_dims=(48, 32))
+    with pytest.raises(ValueError, match="code embeddings of 48, the vqgan's have 32"):
+        Dall3Pipeline(vqgan=pipe.vqgan, upsampler=wide)
+    torch.save({"hparams": Golden("discrete_vae").about, "weights": Golden("discrete_vae").weights()}, tmp_path / "vae.pt")
+    with pytest.raises(ValueError, match="draws 256 codes, the vqgan has 96"):
+        load(seedset, vqgan=tmp_path / "vae.pt", vqgan_config=None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (dict(top_p=0), r"top_p=0; expected .* in \(0, 1\]"),
+        (dict(top_p=1.2), r"top_p=1.2"),
+        (dict(top_k=1.0), r"top_k=1.0; expected .* in \[0, 1\)"),
+        (dict(top_k=0.5, top_p=0.5), "both top_k and top_p"),
+        (dict(temperature=0), "temperature=0; expected a number above 0"),
+        (dict(temperature=float("nan")), "temperature=nan"),
+        (dict(num_images=-1), "num_images=-1; expected a whole number from 1"),
+        (dict(num_images=2.5), "num_images=2.5"),
+        (dict(num_images=4, num_candidates=2), "num_candidates=2 is less than num_images=4"),
+        (dict(batch_size=0), "batch_size=0"),
+        (dict(num_inference_steps=0), "cannot take 0 of 1000 steps"),
+        (dict(num_inference_steps=1001), "cannot take 1001 of 1000 steps"),
+        (dict(num_inference_steps="many"), "steps 'many' not understood"),
+        (dict(scheduler="euler"), "scheduler 'euler' is not known; expected 'ddpm', 'ddim', 'dpm-solver"),
+        (dict(clip_guidance_scale=-1), "clip_guidance_scale=-1; expected a number from 0"),
+        (dict(guidance_share=2), "guidance_share=2"),
+        (dict(strength=0), "strength=0"),
+        (dict(cutn=0), "cutn=0"),
+        (dict(stop_at=-3), "stop_at=-3"),
+        (dict(seed=-1), "seed=-1; expected a whole number"),
+        (dict(guidance_prompt="a:1|b:-1"), "weights of the prompts sum to 0"),
+        (dict(prompt=""), "empty"),
+        (dict(prompt="   "), "empty"),
+        (dict(prompt="a cube " * 40), r"\d+ tokens, 24 fit.*truncate=True"),
+    ],
+)
+def test_bad_settings_are_refused_before_any_work(pipe, monkeypatch, settings, words):
+    for part in (pipe.transformer, pipe.vqgan, pipe.upsampler):
+        monkeypatch.setattr(part, "forward", lambda *args, **kwargs: pytest.fail("work began"))
+    monkeypatch.setattr(pipe.transformer, "run", lambda *args, **kwargs: pytest.fail("work began"))
+    with pytest.raises(ValueError, match=words):
+        pipe(**{"prompt": PROMPT, "progress": False} | settings)
+
+
+def test_an_unknown_setting_is_a_type_error(pipe):
+    with pytest.raises(TypeError, match="guidance_scale"):
+        pipe(PROMPT, guidance_scale=7.5)
+
+
+def test_truncate_cuts_a_prompt_that_is_too_long(pipe):
+    tokens = pipe.generate_tokens("a cube " * 40, truncate=True, seed=0, progress=False)
+    assert torch.equal(tokens, pipe.generate_tokens("a cube " * 50, truncate=True, seed=0, progress=False))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        (torch.full((1, 256), 256), "tokens run from 256 to 256; this vqgan has codes 0 to 255"),
+        (torch.full((1, 256), -1), "tokens run from -1"),
+        (torch.zeros(1, 250, dtype=torch.int64), r"int64 \(1, 250\); expected int64 \(n, side²\)"),
+        (torch.zeros(1, 256), r"tokens are float32 \(1, 256\)"),
+        (np.zeros((2, 16, 16), dtype=np.int64), r"\(2, 16, 16\)"),
+        (torch.zeros(0, 256, dtype=torch.int64), r"\(0, 256\)"),
+    ],
+)
+def test_tokens_of_another_shape_or_vocabulary_are_refused(pipe, tokens, words):
+    for use in (pipe.decode_tokens, pipe.upsample):
+        with pytest.raises(ValueError, match=words):
+            use(tokens)
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (torch.zeros(3, 64, 64), r"float32 \(3, 64, 64\); expected float \(n, 3, height, width\)"),
+        (torch.zeros(1, 4, 64, 64), r"\(1, 4, 64, 64\)"),
+        (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "uint8"),
+        (torch.full((1, 3, 64, 64), 2.0), r"run from 2 to 2; expected values in \[0, 1\]"),
+        ([Image.new("RGB", (8, 8)), Image.new("RGB", (9, 9))], "several sizes"),
+        ("picture.png", "expected PIL pictures or a tensor, not str"),
+    ],
+)
+def test_pictures_of_another_shape_are_refused(pipe, image, words):
+    for use in (lambda: pipe.rank(image, PROMPT), lambda: pipe.upsample(image=image)):
+        with pytest.raises(ValueError, match=words):
+            use()
+
+
+def test_output_is_saved_as_the_seed_reads_it_and_never_over_another(out, tmp_path):
+    folder = out.save(tmp_path / "cube")
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        ["0-coarse.png", "0.npy", "0.png", "1-coarse.png", "1.npy", "1.png", "caption.txt", "settings.json"]
+    )
+    tokens = np.load(folder / "1.npy")
+    assert tokens.dtype == np.int64 and tokens.shape == (256,) and (tokens == out.tokens[1].numpy()).all()
+    assert np.array_equal(np.array(Image.open(folder / "0.png")), np.array(out.images[0]))
+    assert json.loads((folder / "settings.json").read_text())["seed"] == 3
+    (folder / "0.png").write_bytes(b"mine")
+    with pytest.raises(FileExistsError, match="already holds"):
+        out.save(folder)
+    assert (folder / "0.png").read_bytes() == b"mine"
+
+
+def test_output_shows_itself_as_a_grid_before_and_after(out):
+    assert out.grid().size == (64 * 2 + 4, 64 * 2 + 4)
+    assert out._repr_png_().startswith(b"\x89PNG")
+    after = np.array(out.grid().crop((0, 68, 64, 132)))
+    assert np.array_equal(after, np.array(out.images[0]))
+
+
+def test_complete_text_goes_on_from_the_prompt(pipe):
+    texts = [pipe.complete_text("a cube.", seed=seed) for seed in (0, 1, 2, 3)]
+    assert all(text.startswith("a cube.") for text in texts)
+    assert len(set(texts)) > 2 and max(map(len, texts)) > len("a cube.")
+    assert texts[3] == pipe.complete_text("a cube.", seed=3)
+    assert any(pipe.complete_text("", seed=seed) for seed in (0, 1, 2, 3))
+
+
+def test_half_precision_draws_and_refines(seedset):
+    pipe = load(seedset).to("cpu", torch.bfloat16)
+    out = pipe(PROMPT, num_candidates=2, num_inference_steps=2, seed=0, progress=False)
+    assert out.tokens.shape == (1, 256) and np.isfinite(np.array(out.images[0])).all()
+
+
+def test_library_prints_nothing_and_leaves_global_state_alone(pipe, capfd):
+    torch.manual_seed(11)
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    pipe(PROMPT, num_inference_steps=2, seed=0, progress=False)
+    assert torch.equal(torch.get_rng_state(), before) and torch.get_num_threads() == threads
+    assert torch.is_grad_enabled()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_openai_vae_and_a_vae_inside_the_checkpoint(tmp_path):
+    from originals import GOLDEN, save_dalle
+
+    pipe = Dall3Pipeline.from_checkpoints(
+        vqgan=(GOLDEN / "openai_dvae/zip/encoder.pkl", GOLDEN / "openai_dvae/zip/decoder.pkl")
+    )
+    assert pipe.decode_tokens(torch.zeros(1, 64, dtype=torch.int64)).shape == (1, 3, 64, 64)
+    vae, dalle = Golden("discrete_vae"), Golden("dalle_default")
+    weights = dalle.weights() | {f"vae.{name}": tensor for name, tensor in vae.weights().items()}
+    vocabulary = 344 + vae.about["num_tokens"]
+    weights |= {
+        "to_logits.1.weight": weights["to_logits.1.weight"][:vocabulary].clone(),
+        "to_logits.1.bias": weights["to_logits.1.bias"][:vocabulary].clone(),
+        "image_emb.weight": weights["image_emb.weight"][: vae.about["num_tokens"]].clone(),
+    }
+    save_dalle(tmp_path / "dalle.pt", dalle, weights=weights, vae_params=vae.about)
+    pipe = Dall3Pipeline.from_checkpoints(dalle=tmp_path / "dalle.pt", bpe=GOLDEN / "tokenizer/bpe.model")
+    assert pipe(PROMPT, top_p=0.9, seed=0, progress=False).images[0].size == (128, 128)
+
+
+def test_the_files_are_the_seeds_own_formats(tmp_path):
+    names = {str(path.relative_to(tmp_path)) for path in save_seedset(tmp_path).rglob("*") if path.is_file()}
+    assert names >= {"bpe.model", "dalle-latest.pt", "vqgan_gumbel_f8/last.ckpt", "model-latest.pt", "ViT-B-16.pt"}

@@ -1,0 +1,169 @@
+"""Choosing tokens: the originals' filters, honest draws, and a loop that draws what full forwards would."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import GOLDEN, Golden, close, save_dalle
+from dall3.checkpoints import load_transformer
+from dall3.sampling import (
+    Sampling,
+    candidate_uniforms,
+    choose,
+    draw_image_tokens,
+    draw_text_tokens,
+    filter_top_k,
+    filter_top_p,
+)
+
+INF = float("inf")
+BELOW_ONE = 1 - 2**-24  # the largest float32 below 1
+GREEDY = Sampling(top_k=0.99999)
+
+
+@pytest.fixture(scope="module")
+def transformer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("dalle") / "dalle.pt"
+    return load_transformer(save_dalle(path, Golden("dalle_pytorch_1_6")))
+
+
+@pytest.fixture(scope="module")
+def text():
+    return Golden("dalle_default").expected["text"][0]
+
+
+def image_logits(transformer, text, tokens):
+    """Logits of the image token that follows `tokens` (n,), by a full forward."""
+    return transformer(text[None], tokens[None])[:, -1, transformer.config.text_vocabulary :]
+
+
+@pytest.mark.parametrize("name", ["top_k_0.5", "top_k_0.9", "top_p_0.5", "top_p_0.85"])
+def test_filters_are_the_originals(name):
+    stored = load_file(GOLDEN / "filters.safetensors")
+    kind, threshold = name.rsplit("_", 1)
+    filtered = {"top_k": filter_top_k, "top_p": filter_top_p}[kind](stored["logits"], float(threshold))
+    assert torch.equal(filtered, stored[name])
+
+
+def test_top_k_counts_the_whole_vocabulary():
+    logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
+    kept = filter_top_k(logits, 0.75, vocabulary=80).isfinite()
+    assert kept.sum(dim=1).tolist() == [20, 20]
+    assert torch.equal(filter_top_k(logits, 0.75, vocabulary=8000), logits)  # more than there are: all
+
+
+def test_draws_have_the_right_frequencies():
+    probabilities = torch.tensor([0.3, 0.0, 0.02, 0.08, 0.25, 0.1, 0.0, 0.25])
+    uniforms = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+    drawn = choose(probabilities.log().expand(20_000, -1), uniforms)
+    counts, possible = drawn.bincount(minlength=8), probabilities > 0
+    assert (counts[~possible] == 0).all()
+    wanted = 20_000 * probabilities[possible]
+    assert ((counts[possible] - wanted) ** 2 / wanted).sum() < 20.5  # chi-square of 5 degrees, p = 0.001
+
+
+def test_the_impossible_is_never_drawn():
+    logits = torch.tensor([[-INF, -INF, 0.3, -INF, 2.0, -INF]])
+    assert choose(logits, torch.tensor([0.0])).item() == 2
+    assert choose(logits, torch.tensor([BELOW_ONE])).item() == 4
+    # Sums of many probabilities round to less or more than 1; what underflows is as impossible as -inf.
+    logits = torch.randn(64, 8192, generator=torch.Generator().manual_seed(0))
+    logits[:, :100], logits[:, -100:] = -1000, -INF
+    for uniform in (0.0, BELOW_ONE):
+        drawn = choose(logits, torch.full((64,), uniform))
+        assert (logits.softmax(dim=-1)[torch.arange(64), drawn] > 0).all()
+
+
+def test_a_candidates_numbers_follow_from_the_seed_and_its_place():
+    uniforms = candidate_uniforms(7, range(8), 256)
+    assert torch.equal(candidate_uniforms(7, range(3, 6), 256), uniforms[3:6])
+    assert not torch.isclose(candidate_uniforms(8, range(8), 256), uniforms).all(dim=1).any()
+    assert len(uniforms.unique(dim=0)) == 8
+    assert uniforms.min() >= 0 and uniforms.max() < 1
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"temperature": 0}, "temperature=0"),
+        ({"top_k": 1.0}, "top_k=1.0"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"top_k": 0.9, "top_p": 0.9}, "both top_k and top_p"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        Sampling(**settings)
+
+
+def test_temperature_divides_after_filtering():
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
+    uniforms = torch.rand(4000, generator=torch.Generator().manual_seed(0))
+    drawn = Sampling(temperature=2.0, top_p=0.5).choose(logits.expand(4000, -1), uniforms, 4)
+    assert (drawn == 3).all()  # 0.64 of the probability; at temperature 2 it would be 0.46, and 2 be kept too
+    drawn = Sampling(temperature=2.0, top_k=0.5).choose(logits.expand(4000, -1), uniforms, 4)
+    assert (drawn == 3).float().mean() == pytest.approx(torch.tensor(0.5).sigmoid().item(), abs=0.03)
+
+
+def test_cond_scale_goes_past_the_text(transformer, text):
+    uniforms = torch.full((1, 256), 0.5)
+    tokens = draw_image_tokens(transformer, text, uniforms, Sampling(top_k=0.99999, cond_scale=3.0))[0]
+    plain = draw_image_tokens(transformer, text, uniforms, GREEDY)[0]
+    for i in (0, 1, 40):
+        with_text, without = (image_logits(transformer, ids, tokens[:i]) for ids in (text, torch.zeros_like(text)))
+        assert tokens[i] == (without + 3 * (with_text - without)).argmax()
+    assert not torch.equal(tokens, plain)
+
+
+def test_sampled_tokens_are_those_of_full_forwards(transformer, text):
+    settings, uniforms = Sampling(temperature=0.8, top_p=0.9), candidate_uniforms(0, range(1), 256)
+    tokens = draw_image_tokens(transformer, text, uniforms, settings)[0]
+    for i in (0, 1, 17, 100, 255):
+        logits = image_logits(transformer, text, tokens[:i])
+        assert tokens[i] == settings.choose(logits, uniforms[:, i], transformer.to_logits.out_features)
+
+
+@pytest.mark.parametrize("cond_scale", [1.0, 2.0])
+def test_draws_do_not_depend_on_the_batch(transformer, text, cond_scale):
+    uniforms = candidate_uniforms(0, range(3), 256)
+    settings = Sampling(top_k=0.9, cond_scale=cond_scale)
+    together = draw_image_tokens(transformer, text, uniforms, settings)
+    alone = [draw_image_tokens(transformer, text, row[None], settings) for row in uniforms]
+    assert torch.equal(together, torch.cat(alone))
+    assert len(together.unique(dim=0)) == 3
+
+
+@pytest.mark.parametrize("cond_scale, prompts", [(1.0, 1), (2.0, 2)])
+def test_the_text_is_run_once_and_every_token_once(transformer, text, monkeypatch, cond_scale, prompts):
+    run, fed, heard = transformer.run, [], []
+
+    def spy(x, *arguments):
+        fed.append(tuple(x.shape[:2]))
+        return run(x, *arguments)
+
+    monkeypatch.setattr(transformer, "run", spy)
+    uniforms = candidate_uniforms(0, range(4), 256)
+    settings = Sampling(cond_scale=cond_scale)
+    draw_image_tokens(transformer, text, uniforms, settings, on_token=lambda: heard.append(1))
+    assert fed == [(prompts, 25)] + [(prompts * 4, 1)] * 255
+    assert len(heard) == 256
+
+
+def test_a_text_is_completed_up_to_its_first_padding(transformer):
+    words, given = transformer.config.num_text_tokens, torch.zeros(24, dtype=torch.int64)
+    given[:3] = torch.tensor([5, 77, 300])
+    uniforms = torch.full((1, 24), 0.3)  # an id of about 0.3 of the vocabulary: a word
+    uniforms[0, 10] = BELOW_ONE  # the last id of the text's vocabulary: padding
+    text = draw_text_tokens(transformer, given, uniforms, Sampling())
+    assert torch.equal(text[:3], given[:3])
+    assert ((text[3:10] > 0) & (text[3:10] < words)).all() and (text[10:] == 0).all()
+    logits = transformer(text[None])[0, :, : transformer.config.text_vocabulary]
+    assert torch.equal(text[3:10], choose(logits[3:10], uniforms[0, 3:10]))
+
+
+def test_a_text_without_padding_fills_its_place(transformer):
+    given = torch.zeros(24, dtype=torch.int64)
+    text = draw_text_tokens(transformer, given, torch.full((1, 24), 0.3), Sampling())
+    assert (text > 0).all()
+    full = draw_text_tokens(transformer, text, torch.full((1, 24), 0.9), Sampling())
+    assert close(full, text, 0)  # nothing left to draw
