@@ -104,7 +104,10 @@ def test_nothing_is_overwritten_unless_asked(seedset, outputs, tmp_path, capsys)
         (["a cube", "--num_images", "0"], "num_images=0; expected"),
         (["a cube", "--dalle_path", "{seedset}"], "is a folder; expected a checkpoint file"),
         (["a cube", "--dalle_path", "{seedset}/nothing.pt"], "does not exist"),
-        (["a cube", "--dalle_path", "{seedset}/model-latest.pt"], "looks like a UNet of guided-diffusion; expected a DALL·E"),
+        (
+            ["a cube", "--dalle_path", "{seedset}/model-latest.pt"],
+            "looks like a UNet of guided-diffusion; expected a DALL·E",
+        ),
         (["a cube", "--vqgan_model_path", "{seedset}/dalle-latest.pt"], "expected a VQGAN"),
         (["a cube", "--bpe_path", "{seedset}/model-latest.pt"], "not a tokenizer"),
         (["a cube", "--clip_sort", "--clip_path", "{seedset}/bpe.model"], "bpe.model"),

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from conftest import GOLDEN, Golden, close, save_dalle
 from dall3.archive import CheckpointError
 from dall3.checkpoints import load_discrete_vae, load_transformer, load_vae
+from originals import GOLDEN, Golden, close, save_dalle
 
 
 @pytest.fixture(scope="module")

@@ -88,7 +88,7 @@ def test_the_first_picture_starts_from_the_noise_of_sample_py(pipe, out):
 
     generator = torch.Generator().manual_seed(5)
     diffusion = GaussianDiffusion(pipe.upsampler.config.diffusion, "6")
-    predict = unet_predict(pipe.upsampler, diffusion, image_embeds=pipe.vqgan.embed(out.tokens[:1]))
+    predict = unet_predict(pipe.upsampler, diffusion, {"image_embeds": pipe.vqgan.embed(out.tokens[:1])})
     draw = lambda: torch.randn(1, 3, 64, 64, generator=generator)  # noqa: E731
     with torch.no_grad():
         *_, (_, expected) = sample_ddpm(predict, diffusion, draw(), list(range(5, -1, -1)), draw)
@@ -150,7 +150,9 @@ def test_parse_prompts_reads_what_the_seed_writes():
 
 def test_super_resolution_takes_the_fine_picture_to_the_size_asked_for(pipe):
     bigger = make_unet(super_resolution=True, image_size=64)
-    pipe = Dall3Pipeline(**{name: getattr(pipe, name) for name in ("text_encoder", "transformer", "vqgan", "upsampler")})
+    pipe = Dall3Pipeline(
+        **{name: getattr(pipe, name) for name in ("text_encoder", "transformer", "vqgan", "upsampler")}
+    )
     pipe.super_resolution = bigger
     out = pipe(PROMPT, output_size=96, num_inference_steps=2, seed=0, progress=False)
     assert out.images[0].size == (96, 96) and out.coarse_images[0].size == (128, 128)
@@ -160,7 +162,9 @@ def test_super_resolution_takes_the_fine_picture_to_the_size_asked_for(pipe):
 
 def test_super_resolution_sees_the_picture_reduced_to_a_quarter_by_area(monkeypatch):
     unet, seen = make_unet(super_resolution=True, image_size=64), []
-    monkeypatch.setattr(unet, "forward", lambda x, t, low_res: seen.append(low_res) or torch.zeros(x.shape[0], 6, *x.shape[2:]))
+    monkeypatch.setattr(
+        unet, "forward", lambda x, t, low_res: seen.append(low_res) or torch.zeros(x.shape[0], 6, *x.shape[2:])
+    )
     ramp = torch.linspace(0, 1, 128).expand(1, 3, 128, 128)
     Dall3Pipeline(upsampler=unet).upsample(image=ramp, output_size=64, num_inference_steps=1, progress=False)
     assert torch.allclose(seen[0], ramp.view(1, 3, 16, 8, 16, 8).mean(dim=(3, 5)) * 2 - 1, atol=1e-6)
@@ -220,7 +224,9 @@ def test_parts_that_do_not_fit_each_other_are_refused(pipe, seedset, tmp_path):
     wide = make_unet(embedding_dims=(48, 32))
     with pytest.raises(ValueError, match="code embeddings of 48, the vqgan's have 32"):
         Dall3Pipeline(vqgan=pipe.vqgan, upsampler=wide)
-    torch.save({"hparams": Golden("discrete_vae").about, "weights": Golden("discrete_vae").weights()}, tmp_path / "vae.pt")
+    torch.save(
+        {"hparams": Golden("discrete_vae").about, "weights": Golden("discrete_vae").weights()}, tmp_path / "vae.pt"
+    )
     with pytest.raises(ValueError, match="draws 256 codes, the vqgan has 96"):
         load(seedset, vqgan=tmp_path / "vae.pt", vqgan_config=None)
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import GOLDEN, Golden, close, save_dalle
 from dall3.checkpoints import load_transformer
 from dall3.sampling import (
     Sampling,
@@ -15,6 +14,7 @@ from dall3.sampling import (
     filter_top_k,
     filter_top_p,
 )
+from originals import GOLDEN, Golden, close, save_dalle
 
 INF = float("inf")
 BELOW_ONE = 1 - 2**-24  # the largest float32 below 1

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from conftest import Golden, close, save_dalle
 from dall3.checkpoints import load_transformer
 from dall3.models.transformer import DalleTransformer, TransformerConfig, rotary_table
 from dall3.sampling import Sampling, draw_image_tokens
+from originals import Golden, close, save_dalle
 
 CASES = [
     "dalle_default",

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from conftest import Golden, close
 from dall3.archive import CheckpointError
 from dall3.checkpoints import load_unet
 from dall3.models.unet import DiffusionConfig, UNet, UNetConfig
+from originals import Golden, close
 
 CONDITIONING = {
     "unet_embedding": {"image_embeds": "image_embeds"},
@@ -59,7 +59,8 @@ def test_the_config_may_be_a_file(files, unets, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, missing", [("unet_embedding", "image_embeds"), ("unet_super_resolution", "low_res"), ("unet_class_conv", "labels")]
+    "name, missing",
+    [("unet_embedding", "image_embeds"), ("unet_super_resolution", "low_res"), ("unet_class_conv", "labels")],
 )
 def test_missing_conditioning_is_named(unets, name, missing):
     with pytest.raises(ValueError, match=f"this UNet needs {missing}"):

@@ -4,10 +4,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import GOLDEN, Golden, close, save_vqgan
 from dall3.archive import CheckpointError
 from dall3.checkpoints import load_vqgan
 from dall3.models.vqgan import GumbelVQ
+from originals import GOLDEN, Golden, close, save_vqgan
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +48,10 @@ def test_gumbel_vq_picture_of_1024_codes(models, ids, crop):
     assert close(picture[:, :, 96:160, 96:160], expected[crop], 1e-4)
 
 
-@pytest.mark.parametrize("name", ["vqgan", "gumbel_vq"])
-def test_embeddings(models, name):
-    expected = Golden(name).expected
-    assert close(models[name].embed(expected["indices"]), expected["quantised"], 1e-5)
+def test_embeddings(models):
+    # gumbel_vq's `quantised` is of another random draw than its `indices`.
+    expected = Golden("vqgan").expected
+    assert close(models["vqgan"].embed(expected["indices"]), expected["quantised"], 1e-5)
 
 
 @pytest.mark.parametrize("name", ["vqgan", "gumbel_vq"])

@@ -108,6 +108,8 @@ def plain(key: Any) -> Any:
 
 def build_set(items: Any) -> set[Any]:
     """A set that uses its list up: a pickle could else copy the same list again with every call."""
+    if not isinstance(items, list):
+        raise CheckpointError(f"a set is made of a {type(items).__name__}")
     made = {plain(item) for item in items}
     items.clear()
     return made
@@ -316,15 +318,13 @@ def module_tensors(module: Any) -> dict[str, Tensor]:
 
     def walk(node: Any, prefix: str, depth: int) -> Iterator[tuple[str, Tensor]]:
         nonlocal seen
-        state = node.state if isinstance(node, Placeholder) and isinstance(node.state, dict) else {}
+        state: dict[Any, Any] = node.state if isinstance(node, Placeholder) and isinstance(node.state, dict) else {}
         parts = [part for key in ("_parameters", "_buffers", "_modules") if isinstance(part := state.get(key), dict)]
         for part in parts or [state]:
             for name, value in part.items():
                 seen += 1
-                if not isinstance(name, str):
-                    continue
-                if depth > MAX_DEPTH or seen > MAX_ITEMS or len(prefix) + len(name) > MAX_NAME:
-                    raise CheckpointError("modules nested deeper or wider than any network")
+                if depth > MAX_DEPTH or seen > MAX_ITEMS or not isinstance(name, str) or len(prefix + name) > MAX_NAME:
+                    raise CheckpointError("modules nested deeper or wider than any network, or without names")
                 if isinstance(value, Tensor):
                     yield f"{prefix}{name}", value
                 elif isinstance(value, Placeholder):

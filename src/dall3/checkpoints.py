@@ -5,6 +5,7 @@ tell comes from the hyper-parameters beside them.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -107,30 +108,20 @@ def as_tuple(value: Any) -> tuple[Any, ...] | None:
     return None if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
-TRANSFORMER_LAYER = re.compile(r"transformer\.layers\.(?:layers|blocks)\.(\d+)\.(0|1|f\.net|g\.net)\.(.+)")
-TRANSFORMER_NAMES = {  # inside a layer, after any number of wrappers
-    "scale": "scale",
-    "norm.weight": "norm.weight",
-    "norm.bias": "norm.bias",
-    "norm_out.weight": "norm_out.weight",
-    "norm_out.bias": "norm_out.bias",
-    "to_qkv.weight": "function.to_qkv.weight",
-    "to_out.0.weight": "function.to_out.weight",
-    "to_out.0.bias": "function.to_out.bias",
-    "net.0.weight": "function.proj_in.weight",
-    "net.0.bias": "function.proj_in.bias",
-    "net.3.weight": "function.proj_out.weight",
-    "net.3.bias": "function.proj_out.bias",
-    "proj_in.0.weight": "function.proj_in.weight",
-    "proj_in.0.bias": "function.proj_in.bias",
-    "sgu.norm.weight": "function.norm.weight",
-    "sgu.norm.bias": "function.norm.bias",
-    "sgu.weight": "function.weight",
-    "sgu.bias": "function.bias",
-    "proj_out.weight": "function.proj_out.weight",
-    "proj_out.bias": "function.proj_out.bias",
-    "attn_fn.master_layout": "layout",
-}
+TRANSFORMER_NAMES = [  # patterns in DALLE-pytorch's names, in this order, and what they become
+    (r"^to_logits\.0\.", "norm_out."),
+    (r"^to_logits\.1\.", "to_logits."),
+    (r"^image_pos_emb\.weights[._]0$", "row_pos_emb.weight"),
+    (r"^image_pos_emb\.weights[._]1$", "column_pos_emb.weight"),
+    (r"^transformer\.layers\.(?:layers|blocks)\.(\d+)\.(?:0|f\.net)\.", r"layers.\1.0."),
+    (r"^transformer\.layers\.(?:layers|blocks)\.(\d+)\.(?:1|g\.net)\.", r"layers.\1.1."),
+    (r"\b(?:fn\.)+(?=norm)", ""),
+    (r"\b(?:fn\.)+", "function."),
+    (r"\.net\.0\.", ".proj_in."),
+    (r"\.net\.3\.", ".proj_out."),
+    (r"\.(proj_in|to_out)\.0\.", r".\1."),
+    (r"\.sgu\.", "."),
+]
 
 
 def load_transformer(path: PathLike, release: str | None = None) -> DalleTransformer:
@@ -145,92 +136,43 @@ def load_transformer(path: PathLike, release: str | None = None) -> DalleTransfo
     if not isinstance(hparams, dict):
         raise CheckpointError(f"{path}: has no 'hparams' beside its weights; heads and text length cannot be known")
     state: State = {}
-    wrappers = {"net.0.weight": 0, "to_qkv.weight": 0}
-    angles = layout = None
     for name, tensor in tensors.items():
-        if name.startswith("vae."):
-            continue
-        if name == "transformer.pos_emb":
-            angles = tensor
-        elif match := TRANSFORMER_LAYER.fullmatch(name):
-            layer, part, rest = match[1], int(match[2] in ("1", "g.net")), match[3]
-            inner = re.sub(r"^(fn\.)+", "", rest)
-            if inner in wrappers:
-                wrappers[inner] = rest.count("fn.")
-            new = TRANSFORMER_NAMES.get(inner, inner)
-            if new == "layout":  # DeepSpeed ran every layer with the layout of the first
-                layout = tensor if layout is None else layout
-                continue
-            state[f"layers.{layer}.{part}.{new}"] = tensor.flatten() if new in ("scale", "function.bias") else tensor
-        else:
+        for pattern, replacement in TRANSFORMER_NAMES:
+            name = re.sub(pattern, replacement, name)
+        if name.endswith((".scale", "function.bias")):
+            tensor = tensor.flatten()
+        elif name.endswith(("function.weight", "pos_emb.weight", "transformer.pos_emb")):
+            tensor = tensor.reshape(
+                -1, tensor.shape[-1]
+            )  # gMLP's one head, the axial tables' and angles' unit dimensions
+        if not name.startswith("vae.") and ".linear." not in name:  # shared embeddings are the head's rows
             state[name] = tensor
-    renamed = {
-        "to_logits.0.weight": "norm_out.weight",
-        "to_logits.0.bias": "norm_out.bias",
-        "to_logits.1.weight": "to_logits.weight",
-        "to_logits.1.bias": "to_logits.bias",
-        "image_pos_emb.weights_0": "row_pos_emb.weight",
-        "image_pos_emb.weights_1": "column_pos_emb.weight",
-    }
-    # axial_positional_embedding once wrote weights_0, and weights.0 since.
-    state = {renamed.get(re.sub(r"weights\.(?=[01]$)", "weights_", name), name): t for name, t in state.items()}
-    for name in ("row_pos_emb.weight", "column_pos_emb.weight"):
-        if name in state:
-            state[name] = state[name].reshape(-1, state[name].shape[-1])
-    for name in [name for name in state if name.endswith("function.weight")]:  # gMLP: one head, one matrix
-        state[name] = state[name].reshape(state[name].shape[-2:])
-    shared = "text_emb.linear.weight" in state
-    for name in [name for name in state if ".linear." in name]:
-        del state[name]
+    angles = state.pop("transformer.pos_emb", None)
+    layouts = [state.pop(name) for name in list(state) if name.endswith("attn_fn.master_layout")]
+    share = "text_emb.weight" not in state
 
-    # Norm and function make two wrappers; token shift one more; the caches of 1.3 and later one or two.
-    shift, has_caches = wrappers["net.0.weight"] > 2, wrappers["net.0.weight"] == 4 or wrappers["to_qkv.weight"] == 5
-    has_caches |= not shift and wrappers["to_qkv.weight"] == 3
+    # Norm and function make two wrappers of a feed-forward; token shift one more; the caches of 1.3 and later another.
+    depths = {
+        name.rsplit("fn.")[-1]: name.count("fn.") for name in tensors if name.endswith(("net.0.weight", "qkv.weight"))
+    }
+    shift = depths.get("net.0.weight", 0) > 2
+    has_caches = depths.get("net.0.weight") == 4 or (not shift and depths.get("to_qkv.weight") == 3)
     release = str(release or beside.get("version") or ("1.6" if has_caches else "1.1"))
     kinds = as_tuple(hparams.get("attn_types")) or ("full",)
     if [int(number) for number in re.findall(r"\d+", release)[:2]] >= [1, 5]:
         kinds = tuple("conv_like_causal" if kind == "conv_like" else kind for kind in kinds)
-    config = transformer_config(state, hparams, path, angles, kinds, shared=shared, shift=shift)
-    with torch.device("meta"):
-        model = DalleTransformer(config)
-    if angles is not None:
-        model.set_rotary_angles(angles)
-        state |= {"rotary_cos": model.rotary_cos, "rotary_sin": model.rotary_sin}
-    if "sparse" in config.attn_types:
-        state["attention_layout"] = model.attention_layout if layout is None else layout.bool()
-    return fill(model, state, path)
-
-
-def transformer_config(
-    state: State,
-    hparams: dict[str, Any],
-    path: PathLike,
-    angles: Tensor | None,
-    kinds: tuple[str, ...],
-    *,
-    shared: bool,
-    shift: bool,
-) -> TransformerConfig:
     try:
-        text_seq_len, heads = int(hparams.get("text_seq_len", 256)), int(hparams.get("heads", 8))
+        text_seq_len, words = int(hparams.get("text_seq_len", 256)), int(hparams.get("num_text_tokens", 10000))
         vocabulary, dim = shape_of(state, "to_logits.weight", path)
-        words = int(hparams.get("num_text_tokens", 10000)) + text_seq_len
-        images = vocabulary - words
-        if angles is not None:
-            # The fork's table ends one row before that of the later releases.
-            rows = angles.shape[-2] - text_seq_len
-            grid = next(
-                (side for side in (round(rows**0.5), round((rows - 1) ** 0.5)) if side**2 in (rows, rows - 1)), 0
-            )
-        else:
-            grid = shape_of(state, "row_pos_emb.weight", path)[0]
-        return TransformerConfig(
-            num_text_tokens=words - text_seq_len,
-            num_image_tokens=images,
+        # The table of angles ends with the image, or, in the seed's fork, one position before.
+        grid = math.isqrt(len(angles) - text_seq_len) if angles is not None else len(state["row_pos_emb.weight"])
+        config = TransformerConfig(
+            num_text_tokens=words,
+            num_image_tokens=vocabulary - words - text_seq_len,
             text_seq_len=text_seq_len,
             dim=dim,
             depth=count(state, r"layers\.(\d+)\."),
-            heads=heads,
+            heads=int(hparams.get("heads", 8)),
             dim_head=int(hparams.get("dim_head", 64)),
             grid_size=grid,
             attn_types=kinds,
@@ -238,14 +180,22 @@ def transformer_config(
             shift_tokens=shift,
             reversible=bool(hparams.get("reversible", False)),
             stable=bool(hparams.get("stable", False)),
-            sandwich_norm=any(name.startswith("layers.") and "norm_out" in name for name in state),
+            sandwich_norm="layers.0.0.norm_out.weight" in state,
             shared_attn_ids=as_tuple(hparams.get("shared_attn_ids")),
             shared_ff_ids=as_tuple(hparams.get("shared_ff_ids")),
-            share_input_output_emb=shared,
+            share_input_output_emb=share,
             loss_img_weight=float(hparams.get("loss_img_weight", 7)),
         )
-    except (TypeError, ValueError) as error:
+        with torch.device("meta"):
+            model = DalleTransformer(config)
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its hyper-parameters make no transformer: {error}") from None
+    if angles is not None:
+        model.set_rotary_angles(angles)
+        state |= {"rotary_cos": model.rotary_cos, "rotary_sin": model.rotary_sin}
+    if "sparse" in kinds:  # DeepSpeed ran every layer with the layout of the first
+        state["attention_layout"] = layouts[0].bool() if layouts else model.attention_layout
+    return fill(model, state, path)
 
 
 def load_vqgan(checkpoint: PathLike, config: PathLike | None = None) -> VQModel:
@@ -270,7 +220,6 @@ def load_vqgan(checkpoint: PathLike, config: PathLike | None = None) -> VQModel:
         z_channels=shape_of(state, "encoder.conv_out.weight", checkpoint)[0],
         embed_dim=embed_dim,
         n_embed=n_embed,
-        gumbel=gumbel,
     )
     if config is not None:
         check_vqgan_config(found, config, checkpoint)

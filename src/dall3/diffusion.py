@@ -68,16 +68,17 @@ def space_timesteps(total: int, spacing: int | str) -> list[int]:
         counts = [int(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"steps '{spacing}' not understood; expected 25, '10,10,5' or 'ddim20'") from None
-    steps, start = set(), 0
+    steps: set[int] = set()
+    start = 0
     for i, count in enumerate(counts):
-        size = total // len(counts) + (i < total % len(counts))
+        size = total // len(counts) + int(i < total % len(counts))
         if not 0 < count <= size:
             raise ValueError(f"cannot take {count} of {size} steps; steps must be from 1 to {size}")
-        stride = (size - 1) / (count - 1) if count > 1 else 1
+        spread = (size - 1) / max(count - 1, 1)
         place = 0.0  # added up, not multiplied: rounding must fall as the original's does
         for _ in range(count):
             steps.add(start + round(place))
-            place += stride
+            place += spread
         start += size
     return sorted(steps)
 
@@ -174,7 +175,7 @@ def steps_like(x: Tensor, i: int) -> Tensor:
 
 
 def unet_predict(
-    unet: UNet, diffusion: GaussianDiffusion, clip_denoised: bool = False, **conditioning: Tensor
+    unet: UNet, diffusion: GaussianDiffusion, conditioning: dict[str, Tensor], clip_denoised: bool = False
 ) -> Predict:
     """The UNet as `predict(x, i)`, in whatever precision its weights have; the statistics are float32."""
     dtype = next(unet.parameters()).dtype
@@ -214,7 +215,7 @@ def sample_ddim(
 def sample_dpm_solver(
     predict: Predict, diffusion: GaussianDiffusion, x: Tensor, steps: list[int], noise: Callable[[], Tensor]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """DPM-Solver++ (2M): second order, one UNet run a step, first order at both ends (arXiv 2211.01095, algorithm 2)."""
+    """DPM-Solver++ (2M): second order, one UNet run a step, first order at the ends (arXiv 2211.01095, alg. 2)."""
     previous, previous_h = None, None
     for i in steps:
         t = steps_like(x, i)
@@ -352,7 +353,7 @@ def denoise(
             x = scheduler.add_noise(picture, noise(), scheduler.timesteps[first : first + 1])
     steps = steps[first:]
 
-    predict = unet_predict(unet, diffusion, **conditioning)
+    predict = unet_predict(unet, diffusion, conditioning)
     guided_steps = round(len(steps) * settings.guidance_share)
     if guide is not None and guided_steps:
         predict = guide(predict, diffusion, steps[guided_steps - 1])

@@ -54,7 +54,7 @@ def pooling_matrix(start: Tensor, size: Tensor, side: int, out: int) -> Tensor:
 
 
 def cut_out(images: Tensor, cutouts: Tensor, cut_size: int) -> Tensor:
-    """Cut-outs (cutn, 3) of square images (batch, 3, side, side), average-pooled: (cutn · batch, 3, cut_size, cut_size).
+    """Cut-outs (cutn, 3) of square images (batch, 3, side, side), pooled: (cutn · batch, 3, cut_size, cut_size).
 
     As two matrix products, so that their random sizes leave every shape static and one call serves all.
     """

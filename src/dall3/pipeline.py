@@ -241,7 +241,7 @@ class Dall3Pipeline:
 
     @torch.no_grad()
     def rank(self, images: Any, prompt: str, *, batch_size: int = 32, progress: bool = True) -> Ranking:
-        """Sort pictures (PIL's, or float (n, 3, height, width) in [0, 1]) by CLIP's similarity to the prompt, best first.
+        """Sort pictures (PIL's, or float (n, 3, height, width) in [0, 1]) by CLIP's similarity to a prompt, best first.
 
         Raises ValueError for other pictures, or without a clip.
         """

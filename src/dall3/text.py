@@ -75,7 +75,7 @@ class TextEncoder:
         return torch.tensor(ids[: self.text_seq_len] + [0] * (self.text_seq_len - len(ids)), dtype=torch.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids of shape (n,), without padding (0, and from `num_text_tokens` on) and ids that no token has."""
+        """The text of ids of shape (n,), without padding (0, `num_text_tokens` and up) and ids that no token has."""
         known = min(self.num_text_tokens, self.tokenizer.vocab_size)
         return self.tokenizer.decode([i for i in map(int, ids) if 0 < i < known])
 

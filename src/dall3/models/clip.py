@@ -48,5 +48,5 @@ class CLIP(nn.Module):
         return F.interpolate(images.float(), size, mode="bicubic", antialias=True).clamp(0, 1)
 
     def score(self, images: Tensor, text: str) -> Tensor:
-        """Cosine similarity in [-1, 1] of square pictures, float (batch, 3, side, side) in [0, 1], to a text: (batch,)."""
+        """Cosine similarity to a text, (batch,), of square pictures, float (batch, 3, side, side) in [0, 1]."""
         return F.cosine_similarity(self.embed_images(self.resize(images)), self.embed_text([text]))

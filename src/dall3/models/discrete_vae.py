@@ -27,15 +27,10 @@ class DiscreteVAEConfig:
 
 
 class ResBlock(nn.Module):
-    def __init__(self, channels: int) -> None:
+    def __init__(self, c: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(channels, channels, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(channels, channels, 1),
-        )
+        wide = nn.Conv2d(c, c, 3, padding=1), nn.ReLU(), nn.Conv2d(c, c, 3, padding=1), nn.ReLU()
+        self.net = nn.Sequential(*wide, nn.Conv2d(c, c, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.net(x)
@@ -47,32 +42,18 @@ class DiscreteVAE(nn.Module):
     def __init__(self, config: DiscreteVAEConfig) -> None:
         super().__init__()
         self.config = c = config
-        widths = [c.channels] + [c.hidden_dim] * c.num_layers
+        self.num_tokens, self.downsampling, hidden = c.num_tokens, 2**c.num_layers, c.hidden_dim
         encoder: list[nn.Module] = []
-        for width, next_width in zip(widths, widths[1:], strict=False):
-            encoder.append(nn.Sequential(nn.Conv2d(width, next_width, 4, stride=2, padding=1), nn.ReLU()))
-        encoder += [ResBlock(c.hidden_dim) for _ in range(c.num_resnet_blocks)]
-        encoder.append(nn.Conv2d(c.hidden_dim, c.num_tokens, 1))
-
-        decoder: list[nn.Module] = []
-        if c.num_resnet_blocks:
-            decoder.append(nn.Conv2d(c.codebook_dim, c.hidden_dim, 1))
-            decoder += [ResBlock(c.hidden_dim) for _ in range(c.num_resnet_blocks)]
-        first = c.hidden_dim if c.num_resnet_blocks else c.codebook_dim
-        for width in [first] + [c.hidden_dim] * (c.num_layers - 1):
-            decoder.append(nn.Sequential(nn.ConvTranspose2d(width, c.hidden_dim, 4, stride=2, padding=1), nn.ReLU()))
-        decoder.append(nn.Conv2d(c.hidden_dim, c.channels, 1))
-
-        self.encoder, self.decoder = nn.Sequential(*encoder), nn.Sequential(*decoder)
+        for width in [c.channels] + [hidden] * (c.num_layers - 1):
+            encoder.append(nn.Sequential(nn.Conv2d(width, hidden, 4, stride=2, padding=1), nn.ReLU()))
+        encoder += [ResBlock(hidden) for _ in range(c.num_resnet_blocks)]
+        decoder: list[nn.Module] = [nn.Conv2d(c.codebook_dim, hidden, 1)] if c.num_resnet_blocks else []
+        decoder += [ResBlock(hidden) for _ in range(c.num_resnet_blocks)]
+        for width in [hidden if decoder else c.codebook_dim] + [hidden] * (c.num_layers - 1):
+            decoder.append(nn.Sequential(nn.ConvTranspose2d(width, hidden, 4, stride=2, padding=1), nn.ReLU()))
+        self.encoder = nn.Sequential(*encoder, nn.Conv2d(hidden, c.num_tokens, 1))
+        self.decoder = nn.Sequential(*decoder, nn.Conv2d(hidden, c.channels, 1))
         self.codebook_embedding = nn.Embedding(c.num_tokens, c.codebook_dim)
-
-    @property
-    def num_tokens(self) -> int:
-        return self.config.num_tokens
-
-    @property
-    def downsampling(self) -> int:
-        return 2**self.config.num_layers
 
     @property
     def codebook(self) -> Tensor:
@@ -88,10 +69,9 @@ class DiscreteVAE(nn.Module):
 
         Raises ValueError for another shape.
         """
-        size = self.config.image_size
-        if tuple(images.shape[1:]) != (self.config.channels, size, size):
-            expected = f"(batch, {self.config.channels}, {size}, {size})"
-            raise ValueError(f"pictures have shape {tuple(images.shape)}; expected {expected}")
+        channels, size = self.config.channels, self.config.image_size
+        if tuple(images.shape[1:]) != (channels, size, size):
+            raise ValueError(f"pictures have shape {tuple(images.shape)}; expected (batch, {channels}, {size}, {size})")
         mean, std = self._statistics(images)
         return self.encoder((images - mean) / std).argmax(dim=1).flatten(1)
 
@@ -118,21 +98,32 @@ class OpenAIDiscreteVAEConfig:
 
 
 class OpenAIBlock(nn.Module):
-    """A bottleneck residual block; `widths` are those of its four convolutions, `kernels` their sizes."""
+    """A bottleneck residual block of four convolutions with these kernels."""
 
     def __init__(self, n_in: int, n_out: int, kernels: tuple[int, ...], gain: float) -> None:
         super().__init__()
-        hidden = n_out // 4
-        widths = (n_in, hidden, hidden, hidden, n_out)
+        widths = (n_in, n_out // 4, n_out // 4, n_out // 4, n_out)
         self.gain = gain
         self.id_path = nn.Conv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
         self.res_path = nn.Sequential()
         for i, kernel in enumerate(kernels):
-            self.res_path.append(nn.ReLU())
-            self.res_path.append(nn.Conv2d(widths[i], widths[i + 1], kernel, padding=kernel // 2))
+            self.res_path.extend([nn.ReLU(), nn.Conv2d(widths[i], widths[i + 1], kernel, padding=kernel // 2)])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.id_path(x) + self.gain * self.res_path(x)
+
+
+def openai_groups(
+    c: OpenAIDiscreteVAEConfig, width: int, widths: list[int], kernels: tuple[int, ...], resample: nn.Module
+) -> list[nn.Module]:
+    """Groups of blocks, one for each of `widths`, with the resampling between them."""
+    layers: list[nn.Module] = []
+    for group, next_width in enumerate(widths):
+        layers += [resample] if group else []
+        for _ in range(c.n_blk_per_group):
+            layers.append(OpenAIBlock(width, next_width, kernels, 1 / (c.group_count * c.n_blk_per_group) ** 2))
+            width = next_width
+    return layers
 
 
 class OpenAIDiscreteVAE(nn.Module):
@@ -143,54 +134,29 @@ class OpenAIDiscreteVAE(nn.Module):
     def __init__(self, config: OpenAIDiscreteVAEConfig) -> None:
         super().__init__()
         self.config = c = config
-        gain = 1 / (c.group_count * c.n_blk_per_group) ** 2
+        self.num_tokens, self.downsampling = c.vocab_size, 2 ** (c.group_count - 1)
         down = [c.n_hid * 2**i for i in range(c.group_count)]
-        self.encoder = nn.Sequential(nn.Conv2d(3, c.n_hid, 7, padding=3))
-        self._add_groups(self.encoder, c.n_hid, down, (3, 3, 3, 1), gain, nn.MaxPool2d(2))
-        self.encoder.extend([nn.ReLU(), nn.Conv2d(down[-1], c.vocab_size, 1)])
-        self.decoder = nn.Sequential(nn.Conv2d(c.vocab_size, c.n_init, 1))
-        self._add_groups(self.decoder, c.n_init, down[::-1], (1, 3, 3, 3), gain, nn.Upsample(scale_factor=2))
-        self.decoder.extend([nn.ReLU(), nn.Conv2d(c.n_hid, 6, 1)])
-
-    def _add_groups(
-        self,
-        net: nn.Sequential,
-        width: int,
-        widths: list[int],
-        kernels: tuple[int, ...],
-        gain: float,
-        resample: nn.Module,
-    ) -> None:
-        for group, next_width in enumerate(widths):
-            for _ in range(self.config.n_blk_per_group):
-                net.append(OpenAIBlock(width, next_width, kernels, gain))
-                width = next_width
-            if group < len(widths) - 1:
-                net.append(resample)
-
-    @property
-    def num_tokens(self) -> int:
-        return self.config.vocab_size
-
-    @property
-    def downsampling(self) -> int:
-        return int(2 ** (self.config.group_count - 1))
+        encoder = openai_groups(c, c.n_hid, down, (3, 3, 3, 1), nn.MaxPool2d(2))
+        self.encoder = nn.Sequential(
+            nn.Conv2d(3, c.n_hid, 7, padding=3), *encoder, nn.ReLU(), nn.Conv2d(down[-1], c.vocab_size, 1)
+        )
+        decoder = openai_groups(c, c.n_init, down[::-1], (1, 3, 3, 3), nn.Upsample(scale_factor=2))
+        self.decoder = nn.Sequential(
+            nn.Conv2d(c.vocab_size, c.n_init, 1), *decoder, nn.ReLU(), nn.Conv2d(c.n_hid, 6, 1)
+        )
 
     def encode(self, images: Tensor) -> Tensor:
         """Pictures, float (batch, 3, height, width) in [0, 1], sides divisible by 8, to ids, int64 (batch, codes)."""
-        if (
-            images.ndim != 4
-            or images.shape[1] != 3
-            or images.shape[2] % self.downsampling
-            or images.shape[3] % self.downsampling
-        ):
+        step, shape = self.downsampling, tuple(images.shape)
+        if len(shape) != 4 or shape[1] != 3 or shape[2] % step or shape[3] % step:
             raise ValueError(
-                f"pictures have shape {tuple(images.shape)}; expected (batch, 3, height, width), sides divisible by 8"
+                f"pictures have shape {shape}; expected (batch, 3, height, width), sides divisible by {step}"
             )
         return self.encoder(images * (1 - 2 * self.epsilon) + self.epsilon).argmax(dim=1).flatten(1)
 
     def decode(self, ids: Tensor) -> Tensor:
         """Ids, int64 (batch, side²), to pictures, float (batch, 3, 8 · side, 8 · side) in [0, 1]."""
         one_hot = F.one_hot(rearrange(ids, "b (h w) -> b h w", h=square_side(ids)), self.num_tokens)
-        mean = self.decoder(rearrange(one_hot, "b h w c -> b c h w").to(self.decoder[0].weight.dtype))[:, :3]
+        dtype = next(self.decoder.parameters()).dtype
+        mean = self.decoder(rearrange(one_hot, "b h w c -> b c h w").to(dtype))[:, :3]
         return ((torch.sigmoid(mean) - self.epsilon) / (1 - 2 * self.epsilon)).clamp(0, 1)

@@ -188,9 +188,10 @@ class DalleTransformer(nn.Module):
             pattern = attention_pattern(kind, c.text_length, c.grid_size)
             self.register_buffer(f"{kind}_pattern", pattern, persistent=False)
         place = torch.arange(c.text_length + c.image_seq_len, device="cpu")  # real on a meta model too
-        in_image, row, column = image_places(place, c)
-        above = torch.where(in_image, torch.where(row > 0, place - c.grid_size, -1), place - 1)
-        left = torch.where(in_image & (column == 0), -1, place - 1)
+        in_image, in_row = place >= c.text_length, (place - c.text_length) % c.grid_size
+        above = torch.where(in_image, place - c.grid_size, place - 1)
+        above = torch.where(in_image & (above < c.text_length), -1, above)
+        left = torch.where(in_image & (in_row == 0), -1, place - 1)
         self.register_buffer("above", above, persistent=False)
         self.register_buffer("left", left, persistent=False)
 
@@ -213,7 +214,7 @@ class DalleTransformer(nn.Module):
         return torch.cat((text, F.pad(image, (self.config.text_vocabulary, 0), value=lowest)), dim=1)
 
     def loss(self, text_ids: Tensor, image_ids: Tensor) -> Tensor:
-        """Mean cross-entropy in nats of the next token, text and image weighted 1 : loss_img_weight. Shapes as above."""
+        """The next token's mean cross-entropy in nats, text and image weighted 1 : loss_img_weight. Shapes as above."""
         text, image = self._logits(text_ids, image_ids)
         text_loss = F.cross_entropy(text.transpose(1, 2), self.pad_text(text_ids))
         image_loss = F.cross_entropy(image.transpose(1, 2), image_ids)
@@ -281,11 +282,10 @@ class DalleTransformer(nn.Module):
         """
         c, at = self.config, self._positions(index, visible)
         streams = [x, x] if c.reversible else [x]
-        for i, pair in enumerate(self.layers):
-            for j, sublayer in enumerate(pair):
-                target, source = (j, 1 - j) if c.reversible else (0, 0)
-                cache = caches[2 * i + j] if caches else None
-                streams[target] = streams[target] + sublayer(streams[source], at, cache)
+        sublayers = [sublayer for pair in self.layers for sublayer in pair.children()]
+        for i, sublayer in enumerate(sublayers):
+            target, source = (i % 2, 1 - i % 2) if c.reversible else (0, 0)
+            streams[target] = streams[target] + sublayer(streams[source], at, caches[i] if caches else None)
         x = (streams[0] + streams[1]) / 2 if c.reversible else streams[0]
         if c.stable:
             x = x / x.amax(dim=-1, keepdim=True).detach()
@@ -309,24 +309,17 @@ def layer_functions(config: TransformerConfig) -> list[tuple[nn.Module, nn.Modul
     c = config
     attentions: dict[int, tuple[str, nn.Module]] = {}
     feed_forwards: dict[int, nn.Module] = {}
-    functions = []
+    functions: list[tuple[nn.Module, nn.Module]] = []
     for i in range(c.depth):
         kind = c.attn_types[i % len(c.attn_types)]
         attn_id = c.shared_attn_ids[i % len(c.shared_attn_ids)] if c.shared_attn_ids else i
         ff_id = c.shared_ff_ids[i % len(c.shared_ff_ids)] if c.shared_ff_ids else i
         if attn_id not in attentions:
-            attention = GatedMLP(c.dim, c.seq_len) if kind == "mlp" else Attention(c.dim, c.heads, c.dim_head, kind)
-            attentions[attn_id] = (kind, attention)
+            mixer = GatedMLP(c.dim, c.seq_len) if kind == "mlp" else Attention(c.dim, c.heads, c.dim_head, kind)
+            attentions[attn_id] = (kind, mixer)
+        if attentions[attn_id][0] != kind:
+            raise ValueError(f"shared_attn_ids: layer {i} is '{kind}', but another type has its weights")
         if ff_id not in feed_forwards:
             feed_forwards[ff_id] = FeedForward(c.dim)
-        first_kind, attention = attentions[attn_id]
-        if first_kind != kind:
-            raise ValueError(f"shared_attn_ids: layer {i} is '{kind}' but shares weights with a '{first_kind}' layer")
-        functions.append((attention, feed_forwards[ff_id]))
+        functions.append((attentions[attn_id][1], feed_forwards[ff_id]))
     return functions
-
-
-def image_places(place: Tensor, config: TransformerConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """For places in the sequence: whether they are in the image, and their row and column there."""
-    i = place - config.text_length
-    return i >= 0, i // config.grid_size, i % config.grid_size

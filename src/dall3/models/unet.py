@@ -7,6 +7,7 @@ conditioned on a low-resolution picture, which joins the input (super-resolution
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -108,7 +109,7 @@ class AttentionBlock(nn.Module):
         self.qkv = nn.Conv1d(channels, channels * 3, 1)
         self.proj_out = nn.Conv1d(channels, channels, 1)
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(self.norm(x).flatten(2))
         batch, width, length = qkv.shape
         head_dim = width // (3 * self.num_heads)
@@ -120,35 +121,22 @@ class AttentionBlock(nn.Module):
         return x + self.proj_out(h).view_as(x)
 
 
-class Downsample(nn.Module):
-    def __init__(self, channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.op = nn.Conv2d(channels, out_channels, 3, stride=2, padding=1)
-
-    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
-        return self.op(x)
+def downsample(channels: int, out_channels: int) -> nn.Module:
+    return nn.Sequential(OrderedDict(op=nn.Conv2d(channels, out_channels, 3, stride=2, padding=1)))
 
 
-class Upsample(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+def upsample(channels: int) -> nn.Module:
+    up = nn.Upsample(scale_factor=2)
+    return nn.Sequential(OrderedDict(up=up, conv=nn.Conv2d(channels, channels, 3, padding=1)))
 
 
-class InputConv(nn.Conv2d):
-    """The first convolution; takes the time like every other layer, and has no use for it."""
+class Block(nn.Sequential):
+    """Layers in order; the residual blocks among them hear the time."""
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(x)
-
-
-def run(layers: nn.Module, x: Tensor, time: Tensor) -> Tensor:
-    for layer in layers.children():
-        x = layer(x, time)
-    return x
+        for layer in self:
+            x = layer(x, time) if isinstance(layer, ResBlock) else layer(x)
+        return x
 
 
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
@@ -173,27 +161,28 @@ class UNet(nn.Module):
 
         width = channels[0]
         skips = [width]
-        first = InputConv(6 if c.super_resolution else 3, width, 3, padding=1)
-        self.input_blocks = nn.ModuleList([nn.ModuleList([first])])
+        first = nn.Conv2d(6 if c.super_resolution else 3, width, 3, padding=1)
+        self.input_blocks = nn.ModuleList([Block(first)])
         for level, out in enumerate(channels):
             for _ in range(c.num_res_blocks):
                 layers: list[nn.Module] = [ResBlock(c, width, out)]
                 if level in c.attention_levels:
                     layers.append(AttentionBlock(c, out, c.num_heads))
-                self.input_blocks.append(nn.ModuleList(layers))
+                self.input_blocks.append(Block(*layers))
                 width = out
                 skips.append(width)
             if level < len(channels) - 1:
-                down = ResBlock(c, width, width, nn.AvgPool2d(2)) if c.resblock_updown else Downsample(width, width)
-                self.input_blocks.append(nn.ModuleList([down]))
+                down = ResBlock(c, width, width, nn.AvgPool2d(2)) if c.resblock_updown else downsample(width, width)
+                self.input_blocks.append(Block(down))
                 skips.append(width)
 
         middle = width
         if c.embedding_dims:
-            self.external_block = Downsample(*c.embedding_dims)
+            self.external_block = downsample(*c.embedding_dims)
             middle += c.embedding_dims[1]
-        blocks = (ResBlock(c, middle, middle), AttentionBlock(c, middle, c.num_heads), ResBlock(c, middle, width))
-        setattr(self, "middle_block_cond" if c.embedding_dims else "middle_block", nn.ModuleList(blocks))
+        self.middle_name = "middle_block_cond" if c.embedding_dims else "middle_block"
+        layers = [ResBlock(c, middle, middle), AttentionBlock(c, middle, c.num_heads), ResBlock(c, middle, width)]
+        self.add_module(self.middle_name, Block(*layers))
 
         self.output_blocks = nn.ModuleList()
         for level, out in reversed(list(enumerate(channels))):
@@ -204,9 +193,9 @@ class UNet(nn.Module):
                     layers.append(AttentionBlock(c, out, c.num_heads_upsample or c.num_heads))
                 if level and i == c.num_res_blocks:
                     layers.append(
-                        ResBlock(c, out, out, nn.Upsample(scale_factor=2)) if c.resblock_updown else Upsample(out)
+                        ResBlock(c, out, out, nn.Upsample(scale_factor=2)) if c.resblock_updown else upsample(out)
                     )
-                self.output_blocks.append(nn.ModuleList(layers))
+                self.output_blocks.append(Block(*layers))
         out_channels = 6 if c.diffusion.learn_sigma else 3
         self.out = nn.Sequential(nn.GroupNorm(32, width), nn.SiLU(), nn.Conv2d(width, out_channels, 3, padding=1))
 
@@ -239,13 +228,11 @@ class UNet(nn.Module):
 
         skips = []
         for block in self.input_blocks:
-            x = run(block, x, time)
+            x = block(x, time)
             skips.append(x)
         if image_embeds is not None:
             x = torch.cat((x, self.external_block(image_embeds)), dim=1)
-            x = run(self.middle_block_cond, x, time)
-        else:
-            x = run(self.middle_block, x, time)
+        x = self.get_submodule(self.middle_name)(x, time)
         for block in self.output_blocks:
-            x = run(block, torch.cat((x, skips.pop()), dim=1), time)
+            x = block(torch.cat((x, skips.pop()), dim=1), time)
         return self.out(x)

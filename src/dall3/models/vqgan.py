@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -20,7 +21,6 @@ class VQGANConfig:
     z_channels: int
     embed_dim: int
     n_embed: int
-    gumbel: bool
 
     @property
     def downsampling(self) -> int:
@@ -64,69 +64,54 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(h)
 
 
-class Downsample(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # taming pads on the right and below only
+def downsample(channels: int) -> nn.Module:
+    pad = nn.ZeroPad2d((0, 1, 0, 1))  # taming pads on the right and below only
+    return nn.Sequential(OrderedDict(pad=pad, conv=nn.Conv2d(channels, channels, 3, stride=2)))
 
 
-class Upsample(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+def upsample(channels: int) -> nn.Module:
+    up = nn.Upsample(scale_factor=2)
+    return nn.Sequential(OrderedDict(up=up, conv=nn.Conv2d(channels, channels, 3, padding=1)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+def middle(channels: int) -> nn.Module:
+    first, second = (ResnetBlock(channels, channels) for _ in range(2))
+    return nn.Sequential(OrderedDict(block_1=first, attn_1=AttnBlock(channels), block_2=second))
 
 
 class Level(nn.Module):
     """The blocks of one resolution, each followed by attention where the level has it, then the resampling."""
 
-    def __init__(self, channels: int, out_channels: int, blocks: int, attention: bool) -> None:
+    def __init__(self, width: int, out: int, blocks: int, attention: bool, **resample: nn.Module) -> None:
         super().__init__()
-        self.block = nn.ModuleList(
-            ResnetBlock(channels if i == 0 else out_channels, out_channels) for i in range(blocks)
-        )
-        self.attn = nn.ModuleList(AttnBlock(out_channels) for _ in range(blocks if attention else 0))
+        self.block = nn.ModuleList(ResnetBlock(width if i == 0 else out, out) for i in range(blocks))
+        self.attn = nn.ModuleList(AttnBlock(out) for _ in range(blocks if attention else 0))
+        for name, module in resample.items():
+            self.add_module(name, module)
+        self.resample = list(resample)
 
     def forward(self, x: Tensor) -> Tensor:
         for i, block in enumerate(self.block):
             x = block(x)
             if self.attn:
                 x = self.attn[i](x)
-        for name in ("downsample", "upsample"):
-            x = getattr(self, name, nn.Identity())(x)
+        for name in self.resample:
+            x = self.get_submodule(name)(x)
         return x
-
-
-class Middle(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.block_1 = ResnetBlock(channels, channels)
-        self.attn_1 = AttnBlock(channels)
-        self.block_2 = ResnetBlock(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
 
 
 class Encoder(nn.Module):
     def __init__(self, c: VQGANConfig) -> None:
         super().__init__()
-        channels = [c.ch * mult for mult in (1, *c.ch_mult)]
+        widths = [c.ch * mult for mult in (1, *c.ch_mult)]
         self.conv_in = nn.Conv2d(3, c.ch, 3, padding=1)
         self.down = nn.ModuleList()
-        for i in range(len(c.ch_mult)):
-            level = Level(channels[i], channels[i + 1], c.num_res_blocks, i in c.attn_levels)
-            if i < len(c.ch_mult) - 1:
-                level.downsample = Downsample(channels[i + 1])
-            self.down.append(level)
-        self.mid = Middle(channels[-1])
-        self.norm_out = group_norm(channels[-1])
-        self.conv_out = nn.Conv2d(channels[-1], c.z_channels, 3, padding=1)
+        for i, out in enumerate(widths[1:]):
+            resample = {"downsample": downsample(out)} if i < len(c.ch_mult) - 1 else {}
+            self.down.append(Level(widths[i], out, c.num_res_blocks, i in c.attn_levels, **resample))
+        self.mid = middle(widths[-1])
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], c.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -138,18 +123,15 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, c: VQGANConfig) -> None:
         super().__init__()
-        channels = [c.ch * mult for mult in c.ch_mult]
-        self.conv_in = nn.Conv2d(c.z_channels, channels[-1], 3, padding=1)
-        self.mid = Middle(channels[-1])
+        widths = [c.ch * mult for mult in (*c.ch_mult, c.ch_mult[-1])]
+        self.conv_in = nn.Conv2d(c.z_channels, widths[-1], 3, padding=1)
+        self.mid = middle(widths[-1])
         self.up = nn.ModuleList()
-        for i, out_channels in enumerate(channels):
-            in_channels = channels[min(i + 1, len(channels) - 1)]
-            level = Level(in_channels, out_channels, c.num_res_blocks + 1, i in c.attn_levels)
-            if i > 0:
-                level.upsample = Upsample(out_channels)
-            self.up.append(level)
-        self.norm_out = group_norm(channels[0])
-        self.conv_out = nn.Conv2d(channels[0], 3, 3, padding=1)
+        for i, out in enumerate(widths[:-1]):
+            resample = {"upsample": upsample(out)} if i > 0 else {}
+            self.up.append(Level(widths[i + 1], out, c.num_res_blocks + 1, i in c.attn_levels, **resample))
+        self.norm_out = group_norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mid(self.conv_in(x))
@@ -158,77 +140,43 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-class GumbelQuantize(nn.Module):
-    """A code's logits are a 1×1 convolution of the features (arXiv 1611.01144); the best one wins."""
-
-    def __init__(self, c: VQGANConfig) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(c.embed_dim, c.n_embed, 1)
-        self.embed = nn.Embedding(c.n_embed, c.embed_dim)
-
-    def forward(self, h: Tensor) -> Tensor:
-        return self.proj(h).argmax(dim=1)
-
-
-class VectorQuantizer(nn.Module):
-    """The nearest codebook entry wins (arXiv 1711.00937)."""
-
-    def __init__(self, c: VQGANConfig) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(c.n_embed, c.embed_dim)
-
-    def forward(self, h: Tensor) -> Tensor:
-        features, entries = rearrange(h, "b c h w -> b h w c"), self.embedding.weight
-        distance = (features**2).sum(-1, keepdim=True) + (entries**2).sum(-1) - 2 * features @ entries.T
-        return distance.argmin(dim=-1)
-
-
 class VQModel(nn.Module):
-    """Pictures to codes of a learned codebook, and back. `GumbelVQ` differs in how the code is chosen."""
+    """Pictures to codes of a learned codebook, the nearest entry winning (arXiv 1711.00937), and back."""
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
-        self.quantize = GumbelQuantize(config) if config.gumbel else VectorQuantizer(config)
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.quantize = nn.ModuleDict({"embedding": nn.Embedding(config.n_embed, config.embed_dim)})
         self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
-
-    @property
-    def num_tokens(self) -> int:
-        return self.config.n_embed
-
-    @property
-    def downsampling(self) -> int:
-        return self.config.downsampling
+        self.num_tokens, self.downsampling = config.n_embed, config.downsampling
 
     @property
     def codebook(self) -> Tensor:
         """The codes' embeddings, float (n_embed, embed_dim)."""
-        return self.quantize.embed.weight if self.config.gumbel else self.quantize.embedding.weight
+        return self.quantize.get_parameter("embedding.weight")
+
+    def choose(self, features: Tensor) -> Tensor:
+        """Features (batch, embed_dim, h, w) to the ids of their codes, int64 (batch, h, w)."""
+        features, entries = rearrange(features, "b c h w -> b h w c"), self.codebook
+        distance = (features**2).sum(-1, keepdim=True) + (entries**2).sum(-1) - 2 * features @ entries.T
+        return distance.argmin(dim=-1)
 
     def encode(self, images: Tensor) -> Tensor:
         """Pictures, float (batch, 3, height, width) in [0, 1], sides divisible by `downsampling`, to the ids of their
-        codes, int64 (batch, height · width / downsampling²), row by row. Without Gumbel noise: the likeliest codes.
-
-        Raises ValueError for another shape.
+        codes, int64 (batch, height · width / downsampling²), row by row. Raises ValueError for another shape.
         """
-        step = self.downsampling
-        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % step or images.shape[3] % step:
+        step, shape = self.downsampling, tuple(images.shape)
+        if len(shape) != 4 or shape[1] != 3 or shape[2] % step or shape[3] % step:
             raise ValueError(
-                f"pictures have shape {tuple(images.shape)}; expected (batch, 3, height, width), sides divisible by {step}"
+                f"pictures have shape {shape}; expected (batch, 3, height, width), sides divisible by {step}"
             )
-        ids: Tensor = self.quantize(self.quant_conv(self.encoder(images * 2 - 1)))
-        return ids.flatten(1)
+        return self.choose(self.quant_conv(self.encoder(images * 2 - 1))).flatten(1)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Ids of a square grid, int64 (batch, side²), to embeddings, float (batch, embed_dim, side, side).
-
-        Raises ValueError when the ids do not make a square.
-        """
-        side = square_side(ids)
-        return rearrange(F.embedding(ids, self.codebook), "b (h w) c -> b c h w", h=side)
+        """Ids of a square grid, int64 (batch, side²), to embeddings, float (batch, embed_dim, side, side)."""
+        return rearrange(F.embedding(ids, self.codebook), "b (h w) c -> b c h w", h=square_side(ids))
 
     def decode(self, ids: Tensor) -> Tensor:
         """Ids, int64 (batch, side²), to pictures, float (batch, 3, side · downsampling, …) in [0, 1]."""
@@ -236,7 +184,24 @@ class VQModel(nn.Module):
 
 
 class GumbelVQ(VQModel):
-    """The VQGAN of the seed and of ruDALL-E: f8, 8,192 codes of 256."""
+    """The VQGAN of the seed and of ruDALL-E: a 1×1 convolution gives each code its logit (arXiv 1611.01144).
+
+    The likeliest code wins. The original adds Gumbel noise outside training too; its codes vary from run to run.
+    """
+
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__(config)
+        proj, embed = nn.Conv2d(config.embed_dim, config.n_embed, 1), nn.Embedding(config.n_embed, config.embed_dim)
+        self.quantize = nn.ModuleDict({"proj": proj, "embed": embed})
+
+    @property
+    def codebook(self) -> Tensor:
+        """The codes' embeddings, float (n_embed, embed_dim)."""
+        return self.quantize.get_parameter("embed.weight")
+
+    def choose(self, features: Tensor) -> Tensor:
+        """Features (batch, embed_dim, h, w) to the ids of their codes, int64 (batch, h, w)."""
+        return self.quantize["proj"](features).argmax(dim=1)
 
 
 def square_side(ids: Tensor) -> int:
