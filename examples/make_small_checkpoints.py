@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
-from originals import save_seedset  # noqa: E402
+from originals import save_seedset
 
 folder = save_seedset(Path(sys.argv[1] if len(sys.argv) > 1 else "checkpoints"))
 print(f"wrote {', '.join(sorted(path.name for path in folder.iterdir()))} to {folder}")

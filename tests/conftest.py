@@ -1,4 +1,5 @@
 import pytest
+
 from originals import GOLDEN, Golden, close, save_dalle, save_seedset, save_vqgan  # noqa: F401
 
 

@@ -355,7 +355,7 @@ REFUSED = {
     "fewer strides": (tensor((2, 2), (1,)), "odd"),
     "size no tuple": (tensor(4, 1), "no size"),
     "endless shape": (tensor((1,) * 65, (1,) * 65), "odd"),
-    "endless sizes": (tensor((1 << 2000,) * 9, (1 << 2000,) * 9), "beyond"),
+    "endless sizes": (tensor((1 << 2000,) * 9, (1 << 2000,) * 9), "a tensor of shape"),
     "empty and endless": (tensor((0, 1 << 2000), (1, 1)), "damaged"),
     "no storage": (name("torch._utils", "_rebuild_tensor_v2") + plain((None, 0, (), ())) + b"R", "no storage"),
     "no arguments": (name("torch._utils", "_rebuild_tensor_v2") + b")R", "damaged"),
@@ -457,18 +457,14 @@ def test_zip_bombs(tmp_path, name):
         (["a/b/data.pkl"], "no data.pkl"),
         (["archive/data.pkl"], "archive/data/0 is missing"),
         (["../data.pkl", "../0", "data/0"], "../data/0 is missing"),
-        ([], "damaged|no data.pkl"),
+        (["other"], "no data.pkl"),
     ),
 )
 def test_zip_names(tmp_path, names, match):
     with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
         for entry in names:
             archive.writestr(entry, b"\x80\x02" + tensor() + b".")
-    if names:
-        refused(tmp_path / "a.pt", match)
-    else:
-        with pytest.raises(CheckpointError, match=match):
-            read_archive(tmp_path / "a.pt")
+    refused(tmp_path / "a.pt", match)
 
 
 @pytest.mark.parametrize("offset", (0, 40, 2**31, 2**32 - 2))

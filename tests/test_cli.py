@@ -1,4 +1,4 @@
-"""`dall3 generate` and `dall3 upsample`: the seed's command lines, its places and names, and one clear line on errors."""
+"""`dall3 generate` and `dall3 upsample`: the seed's command lines, places and names, and one clear line on errors."""
 
 import re
 import subprocess

@@ -5,6 +5,7 @@ import torch
 
 from dall3.archive import CheckpointError
 from dall3.checkpoints import load_discrete_vae, load_transformer, load_vae
+
 from originals import GOLDEN, Golden, close, save_dalle
 
 

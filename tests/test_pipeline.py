@@ -5,12 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from originals import Golden, save_seedset
 from PIL import Image
 
 from dall3 import Dall3Output, Dall3Pipeline
 from dall3.models.unet import UNet, UNetConfig
 from dall3.pipeline import parse_prompts
+
+from originals import Golden, save_seedset
 
 PROMPT = "a cube made of cloud"
 

@@ -8,6 +8,7 @@ import torch
 from dall3.checkpoints import load_transformer
 from dall3.models.transformer import DalleTransformer, TransformerConfig, rotary_table
 from dall3.sampling import Sampling, draw_image_tokens
+
 from originals import Golden, close, save_dalle
 
 CASES = [
@@ -167,7 +168,7 @@ SMALL = {"num_text_tokens": 8, "num_image_tokens": 8, "text_seq_len": 4, "dim": 
         ({"attn_types": ("full", "mlp")}, "'mlp'.*rotary_emb=False"),
         ({"dim": 18}, "dim=18 is not divisible by 4"),
         ({"dim_head": 15}, "dim_head=15 is odd"),
-        ({"attn_types": ("full", "axial_row"), "shared_attn_ids": (0, 0)}, "layer 1 is 'axial_row' but shares"),
+        ({"attn_types": ("full", "axial_row"), "shared_attn_ids": (0, 0)}, "shared_attn_ids: layer 1 is 'axial_row'"),
     ],
 )
 def test_a_configuration_that_contradicts_itself_is_refused(changes, words):

@@ -8,6 +8,7 @@ import torch
 from dall3.archive import CheckpointError
 from dall3.checkpoints import load_unet
 from dall3.models.unet import DiffusionConfig, UNet, UNetConfig
+
 from originals import Golden, close
 
 CONDITIONING = {

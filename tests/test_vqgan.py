@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from dall3.archive import CheckpointError
 from dall3.checkpoints import load_vqgan
 from dall3.models.vqgan import GumbelVQ
+
 from originals import GOLDEN, Golden, close, save_vqgan
 
 

@@ -41,6 +41,12 @@ class CheckpointError(ValueError):
     """A file that is not what it should be. The message says what was wrong, what was expected and what to do."""
 
 
+def one_line(path: object, message: object) -> CheckpointError:
+    """The error for a file, whatever the file has in its names: one printable line, not without end."""
+    text = " ".join(str(message).split())[:1000]
+    return CheckpointError(f"{path}: {''.join(c if c.isprintable() else '?' for c in text)}")
+
+
 class Name:
     """A class or function that a pickle names: inert, and without attributes that a pickle could set."""
 
@@ -305,8 +311,7 @@ def read_archive(path: str | Path) -> Any:
         message = "nested deeper than any checkpoint"
     except Exception as error:  # whatever a broken pickle or archive trips over is one thing to its reader
         message = f"truncated or damaged ({type(error).__name__}: {error})"
-    # One short line, whatever the file had in its names.
-    raise CheckpointError(f"{path}: {''.join(c if c.isprintable() else '?' for c in message[:300])}")
+    raise one_line(path, message)
 
 
 def module_tensors(module: Any) -> dict[str, Tensor]:

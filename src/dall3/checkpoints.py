@@ -7,14 +7,15 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from dall3.archive import CheckpointError, Placeholder, module_tensors, read_archive
+from dall3.archive import CheckpointError, Placeholder, module_tensors, one_line, read_archive
 from dall3.models.clip import CLIP
 from dall3.models.discrete_vae import DiscreteVAE, DiscreteVAEConfig, OpenAIDiscreteVAE, OpenAIDiscreteVAEConfig
 from dall3.models.transformer import DalleTransformer, TransformerConfig
@@ -24,20 +25,41 @@ from dall3.models.vqgan import GumbelVQ, VQGANConfig, VQModel
 PathLike = str | Path
 State = dict[str, Tensor]
 Model = TypeVar("Model", bound=nn.Module)
+Load = TypeVar("Load", bound=Callable[..., Any])
 
+DALLE, DVAE = "a DALL·E transformer of DALLE-pytorch", "a DiscreteVAE of DALLE-pytorch"
+VQGAN, UNET = "a VQGAN of taming-transformers", "a UNet of guided-diffusion"
+OPENAI, OPENAI_CLIP = "a part of OpenAI's dVAE", "a CLIP model"
 KINDS = (  # what a file looks like, by a tensor that only its kind has
-    ("a DALL·E transformer of DALLE-pytorch", "to_logits.1.weight"),
-    ("a VQGAN of taming-transformers", "quant_conv.weight"),
-    ("a UNet of guided-diffusion", "time_embed.0.weight"),
-    ("a DiscreteVAE of DALLE-pytorch", "codebook.weight"),
-    ("a CLIP model", "visual.conv1.weight"),
-    ("a CLIP model", "visual.trunk.patch_embed.proj.weight"),
-    ("a part of OpenAI's dVAE", "blocks.input.w"),
+    (DALLE, "to_logits.1.weight"),
+    (VQGAN, "quant_conv.weight"),
+    (UNET, "time_embed.0.weight"),
+    (DVAE, "codebook.weight"),
+    (OPENAI_CLIP, "visual.conv1.weight"),
+    (OPENAI, "blocks.input.w"),
 )
 
 
 def kind_of(state: Mapping[str, Any]) -> str:
     return next((kind for kind, name in KINDS if name in state), "something else")
+
+
+def checked(load: Load) -> Load:
+    """Whatever an odd tensor or hyper-parameter trips a loader over becomes a CheckpointError that names the file."""
+
+    @wraps(load)
+    def wrapper(path: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return load(path, *args, **kwargs)
+        except (CheckpointError, OSError):
+            raise
+        except KeyError as error:
+            problem = f"missing: {error.args[0]}"
+        except Exception as error:
+            problem = f"its tensors and settings make no model: {error}"
+        raise one_line(path, problem)
+
+    return cast(Load, wrapper)
 
 
 def read_state(path: PathLike, kind: str) -> tuple[State, dict[str, Any]]:
@@ -49,54 +71,43 @@ def read_state(path: PathLike, kind: str) -> tuple[State, dict[str, Any]]:
     if isinstance(found, Placeholder):
         found = module_tensors(found)
     if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: holds {type(found).__name__}; expected {kind}")
-    beside, state = found, found
-    for wrapper in ("weights", "state_dict", "model", "ema"):
-        if isinstance(found.get(wrapper), dict):
-            state = found[wrapper]
-            break
+        raise one_line(path, f"holds {type(found).__name__}; expected {kind}")
+    wrappers = [key for key in ("weights", "state_dict", "model", "ema") if isinstance(found.get(key), dict)]
+    state = found[wrappers[0]] if wrappers else found
     tensors = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
     for prefix in ("module.", "model."):
         if tensors and all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    if kind == DVAE and found.get("vae_params"):
+        tensors = {name.removeprefix("vae."): value for name, value in tensors.items() if name.startswith("vae.")}
     if kind_of(tensors) != kind:
-        raise CheckpointError(f"{path}: looks like {kind_of(tensors)}; expected {kind}")
-    return tensors, beside
+        raise one_line(path, f"looks like {kind_of(tensors)}; expected {kind}")
+    return tensors, found
 
 
-def fill(model: Model, state: State, path: PathLike) -> Model:
+def fill(model: Model, state: State, path: object) -> Model:
     """Give a model built on the meta device its tensors, in float32, without a copy where they have it already.
 
     Raises CheckpointError naming the tensors that are missing, unexpected or of another shape.
     """
-    wanted = model.state_dict()
-    problems = []
-    for title, names in (
-        ("missing", [name for name in wanted if name not in state]),
-        ("unexpected", [name for name in state if name not in wanted]),
-        (
-            "of another shape",
-            [
-                f"{name} {tuple(state[name].shape)} instead of {tuple(tensor.shape)}"
-                for name, tensor in wanted.items()
-                if name in state and state[name].shape != tensor.shape
-            ],
-        ),
-    ):
-        if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            problems.append(f"{title}: {', '.join(names[:5])}{more}")
-    if problems:
-        raise CheckpointError(f"{path}: does not fit {type(model).__name__}; {'; '.join(problems)}")
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    odd = [name for name in wanted.keys() & found.keys() if wanted[name] != found[name]]
+    problems = {
+        "missing": sorted(wanted.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - wanted.keys()),
+        "of another shape": sorted(f"{name} {found[name]} instead of {wanted[name]}" for name in odd),
+    }
+    lines = [
+        f"{title}: {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        for title, names in problems.items()
+        if names
+    ]
+    if lines:
+        raise one_line(path, f"does not fit {type(model).__name__}; {'; '.join(lines)}")
     typed = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
     model.load_state_dict(typed, assign=True)
     return model.eval().requires_grad_(False)
-
-
-def shape_of(state: State, name: str, path: PathLike) -> tuple[int, ...]:
-    if name not in state:
-        raise CheckpointError(f"{path}: missing: {name}")
-    return tuple(state[name].shape)
 
 
 def count(state: Mapping[str, Any], pattern: str) -> int:
@@ -124,6 +135,7 @@ TRANSFORMER_NAMES = [  # patterns in DALLE-pytorch's names, in this order, and w
 ]
 
 
+@checked
 def load_transformer(path: PathLike, release: str | None = None) -> DalleTransformer:
     """DALLE-pytorch's checkpoint, releases 1.0 to 1.6 and the seed's fork, to a DalleTransformer in float32 on the CPU.
 
@@ -131,10 +143,10 @@ def load_transformer(path: PathLike, release: str | None = None) -> DalleTransfo
     attention alone: 1.5 moved its window, and files of 1.3 to 1.6 look alike; without it, 1.5 or later is taken.
     Raises CheckpointError when the file is not one or does not fit.
     """
-    tensors, beside = read_state(path, "a DALL·E transformer of DALLE-pytorch")
-    hparams = beside.get("hparams")
+    tensors, beside = read_state(path, DALLE)
+    hparams, version = beside.get("hparams"), beside.get("version")
     if not isinstance(hparams, dict):
-        raise CheckpointError(f"{path}: has no 'hparams' beside its weights; heads and text length cannot be known")
+        raise one_line(path, "has no 'hparams' beside its weights; heads and text length cannot be known")
     state: State = {}
     for name, tensor in tensors.items():
         for pattern, replacement in TRANSFORMER_NAMES:
@@ -157,39 +169,36 @@ def load_transformer(path: PathLike, release: str | None = None) -> DalleTransfo
     }
     shift = depths.get("net.0.weight", 0) > 2
     has_caches = depths.get("net.0.weight") == 4 or (not shift and depths.get("to_qkv.weight") == 3)
-    release = str(release or beside.get("version") or ("1.6" if has_caches else "1.1"))
+    release = release or (version if isinstance(version, str) else "1.6" if has_caches else "1.1")
     kinds = as_tuple(hparams.get("attn_types")) or ("full",)
     if [int(number) for number in re.findall(r"\d+", release)[:2]] >= [1, 5]:
         kinds = tuple("conv_like_causal" if kind == "conv_like" else kind for kind in kinds)
-    try:
-        text_seq_len, words = int(hparams.get("text_seq_len", 256)), int(hparams.get("num_text_tokens", 10000))
-        vocabulary, dim = shape_of(state, "to_logits.weight", path)
-        # The table of angles ends with the image, or, in the seed's fork, one position before.
-        grid = math.isqrt(len(angles) - text_seq_len) if angles is not None else len(state["row_pos_emb.weight"])
-        config = TransformerConfig(
-            num_text_tokens=words,
-            num_image_tokens=vocabulary - words - text_seq_len,
-            text_seq_len=text_seq_len,
-            dim=dim,
-            depth=count(state, r"layers\.(\d+)\."),
-            heads=int(hparams.get("heads", 8)),
-            dim_head=int(hparams.get("dim_head", 64)),
-            grid_size=grid,
-            attn_types=kinds,
-            rotary_emb=angles is not None,
-            shift_tokens=shift,
-            reversible=bool(hparams.get("reversible", False)),
-            stable=bool(hparams.get("stable", False)),
-            sandwich_norm="layers.0.0.norm_out.weight" in state,
-            shared_attn_ids=as_tuple(hparams.get("shared_attn_ids")),
-            shared_ff_ids=as_tuple(hparams.get("shared_ff_ids")),
-            share_input_output_emb=share,
-            loss_img_weight=float(hparams.get("loss_img_weight", 7)),
-        )
-        with torch.device("meta"):
-            model = DalleTransformer(config)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its hyper-parameters make no transformer: {error}") from None
+    text_seq_len, words = int(hparams.get("text_seq_len", 256)), int(hparams.get("num_text_tokens", 10000))
+    vocabulary, dim = state["to_logits.weight"].shape
+    # The table of angles ends with the image, or, in the seed's fork, one position before.
+    grid = math.isqrt(len(angles) - text_seq_len) if angles is not None else len(state["row_pos_emb.weight"])
+    config = TransformerConfig(
+        num_text_tokens=words,
+        num_image_tokens=vocabulary - words - text_seq_len,
+        text_seq_len=text_seq_len,
+        dim=dim,
+        depth=count(state, r"layers\.(\d+)\."),
+        heads=int(hparams.get("heads", 8)),
+        dim_head=int(hparams.get("dim_head", 64)),
+        grid_size=grid,
+        attn_types=kinds,
+        rotary_emb=angles is not None,
+        shift_tokens=shift,
+        reversible=bool(hparams.get("reversible", False)),
+        stable=bool(hparams.get("stable", False)),
+        sandwich_norm="layers.0.0.norm_out.weight" in state,
+        shared_attn_ids=as_tuple(hparams.get("shared_attn_ids")),
+        shared_ff_ids=as_tuple(hparams.get("shared_ff_ids")),
+        share_input_output_emb=share,
+        loss_img_weight=float(hparams.get("loss_img_weight", 7)),
+    )
+    with torch.device("meta"):
+        model = DalleTransformer(config)
     if angles is not None:
         model.set_rotary_angles(angles)
         state |= {"rotary_cos": model.rotary_cos, "rotary_sin": model.rotary_sin}
@@ -198,26 +207,25 @@ def load_transformer(path: PathLike, release: str | None = None) -> DalleTransfo
     return fill(model, state, path)
 
 
+@checked
 def load_vqgan(checkpoint: PathLike, config: PathLike | None = None) -> VQModel:
     """taming-transformers' checkpoint to a GumbelVQ or VQModel in float32 on the CPU.
 
     The architecture is read off the tensors. config: taming's YAML, which is checked against them where given.
     Raises CheckpointError when a file is not one or they do not fit each other.
     """
-    tensors, _ = read_state(checkpoint, "a VQGAN of taming-transformers")
+    tensors, _ = read_state(checkpoint, VQGAN)
     parts = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
     state = {name: tensor for name, tensor in tensors.items() if name.startswith(parts)}
     gumbel = "quantize.proj.weight" in state
-    n_embed, embed_dim = shape_of(state, f"quantize.{'embed' if gumbel else 'embedding'}.weight", checkpoint)
-    ch = shape_of(state, "encoder.conv_in.weight", checkpoint)[0]
-    levels = count(state, r"encoder\.down\.(\d+)\.")
-    widths = [shape_of(state, f"encoder.down.{i}.block.0.conv1.weight", checkpoint)[0] for i in range(levels)]
+    n_embed, embed_dim = state[f"quantize.{'embed' if gumbel else 'embedding'}.weight"].shape
+    ch, levels = len(state["encoder.conv_in.weight"]), count(state, r"encoder\.down\.(\d+)\.")
     found = VQGANConfig(
         ch=ch,
-        ch_mult=tuple(width // ch for width in widths),
+        ch_mult=tuple(len(state[f"encoder.down.{i}.block.0.conv1.weight"]) // ch for i in range(levels)),
         num_res_blocks=count(state, r"encoder\.down\.0\.block\.(\d+)\."),
         attn_levels=tuple(i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in state),
-        z_channels=shape_of(state, "encoder.conv_out.weight", checkpoint)[0],
+        z_channels=len(state["encoder.conv_out.weight"]),
         embed_dim=embed_dim,
         n_embed=n_embed,
     )
@@ -234,22 +242,17 @@ def check_vqgan_config(found: VQGANConfig, config: PathLike, checkpoint: PathLik
 
     try:
         params = yaml.safe_load(Path(config).read_text())["model"]["params"]
-        said = {
-            "embed_dim": params["embed_dim"],
-            "n_embed": params["n_embed"],
-            "ch": params["ddconfig"]["ch"],
-            "ch_mult": tuple(params["ddconfig"]["ch_mult"]),
-            "z_channels": params["ddconfig"]["z_channels"],
-        }
+        said = {name: params[name] for name in ("embed_dim", "n_embed")}
+        said |= {name: params["ddconfig"][name] for name in ("ch", "z_channels")}
+        said["ch_mult"] = tuple(params["ddconfig"]["ch_mult"])
     except (KeyError, TypeError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise CheckpointError(
-            f"{config}: not a taming-transformers model.yaml ({type(error).__name__}: {error})"
-        ) from None
+        raise one_line(config, f"not a taming-transformers model.yaml ({type(error).__name__}: {error})") from None
     for name, value in said.items():
         if value != getattr(found, name):
             raise CheckpointError(f"{config} says {name}={value}, but {checkpoint} has {getattr(found, name)}")
 
 
+@checked
 def load_discrete_vae(path: PathLike, decoder: PathLike | None = None) -> DiscreteVAE | OpenAIDiscreteVAE:
     """DALLE-pytorch's DiscreteVAE, from its own file or from a DALL·E checkpoint that holds one; or, with `decoder`,
     OpenAI's dVAE from its encoder.pkl and decoder.pkl. float32, on the CPU.
@@ -258,59 +261,52 @@ def load_discrete_vae(path: PathLike, decoder: PathLike | None = None) -> Discre
     """
     if decoder is not None:
         return load_openai_dvae(path, decoder)
-    found = read_archive(path)
-    found = found if isinstance(found, dict) else {}
-    weights, hparams = found.get("weights"), found.get("vae_params") or found.get("hparams")
-    if not isinstance(weights, dict) or not isinstance(hparams, dict):
-        raise CheckpointError(
-            f"{path}: expected a DiscreteVAE of DALLE-pytorch, a dictionary of 'hparams' and 'weights'"
-        )
-    state = {name.removeprefix("vae."): tensor for name, tensor in weights.items()}
-    if found.get("vae_params"):
-        state = {name.removeprefix("vae."): tensor for name, tensor in weights.items() if name.startswith("vae.")}
-    if kind_of(state) != "a DiscreteVAE of DALLE-pytorch":
-        raise CheckpointError(f"{path}: looks like {kind_of(state)}; expected a DiscreteVAE of DALLE-pytorch")
+    state, beside = read_state(path, DVAE)
+    hparams = beside.get("vae_params") or beside.get("hparams")
+    if not isinstance(hparams, dict):
+        raise one_line(path, "has no 'hparams' beside its weights; the picture's size cannot be known")
     state["codebook_embedding.weight"] = state.pop("codebook.weight")
     num_tokens, codebook_dim = state["codebook_embedding.weight"].shape
+    hidden_dim, channels = state["encoder.0.0.weight"].shape[:2]
     normalization = hparams.get("normalization", ((0.5,) * 3, (0.5,) * 3))
+    if normalization is not None:
+        mean, std = (tuple(float(number) for number in part) for part in normalization)
     config = DiscreteVAEConfig(
         image_size=int(hparams.get("image_size", 256)),
         num_tokens=num_tokens,
         codebook_dim=codebook_dim,
-        num_layers=int(hparams.get("num_layers", 3)),
-        num_resnet_blocks=int(hparams.get("num_resnet_blocks", 0)),
-        hidden_dim=shape_of(state, "encoder.0.0.weight", path)[0],
-        channels=shape_of(state, "encoder.0.0.weight", path)[1],
-        normalization=None if normalization is None else (tuple(normalization[0]), tuple(normalization[1])),
+        num_layers=count(state, r"encoder\.(\d+)\.0\.weight"),
+        num_resnet_blocks=count(state, r"encoder\.(\d+)\.net\."),
+        hidden_dim=hidden_dim,
+        channels=channels,
+        normalization=None if normalization is None else (mean, std),
     )
+    for name in ("num_layers", "num_resnet_blocks"):
+        if hparams.get(name, getattr(config, name)) != getattr(config, name):
+            raise one_line(path, f"its hparams say {name}={hparams[name]}, its tensors {getattr(config, name)}")
     with torch.device("meta"):
         model = DiscreteVAE(config)
     return fill(model, state, path)
 
 
+@checked
 def load_openai_dvae(encoder: PathLike, decoder: PathLike) -> OpenAIDiscreteVAE:
     """OpenAI's dVAE from its two pickled modules, read as data. Raises CheckpointError when they are not."""
-    state: State = {}
-    halves = {}
-    for half, path in (("encoder", encoder), ("decoder", decoder)):
-        halves[half], _ = read_state(path, "a part of OpenAI's dVAE")
-    vocab_size, n_init = (
-        halves["encoder"]["blocks.output.conv.w"].shape[0],
-        halves["decoder"]["blocks.input.w"].shape[0],
-    )
+    halves = {"encoder": read_state(encoder, OPENAI)[0], "decoder": read_state(decoder, OPENAI)[0]}
     config = OpenAIDiscreteVAEConfig(
-        n_hid=halves["encoder"]["blocks.input.w"].shape[0],
-        n_init=n_init,
+        n_hid=len(halves["encoder"]["blocks.input.w"]),
+        n_init=len(halves["decoder"]["blocks.input.w"]),
         n_blk_per_group=count(halves["encoder"], r"blocks\.group_1\.block_(\d+)\."),
-        vocab_size=vocab_size,
+        vocab_size=len(halves["encoder"]["blocks.output.conv.w"]),
         group_count=count(halves["encoder"], r"blocks\.group_(\d+)\."),
     )
     with torch.device("meta"):
         model = OpenAIDiscreteVAE(config)
+    state: State = {}
     for half, tensors in halves.items():
         # Both sides list the same convolutions from the input to the output, weight before bias.
-        for name, tensor in zip((n for n in model.state_dict() if n.startswith(half)), tensors.values(), strict=False):
-            state[name] = tensor
+        names = [name for name in model.state_dict() if name.startswith(half)]
+        state |= dict(zip(names, tensors.values(), strict=False))
     return fill(model, state, f"{encoder}, {decoder}")
 
 
@@ -320,16 +316,16 @@ def load_vae(
     """Whichever VAE `path` holds: a VQGAN, a DiscreteVAE, OpenAI's (encoder.pkl, decoder.pkl). Without a path the
     DiscreteVAE inside the DALL·E checkpoint `dalle`, or None where it has none.
     """
-    if path is None:
-        found = {} if dalle is None else read_archive(dalle)
-        return load_discrete_vae(dalle) if dalle is not None and found.get("vae_params") else None
     if isinstance(path, tuple):
         return load_openai_dvae(*path)
-    found = read_archive(path)
-    is_discrete = (
-        isinstance(found, dict) and isinstance(found.get("weights"), dict) and "codebook.weight" in found["weights"]
-    )
-    return load_discrete_vae(path) if is_discrete else load_vqgan(path, config)
+    if path is not None:
+        found = read_archive(path)
+        weights = found.get("weights") if isinstance(found, dict) else None
+        is_discrete = isinstance(weights, dict) and kind_of(weights) == DVAE
+        return load_discrete_vae(path) if is_discrete else load_vqgan(path, config)
+    found = None if dalle is None else read_archive(dalle)
+    has_vae = isinstance(found, dict) and found.get("vae_params")
+    return load_discrete_vae(dalle) if dalle is not None and has_vae else None
 
 
 IMAGE_SIZES = {  # channel multipliers of guided-diffusion's create_model
@@ -346,6 +342,7 @@ UNET_DEFAULTS: dict[int, dict[str, Any]] = {  # what sample.py sets for each siz
 }
 
 
+@checked
 def load_unet(path: PathLike, config: PathLike | dict[str, Any] | None = None) -> UNet:
     """guided-diffusion's checkpoint to a UNet in float32 on the CPU; how it was trained is in its config.
 
@@ -353,63 +350,56 @@ def load_unet(path: PathLike, config: PathLike | dict[str, Any] | None = None) -
     heads and the noise schedule. Without it those of the seed's sample.py for 512, 256, 128 and 64 pixels, and of
     super_res.py, are taken. Raises CheckpointError when the file is not one, does not fit, or needs a config.
     """
-    state, _ = read_state(path, "a UNet of guided-diffusion")
+    state, _ = read_state(path, UNET)
     flags = read_flags(config)
-    model_channels = shape_of(state, "time_embed.0.weight", path)[1]
-    outputs = count(state, r"output_blocks\.(\d+)\.")
+    model_channels, outputs = state["time_embed.0.weight"].shape[1], count(state, r"output_blocks\.(\d+)\.")
     # A level's last output block ends with a second residual block or a convolution that doubles the picture.
     doubling = [
-        i for i in range(outputs) if any(re.match(rf"output_blocks\.{i}\.[12]\.(in_layers|conv)\.", n) for n in state)
+        match[1] for name in state if (match := re.match(r"output_blocks\.(\d+)\.[12]\.(in_layers|conv)\.", name))
     ]
-    blocks = doubling[0] if doubling else outputs - 1
-    levels = outputs // (blocks + 1)
-    first_of_level = [1 + level * (blocks + 1) for level in range(levels)]
-    widths = [shape_of(state, f"input_blocks.{i}.0.out_layers.3.weight", path)[0] for i in first_of_level]
-    channel_mult = tuple(width / model_channels for width in widths)
-    super_resolution = shape_of(state, "input_blocks.0.0.weight", path)[1] == 6
+    blocks = min(map(int, doubling), default=outputs - 1)
+    firsts = range(1, 1 + outputs, blocks + 1)  # each level's first input block
+    channel_mult = tuple(len(state[f"input_blocks.{i}.0.out_layers.3.weight"]) / model_channels for i in firsts)
+    super_resolution = state["input_blocks.0.0.weight"].shape[1] == 6
     image_size = int(flags.get("large_size", flags.get("image_size", IMAGE_SIZES.get(channel_mult, 0))))
     defaults = {"num_heads": 4} if super_resolution else UNET_DEFAULTS.get(image_size, {})
     if not image_size or (config is None and not defaults):
-        raise CheckpointError(
-            f"{path}: a UNet of an unusual size; give its flags as config to tell its attention heads"
-        )
+        raise one_line(path, "a UNet of an unusual size; give its flags as config to tell its attention heads")
+    if {"num_heads", "num_head_channels"} & flags.keys():
+        defaults = {}
     told = defaults | {name: value for name, value in flags.items() if value not in (-1, "", None)}
-    if config is not None and "num_head_channels" in flags and flags["num_head_channels"] == -1:
-        told.pop("num_head_channels", None)
-    block_out, emb_rows = widths[0], shape_of(state, "input_blocks.1.0.emb_layers.1.weight", path)[0]
-    embedding = state.get("external_block.op.weight")
     diffusion = DiffusionConfig(
         diffusion_steps=int(told.get("diffusion_steps", 1000)),
-        noise_schedule=str(told.get("noise_schedule", "linear")),
-        learn_sigma=shape_of(state, "out.2.weight", path)[0] == 6,
+        noise_schedule=told.get("noise_schedule", "linear"),
+        learn_sigma=len(state["out.2.weight"]) == 6,
         predict_xstart=bool(told.get("predict_xstart", False)),
         rescale_timesteps=bool(told.get("rescale_timesteps", True)),
+    )
+    embedding, labels = state.get("external_block.op.weight"), state.get("label_emb.weight")
+    emb_rows, width = (
+        len(state["input_blocks.1.0.emb_layers.1.weight"]),
+        len(state["input_blocks.1.0.out_layers.3.weight"]),
     )
     unet_config = UNetConfig(
         model_channels=model_channels,
         channel_mult=channel_mult,
         num_res_blocks=blocks,
-        attention_levels=tuple(
-            level for level, i in enumerate(first_of_level) if f"input_blocks.{i}.1.qkv.weight" in state
-        ),
+        attention_levels=tuple(level for level, i in enumerate(firsts) if f"input_blocks.{i}.1.qkv.weight" in state),
         image_size=image_size,
         num_heads=int(told.get("num_heads", 4)),
-        num_head_channels=told.get("num_head_channels"),
-        num_heads_upsample=told.get("num_heads_upsample"),
+        num_head_channels=int(told["num_head_channels"]) if "num_head_channels" in told else None,
+        num_heads_upsample=int(told["num_heads_upsample"]) if "num_heads_upsample" in told else None,
         use_new_attention_order=bool(told.get("use_new_attention_order", False)),
-        use_scale_shift_norm=emb_rows == 2 * block_out,
+        use_scale_shift_norm=emb_rows == 2 * width,
         resblock_updown=f"input_blocks.{blocks + 1}.0.op.weight" not in state,
-        num_classes=shape_of(state, "label_emb.weight", path)[0] if "label_emb.weight" in state else None,
+        num_classes=None if labels is None else len(labels),
         embedding_dims=None if embedding is None else (embedding.shape[1], embedding.shape[0]),
         super_resolution=super_resolution,
         diffusion=diffusion,
     )
     check_unet_flags(unet_config, flags, path)
-    try:
-        with torch.device("meta"):
-            model = UNet(unet_config)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    with torch.device("meta"):
+        model = UNet(unet_config)
     return fill(model, state, path)
 
 
@@ -419,9 +409,9 @@ def read_flags(config: PathLike | dict[str, Any] | None) -> dict[str, Any]:
     try:
         flags = json.loads(Path(config).read_text())
     except (ValueError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{config}: not JSON ({error}); expected guided-diffusion's flags") from None
+        raise one_line(config, f"not JSON ({error}); expected guided-diffusion's flags") from None
     if not isinstance(flags, dict):
-        raise CheckpointError(f"{config}: holds {type(flags).__name__}; expected an object of guided-diffusion's flags")
+        raise one_line(config, f"holds {type(flags).__name__}; expected an object of guided-diffusion's flags")
     return flags
 
 
@@ -439,6 +429,7 @@ def check_unet_flags(found: UNetConfig, flags: dict[str, Any], path: PathLike) -
             raise CheckpointError(f"the config says {flag}={flags[flag]}, but {path} has {value}")
 
 
+@checked
 def load_clip(path_or_name: PathLike) -> CLIP:
     """CLIP in float32 on the CPU: from OpenAI's TorchScript archive or a state dict (a file), or one of open_clip's
     own by name, as "ViT-B-32/openai", fetched by open_clip.
@@ -458,13 +449,13 @@ def load_clip(path_or_name: PathLike) -> CLIP:
     if not Path(path_or_name).exists() and Path(path_or_name).suffix == "":
         raise ValueError(f"'{path_or_name}' is neither a file nor a model of open_clip, such as 'ViT-B-16/openai'")
 
-    state, _ = read_state(path_or_name, "a CLIP model")
+    state, _ = read_state(path_or_name, OPENAI_CLIP)
     sizes = ("input_resolution", "context_length", "vocab_size")
     state = {key: value.float() for key, value in state.items() if key not in sizes}
     try:
         model = build_model_from_openai_state_dict(dict(state), cast_dtype=torch.float32).float()
         model.load_state_dict(state)  # once more: open_clip rounds to half precision on the way
-    except (KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{path_or_name}: does not fit open_clip's CLIP ({error})") from None
+    except RuntimeError as error:
+        raise one_line(path_or_name, f"does not fit CLIP: {error}") from None
     context_length = state["positional_embedding"].shape[0]
     return CLIP(model, SimpleTokenizer(context_length=context_length), model.visual.image_size[0])

@@ -43,13 +43,11 @@ def require(holds: bool, message: str) -> None:
 
 
 def beta_schedule(name: str, steps: int) -> np.ndarray:
-    """Variances of the noise added at each step, float64 (steps,). name: "linear" or "cosine"."""
+    """Variances of the noise added at each step, float64 (steps,). name: "linear" or "cosine" (arXiv 2102.09672)."""
     if name == "linear":
         return np.linspace(0.1 / steps, 20 / steps, steps, dtype=np.float64)
-    if name == "cosine":
-        edges = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
-        return np.array([min(1 - after / before, 0.999) for before, after in zip(edges, edges[1:], strict=False)])
-    raise ValueError(f"noise_schedule '{name}' is not known; expected 'linear' or 'cosine'")
+    edges = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
+    return np.array([min(1 - after / before, 0.999) for before, after in zip(edges, edges[1:], strict=False)])
 
 
 def space_timesteps(total: int, spacing: int | str) -> list[int]:
@@ -88,7 +86,9 @@ class GaussianDiffusion:
 
     def __init__(self, config: DiffusionConfig, spacing: int | str | None = None) -> None:
         self.config = config
-        self.timestep_map = space_timesteps(config.diffusion_steps, spacing or config.diffusion_steps)
+        self.timestep_map = space_timesteps(
+            config.diffusion_steps, config.diffusion_steps if spacing is None else spacing
+        )
         bar = np.cumprod(1 - beta_schedule(config.noise_schedule, config.diffusion_steps))[self.timestep_map]
         before = np.append(1.0, bar[:-1])
         betas = 1 - bar / before
@@ -225,7 +225,8 @@ def sample_dpm_solver(
             return
         h = diffusion.at("half_log_snr", t - 1, x) - diffusion.at("half_log_snr", t, x)
         target = x_start
-        if previous is not None and previous_h is not None:
+        # The step to 0 leaps so far in signal-to-noise that a second-order one overshoots.
+        if i > 1 and previous is not None and previous_h is not None:
             target = x_start + (x_start - previous) * h / (2 * previous_h)
         shrink = diffusion.at("sqrt_one_minus_bar", t - 1, x) / diffusion.at("sqrt_one_minus_bar", t, x)
         x = shrink * x - diffusion.at("sqrt_bar", t - 1, x) * torch.expm1(-h) * target
@@ -295,7 +296,7 @@ class Refinement:
     def __post_init__(self) -> None:
         for name in ("clip_guidance_scale", "tv_scale", "range_scale"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)}; expected a number from 0")
-        for name, count in (("cutn", self.cutn), ("stop_at", self.stop_at or 1)):
+        for name, count in (("cutn", self.cutn), ("stop_at", 1 if self.stop_at is None else self.stop_at)):
             require(type(count) is int and count > 0, f"{name}={count}; expected a whole number from 1")
         require(0 <= self.guidance_share <= 1, f"guidance_share={self.guidance_share}; expected a share in [0, 1]")
         require(0 < self.strength <= 1, f"strength={self.strength}; expected a share of the noise, in (0, 1]")

@@ -27,10 +27,11 @@ class CLIP(nn.Module):
         from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
         super().__init__()
-        self.model: Any = model.eval().requires_grad_(False)
+        self.model: Any = model.requires_grad_(False)
         self.tokenize, self.image_size = tokenize, image_size
         self.register_buffer("mean", torch.tensor(mean or OPENAI_DATASET_MEAN)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std or OPENAI_DATASET_STD)[:, None, None], persistent=False)
+        self.eval()
 
     def embed_text(self, texts: list[str]) -> Tensor:
         """Texts, cut at CLIP's length, to embeddings, float32 (texts, width)."""

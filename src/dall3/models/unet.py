@@ -25,6 +25,10 @@ class DiffusionConfig:
     predict_xstart: bool = False
     rescale_timesteps: bool = True
 
+    def __post_init__(self) -> None:
+        if self.noise_schedule not in ("linear", "cosine"):
+            raise ValueError(f"noise_schedule '{self.noise_schedule}' is not known; expected 'linear' or 'cosine'")
+
 
 @dataclass(frozen=True)
 class UNetConfig:
