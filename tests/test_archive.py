@@ -122,7 +122,7 @@ def refused(path, match=None):
     with bounded_memory(), pytest.raises(CheckpointError, match=match) as caught:
         read_archive(path)
     line = str(caught.value)
-    assert line.startswith(f"{path}: ") and line.isprintable() and len(line) < len(str(path)) + 310
+    assert line.startswith(f"{path}: ") and line.isprintable() and len(line) < len(str(path)) + 1010
     assert "MemoryError" not in line and "allocate" not in line
     return line
 
@@ -331,7 +331,7 @@ REFUSED = {
     "sets in a tensor": (tensor() + b"K\x00K\x01s", "adds items to a "),
     "appends to a tensor": (tensor() + b"Na", "adds items to a "),
     "appends to a name": (name("os", "environ") + b"Na", "adds items to a Name"),
-    "control characters": (storage("\x1b[2J\n", kind="Odd"), r"\?\[2J\?"),
+    "control characters": (storage("\x1b[2J\n", kind="Odd"), r"storage \?\[2J is of"),
     "lone surrogate": (b"X\x03\0\0\0\xed\xa0\x80".join(storage(kind="Odd").split(plain("0"))), "not known"),
     "endless name": (storage("x" * MANY, kind="Odd"), "xxx"),
     "no such storage": (storage("../../etc/passwd"), "passwd"),

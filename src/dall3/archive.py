@@ -32,6 +32,7 @@ DTYPES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
+BaseUnpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 # Of a tensor, of a dictionary's key and of a module tree: far above any network, far below a trap.
 MAX_DEPTH, MAX_ITEMS, MAX_NAME = 64, 100_000, 1000
@@ -51,6 +52,7 @@ class Name:
     """A class or function that a pickle names: inert, and without attributes that a pickle could set."""
 
     __slots__ = ("text",)
+    text: str
 
     def __init__(self, text: str) -> None:
         object.__setattr__(self, "text", text)
@@ -142,13 +144,13 @@ def construct(name: Any, args: Any) -> Any:
     return KNOWN[name.text](*args) if name.text in KNOWN else Placeholder(name.text)
 
 
-class Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
+class Unpickler(BaseUnpickler):
     """The standard library's unpickler in Python, with every way to a class or a call replaced.
 
     The one in C would reserve what a file's memo index claims, up to 32 GB; this one keeps a dictionary.
     """
 
-    dispatch = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+    dispatch = dict(BaseUnpickler.dispatch)
 
     def __init__(self, file: io.BytesIO | mmap.mmap, load_storage: Callable[[Storage, str], Tensor | None]) -> None:
         super().__init__(file, encoding="latin1")
