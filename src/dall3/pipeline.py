@@ -122,9 +122,10 @@ class Dall3Pipeline:
         for part in (self.transformer, self.vqgan, self.clip, self.upsampler, self.super_resolution):
             if isinstance(part, nn.Module):
                 part.to(self.device, dtype)
+        layout = torch.contiguous_format if self.device.type == "cpu" else torch.channels_last
         for part in (self.vqgan, self.upsampler, self.super_resolution):
             if isinstance(part, nn.Module):
-                part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                part.to(memory_format=layout)  # type: ignore[call-overload]
         return self
 
     def __call__(
