@@ -63,6 +63,13 @@ def test_several_prompts_captions_and_the_fine_picture_in_one_go(seedset, tmp_pa
         assert Image.open(tmp_path / name / "1-fine.png").size == (64, 64)
 
 
+def test_a_prompt_stays_inside_the_outputs_folder(seedset, tmp_path):
+    options = ["--num_images", "1", "--outputs_dir", str(tmp_path / "out"), "../a cube/of cloud"]
+    assert main([*generate_options(seedset), *options]) == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["_._a_cube_of_cloud"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_gentxt_writes_the_prompt_to_its_end(seedset, tmp_path):
     options = ["--num_images", "1", "--gentxt", "--seed", "1", "--outputs_dir", str(tmp_path), "a cube"]
     assert main([*generate_options(seedset), *options]) == 0
@@ -79,6 +86,12 @@ def test_upsample_takes_tokens_or_a_picture(seedset, outputs, tmp_path):
     picture = str(next((outputs / FOLDER).glob("0-*.png")))
     assert main([*upsample_options(seedset), "--input", picture, "--outputs_dir", str(tmp_path / "picture")]) == 0
     assert Image.open(tmp_path / "picture/progress_00000.png").size == (64, 64)
+
+
+def test_dvae_mode_is_checked(seedset, outputs, tmp_path, capsys):
+    command = [*upsample_options(seedset), "--input", str(outputs / FOLDER / "0.npy"), "--dvae_mode"]
+    assert main([*command, "--outputs_dir", str(tmp_path / "out")]) == 2
+    assert "is no DiscreteVAE" in capsys.readouterr().err
 
 
 def test_nothing_is_overwritten_unless_asked(seedset, outputs, tmp_path, capsys):
@@ -113,6 +126,8 @@ def test_nothing_is_overwritten_unless_asked(seedset, outputs, tmp_path, capsys)
         (["a cube", "--clip_sort", "--clip_path", "{seedset}/bpe.model"], "bpe.model"),
         (["a cube", "--clip_sort", "--clip_path", "ViT-Z/nobody"], "'ViT-Z/nobody' is neither a file nor a model"),
         (["a cube", "--chinese", "--bpe_path", ""], "vocab.txt"),
+        (["a cube", "--hug"], "--hug needs"),
+        (["a cube|a cube"], "the same prompt twice"),
     ],
 )
 def test_bad_input_to_generate_is_one_line_before_any_work(seedset, tmp_path, capsys, options, words):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dall3.archive import CheckpointError, Placeholder, module_tensors, one_line, read_archive
+from dall3.models.attention import sparse_pattern
 from dall3.models.clip import CLIP
 from dall3.models.discrete_vae import DiscreteVAE, DiscreteVAEConfig, OpenAIDiscreteVAE, OpenAIDiscreteVAEConfig
 from dall3.models.transformer import DalleTransformer, TransformerConfig
@@ -203,7 +204,8 @@ def load_transformer(path: PathLike, release: str | None = None) -> DalleTransfo
         model.set_rotary_angles(angles)
         state |= {"rotary_cos": model.rotary_cos, "rotary_sin": model.rotary_sin}
     if "sparse" in kinds:  # DeepSpeed ran every layer with the layout of the first
-        state["attention_layout"] = layouts[0].bool() if layouts else model.attention_layout
+        own = model.get_buffer("sparse_pattern")
+        state["sparse_pattern"] = sparse_pattern(layouts[0], config.seq_len) if layouts else own
     return fill(model, state, path)
 
 

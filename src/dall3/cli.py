@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import io
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,9 +48,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--text", help="the same")
     add("--dalle_path", required=True, help="DALLE-pytorch's checkpoint")
     add("--bpe_path", help="its tokenizer, of any kind (default: CLIP's)")
-    add("--hug", action="store_true", help="the tokenizer is Hugging Face's JSON; told by its content anyway")
-    add("--chinese", action="store_true", help="the tokenizer is BERT's; give its vocab.txt as --bpe_path")
-    add("--taming", action="store_true", help="the VAE is a VQGAN of taming-transformers")
+    add("--hug", action="store_true", help="the tokenizer must be Hugging Face's JSON")
+    add("--chinese", action="store_true", help="the tokenizer must be BERT's vocab.txt")
+    add("--taming", action="store_true", help="the VAE must be a VQGAN of taming-transformers")
     add("--vqgan_model_path", help="the VQGAN's .ckpt, or a DiscreteVAE's .pt")
     add("--vqgan_config_path", help="the VQGAN's .yaml")
     add("--openai_vae", nargs=2, metavar=("ENCODER", "DECODER"), help="OpenAI's encoder.pkl and decoder.pkl")
@@ -73,10 +74,15 @@ def make_parser() -> argparse.ArgumentParser:
     add = upsample_parser.add_argument
     add("--input", required=True, help="a picture, or a .npy of image tokens")
     add("--model_path", default="./models/model-latest.pt", help="guided-diffusion's checkpoint, of any kind")
-    add("--model_size", type=int, choices=(512, 256, 128, 64), help="what the UNet was trained on; read off it anyway")
+    add(
+        "--model_size",
+        type=int,
+        choices=(512, 256, 128, 64),
+        help="the seed's settings for this size, where the UNet's own size is unusual",
+    )
     add("--vae_path", default="./models/vqgan_gumbel_f8/checkpoints/last.ckpt", help="the VQGAN or DiscreteVAE")
     add("--vqgan_config_path", help="the VQGAN's .yaml")
-    add("--dvae_mode", action="store_true", help="the VAE is a DiscreteVAE; told by its content anyway")
+    add("--dvae_mode", action="store_true", help="the VAE must be a DiscreteVAE")
     add("--text", help="what CLIP guides to; several separated with |, weighted as in 'a cube:2|a cloud'")
     add("--image_prompts", help="pictures that CLIP guides to, likewise")
     add("--num_batches", type=int, default=1, help="default: %(default)s")
@@ -95,53 +101,53 @@ def place(pipe: Dall3Pipeline, args: argparse.Namespace) -> Dall3Pipeline:
     import torch
 
     device = "cpu" if getattr(args, "cpu", False) else args.device
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return pipe.to(device, getattr(torch, args.dtype))
+    return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"), getattr(torch, args.dtype))
 
 
 def refinement(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
     names = ("guidance_share", "tv_scale", "range_scale", "cutn", "scheduler", "strength")
     steps = int(args.timestep_respacing) if args.timestep_respacing.isdigit() else args.timestep_respacing
-    scale = args.clip_guidance_scale if args.clip_guidance else 0.0
-    found = {name: getattr(args, name) for name in names}
-    return found | {"num_inference_steps": steps, "clip_guidance_scale": scale} | more
+    more |= {"num_inference_steps": steps, "clip_guidance_scale": args.clip_guidance_scale if args.clip_guidance else 0}
+    return {name: getattr(args, name) for name in names} | more
 
 
-def save_all(folder: Path, files: dict[str, Callable[[Path], object]], overwrite: bool) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    check_free(folder, files, overwrite)
-    for name, write in files.items():
-        write(folder / name)
+def require(holds: object, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
 
 
-def check_free(folder: Path, names: Any, overwrite: bool) -> None:
+def check_free(folder: Path, names: Iterable[str], overwrite: bool) -> None:
     present = [name for name in names if (folder / name).exists()]
     if present and not overwrite:
         raise FileExistsError(f"{folder} already holds {present[0]}; give another --outputs_dir, or --overwrite")
+
+
+def folder_of(prompt: str, args: argparse.Namespace) -> Path:
+    return Path(args.outputs_dir) / re.sub(r"[\s/\\]|^\.", "_", prompt)[:100]  # a name inside, whatever the prompt
 
 
 def generate(args: argparse.Namespace) -> None:
     import numpy as np
 
     from dall3.diffusion import Refinement
+    from dall3.models.vqgan import VQModel
     from dall3.pipeline import Dall3Pipeline
     from dall3.sampling import Sampling
 
-    text = args.text or args.prompt
-    if not text or not all(part.strip() for part in text.split("|")) and not args.gentxt:
-        raise ValueError("an empty prompt; give text, also around every '|'")
+    prompts = (args.text or args.prompt or "").lower().split("|")
+    require(args.gentxt or all(prompt.strip() for prompt in prompts), "an empty prompt; give text around every '|'")
     top_p = 0.9 if args.top_k is None and args.top_p is None else args.top_p
     how = dict(temperature=args.temperature, top_k=args.top_k, top_p=top_p, cond_scale=args.cond_scale)
     refine = refinement(args) if args.diffusion_path else {}
-    Sampling(**how), Refinement(**refine)  # out of range is said before anything is loaded
-    texts = [part.lower() for part in text.split("|")]
-    folders = [Path(args.outputs_dir) / part.replace(" ", "_")[:100] for part in texts]
+    Sampling(**how), Refinement(**refine)  # what is out of range is said before anything is loaded
+    folders = [folder_of(prompt, args) for prompt in prompts]
+    require(len(set(folders)) == len(folders), "the same prompt twice; ask for more --num_images instead")
     for folder in folders:
-        check_free(folder, ["0.npy", "0.jpg", "0-fine.png"], args.overwrite)
-    if args.chinese and not args.bpe_path:
-        raise ValueError("--chinese needs the vocab.txt of bert-base-chinese as --bpe_path")
-    if args.taming and not args.vqgan_model_path:
-        raise ValueError("--taming needs --vqgan_model_path")
+        check_free(folder, ["caption.txt", "0.npy", "0.jpg", "0-fine.png"], args.overwrite)
+    require(not args.taming or args.vqgan_model_path, "--taming needs --vqgan_model_path")
+    for flag, begin in (("hug", b"{"), ("chinese", b"[PAD]")):
+        fits = not getattr(args, flag) or (args.bpe_path and Path(args.bpe_path).read_bytes().startswith(begin))
+        require(fits, f"--{flag} needs a --bpe_path that begins with {begin.decode()}: JSON, or BERT's vocab.txt")
     candidates = args.num_candidates or args.num_images
     ranks = args.clip_sort or args.clip_guidance or candidates > args.num_images
     pipe = Dall3Pipeline.from_checkpoints(
@@ -153,80 +159,76 @@ def generate(args: argparse.Namespace) -> None:
         diffusion_config=args.model_config,
         clip=args.clip_path if ranks else None,
     )
-    if pipe.vqgan is None:
-        raise ValueError(f"{args.dalle_path} holds no VAE; give --taming and --vqgan_model_path, or --openai_vae")
+    assert pipe.text_encoder is not None
+    missing = f"{args.dalle_path} holds no VAE; give --taming and --vqgan_model_path, or --openai_vae"
+    require(pipe.vqgan is not None, missing)
+    require(not args.taming or isinstance(pipe.vqgan, VQModel), f"--taming: {args.vqgan_model_path} is no VQGAN")
     place(pipe, args)
-    for part in texts:  # a prompt that does not fit is said before the first is drawn
-        if pipe.text_encoder is not None and part.strip():
-            pipe.text_encoder(part, truncate=args.truncate)
-    for part, folder in zip(texts, folders, strict=True):
+    for prompt in prompts if not args.gentxt else ():  # one that does not fit is said before the first is drawn
+        pipe.text_encoder(prompt, truncate=args.truncate)
+    for prompt, folder in zip(prompts, folders, strict=True):
         if args.gentxt:
-            part = pipe.complete_text(part, seed=args.seed, temperature=args.temperature, top_k=args.top_k or 0.5)
-            folder = Path(args.outputs_dir) / part.replace(" ", "_").replace("/", "_")[:100]
-        out = pipe(
-            part,
-            args.num_images,
-            candidates,
-            batch_size=args.batch_size,
-            seed=args.seed,
-            truncate=args.truncate or args.gentxt,
-            **how,
-            **refine,
-        )
-        files: dict[str, Callable[[Path], object]] = {}
-        if not args.clip_sort:
-            files["caption.txt"] = lambda path, part=part: path.write_text(part)  # type: ignore[misc]
+            prompt = pipe.complete_text(prompt, seed=args.seed, temperature=args.temperature, top_k=args.top_k or 0.5)
+            folder = folder_of(prompt, args)
+        settings = dict(batch_size=args.batch_size, seed=args.seed, truncate=args.truncate or args.gentxt)
+        out = pipe(prompt, args.num_images, candidates, **settings, **how, **refine)
+        files: dict[str, Any] = {} if args.clip_sort else {"caption.txt": prompt}
+        scores = out.clip_scores.tolist() if args.clip_sort and out.clip_scores is not None else None
         for i, (coarse, fine, tokens) in enumerate(zip(out.coarse_images, out.images, out.tokens.numpy(), strict=True)):
-            scored = args.clip_sort and out.clip_scores is not None
-            files[f"{i}-{out.clip_scores[i].item()}.png" if scored else f"{i}.jpg"] = coarse.save  # type: ignore[index]
-            if args.diffusion_path:
-                files[f"{i}-fine.png"] = fine.save
-            if args.output_npy:
-                files[f"{i}.npy"] = lambda path, tokens=tokens: np.save(path, tokens)  # type: ignore[misc]
-        save_all(folder, files, args.overwrite)
+            files[f"{i}-{scores[i]}.png" if scores else f"{i}.jpg"] = coarse
+            files |= {f"{i}-fine.png": fine} if args.diffusion_path else {}
+            files |= {f"{i}.npy": tokens} if args.output_npy else {}
+        check_free(folder, files, args.overwrite)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            if isinstance(content, str):
+                (folder / name).write_text(content)
+            elif isinstance(content, np.ndarray):
+                np.save(folder / name, content)
+            else:
+                content.save(folder / name)
         print(f'created {len(out)} images at "{folder}"')
 
 
 def upsample(args: argparse.Namespace) -> None:
+    from dall3.checkpoints import load_vae
+    from dall3.models.discrete_vae import DiscreteVAE
     from dall3.output import to_pil
     from dall3.pipeline import Dall3Pipeline, check_counts, parse_prompts
 
-    settings = refinement(args, stop_at=args.stop_at + 2)  # sample.py takes two more before it looks
     check_counts(num_batches=args.num_batches, batch_size=args.batch_size)
-    count = args.num_batches * args.batch_size
+    count, folder = args.num_batches * args.batch_size, Path(args.outputs_dir)
     names = [f"progress_{i:05}.png" for i in range(count)]
-    check_free(Path(args.outputs_dir), names, args.overwrite)
-    tokens = image = None
-    if str(args.input).endswith("npy"):
-        tokens = read_tokens(args.input).expand(count, -1)
-    else:
-        image = [open_image(args.input)] * count
-    image_prompts = [(open_image(path), weight) for path, weight in parse_prompts(args.image_prompts or "")]
+    check_free(folder, names, args.overwrite)
+    is_tokens = args.input.endswith("npy")
+    tokens = read_tokens(args.input).expand(count, -1) if is_tokens else None
+    image = None if is_tokens else [open_image(args.input)] * count
     pipe = Dall3Pipeline.from_checkpoints(
         diffusion=args.model_path,
         diffusion_config=args.model_config or ({"image_size": args.model_size} if args.model_size else None),
         clip=args.clip_path if args.clip_guidance else None,
     )
     assert pipe.upsampler is not None
-    if pipe.upsampler.config.embedding_dims or tokens is not None:
-        from dall3.checkpoints import load_vae
-
+    config = pipe.upsampler.config
+    if config.embedding_dims or is_tokens:
         pipe.vqgan = load_vae(args.vae_path, args.vqgan_config_path)
-    place(pipe, args)
-    side = args.output_size or (512 if pipe.upsampler.config.super_resolution else pipe.upsampler.config.image_size)
-    fine = pipe.upsample(
+    require(
+        not args.dvae_mode or isinstance(pipe.vqgan, DiscreteVAE), f"--dvae_mode: {args.vae_path} is no DiscreteVAE"
+    )
+    fine = place(pipe, args).upsample(
         tokens,
         image,
         args.text,
-        image_prompts=image_prompts,
-        output_size=side,
+        image_prompts=[(open_image(path), weight) for path, weight in parse_prompts(args.image_prompts or "")],
+        output_size=args.output_size or (512 if config.super_resolution else config.image_size),
         seed=args.seed,
         batch_size=args.batch_size,
-        **settings,
+        **refinement(args, stop_at=args.stop_at + 2),  # sample.py takes two more before it looks
     )
-    files = {name: picture.save for name, picture in zip(names, to_pil(fine), strict=True)}
-    save_all(Path(args.outputs_dir), files, args.overwrite)  # type: ignore[arg-type]
-    print(f'created {count} images at "{args.outputs_dir}"')
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, picture in zip(names, to_pil(fine), strict=True):
+        picture.save(folder / name)
+    print(f'created {count} images at "{folder}"')
 
 
 def read_tokens(path: str) -> Any:
@@ -260,11 +262,13 @@ def open_image(path: str) -> Image:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command. Returns 0, or 2 after one line that says what was wrong."""
+    """Run the command. Returns 0, 2 after one line that says what was wrong, or 130 when interrupted."""
     args = make_parser().parse_args(argv)
     try:
         args.run(args)
     except (ValueError, TypeError, OSError) as error:
         print(f"dall3: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0

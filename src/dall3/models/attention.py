@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-CONV_KERNEL_SIZE = 5  # DALLE-pytorch never set another
+CONV_KERNEL_SIZE, SPARSE_BLOCK_SIZE = 5, 16  # DALLE-pytorch never set others
 
 
 def attention_pattern(kind: str, text_length: int, grid_size: int) -> Tensor:
@@ -40,16 +40,21 @@ def attention_pattern(kind: str, text_length: int, grid_size: int) -> Tensor:
     return causal & (near | (positions < text_length)[None, :])
 
 
-def sparse_layout(seq_len: int, heads: int, block_size: int = 16, text_seq_len: int = 256) -> Tensor:
-    """DeepSpeed's variable sparsity, unidirectional, as bool (heads, blocks, blocks), with its random blocks left out.
+def sparse_layout(seq_len: int, heads: int) -> Tensor:
+    """DeepSpeed's variable sparsity as DALLE-pytorch sets it, bool (heads, blocks, blocks), less its random blocks.
 
-    Local windows of four blocks, and the text's blocks are seen by all that follow. DeepSpeed draws
-    `seq_len // 64` more blocks a row at random when a model is made and keeps the layout in the checkpoint.
+    Local windows of four blocks of 16, and the first 256 positions, which all that follow see. DeepSpeed adds
+    `seq_len // 64` blocks a row at random when a model is made, and keeps the layout in the checkpoint.
     """
-    blocks = torch.arange(-(-seq_len // block_size), device="cpu")
-    local = blocks[:, None] // 4 == blocks[None, :] // 4
-    is_global = blocks[None, :] < -(-text_seq_len // block_size)
-    return ((local | is_global) & (blocks[:, None] >= blocks[None, :])).expand(heads, -1, -1).clone()
+    blocks = torch.arange(-(-seq_len // SPARSE_BLOCK_SIZE), device="cpu")
+    near = (blocks[:, None] // 4 == blocks[None, :] // 4) | (blocks * SPARSE_BLOCK_SIZE < 256)
+    return near.expand(heads, -1, -1)
+
+
+def sparse_pattern(layout: Tensor, seq_len: int) -> Tensor:
+    """A layout (heads, blocks, blocks) as which position sees which, bool (heads, seq_len, seq_len); causal."""
+    places = layout.bool().repeat_interleave(SPARSE_BLOCK_SIZE, -1).repeat_interleave(SPARSE_BLOCK_SIZE, -2)
+    return places[:, :seq_len, :seq_len].tril()
 
 
 @dataclass

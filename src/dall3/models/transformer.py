@@ -12,7 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dall3.models.attention import Attention, LayerCache, Positions, attention_pattern, remember, sparse_layout
+from dall3.models.attention import (
+    Attention,
+    LayerCache,
+    Positions,
+    attention_pattern,
+    remember,
+    sparse_layout,
+    sparse_pattern,
+)
 
 ATTENTION_TYPES = ("full", "axial_row", "axial_col", "conv_like", "conv_like_causal", "sparse", "mlp")
 FEED_FORWARD_MULT = 4
@@ -160,7 +168,6 @@ class DalleTransformer(nn.Module):
 
     rotary_cos: Tensor
     rotary_sin: Tensor
-    attention_layout: Tensor
     above: Tensor
     left: Tensor
 
@@ -183,7 +190,7 @@ class DalleTransformer(nn.Module):
         if c.rotary_emb:
             self.set_rotary_angles(rotary_table(c))
         if "sparse" in c.attn_types:
-            self.register_buffer("attention_layout", sparse_layout(c.seq_len, c.heads))
+            self.register_buffer("sparse_pattern", sparse_pattern(sparse_layout(c.seq_len, c.heads), c.seq_len))
         for kind in {"full", *c.attn_types} - {"mlp", "sparse"}:
             pattern = attention_pattern(kind, c.text_length, c.grid_size)
             self.register_buffer(f"{kind}_pattern", pattern, persistent=False)
@@ -293,15 +300,10 @@ class DalleTransformer(nn.Module):
 
     def _positions(self, index: Tensor, visible: int) -> Positions:
         c = self.config
-        masks = {kind: self._mask(kind, index, visible) for kind in {"full", *c.attn_types} - {"mlp"}}
+        kinds = {"full", *c.attn_types} - {"mlp"}
+        masks = {kind: self.get_buffer(f"{kind}_pattern")[..., index, :visible] for kind in kinds}
         cos, sin = (self.rotary_cos[index], self.rotary_sin[index]) if c.rotary_emb else (None, None)
         return Positions(index, visible, masks, cos, sin, self.above[index], self.left[index])
-
-    def _mask(self, kind: str, index: Tensor, visible: int) -> Tensor:
-        if kind != "sparse":
-            return self.get_buffer(f"{kind}_pattern")[index, :visible]
-        keys = torch.arange(visible, device=index.device)
-        return self.attention_layout[:, index // 16][..., keys // 16] & self._mask("full", index, visible)
 
 
 def layer_functions(config: TransformerConfig) -> list[tuple[nn.Module, nn.Module]]:
