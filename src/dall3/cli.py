@@ -6,7 +6,6 @@ import argparse
 import io
 import re
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +17,7 @@ if TYPE_CHECKING:
 
 def add_refinement(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "--model_config", metavar="JSON", help="guided-diffusion's flags, where the UNet is not one of the seed's sizes"
-    )
+    add("--model_config", metavar="JSON", help="guided-diffusion's flags, for a UNet of an unusual size")
     add("--clip_path", default="ViT-B-16/openai", help="CLIP: a file, or a name of open_clip's (default: %(default)s)")
     add("--clip_guidance", action="store_true", help="let CLIP pull the picture towards the text")
     add("--clip_guidance_scale", type=float, default=1000, help="how hard (default: %(default)s)")
@@ -74,12 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = upsample_parser.add_argument
     add("--input", required=True, help="a picture, or a .npy of image tokens")
     add("--model_path", default="./models/model-latest.pt", help="guided-diffusion's checkpoint, of any kind")
-    add(
-        "--model_size",
-        type=int,
-        choices=(512, 256, 128, 64),
-        help="the seed's settings for this size, where the UNet's own size is unusual",
-    )
+    add("--model_size", type=int, choices=(512, 256, 128, 64), help="whose settings, if not its own")
     add("--vae_path", default="./models/vqgan_gumbel_f8/checkpoints/last.ckpt", help="the VQGAN or DiscreteVAE")
     add("--vqgan_config_path", help="the VQGAN's .yaml")
     add("--dvae_mode", action="store_true", help="the VAE must be a DiscreteVAE")
@@ -87,9 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--image_prompts", help="pictures that CLIP guides to, likewise")
     add("--num_batches", type=int, default=1, help="default: %(default)s")
     add("--batch_size", type=int, default=1, help="default: %(default)s")
-    add(
-        "--output_size", type=int, help="pixels a side, for picture input (default: 512 for super-resolution, else 256)"
-    )
+    add("--output_size", type=int, help="pixels a side, for picture input (super-resolution: 512)")
     add("--stop_at", type=int, default=1000, help="stop early for an airbrushed look")
     add("--cpu", action="store_true", help="the same as --device cpu")
     add("--outputs_dir", default=".", help="default: %(default)s")
@@ -111,26 +101,14 @@ def refinement(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names} | more
 
 
-def require(holds: object, message: str) -> None:
-    if not holds:
-        raise ValueError(message)
-
-
-def check_free(folder: Path, names: Iterable[str], overwrite: bool) -> None:
-    present = [name for name in names if (folder / name).exists()]
-    if present and not overwrite:
-        raise FileExistsError(f"{folder} already holds {present[0]}; give another --outputs_dir, or --overwrite")
-
-
 def folder_of(prompt: str, args: argparse.Namespace) -> Path:
     return Path(args.outputs_dir) / re.sub(r"[\s/\\]|^\.", "_", prompt)[:100]  # a name inside, whatever the prompt
 
 
 def generate(args: argparse.Namespace) -> None:
-    import numpy as np
-
-    from dall3.diffusion import Refinement
+    from dall3.diffusion import Refinement, require
     from dall3.models.vqgan import VQModel
+    from dall3.output import File, check_free, write_files
     from dall3.pipeline import Dall3Pipeline
     from dall3.sampling import Sampling
 
@@ -142,8 +120,8 @@ def generate(args: argparse.Namespace) -> None:
     Sampling(**how), Refinement(**refine)  # what is out of range is said before anything is loaded
     folders = [folder_of(prompt, args) for prompt in prompts]
     require(len(set(folders)) == len(folders), "the same prompt twice; ask for more --num_images instead")
-    for folder in folders:
-        check_free(folder, ["caption.txt", "0.npy", "0.jpg", "0-fine.png"], args.overwrite)
+    for folder in folders if not args.overwrite else ():
+        check_free(folder, ["caption.txt", "0.npy", "0.jpg", "0-fine.png"])
     require(not args.taming or args.vqgan_model_path, "--taming needs --vqgan_model_path")
     for flag, begin in (("hug", b"{"), ("chinese", b"[PAD]")):
         fits = not getattr(args, flag) or (args.bpe_path and Path(args.bpe_path).read_bytes().startswith(begin))
@@ -172,34 +150,27 @@ def generate(args: argparse.Namespace) -> None:
             folder = folder_of(prompt, args)
         settings = dict(batch_size=args.batch_size, seed=args.seed, truncate=args.truncate or args.gentxt)
         out = pipe(prompt, args.num_images, candidates, **settings, **how, **refine)
-        files: dict[str, Any] = {} if args.clip_sort else {"caption.txt": prompt}
+        files: dict[str, File] = {} if args.clip_sort else {"caption.txt": prompt}
         scores = out.clip_scores.tolist() if args.clip_sort and out.clip_scores is not None else None
         for i, (coarse, fine, tokens) in enumerate(zip(out.coarse_images, out.images, out.tokens.numpy(), strict=True)):
             files[f"{i}-{scores[i]}.png" if scores else f"{i}.jpg"] = coarse
             files |= {f"{i}-fine.png": fine} if args.diffusion_path else {}
             files |= {f"{i}.npy": tokens} if args.output_npy else {}
-        check_free(folder, files, args.overwrite)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            if isinstance(content, str):
-                (folder / name).write_text(content)
-            elif isinstance(content, np.ndarray):
-                np.save(folder / name, content)
-            else:
-                content.save(folder / name)
+        write_files(folder, files, args.overwrite)
         print(f'created {len(out)} images at "{folder}"')
 
 
 def upsample(args: argparse.Namespace) -> None:
     from dall3.checkpoints import load_vae
     from dall3.models.discrete_vae import DiscreteVAE
-    from dall3.output import to_pil
-    from dall3.pipeline import Dall3Pipeline, check_counts, parse_prompts
+    from dall3.output import check_free, to_pil, write_files
+    from dall3.pipeline import Dall3Pipeline, check_counts, parse_prompts, require
 
     check_counts(num_batches=args.num_batches, batch_size=args.batch_size)
     count, folder = args.num_batches * args.batch_size, Path(args.outputs_dir)
     names = [f"progress_{i:05}.png" for i in range(count)]
-    check_free(folder, names, args.overwrite)
+    if not args.overwrite:
+        check_free(folder, names)
     is_tokens = args.input.endswith("npy")
     tokens = read_tokens(args.input).expand(count, -1) if is_tokens else None
     image = None if is_tokens else [open_image(args.input)] * count
@@ -225,9 +196,7 @@ def upsample(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         **refinement(args, stop_at=args.stop_at + 2),  # sample.py takes two more before it looks
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, picture in zip(names, to_pil(fine), strict=True):
-        picture.save(folder / name)
+    write_files(folder, dict(zip(names, to_pil(fine), strict=True)), args.overwrite)
     print(f'created {count} images at "{folder}"')
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+File = str | np.ndarray | Image.Image
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
@@ -54,6 +57,31 @@ def make_grid(rows: list[list[Image.Image]], side: int, gap: int = 4) -> Image.I
     return grid
 
 
+def check_free(folder: Path, names: Iterable[str]) -> None:
+    """Raise FileExistsError if the folder holds one of the names."""
+    present = [name for name in names if (folder / name).exists()]
+    if present:
+        raise FileExistsError(f"{folder} already holds {present[0]}; give another folder, or overwrite")
+
+
+def write_files(folder: Path, files: dict[str, File], overwrite: bool) -> Path:
+    """Write texts, arrays (.npy) and pictures by name into a folder, made if need be, and return its path.
+
+    Raises FileExistsError if one of them is there already, before it writes any, unless `overwrite`.
+    """
+    if not overwrite:
+        check_free(folder, files)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        if isinstance(content, str):
+            (folder / name).write_text(content)
+        elif isinstance(content, np.ndarray):
+            np.save(folder / name, content)
+        else:
+            content.save(folder / name)
+    return folder
+
+
 @dataclass
 class Dall3Output:
     """What `Dall3Pipeline` returns for a prompt: `num_images` results, best first where CLIP ranked them."""
@@ -85,23 +113,11 @@ class Dall3Output:
 
         Raises FileExistsError if one of the files is there already, before it writes any, unless `overwrite`.
         """
-        folder = Path(folder)
-        files: dict[str, Any] = {"caption.txt": self.prompt}
         scores = None if self.clip_scores is None else self.clip_scores.tolist()
-        files["settings.json"] = json.dumps(self.settings | {"prompt": self.prompt, "clip_scores": scores}, indent=2)
+        settings = json.dumps(self.settings | {"prompt": self.prompt, "clip_scores": scores}, indent=2)
+        files: dict[str, File] = {"caption.txt": self.prompt, "settings.json": settings}
         for i, (image, coarse, tokens) in enumerate(zip(self.images, self.coarse_images, self.tokens, strict=True)):
-            files |= {f"{i}.png": image, f"{i}.npy": tokens.cpu().numpy()}
+            files |= {f"{i}.png": image, f"{i}.npy": tokens.numpy()}
             if image is not coarse:
                 files[f"{i}-coarse.png"] = coarse
-        present = [name for name in files if (folder / name).exists()]
-        if present and not overwrite:
-            raise FileExistsError(f"{folder} already holds {present[0]}; give another folder, or overwrite=True")
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            if isinstance(content, str):
-                (folder / name).write_text(content)
-            elif isinstance(content, np.ndarray):
-                np.save(folder / name, content)
-            else:
-                content.save(folder / name)
-        return folder
+        return write_files(Path(folder), files, overwrite)
