@@ -64,6 +64,20 @@ def test_one_call_gives_ranked_pictures_and_what_made_them(pipe, out):
     assert np.abs(np.array(out.images[1], float) / 255 - fine[1].permute(1, 2, 0).numpy()).max() < 1 / 255
 
 
+def test_scores_are_those_of_the_originals_preprocessing(pipe):
+    """generate.py: 8-bit picture by truncation, Pillow's bicubic to CLIP's size, normalised."""
+    pictures = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    pictures = torch.nn.functional.interpolate(pictures, size=128, mode="bicubic").clamp(0, 1)
+    small = []
+    for picture in pictures:
+        image = Image.fromarray((picture * 255).to(torch.uint8).permute(1, 2, 0).numpy())
+        small.append(np.array(image.resize((64, 64), Image.Resampling.BICUBIC)))
+    seen = torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).float() / 255
+    expected = torch.cosine_similarity(pipe.clip.embed_images(seen), pipe.clip.embed_text([PROMPT]))
+    assert torch.allclose(pipe.clip.score(pictures, PROMPT), expected, atol=2e-3)
+    assert torch.equal(pipe.rank(pictures, PROMPT, progress=False).indices, expected.argsort(descending=True))
+
+
 def test_picture_k_does_not_depend_on_the_batch(pipe):
     whole = pipe.generate_tokens(PROMPT, 5, top_p=0.9, seed=1, progress=False)
     assert torch.equal(pipe.generate_tokens(PROMPT, 5, top_p=0.9, seed=1, batch_size=2, progress=False), whole)

@@ -30,10 +30,16 @@ from dall3.models.transformer import DalleTransformer
 from dall3.models.unet import UNet
 from dall3.models.vqgan import VQModel
 from dall3.output import Dall3Output, to_pil, to_tensor
-from dall3.sampling import Sampling, candidate_uniforms, draw_image_tokens, draw_text_tokens
+from dall3.sampling import (
+    CUTOUTS,
+    NOISE,
+    Sampling,
+    candidate_uniforms,
+    draw_image_tokens,
+    draw_text_tokens,
+    make_generator,
+)
 from dall3.text import TextEncoder, load_tokenizer
-
-NOISE, CUTOUTS = 2, 3  # streams of random numbers that follow from one seed; the tokens have 1
 
 
 class Ranking(NamedTuple):
@@ -437,14 +443,3 @@ def choose_seed(seed: int | None, generator: torch.Generator | None) -> int:
     if generator is not None:
         return int(torch.randint(2**62, (), generator=generator, device=generator.device))
     return int.from_bytes(os.urandom(4), "little")
-
-
-def make_generator(device: torch.device, seed: int, stream: int, k: int = 0) -> torch.Generator:
-    """A generator whose numbers follow from the seed, the stream and a picture's number alone.
-
-    The first picture's noise is that of the bare seed: what the seed's sample.py draws on the same kind of device.
-    """
-    if stream == NOISE and k == 0:
-        return torch.Generator(device).manual_seed(seed)
-    state = np.random.SeedSequence((seed, stream, k)).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(state >> np.uint64(1)))

@@ -46,10 +46,26 @@ def choose(logits: Tensor, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
 
 
+TOKENS, NOISE, CUTOUTS = 1, 2, 3  # streams of random numbers that follow from one seed
+
+
+def make_generator(device: torch.device | str, seed: int, stream: int, k: int = 0) -> torch.Generator:
+    """A generator whose numbers follow from the seed, the stream and a picture's number alone.
+
+    The first picture's noise is that of the bare seed: what the seed's sample.py draws on the same kind of device.
+    """
+    if stream == NOISE and k == 0:
+        return torch.Generator(device).manual_seed(seed)
+    state = np.random.SeedSequence((seed, stream, k)).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(state >> np.uint64(1)))
+
+
 def candidate_uniforms(seed: int, candidates: range, count: int) -> Tensor:
-    """Random numbers in [0, 1), float (candidates, count), that follow from the seed and a candidate's number alone."""
-    rows = [np.random.default_rng((seed, 1, k)).random(count, dtype=np.float32) for k in candidates]
-    return torch.from_numpy(np.stack(rows))
+    """Random numbers in [0, 1), float (candidates, count), that follow from the seed and a candidate's number alone.
+
+    Made on the CPU, so that they are the same wherever the tokens are drawn.
+    """
+    return torch.stack([torch.rand(count, generator=make_generator("cpu", seed, TOKENS, k)) for k in candidates])
 
 
 @dataclass(frozen=True)

@@ -41,13 +41,13 @@ class CLIP(nn.Module):
         """Pictures, float (batch, 3, image_size, image_size) in [0, 1], to embeddings, float32 (batch, width)."""
         return self.model.encode_image(((images - self.mean) / self.std).to(self.mean.dtype)).float()
 
-    def resize(self, images: Tensor) -> Tensor:
-        """Square pictures, float (batch, 3, side, side) in [0, 1], to CLIP's size, as its own preprocessing does."""
-        size = (self.image_size, self.image_size)
-        if images.shape[-2:] == size:
-            return images
-        return F.interpolate(images.float(), size, mode="bicubic", antialias=True).clamp(0, 1)
+    def preprocess(self, images: Tensor) -> Tensor:
+        """Square pictures, float (batch, 3, side, side) in [0, 1], to CLIP's size, as its own preprocessing and the
+        seed's generate.py do: cut to 8 bits, then bicubic with antialiasing, in 8 bits again.
+        """
+        pixels, size = (images.float() * 255).floor(), (self.image_size, self.image_size)
+        return F.interpolate(pixels, size, mode="bicubic", antialias=True).round().clamp(0, 255) / 255
 
     def score(self, images: Tensor, text: str) -> Tensor:
         """Cosine similarity to a text, (batch,), of square pictures, float (batch, 3, side, side) in [0, 1]."""
-        return F.cosine_similarity(self.embed_images(self.resize(images)), self.embed_text([text]))
+        return F.cosine_similarity(self.embed_images(self.preprocess(images)), self.embed_text([text]))
