@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dall3.archive import CheckpointError
-from dall3.checkpoints import load_discrete_vae, load_transformer, load_vae
+from dall3.checkpoints import load_discrete_vae, load_openai_dvae, load_transformer, load_vae
 
 from originals import GOLDEN, Golden, close, save_dalle
 
@@ -32,7 +32,7 @@ def discrete_vae(request):
 @pytest.fixture(scope="module", params=["zip", "legacy"])
 def openai(request):
     folder = GOLDEN / "openai_dvae" / request.param
-    return load_discrete_vae(folder / "encoder.pkl", folder / "decoder.pkl")
+    return load_openai_dvae(folder / "encoder.pkl", folder / "decoder.pkl")
 
 
 def test_discrete_vae_ids(discrete_vae):
@@ -101,4 +101,4 @@ def test_openai_refuses_pictures_of_another_shape(openai, shape):
 def test_openai_halves_the_wrong_way_round_are_refused():
     folder = GOLDEN / "openai_dvae" / "zip"
     with pytest.raises(CheckpointError, match="encoder.pkl"):
-        load_discrete_vae(folder / "decoder.pkl", folder / "encoder.pkl")
+        load_openai_dvae(folder / "decoder.pkl", folder / "encoder.pkl")

@@ -74,7 +74,7 @@ def test_scores_are_those_of_the_originals_preprocessing(pipe):
         small.append(np.array(image.resize((64, 64), Image.Resampling.BICUBIC)))
     seen = torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).float() / 255
     expected = torch.cosine_similarity(pipe.clip.embed_images(seen), pipe.clip.embed_text([PROMPT]))
-    assert torch.allclose(pipe.clip.score(pictures, PROMPT), expected, atol=2e-3)
+    assert torch.allclose(pipe.clip.score(pictures, pipe.clip.embed_text([PROMPT])), expected, atol=2e-3)
     assert torch.equal(pipe.rank(pictures, PROMPT, progress=False).indices, expected.argsort(descending=True))
 
 
@@ -141,7 +141,7 @@ def test_guidance_pulls_a_picture_towards_the_prompt(pipe, out):
     def similarity(prompt, scale):
         settings = dict(num_inference_steps=10, strength=1.0, seed=0, progress=False, scheduler="ddpm")
         fine = pipe.upsample(image=start, prompt=prompt, clip_guidance_scale=scale, **settings)
-        return float(pipe.clip.score(fine, "a cloud"))
+        return float(pipe.clip.score(fine, pipe.clip.embed_text(["a cloud"])))
 
     unguided, guided = similarity(None, 0), similarity("a cloud", 3000)
     assert guided > unguided
@@ -171,8 +171,12 @@ def test_super_resolution_takes_the_fine_picture_to_the_size_asked_for(pipe):
     pipe.super_resolution = bigger
     out = pipe(PROMPT, output_size=96, num_inference_steps=2, seed=0, progress=False)
     assert out.images[0].size == (96, 96) and out.coarse_images[0].size == (128, 128)
-    with pytest.raises(ValueError, match="output_size=97; expected a multiple of 2"):
-        pipe.upsample(image=out.images, stage="super_resolution", output_size=97, progress=False)
+    for call in (
+        pipe,
+        lambda prompt, **settings: pipe.upsample(image=out.images, stage="super_resolution", **settings),
+    ):
+        with pytest.raises(ValueError, match="output_size=97; expected a multiple of 2"):
+            call(PROMPT, output_size=97)
 
 
 def test_super_resolution_sees_the_picture_reduced_to_a_quarter_by_area(monkeypatch):

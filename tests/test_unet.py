@@ -126,5 +126,5 @@ def test_a_config_that_contradicts_the_tensors_is_refused(files, flag, value):
 
 
 def test_heads_that_do_not_fit_are_refused(files):
-    with pytest.raises(CheckpointError, match="cannot be split into heads of num_head_channels=48"):
+    with pytest.raises(CheckpointError, match="cannot be split into heads with num_head_channels=48"):
         load_unet(files["unet_embedding"], Golden("unet_embedding").about | {"num_head_channels": 48})

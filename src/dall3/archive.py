@@ -20,19 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DTYPES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
+STORAGES = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
+FLOATS, INTS = (torch.float64, torch.float32, torch.float16, torch.bfloat16), (torch.int64, torch.int32, torch.int16)
+DTYPES = dict(zip(STORAGES, (*FLOATS, *INTS, torch.int8, torch.uint8, torch.bool), strict=True))
 BaseUnpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]
+REFUSED = "INST OBJ NEWOBJ_EX EXT1 EXT2 EXT4 BYTEARRAY8 NEXT_BUFFER READONLY_BUFFER INT LONG LONG4 DICT FROZENSET"
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 # Of a tensor, of a dictionary's key and of a module tree: far above any network, far below a trap.
 MAX_DEPTH, MAX_ITEMS, MAX_NAME = 64, 100_000, 1000
@@ -48,20 +40,11 @@ def one_line(path: object, message: object) -> CheckpointError:
     return CheckpointError(f"{path}: {''.join(c if c.isprintable() else '?' for c in text)}")
 
 
+@dataclass(frozen=True)
 class Name:
-    """A class or function that a pickle names: inert, and without attributes that a pickle could set."""
+    """A class or function that a pickle names: inert."""
 
-    __slots__ = ("text",)
     text: str
-
-    def __init__(self, text: str) -> None:
-        object.__setattr__(self, "text", text)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise CheckpointError(f"the pickle tries to change {self.text}")
-
-    def __repr__(self) -> str:
-        return f"<{self.text}>"
 
 
 class Placeholder(dict[Any, Any]):
@@ -89,11 +72,8 @@ def build_tensor(storage: Any, offset: Any, size: Any, stride: Any, *unused: Any
     """A view of a storage, checked to lie inside it."""
     if not (isinstance(storage, Storage) and isinstance(size, tuple | list) and isinstance(stride, tuple | list)):
         raise CheckpointError("a tensor has no storage, no size or no strides")
-    if (
-        len(size) != len(stride)
-        or len(size) > MAX_DEPTH
-        or any(type(n) is not int or n < 0 for n in (offset, *size, *stride))
-    ):
+    numbers = (offset, *size, *stride)
+    if len(size) != len(stride) or len(size) > MAX_DEPTH or any(type(n) is not int or n < 0 for n in numbers):
         raise CheckpointError("a tensor has a negative or odd size, stride or offset")
     end = offset + 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     # A tensor with more numbers than its storage is no larger as a view, and a bomb once it is copied.
@@ -107,9 +87,8 @@ def build_tensor(storage: Any, offset: Any, size: Any, stride: Any, *unused: Any
 def plain(key: Any) -> Any:
     """A dictionary's key or a set's member: hashing a tuple of tuples may take forever or overflow the stack."""
     parts = key if isinstance(key, tuple) else (key,)
-    if len(parts) > MAX_DEPTH or not all(
-        isinstance(n, str | bytes | int | float | None | Name | Placeholder) for n in parts
-    ):
+    kinds = str | bytes | int | float | None | Name | Placeholder
+    if len(parts) > MAX_DEPTH or not all(isinstance(part, kinds) for part in parts):
         raise CheckpointError(f"a dictionary or set has a {type(key).__name__} as a key")
     return key
 
@@ -165,7 +144,7 @@ class Unpickler(BaseUnpickler):
             return pid[1]  # older files keep a module's source text beside its class
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or not isinstance(pid[1], Name):
             raise CheckpointError("the pickle refers to something other than a storage")
-        kind, key, numel = pid[1].text.rsplit(".", 1)[-1], pid[2], pid[4]
+        kind, key, numel = pid[1].text.rsplit(".", 1)[-1].removesuffix("Storage"), pid[2], pid[4]
         if type(key) is not str or type(numel) is not int:
             raise CheckpointError("a storage has no name or no size")
         if kind not in DTYPES or numel < 0 or (len(pid) > 5 and pid[5] is not None):
@@ -206,10 +185,7 @@ class Unpickler(BaseUnpickler):
     dispatch[pickle.ADDITEMS[0]] = lambda self: self.add(set, self.pop_mark())
     # What no checkpoint has: other ways to a call, the extension registry, a buffer as large as the file claims,
     # numbers of any length, containers built another way.
-    for name in (
-        *("INST", "OBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER"),
-        *("INT", "LONG", "LONG4", "DICT", "FROZENSET"),
-    ):
+    for name in REFUSED.split():
         del dispatch[getattr(pickle, name)[0]]
 
 

@@ -155,9 +155,7 @@ def load_transformer(path: PathLike, release: str | None = None) -> DalleTransfo
         if name.endswith((".scale", "function.bias")):
             tensor = tensor.flatten()
         elif name.endswith(("function.weight", "pos_emb.weight", "transformer.pos_emb")):
-            tensor = tensor.reshape(
-                -1, tensor.shape[-1]
-            )  # gMLP's one head, the axial tables' and angles' unit dimensions
+            tensor = tensor.reshape(-1, tensor.shape[-1])  # leading dimensions of 1: gMLP's head, the tables' batch
         if not name.startswith("vae.") and ".linear." not in name:  # shared embeddings are the head's rows
             state[name] = tensor
     angles = state.pop("transformer.pos_emb", None)
@@ -165,9 +163,8 @@ def load_transformer(path: PathLike, release: str | None = None) -> DalleTransfo
     share = "text_emb.weight" not in state
 
     # Norm and function make two wrappers of a feed-forward; token shift one more; the caches of 1.3 and later another.
-    depths = {
-        name.rsplit("fn.")[-1]: name.count("fn.") for name in tensors if name.endswith(("net.0.weight", "qkv.weight"))
-    }
+    functions = [name for name in tensors if name.endswith(("net.0.weight", "to_qkv.weight"))]
+    depths = {name.rsplit("fn.")[-1]: name.count("fn.") for name in functions}
     shift = depths.get("net.0.weight", 0) > 2
     has_caches = depths.get("net.0.weight") == 4 or (not shift and depths.get("to_qkv.weight") == 3)
     release = release or (version if isinstance(version, str) else "1.6" if has_caches else "1.1")
@@ -255,14 +252,11 @@ def check_vqgan_config(found: VQGANConfig, config: PathLike, checkpoint: PathLik
 
 
 @checked
-def load_discrete_vae(path: PathLike, decoder: PathLike | None = None) -> DiscreteVAE | OpenAIDiscreteVAE:
-    """DALLE-pytorch's DiscreteVAE, from its own file or from a DALL·E checkpoint that holds one; or, with `decoder`,
-    OpenAI's dVAE from its encoder.pkl and decoder.pkl. float32, on the CPU.
+def load_discrete_vae(path: PathLike) -> DiscreteVAE:
+    """DALLE-pytorch's DiscreteVAE, from its own file or from a DALL·E checkpoint that holds one; float32, on the CPU.
 
-    Raises CheckpointError when a file is not one or does not fit.
+    Raises CheckpointError when the file is not one or does not fit.
     """
-    if decoder is not None:
-        return load_openai_dvae(path, decoder)
     state, beside = read_state(path, DVAE)
     hparams = beside.get("vae_params") or beside.get("hparams")
     if not isinstance(hparams, dict):
@@ -330,12 +324,7 @@ def load_vae(
     return load_discrete_vae(dalle) if dalle is not None and has_vae else None
 
 
-IMAGE_SIZES = {  # channel multipliers of guided-diffusion's create_model
-    (0.5, 1, 1, 2, 2, 4, 4): 512,
-    (1, 1, 2, 2, 4, 4): 256,
-    (1, 1, 2, 3, 4): 128,
-    (1, 2, 3, 4): 64,
-}
+IMAGE_SIZES = {(0.5, 1, 1, 2, 2, 4, 4): 512, (1, 1, 2, 2, 4, 4): 256, (1, 1, 2, 3, 4): 128, (1, 2, 3, 4): 64}
 UNET_DEFAULTS: dict[int, dict[str, Any]] = {  # what sample.py sets for each size and tensors do not tell
     512: {"num_head_channels": 64},
     256: {"num_head_channels": 64},
@@ -355,10 +344,9 @@ def load_unet(path: PathLike, config: PathLike | dict[str, Any] | None = None) -
     state, _ = read_state(path, UNET)
     flags = read_flags(config)
     model_channels, outputs = state["time_embed.0.weight"].shape[1], count(state, r"output_blocks\.(\d+)\.")
+    doubles = re.compile(r"output_blocks\.(\d+)\.[12]\.(in_layers|conv)\.")
     # A level's last output block ends with a second residual block or a convolution that doubles the picture.
-    doubling = [
-        match[1] for name in state if (match := re.match(r"output_blocks\.(\d+)\.[12]\.(in_layers|conv)\.", name))
-    ]
+    doubling = [match[1] for name in state if (match := doubles.match(name))]
     blocks = min(map(int, doubling), default=outputs - 1)
     firsts = range(1, 1 + outputs, blocks + 1)  # each level's first input block
     channel_mult = tuple(len(state[f"input_blocks.{i}.0.out_layers.3.weight"]) / model_channels for i in firsts)
@@ -378,10 +366,7 @@ def load_unet(path: PathLike, config: PathLike | dict[str, Any] | None = None) -
         rescale_timesteps=bool(told.get("rescale_timesteps", True)),
     )
     embedding, labels = state.get("external_block.op.weight"), state.get("label_emb.weight")
-    emb_rows, width = (
-        len(state["input_blocks.1.0.emb_layers.1.weight"]),
-        len(state["input_blocks.1.0.out_layers.3.weight"]),
-    )
+    first = "input_blocks.1.0."
     unet_config = UNetConfig(
         model_channels=model_channels,
         channel_mult=channel_mult,
@@ -392,7 +377,7 @@ def load_unet(path: PathLike, config: PathLike | dict[str, Any] | None = None) -
         num_head_channels=int(told["num_head_channels"]) if "num_head_channels" in told else None,
         num_heads_upsample=int(told["num_heads_upsample"]) if "num_heads_upsample" in told else None,
         use_new_attention_order=bool(told.get("use_new_attention_order", False)),
-        use_scale_shift_norm=emb_rows == 2 * width,
+        use_scale_shift_norm=len(state[first + "emb_layers.1.weight"]) == 2 * len(state[first + "out_layers.3.weight"]),
         resblock_updown=f"input_blocks.{blocks + 1}.0.op.weight" not in state,
         num_classes=None if labels is None else len(labels),
         embedding_dims=None if embedding is None else (embedding.shape[1], embedding.shape[0]),

@@ -106,11 +106,11 @@ def folder_of(prompt: str, args: argparse.Namespace) -> Path:
 
 
 def generate(args: argparse.Namespace) -> None:
-    from dall3.diffusion import Refinement, require
+    from dall3.diffusion import Refinement
     from dall3.models.vqgan import VQModel
     from dall3.output import File, check_free, write_files
     from dall3.pipeline import Dall3Pipeline
-    from dall3.sampling import Sampling
+    from dall3.sampling import Sampling, require
 
     prompts = (args.text or args.prompt or "").lower().split("|")
     require(args.gentxt or all(prompt.strip() for prompt in prompts), "an empty prompt; give text around every '|'")
@@ -164,7 +164,8 @@ def upsample(args: argparse.Namespace) -> None:
     from dall3.checkpoints import load_vae
     from dall3.models.discrete_vae import DiscreteVAE
     from dall3.output import check_free, to_pil, write_files
-    from dall3.pipeline import Dall3Pipeline, check_counts, parse_prompts, require
+    from dall3.pipeline import Dall3Pipeline, check_counts, parse_prompts
+    from dall3.sampling import require
 
     check_counts(num_batches=args.num_batches, batch_size=args.batch_size)
     count, folder = args.num_batches * args.batch_size, Path(args.outputs_dir)

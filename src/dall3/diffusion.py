@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dall3.models.unet import DiffusionConfig, UNet
+from dall3.sampling import require
 
 
 @dataclass
@@ -35,11 +36,7 @@ class Prediction:
 Predict = Callable[[Tensor, int], Prediction]
 Guide = Callable[[Predict, "GaussianDiffusion", int], Predict]  # the last: the lowest step that is guided
 Sampler = Callable[..., Iterator[tuple[Tensor, Tensor]]]
-
-
-def require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ValueError(message)
+Generators = list[torch.Generator]  # one a picture
 
 
 def beta_schedule(name: str, steps: int) -> np.ndarray:
@@ -86,10 +83,9 @@ class GaussianDiffusion:
 
     def __init__(self, config: DiffusionConfig, spacing: int | str | None = None) -> None:
         self.config = config
-        self.timestep_map = space_timesteps(
-            config.diffusion_steps, config.diffusion_steps if spacing is None else spacing
-        )
-        bar = np.cumprod(1 - beta_schedule(config.noise_schedule, config.diffusion_steps))[self.timestep_map]
+        total = config.diffusion_steps
+        self.timestep_map = space_timesteps(total, total if spacing is None else spacing)
+        bar = np.cumprod(1 - beta_schedule(config.noise_schedule, total))[self.timestep_map]
         before = np.append(1.0, bar[:-1])
         betas = 1 - bar / before
         posterior = betas * (1 - before) / (1 - bar)
@@ -238,32 +234,22 @@ SAMPLERS: dict[str, Sampler] = {"ddpm": sample_ddpm, "ddim": sample_ddim, "dpm-s
 
 
 def sample_with_scheduler(
-    predict: Predict,
-    diffusion: GaussianDiffusion,
-    x: Tensor,
-    steps: list[int],
-    scheduler: Any,
-    first: int,
-    generators: list[torch.Generator],
+    predict: Predict, diffusion: GaussianDiffusion, x: Tensor, steps: list[int], scheduler: Any, noise: Generators
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """A diffusers scheduler's steps from number `first` on. `diffusion` has all of the training's steps.
+    """The last of a diffusers scheduler's steps, as many as given. `diffusion` has all of the training's steps.
 
     x is the scheduler's own: scaled by its `init_noise_sigma`, or noised by its `add_noise`.
     """
-    extra = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    extra = {"generator": noise} if "generator" in inspect.signature(scheduler.step).parameters else {}
     learned = str(scheduler.config.get("variance_type", "")).startswith("learned") and diffusion.config.learn_sigma
     kind = scheduler.config.get("prediction_type", "epsilon")
-    for timestep, i in zip(scheduler.timesteps[first:], steps, strict=True):
+    for timestep, i in zip(scheduler.timesteps[-len(steps) :], steps, strict=True):
         x_in, t = scheduler.scale_model_input(x, timestep), steps_like(x, i)
         prediction = diffusion.guided_score(predict(x_in, i), x_in, t)
-        noise = diffusion.noise_from_x_start(x_in, t, prediction.pred_xstart)
-        if kind == "epsilon":
-            output = noise
-        elif kind == "sample":
-            output = prediction.pred_xstart
-        else:
-            x_start = prediction.pred_xstart
-            output = diffusion.at("sqrt_bar", t, x) * noise - diffusion.at("sqrt_one_minus_bar", t, x) * x_start
+        epsilon = diffusion.noise_from_x_start(x_in, t, prediction.pred_xstart)
+        velocity = diffusion.at("sqrt_bar", t, x) * epsilon
+        velocity = velocity - diffusion.at("sqrt_one_minus_bar", t, x) * prediction.pred_xstart
+        output = {"epsilon": epsilon, "sample": prediction.pred_xstart, "v_prediction": velocity}[kind]
         if learned:
             low, high = diffusion.at("log_posterior", t, x), diffusion.at("log_beta", t, x)
             output = torch.cat((output, 2 * (prediction.log_variance - low) / (high - low) - 1), dim=1)
@@ -300,23 +286,17 @@ class Refinement:
             require(type(count) is int and count > 0, f"{name}={count}; expected a whole number from 1")
         require(0 <= self.guidance_share <= 1, f"guidance_share={self.guidance_share}; expected a share in [0, 1]")
         require(0 < self.strength <= 1, f"strength={self.strength}; expected a share of the noise, in (0, 1]")
-        names = ", ".join(f"'{name}'" for name in SAMPLERS)
-        known = (
-            self.scheduler in SAMPLERS if isinstance(self.scheduler, str) else hasattr(self.scheduler, "set_timesteps")
-        )
+        by_name, names = isinstance(self.scheduler, str), ", ".join(f"'{name}'" for name in SAMPLERS)
+        known = self.scheduler in SAMPLERS if by_name else hasattr(self.scheduler, "set_timesteps")
         require(known, f"scheduler {self.scheduler!r} is not known; expected {names} or a diffusers scheduler")
-        named = isinstance(self.scheduler, str) or type(self.num_inference_steps) is int
-        require(named, f"a diffusers scheduler takes a number of steps, not {self.num_inference_steps!r}")
-
-    def check(self, config: DiffusionConfig) -> None:
-        """Raise ValueError for steps that a UNet trained so cannot take."""
-        space_timesteps(config.diffusion_steps, self.num_inference_steps)
+        counted = by_name or type(self.num_inference_steps) is int
+        require(counted, f"a diffusers scheduler takes a number of steps, not {self.num_inference_steps!r}")
 
 
 def denoise(
     unet: UNet,
     shape: tuple[int, ...],
-    generators: list[torch.Generator],
+    generators: Generators,
     conditioning: dict[str, Tensor],
     settings: Refinement,
     picture: Tensor | None = None,
@@ -361,7 +341,7 @@ def denoise(
     if by_name:
         walk = SAMPLERS[scheduler](predict, diffusion, x, steps, noise)
     else:
-        walk = sample_with_scheduler(predict, diffusion, x, steps, scheduler, first, generators)
+        walk = sample_with_scheduler(predict, diffusion, x, steps, scheduler, generators)
     total = min(len(steps), settings.stop_at or len(steps))
     for _, x_start in tqdm(islice(walk, total), total=total, desc="refining", disable=not progress):  # noqa: B007
         pass

@@ -31,11 +31,11 @@ def range_loss(images: Tensor) -> Tensor:
     return ((images - images.clamp(-1, 1)) ** 2).mean(dim=(1, 2, 3))
 
 
-def draw_cutouts(side: int, cut_size: int, cutn: int, generator: torch.Generator, cut_pow: float = 1.0) -> Tensor:
+def draw_cutouts(side: int, cut_size: int, cutn: int, generator: torch.Generator) -> Tensor:
     """Random squares of a picture of `side` pixels: int64 (cutn, 3) of size, left, top. Sizes from CLIP's to all."""
     smallest = min(side, cut_size)
     size, left, top = torch.rand(3, cutn, generator=generator, device=generator.device)
-    size = (size**cut_pow * (side - smallest) + smallest).long()
+    size = (size * (side - smallest) + smallest).long()
     room = side - size + 1
     return torch.stack((size, (left * room).long(), (top * room).long()), dim=-1)
 
@@ -115,12 +115,7 @@ def guided(predict: Predict, diffusion: GaussianDiffusion, guide_from: int, loss
             fac = diffusion.at("sqrt_one_minus_bar", steps_like(x, i), x)
             blend = prediction.pred_xstart * fac + x * (1 - fac)
             gradient = -torch.autograd.grad(loss(blend, prediction.pred_xstart), x)[0]
-        return Prediction(
-            prediction.mean.detach(),
-            prediction.variance.detach(),
-            prediction.log_variance.detach(),
-            prediction.pred_xstart.detach(),
-            gradient,
-        )
+        names = ("mean", "variance", "log_variance", "pred_xstart")
+        return Prediction(**{name: getattr(prediction, name).detach() for name in names}, gradient=gradient)
 
     return predict_guided

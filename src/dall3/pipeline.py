@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from dall3 import checkpoints
 from dall3.checkpoints import PathLike
-from dall3.diffusion import Guide, Refinement, denoise, require
+from dall3.diffusion import Guide, Refinement, denoise, space_timesteps
 from dall3.guidance import clip_loss, cut_out, draw_cutouts, guided, with_penalties
 from dall3.models.clip import CLIP
 from dall3.models.discrete_vae import DiscreteVAE, OpenAIDiscreteVAE
@@ -30,15 +30,7 @@ from dall3.models.transformer import DalleTransformer
 from dall3.models.unet import UNet
 from dall3.models.vqgan import VQModel
 from dall3.output import Dall3Output, to_pil, to_tensor
-from dall3.sampling import (
-    CUTOUTS,
-    NOISE,
-    Sampling,
-    candidate_uniforms,
-    draw_image_tokens,
-    draw_text_tokens,
-    make_generator,
-)
+from dall3.sampling import Sampling, candidate_uniforms, draw_image_tokens, draw_text_tokens, make_generator, require
 from dall3.text import TextEncoder, load_tokenizer
 
 
@@ -125,13 +117,10 @@ class Dall3Pipeline:
     def to(self, device: str | torch.device, dtype: torch.dtype = torch.float32) -> Dall3Pipeline:
         """Move every part to a device and to a precision: float32, float16 or bfloat16. Returns the pipeline."""
         self.device = torch.device(device)
+        layout = torch.contiguous_format if self.device.type == "cpu" else torch.channels_last
         for part in (self.transformer, self.vqgan, self.clip, self.upsampler, self.super_resolution):
             if isinstance(part, nn.Module):
-                part.to(self.device, dtype)
-        layout = torch.contiguous_format if self.device.type == "cpu" else torch.channels_last
-        for part in (self.vqgan, self.upsampler, self.super_resolution):
-            if isinstance(part, nn.Module):
-                part.to(memory_format=layout)  # type: ignore[call-overload]
+                part.to(self.device, dtype).to(memory_format=layout)  # type: ignore[call-overload]
         return self
 
     def __call__(
@@ -173,7 +162,7 @@ class Dall3Pipeline:
         if self.upsampler is not None or refinement.clip_guidance_scale:
             self._check_refinement("upsampler", refinement, guidance_prompt or prompt)
         if output_size is not None:
-            self._check_refinement("super_resolution", refinement, guidance_prompt or prompt)
+            self._check_refinement("super_resolution", refinement, guidance_prompt or prompt, (), output_size)
         seed = choose_seed(seed, generator)
         how: dict[str, Any] = dict(seed=seed, batch_size=batch_size, progress=progress)
 
@@ -191,9 +180,8 @@ class Dall3Pipeline:
             fine = self.upsample(image=fine, stage="super_resolution", output_size=output_size, **how)
         coarse_images = to_pil(coarse)
         name = refinement.scheduler if isinstance(refinement.scheduler, str) else type(refinement.scheduler).__name__
-        recipe = dict(
-            seed=seed, num_candidates=num_candidates, guidance_prompt=guidance_prompt, output_size=output_size
-        )
+        recipe: dict[str, Any] = dict(seed=seed, num_candidates=num_candidates, guidance_prompt=guidance_prompt)
+        recipe |= dict(output_size=output_size, **asdict(sampling), **vars(refinement)) | {"scheduler": name}
         return Dall3Output(
             prompt=prompt,
             images=coarse_images if fine is coarse else to_pil(fine),
@@ -201,7 +189,7 @@ class Dall3Pipeline:
             tokens=tokens.cpu(),
             clip_scores=scores,
             candidates=candidates,
-            settings=recipe | asdict(sampling) | vars(refinement) | {"scheduler": name},
+            settings=recipe,
         )
 
     @torch.no_grad()
@@ -255,8 +243,8 @@ class Dall3Pipeline:
         check_counts(batch_size=batch_size)
         clip: CLIP = self._need("clip", "ranking")
         pictures = center_crop(to_tensor(images)).split(batch_size)
-        bar = tqdm(pictures, desc="ranking", disable=not progress)
-        scores = torch.cat([clip.score(batch.to(self.device), prompt) for batch in bar])
+        text, bar = clip.embed_text([prompt]), tqdm(pictures, desc="ranking", disable=not progress)
+        scores = torch.cat([clip.score(batch.to(self.device), text) for batch in bar])
         # Stable, so that equal pictures keep the order in which they were drawn.
         scores, indices = scores.sort(descending=True, stable=True)
         return Ranking(indices, scores)
@@ -289,7 +277,7 @@ class Dall3Pipeline:
         Raises ValueError for a setting out of range or a missing part, before any work.
         """
         refinement = Refinement(**settings)
-        unet = self._check_refinement(stage, refinement, prompt, image_prompts)
+        unet = self._check_refinement(stage, refinement, prompt, image_prompts, output_size)
         check_counts(batch_size=batch_size)
         picture, conditioning, side = self._starting_point(unet, tokens, image, output_size)
         count = len(next(iter(conditioning.values()), picture))  # type: ignore[arg-type]
@@ -300,7 +288,7 @@ class Dall3Pipeline:
         def guide() -> Guide | None:
             pull = None
             if refinement.clip_guidance_scale:  # a new generator for every batch: all see the same cut-outs
-                cutouts, clip = make_generator(self.device, seed, CUTOUTS), self._need("clip", "guidance")
+                cutouts, clip = make_generator(self.device, seed, "cutouts"), self._need("clip", "guidance")
                 pull = clip_loss(clip, targets, weights, refinement.clip_guidance_scale, refinement.cutn, cutouts)
             elif not refinement.tv_scale and not refinement.range_scale:
                 return None
@@ -308,7 +296,7 @@ class Dall3Pipeline:
 
         fine = []
         for batch in batches(count, batch_size):
-            generators = [make_generator(self.device, seed, NOISE, k) for k in batch]
+            generators = [make_generator(self.device, seed, "noise", k) for k in batch]
             part = {name: value[batch.start : batch.stop] for name, value in conditioning.items()}
             start = None if picture is None else picture[batch.start : batch.stop]
             fine.append(denoise(unet, (3, side, side), generators, part, refinement, start, guide(), progress))
@@ -349,11 +337,19 @@ class Dall3Pipeline:
         return tokens.to(self.device, torch.int64)
 
     def _check_refinement(
-        self, stage: str, refinement: Refinement, prompt: str | None, image_prompts: Sequence[tuple[Any, float]] = ()
+        self,
+        stage: str,
+        refinement: Refinement,
+        prompt: str | None,
+        image_prompts: Sequence[tuple[Any, float]] = (),
+        output_size: int | None = None,
     ) -> UNet:
+        """The UNet of the stage. Raises ValueError for what it cannot do."""
         require(stage in ("upsampler", "super_resolution"), f"stage '{stage}'; expected upsampler or super_resolution")
         unet: UNet = self._need(stage, "refining")
-        refinement.check(unet.config.diffusion)
+        space_timesteps(unet.config.diffusion.diffusion_steps, refinement.num_inference_steps)
+        side, step = output_size or unet.config.image_size, unet.config.downsampling
+        require(side > 0 and side % step == 0, f"output_size={side}; expected a multiple of {step}")
         if refinement.clip_guidance_scale:
             self._need("clip", f"clip_guidance_scale={refinement.clip_guidance_scale}")
             require(bool(prompt or image_prompts), "clip_guidance_scale needs a prompt or image_prompts to look for")
@@ -368,7 +364,6 @@ class Dall3Pipeline:
         config, step, dtype = unet.config, unet.config.downsampling, next(unet.parameters()).dtype
         require(tokens is not None or image is not None, "nothing to refine; give tokens or an image")
         side = output_size or config.image_size
-        require(side > 0 and side % step == 0, f"output_size={side}; expected a multiple of {step}")
         if tokens is not None:
             tokens = self._check_tokens(tokens)
         if image is None and not config.embedding_dims:
@@ -399,7 +394,9 @@ class Dall3Pipeline:
         weights = [weight for _, weight in texts]
         for picture, weight in image_prompts:
             square = center_crop(to_tensor(picture)).to(self.device)
-            cutouts = draw_cutouts(square.shape[-1], clip.image_size, cutn, make_generator(self.device, seed, CUTOUTS))
+            cutouts = draw_cutouts(
+                square.shape[-1], clip.image_size, cutn, make_generator(self.device, seed, "cutouts")
+            )
             targets.append(clip.embed_images(cut_out(square, cutouts, clip.image_size)))
             weights += [weight / len(targets[-1])] * len(targets[-1])
         return torch.cat(targets), torch.tensor(weights, device=self.device) / abs(sum(weights))

@@ -13,6 +13,11 @@ from torch import Tensor
 from dall3.models.transformer import DalleTransformer
 
 
+def require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
 def filter_top_k(logits: Tensor, threshold: float, vocabulary: int | None = None) -> Tensor:
     """Keep the max(int((1 - threshold) · vocabulary), 1) largest of logits (batch, n), the others become -inf.
 
@@ -46,17 +51,17 @@ def choose(logits: Tensor, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
 
 
-TOKENS, NOISE, CUTOUTS = 1, 2, 3  # streams of random numbers that follow from one seed
+STREAMS = ("tokens", "noise", "cutouts")  # of random numbers that follow from one seed
 
 
-def make_generator(device: torch.device | str, seed: int, stream: int, k: int = 0) -> torch.Generator:
-    """A generator whose numbers follow from the seed, the stream and a picture's number alone.
+def make_generator(device: torch.device | str, seed: int, stream: str, k: int = 0) -> torch.Generator:
+    """A generator whose numbers follow from the seed, the stream (a name in STREAMS) and a picture's number alone.
 
     The first picture's noise is that of the bare seed: what the seed's sample.py draws on the same kind of device.
     """
-    if stream == NOISE and k == 0:
+    if stream == "noise" and k == 0:
         return torch.Generator(device).manual_seed(seed)
-    state = np.random.SeedSequence((seed, stream, k)).generate_state(1, np.uint64)[0]
+    state = np.random.SeedSequence((seed, STREAMS.index(stream) + 1, k)).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state >> np.uint64(1)))
 
 
@@ -65,7 +70,7 @@ def candidate_uniforms(seed: int, candidates: range, count: int) -> Tensor:
 
     Made on the CPU, so that they are the same wherever the tokens are drawn.
     """
-    return torch.stack([torch.rand(count, generator=make_generator("cpu", seed, TOKENS, k)) for k in candidates])
+    return torch.stack([torch.rand(count, generator=make_generator("cpu", seed, "tokens", k)) for k in candidates])
 
 
 @dataclass(frozen=True)
@@ -83,14 +88,11 @@ class Sampling:
     cond_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature}; expected a number above 0")
-        if self.top_k is not None and not 0 <= self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k}; expected a share of the vocabulary to drop, in [0, 1)")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p}; expected a probability to keep, in (0, 1]")
-        if self.top_k is not None and self.top_p is not None:
-            raise ValueError("both top_k and top_p are given; choose one")
+        top_k, top_p = self.top_k, self.top_p
+        require(self.temperature > 0, f"temperature={self.temperature}; expected a number above 0")
+        require(top_k is None or 0 <= top_k < 1, f"top_k={top_k}; expected a share of the words to drop, in [0, 1)")
+        require(top_p is None or 0 < top_p <= 1, f"top_p={top_p}; expected a probability to keep, in (0, 1]")
+        require(top_k is None or top_p is None, "both top_k and top_p are given; choose one")
 
     def choose(self, logits: Tensor, uniforms: Tensor, vocabulary: int) -> Tensor:
         """Draw one id a row from logits (batch, n) at uniforms (batch,); `vocabulary` as in `filter_top_k`."""

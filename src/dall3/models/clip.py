@@ -48,6 +48,8 @@ class CLIP(nn.Module):
         pixels, size = (images.float() * 255).floor(), (self.image_size, self.image_size)
         return F.interpolate(pixels, size, mode="bicubic", antialias=True).round().clamp(0, 255) / 255
 
-    def score(self, images: Tensor, text: str) -> Tensor:
-        """Cosine similarity to a text, (batch,), of square pictures, float (batch, 3, side, side) in [0, 1]."""
-        return F.cosine_similarity(self.embed_images(self.preprocess(images)), self.embed_text([text]))
+    def score(self, images: Tensor, text: Tensor) -> Tensor:
+        """Cosine similarity, (batch,), of square pictures, float (batch, 3, side, side) in [0, 1], to the embedding of
+        a text, (1, width).
+        """
+        return F.cosine_similarity(self.embed_images(self.preprocess(images)), text)

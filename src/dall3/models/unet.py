@@ -100,14 +100,10 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, c: UNetConfig, channels: int, num_heads: int) -> None:
         super().__init__()
-        if c.num_head_channels:
-            if channels % c.num_head_channels:
-                raise ValueError(
-                    f"{channels} channels cannot be split into heads of num_head_channels={c.num_head_channels}"
-                )
-            num_heads = channels // c.num_head_channels
-        if channels % num_heads:
-            raise ValueError(f"{channels} channels cannot be split into num_heads={num_heads}")
+        num_heads = channels // c.num_head_channels if c.num_head_channels else num_heads
+        if num_heads < 1 or channels % num_heads or channels % (c.num_head_channels or 1):
+            wish = f"num_head_channels={c.num_head_channels}" if c.num_head_channels else f"num_heads={num_heads}"
+            raise ValueError(f"{channels} channels cannot be split into heads with {wish}")
         self.num_heads, self.new_order = num_heads, c.use_new_attention_order
         self.norm = nn.GroupNorm(32, channels)
         self.qkv = nn.Conv1d(channels, channels * 3, 1)

@@ -22,11 +22,6 @@ class VQGANConfig:
     embed_dim: int
     n_embed: int
 
-    @property
-    def downsampling(self) -> int:
-        """Pixels a side that one code stands for."""
-        return 2 ** (len(self.ch_mult) - 1)
-
 
 def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(32, channels, eps=1e-6)
@@ -39,14 +34,13 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
         self.norm2 = group_norm(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        if channels != out_channels:
-            self.nin_shortcut = nn.Conv2d(channels, out_channels, 1)
-        self.has_shortcut = channels != out_channels
+        same = channels == out_channels
+        self.nin_shortcut = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if self.has_shortcut else x)
+        return h + self.nin_shortcut(x)
 
 
 class AttnBlock(nn.Module):
@@ -150,7 +144,7 @@ class VQModel(nn.Module):
         self.quantize = nn.ModuleDict({"embedding": nn.Embedding(config.n_embed, config.embed_dim)})
         self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
-        self.num_tokens, self.downsampling = config.n_embed, config.downsampling
+        self.num_tokens, self.downsampling = config.n_embed, 2 ** (len(config.ch_mult) - 1)
 
     @property
     def codebook(self) -> Tensor:
