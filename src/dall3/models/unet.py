@@ -113,10 +113,8 @@ class AttentionBlock(nn.Module):
         qkv = self.qkv(self.norm(x).flatten(2))
         batch, width, length = qkv.shape
         head_dim = width // (3 * self.num_heads)
-        if self.new_order:
-            q, k, v = qkv.view(batch, 3, self.num_heads, head_dim, length).transpose(-1, -2).unbind(1)
-        else:
-            q, k, v = qkv.view(batch, self.num_heads, 3, head_dim, length).transpose(-1, -2).unbind(2)
+        axes = (3, self.num_heads) if self.new_order else (self.num_heads, 3)
+        q, k, v = qkv.view(batch, *axes, head_dim, length).transpose(-1, -2).unbind(1 if self.new_order else 2)
         h = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(batch, -1, length)
         return x + self.proj_out(h).view_as(x)
 
