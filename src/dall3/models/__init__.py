@@ -1,0 +1,1 @@
+"""The networks, a file each, with the names of their checkpoints where that is possible."""
