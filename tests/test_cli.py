@@ -124,7 +124,7 @@ def test_nothing_is_overwritten_unless_asked(seedset, outputs, tmp_path, capsys)
         (["a cube", "--vqgan_model_path", "{seedset}/dalle-latest.pt"], "expected a VQGAN"),
         (["a cube", "--bpe_path", "{seedset}/model-latest.pt"], "not a tokenizer"),
         (["a cube", "--clip_sort", "--clip_path", "{seedset}/bpe.model"], "bpe.model"),
-        (["a cube", "--clip_sort", "--clip_path", "ViT-Z/nobody"], "'ViT-Z/nobody' is neither a file nor a model"),
+        (["a cube", "--clip_sort", "--clip_path", "ViT-Z/nobody"], "ViT-Z/nobody: neither a file nor a model"),
         (["a cube", "--chinese", "--bpe_path", ""], "vocab.txt"),
         (["a cube", "--hug"], "--hug needs"),
         (["a cube|a cube"], "the same prompt twice"),

@@ -8,7 +8,7 @@ import dall3.guidance
 from dall3.checkpoints import load_clip, load_unet
 from dall3.diffusion import GaussianDiffusion, unet_predict
 from dall3.guidance import clip_loss, cut_out, draw_cutouts, guided, spherical_distance, with_penalties
-from dall3.pipeline import Dall3Pipeline
+from dall3.pipeline import Dall3Pipeline, parse_prompts
 
 from originals import Golden, close
 
@@ -26,8 +26,8 @@ def test_gradient_is_the_originals(parts, monkeypatch):
     (unet, clip), golden = parts, Golden("guidance")
     expected, about = golden.expected, golden.about
     monkeypatch.setattr(dall3.guidance, "draw_cutouts", lambda *args: expected["cutouts"])
-    prompt = "|".join(f"{text}:{weight}" for text, weight in about["prompts"])
-    targets, weights = Dall3Pipeline(clip=clip)._guidance_targets(prompt, (), 8, 0)
+    prompts = parse_prompts("|".join(f"{text}:{weight}" for text, weight in about["prompts"]))
+    targets, weights = Dall3Pipeline(clip=clip)._guidance_targets(prompts, (), 8, 96, 0)
     pull = clip_loss(clip, targets, weights, about["clip_guidance_scale"], 8, torch.Generator())
     losses = []
 

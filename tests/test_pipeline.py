@@ -150,7 +150,7 @@ def test_guidance_pulls_a_picture_towards_the_prompt(pipe, out):
 
 def test_prompts_with_weights_and_pictures_guide_together(pipe):
     picture = Image.effect_noise((50, 70), 80)
-    targets, weights = pipe._guidance_targets("a cube:2|a cloud", [(picture, 1.0)], 4, 0)
+    targets, weights = pipe._guidance_targets(parse_prompts("a cube:2|a cloud"), [(picture, 1.0)], 4, 64, 0)
     assert targets.shape == (6, 32)
     assert torch.allclose(weights, torch.tensor([2, 1, 0.25, 0.25, 0.25, 0.25]) / 4)
 
@@ -158,7 +158,8 @@ def test_prompts_with_weights_and_pictures_guide_together(pipe):
 def test_parse_prompts_reads_what_the_seed_writes():
     assert parse_prompts("a cube:2|a cloud") == [("a cube", 2.0), ("a cloud", 1.0)]
     assert parse_prompts("note: a cube") == [("note: a cube", 1.0)]
-    assert parse_prompts("a cube:-0.5") == [("a cube", -0.5)]
+    assert parse_prompts("a cube:-0.5|a cloud:.5| b :1e-1") == [("a cube", -0.5), ("a cloud", 0.5), ("b", 0.1)]
+    assert parse_prompts("a ratio:") == [("a ratio:", 1.0)]
     with pytest.raises(ValueError, match="empty prompt"):
         parse_prompts("a cube||a cloud")
 
@@ -230,6 +231,7 @@ def test_missing_parts_are_left_out_and_named_when_asked_for(seedset, pipe):
         (lambda: coarse_only.rank(out.images, PROMPT), "no clip"),
         (lambda: coarse_only.upsample(out.tokens), "no upsampler"),
         (lambda: coarse_only(PROMPT, clip_guidance_scale=100), "no upsampler"),
+        (lambda: Dall3Pipeline(clip=pipe.clip).upsample(image=out.images), "no upsampler"),
         (lambda: coarse_only(PROMPT, output_size=256), "no super_resolution"),
         (lambda: load(seedset, clip=None)(PROMPT, clip_guidance_scale=100), "no clip"),
         (lambda: Dall3Pipeline().generate_tokens(PROMPT), "no transformer"),

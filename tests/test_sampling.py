@@ -146,7 +146,7 @@ def test_the_text_is_run_once_and_every_token_once(transformer, text, monkeypatc
     monkeypatch.setattr(transformer, "run", spy)
     uniforms = candidate_uniforms(0, range(4), 256)
     settings = Sampling(cond_scale=cond_scale)
-    draw_image_tokens(transformer, text, uniforms, settings, on_token=lambda: heard.append(1))
+    draw_image_tokens(transformer, text, uniforms, settings, on_token=heard.append)
     assert fed == [(prompts, 25)] + [(prompts * 4, 1)] * 255
     assert len(heard) == 256
 

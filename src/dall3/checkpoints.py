@@ -312,7 +312,7 @@ def load_vae(
     """Whichever VAE `path` holds: a VQGAN, a DiscreteVAE, OpenAI's (encoder.pkl, decoder.pkl). Without a path the
     DiscreteVAE inside the DALL·E checkpoint `dalle`, or None where it has none.
     """
-    if isinstance(path, tuple):
+    if isinstance(path, tuple | list):
         return load_openai_dvae(*path)
     if path is not None:
         found = read_archive(path)
@@ -352,6 +352,9 @@ def load_unet(path: PathLike, config: PathLike | dict[str, Any] | None = None) -
     channel_mult = tuple(len(state[f"input_blocks.{i}.0.out_layers.3.weight"]) / model_channels for i in firsts)
     super_resolution = state["input_blocks.0.0.weight"].shape[1] == 6
     image_size = int(flags.get("large_size", flags.get("image_size", IMAGE_SIZES.get(channel_mult, 0))))
+    usual = IMAGE_SIZES.get(channel_mult, image_size)
+    if image_size != usual and not super_resolution and not flags.get("channel_mult"):
+        raise one_line(path, f"the config says image_size={image_size}, but its tensors are those of {usual} pixels")
     defaults = {"num_heads": 4} if super_resolution else UNET_DEFAULTS.get(image_size, {})
     if not image_size or (config is None and not defaults):
         raise one_line(path, "a UNet of an unusual size; give its flags as config to tell its attention heads")
@@ -421,7 +424,7 @@ def load_clip(path_or_name: PathLike) -> CLIP:
     """CLIP in float32 on the CPU: from OpenAI's TorchScript archive or a state dict (a file), or one of open_clip's
     own by name, as "ViT-B-32/openai", fetched by open_clip.
 
-    Raises CheckpointError for a file that is not one, ValueError for a name that open_clip does not know.
+    Raises CheckpointError for a file that is not one and for a name that open_clip does not know.
     """
     import open_clip
     from open_clip.model import build_model_from_openai_state_dict
@@ -434,7 +437,7 @@ def load_clip(path_or_name: PathLike) -> CLIP:
         size = visual.image_size[0] if isinstance(visual.image_size, tuple) else visual.image_size
         return CLIP(model, open_clip.get_tokenizer(name), size, visual.image_mean, visual.image_std)
     if not Path(path_or_name).exists() and Path(path_or_name).suffix == "":
-        raise ValueError(f"'{path_or_name}' is neither a file nor a model of open_clip, such as 'ViT-B-16/openai'")
+        raise one_line(path_or_name, "neither a file nor a model of open_clip, such as 'ViT-B-16/openai'")
 
     state, _ = read_state(path_or_name, OPENAI_CLIP)
     sizes = ("input_resolution", "context_length", "vocab_size")

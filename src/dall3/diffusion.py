@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dall3.models.unet import DiffusionConfig, UNet
-from dall3.sampling import require
+from dall3.sampling import check_counts, require
 
 
 @dataclass
@@ -282,14 +282,15 @@ class Refinement:
     def __post_init__(self) -> None:
         for name in ("clip_guidance_scale", "tv_scale", "range_scale"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)}; expected a number from 0")
-        for name, count in (("cutn", self.cutn), ("stop_at", 1 if self.stop_at is None else self.stop_at)):
-            require(type(count) is int and count > 0, f"{name}={count}; expected a whole number from 1")
+        check_counts(cutn=self.cutn, stop_at=1 if self.stop_at is None else self.stop_at)
         require(0 <= self.guidance_share <= 1, f"guidance_share={self.guidance_share}; expected a share in [0, 1]")
         require(0 < self.strength <= 1, f"strength={self.strength}; expected a share of the noise, in (0, 1]")
         by_name, names = isinstance(self.scheduler, str), ", ".join(f"'{name}'" for name in SAMPLERS)
-        known = self.scheduler in SAMPLERS if by_name else hasattr(self.scheduler, "set_timesteps")
-        require(known, f"scheduler {self.scheduler!r} is not known; expected {names} or a diffusers scheduler")
-        counted = by_name or type(self.num_inference_steps) is int
+        # Of diffusers' schedulers, those that can be put on the noise schedule that the UNet was trained on.
+        known = self.scheduler in SAMPLERS if by_name else "trained_betas" in getattr(self.scheduler, "config", {})
+        others = "a diffusers scheduler that takes trained_betas"
+        require(known, f"scheduler {self.scheduler!r} is not known; expected {names} or {others}")
+        counted = by_name or isinstance(self.num_inference_steps, int)
         require(counted, f"a diffusers scheduler takes a number of steps, not {self.num_inference_steps!r}")
 
 
@@ -313,25 +314,24 @@ def denoise(
     def noise() -> Tensor:
         return torch.stack([torch.randn(shape, generator=generator, device=device) for generator in generators])
 
-    by_name, x = isinstance(scheduler, str), noise()
+    by_name, start = isinstance(scheduler, str), noise()
     diffusion = GaussianDiffusion(unet.config.diffusion, settings.num_inference_steps if by_name else None)
     if by_name:
         steps = list(range(len(diffusion) - 1, -1, -1))
     else:
-        if "trained_betas" in scheduler.config:  # the noise schedule must be the one that the UNet was trained on
-            scheduler = type(scheduler).from_config(scheduler.config, trained_betas=diffusion.betas.tolist())
+        training = {"trained_betas": diffusion.betas.tolist(), "num_train_timesteps": len(diffusion)}
+        scheduler = type(scheduler).from_config(scheduler.config, **training)
         scheduler.set_timesteps(settings.num_inference_steps, device=device)
         steps = [round(step) for step in scheduler.timesteps.tolist()]
-        x = x * scheduler.init_noise_sigma
-    first = 0
+    x, first = start if by_name else start * scheduler.init_noise_sigma, 0
     if picture is not None:
         first = len(steps) - max(round(len(steps) * settings.strength), 1)
         if by_name:
-            x = diffusion.add_noise(picture, steps_like(x, steps[first]), x)
+            x = diffusion.add_noise(picture, steps_like(x, steps[first]), start)
         else:
             if hasattr(scheduler, "set_begin_index"):
                 scheduler.set_begin_index(first)
-            x = scheduler.add_noise(picture, noise(), scheduler.timesteps[first : first + 1])
+            x = scheduler.add_noise(picture, start, scheduler.timesteps[first : first + 1])
     steps = steps[first:]
 
     predict = unet_predict(unet, diffusion, conditioning)

@@ -74,7 +74,7 @@ def write_files(folder: Path, files: dict[str, File], overwrite: bool) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         if isinstance(content, str):
-            (folder / name).write_text(content)
+            (folder / name).write_text(content, encoding="utf-8")
         elif isinstance(content, np.ndarray):
             np.save(folder / name, content)
         else:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -30,7 +29,15 @@ from dall3.models.transformer import DalleTransformer
 from dall3.models.unet import UNet
 from dall3.models.vqgan import VQModel
 from dall3.output import Dall3Output, to_pil, to_tensor
-from dall3.sampling import Sampling, candidate_uniforms, draw_image_tokens, draw_text_tokens, make_generator, require
+from dall3.sampling import (
+    Sampling,
+    candidate_uniforms,
+    check_counts,
+    draw_image_tokens,
+    draw_text_tokens,
+    make_generator,
+    require,
+)
 from dall3.text import TextEncoder, load_tokenizer
 
 
@@ -67,11 +74,22 @@ class Dall3Pipeline:
         if upsampler is not None and upsampler.config.embedding_dims and isinstance(vqgan, VQModel | DiscreteVAE):
             wanted, found = upsampler.config.embedding_dims[0], vqgan.codebook.shape[1]
             require(wanted == found, f"the upsampler takes code embeddings of {wanted}, the vqgan's have {found}")
+        if upsampler is not None and upsampler.config.embedding_dims and isinstance(vqgan, OpenAIDiscreteVAE):
+            raise ValueError("the upsampler is conditioned on code embeddings, and OpenAI's dVAE has none")
         if super_resolution is not None:
             require(super_resolution.config.super_resolution, "super_resolution takes no low-resolution picture")
         self.text_encoder, self.transformer, self.vqgan, self.clip = text_encoder, transformer, vqgan, clip
         self.upsampler, self.super_resolution = upsampler, super_resolution
-        self.device = torch.device("cpu")
+
+    @property
+    def _parts(self) -> list[nn.Module]:
+        parts = (self.transformer, self.vqgan, self.clip, self.upsampler, self.super_resolution)
+        return [part for part in parts if isinstance(part, nn.Module)]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parts are; those that replace others must be there too."""
+        return next((parameter.device for part in self._parts for parameter in part.parameters()), torch.device("cpu"))
 
     @classmethod
     def from_checkpoints(
@@ -114,13 +132,11 @@ class Dall3Pipeline:
             super_resolution=bigger,
         )
 
-    def to(self, device: str | torch.device, dtype: torch.dtype = torch.float32) -> Dall3Pipeline:
-        """Move every part to a device and to a precision: float32, float16 or bfloat16. Returns the pipeline."""
-        self.device = torch.device(device)
-        layout = torch.contiguous_format if self.device.type == "cpu" else torch.channels_last
-        for part in (self.transformer, self.vqgan, self.clip, self.upsampler, self.super_resolution):
-            if isinstance(part, nn.Module):
-                part.to(self.device, dtype).to(memory_format=layout)  # type: ignore[call-overload]
+    def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Dall3Pipeline:
+        """Move every part to a device, and to a precision if given (float32, float16, bfloat16). Returns the pipeline."""
+        layout = torch.contiguous_format if torch.device(device).type == "cpu" else torch.channels_last
+        for part in self._parts:
+            part.to(device, dtype).to(memory_format=layout)  # type: ignore[call-overload]
         return self
 
     def __call__(
@@ -134,22 +150,26 @@ class Dall3Pipeline:
         seed: int | None = None,
         generator: torch.Generator | None = None,
         batch_size: int = 32,
+        refine_batch_size: int = 4,
         truncate: bool = False,
         progress: bool = True,
         **settings: Any,
     ) -> Dall3Output:
         """Draw `num_candidates` token grids for a prompt, keep the `num_images` that CLIP likes best, refine them.
 
-        num_candidates: num_images if not given. guidance_prompt: what CLIP guides to, if not the prompt. output_size:
-        with a super_resolution part, pixels a side of the final pictures. batch_size: candidates, and pictures
-        refined, at a time; the results do not depend on it. truncate: cut a prompt that is too long. settings: those
-        of `Sampling` and `Refinement`; clip_guidance_scale is 1000 where there is a CLIP, if not given.
+        num_candidates: num_images if not given. guidance_prompt: what CLIP guides to, if not the prompt, and weighted
+        if you like: "a cube:2|a cloud". output_size: with a super_resolution part, pixels a side of the final
+        pictures. batch_size: candidates at a time; refine_batch_size: pictures refined at a time. The results do not
+        depend on them in float32 on a CPU, and only by rounding elsewhere. truncate: cut a prompt that is too long.
+        settings: those of `Sampling` and `Refinement`; clip_guidance_scale, if not given, is 1000 where there are a
+        CLIP and an upsampler.
 
         Raises ValueError for a setting out of range, or one that asks for a part that this pipeline does not have,
         and TypeError for an unknown one, before any work.
         """
         num_candidates = num_images if num_candidates is None else num_candidates
-        check_counts(num_images=num_images, num_candidates=num_candidates, batch_size=batch_size)
+        check_counts(num_images=num_images, num_candidates=num_candidates)
+        check_counts(batch_size=batch_size, refine_batch_size=refine_batch_size)
         require(num_candidates >= num_images, f"num_candidates={num_candidates} is less than num_images={num_images}")
         sampling = Sampling(**{k: settings.pop(k) for k in Sampling.__dataclass_fields__ if k in settings})
         if self.clip is not None and self.upsampler is not None:
@@ -159,10 +179,11 @@ class Dall3Pipeline:
         self._need("vqgan", "making pictures of tokens")
         if num_candidates > num_images:
             self._need("clip", f"choosing {num_images} of {num_candidates} candidates")
-        if self.upsampler is not None or refinement.clip_guidance_scale:
-            self._check_refinement("upsampler", refinement, guidance_prompt or prompt)
+        texts = parse_prompts(guidance_prompt) if guidance_prompt else [(prompt, 1.0)]
+        if self.upsampler is not None or (refinement.clip_guidance_scale and output_size is None):
+            self._check_refinement("upsampler", refinement, texts)
         if output_size is not None:
-            self._check_refinement("super_resolution", refinement, guidance_prompt or prompt, (), output_size)
+            self._check_refinement("super_resolution", refinement, texts, output_size)
         seed = choose_seed(seed, generator)
         how: dict[str, Any] = dict(seed=seed, batch_size=batch_size, progress=progress)
 
@@ -173,7 +194,7 @@ class Dall3Pipeline:
             candidates, scores = self.rank(coarse, prompt, batch_size=batch_size, progress=progress)
             candidates, scores = candidates[:num_images].cpu(), scores[:num_images].cpu()
         tokens, coarse = tokens[candidates.to(tokens.device)], coarse[candidates.to(coarse.device)]
-        fine, how = coarse, how | vars(refinement) | {"prompt": guidance_prompt or prompt}
+        fine, how = coarse, how | vars(refinement) | {"prompt": texts, "batch_size": refine_batch_size}
         if self.upsampler is not None:
             fine = self.upsample(tokens, coarse, **how)
         if output_size is not None:
@@ -216,13 +237,9 @@ class Dall3Pipeline:
         transformer: DalleTransformer = self._need("transformer", "drawing tokens")
         text_ids = self._need("text_encoder", "reading text")(prompt, truncate=truncate).to(self.device)
         seed, length = choose_seed(seed, generator), transformer.config.image_seq_len
-        drawn = []
-        with tqdm(total=num_candidates * length, desc=f"drawing {num_candidates}", disable=not progress) as bar:
-            for batch in batches(num_candidates, batch_size):
-                uniforms = candidate_uniforms(seed, batch, length).to(self.device)
-                count = partial(bar.update, len(batch))
-                drawn.append(draw_image_tokens(transformer, text_ids, uniforms, sampling, count))
-        return torch.cat(drawn)
+        uniforms = candidate_uniforms(seed, range(num_candidates), length).to(self.device)
+        with tqdm(total=uniforms.numel(), desc=f"drawing {num_candidates}", disable=not progress) as bar:
+            return draw_image_tokens(transformer, text_ids, uniforms, sampling, batch_size, bar.update)
 
     @torch.no_grad()
     def decode_tokens(self, tokens: Tensor | np.ndarray, batch_size: int = 32) -> Tensor:
@@ -249,19 +266,20 @@ class Dall3Pipeline:
         scores, indices = scores.sort(descending=True, stable=True)
         return Ranking(indices, scores)
 
+    @torch.inference_mode(False)  # guidance needs gradients, whatever the caller does not
     @torch.no_grad()
     def upsample(
         self,
         tokens: Tensor | np.ndarray | None = None,
         image: Any = None,
-        prompt: str | None = None,
+        prompt: str | Sequence[tuple[str, float]] | None = None,
         *,
         image_prompts: Sequence[tuple[Any, float]] = (),
         output_size: int | None = None,
         stage: str = "upsampler",
         seed: int | None = None,
         generator: torch.Generator | None = None,
-        batch_size: int = 32,
+        batch_size: int = 4,
         progress: bool = True,
         **settings: Any,
     ) -> Tensor:
@@ -271,19 +289,21 @@ class Dall3Pipeline:
         Unconditional: `image`, noised to a step. Super-resolution: `image`, reduced to a quarter of `output_size`.
         image: PIL's, or float (n, 3, height, width) in [0, 1]; its middle square.
 
-        prompt: what CLIP guides to; "a cube:2|a cloud" weighs two. image_prompts: pairs of a picture and a weight.
-        output_size: pixels a side; what the UNet was trained on if not given. stage: "upsampler" or
-        "super_resolution", the part that does it. settings: those of `Refinement`.
+        prompt: what CLIP guides to; "a cube:2|a cloud" weighs two, as pairs [("a cube", 2), ("a cloud", 1)] do.
+        image_prompts: pairs of a picture and a weight. output_size: pixels a side; if not given, what the UNet was
+        trained on; tokens have their own. stage: "upsampler" or "super_resolution", the part that does it. settings:
+        those of `Refinement`.
         Raises ValueError for a setting out of range or a missing part, before any work.
         """
         refinement = Refinement(**settings)
-        unet = self._check_refinement(stage, refinement, prompt, image_prompts, output_size)
+        texts = parse_prompts(prompt) if isinstance(prompt, str) else list(prompt or ())
+        unet = self._check_refinement(stage, refinement, [*texts, *image_prompts], output_size)
         check_counts(batch_size=batch_size)
         picture, conditioning, side = self._starting_point(unet, tokens, image, output_size)
         count = len(next(iter(conditioning.values()), picture))  # type: ignore[arg-type]
         seed = choose_seed(seed, generator)
         if refinement.clip_guidance_scale:
-            targets, weights = self._guidance_targets(prompt, image_prompts, refinement.cutn, seed)
+            targets, weights = self._guidance_targets(texts, image_prompts, refinement.cutn, side, seed)
 
         def guide() -> Guide | None:
             pull = None
@@ -304,17 +324,25 @@ class Dall3Pipeline:
 
     @torch.no_grad()
     def complete_text(
-        self, prompt: str = "", *, seed: int | None = None, generator: torch.Generator | None = None, **settings: Any
+        self,
+        prompt: str = "",
+        *,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        truncate: bool = False,
+        **settings: Any,
     ) -> str:
         """Let the transformer write on from a prompt, which may be empty, and return both.
 
-        settings: those of `Sampling`, but cond_scale. Raises ValueError as `generate_tokens` does.
+        truncate: cut a prompt that is too long. settings: those of `Sampling`, but cond_scale. Raises ValueError as
+        `generate_tokens` does.
         """
         sampling = Sampling(**settings)
+        require(sampling.cond_scale == 1, "cond_scale guides pictures by a text; there is none to guide a text by")
         transformer: DalleTransformer = self._need("transformer", "writing text")
         encode: TextEncoder = self._need("text_encoder", "writing text")
         length = transformer.config.text_seq_len
-        given = encode(prompt) if prompt.strip() else torch.zeros(length, dtype=torch.int64)
+        given = encode(prompt, truncate) if prompt.strip() else torch.zeros(length, dtype=torch.int64)
         uniforms = candidate_uniforms(choose_seed(seed, generator), range(1), length).to(self.device)
         ids = draw_text_tokens(transformer, given.to(self.device), uniforms, sampling)
         # The prompt itself stays as it was written: decoding would lose the characters that the tokenizer lacks.
@@ -337,24 +365,23 @@ class Dall3Pipeline:
         return tokens.to(self.device, torch.int64)
 
     def _check_refinement(
-        self,
-        stage: str,
-        refinement: Refinement,
-        prompt: str | None,
-        image_prompts: Sequence[tuple[Any, float]] = (),
-        output_size: int | None = None,
+        self, stage: str, refinement: Refinement, prompts: Sequence[tuple[Any, float]], output_size: int | None = None
     ) -> UNet:
-        """The UNet of the stage. Raises ValueError for what it cannot do."""
+        """The UNet of the stage. Raises ValueError for what it cannot do. prompts: texts and pictures, with weights."""
         require(stage in ("upsampler", "super_resolution"), f"stage '{stage}'; expected upsampler or super_resolution")
         unet: UNet = self._need(stage, "refining")
         space_timesteps(unet.config.diffusion.diffusion_steps, refinement.num_inference_steps)
-        side, step = output_size or unet.config.image_size, unet.config.downsampling
-        require(side > 0 and side % step == 0, f"output_size={side}; expected a multiple of {step}")
+        require(not unet.config.num_classes, "the UNet is conditioned on class labels, which a pipeline does not give")
+        side, step = unet.config.image_size if output_size is None else output_size, unet.config.downsampling
+        check_counts(output_size=side)
+        require(side % step == 0, f"output_size={side}; expected a multiple of {step}")
         if refinement.clip_guidance_scale:
             self._need("clip", f"clip_guidance_scale={refinement.clip_guidance_scale}")
-            require(bool(prompt or image_prompts), "clip_guidance_scale needs a prompt or image_prompts to look for")
-            total = sum(weight for _, weight in (*parse_prompts(prompt or ""), *image_prompts))
-            require(abs(total) > 1e-3, f"the weights of the prompts sum to {total:.3g}; expected anything but 0")
+            require(bool(prompts), "clip_guidance_scale needs a prompt or image_prompts to look for")
+            total = sum(weight for _, weight in prompts)
+            require(
+                1e-3 < abs(total) < math.inf, f"the weights of the prompts sum to {total:.3g}; expected anything but 0"
+            )
         return unet
 
     def _starting_point(
@@ -379,21 +406,29 @@ class Dall3Pipeline:
         vqgan, wanted = self._need("vqgan", "conditioning on code embeddings"), config.embedding_dims[0]
         require(not isinstance(vqgan, OpenAIDiscreteVAE), "OpenAI's dVAE has no code embeddings to condition on")
         if tokens is None:  # the middle block's side is half the codes'
-            tokens = vqgan.encode(F.interpolate(image, 2 * side // step * vqgan.downsampling, mode="area").to(dtype))
+            small = F.interpolate(image, 2 * side // step * vqgan.downsampling, mode="area")
+            tokens = vqgan.encode(small.to(next(vqgan.parameters()).dtype))
         embeddings = vqgan.embed(tokens)
+        require(embeddings.shape[-1] % 2 == 0, f"{tokens.shape[1]} tokens; expected a square with an even side")
         require(embeddings.shape[1] == wanted, f"code embeddings have {embeddings.shape[1]} channels, not {wanted}")
         return None, {"image_embeds": embeddings.to(dtype)}, embeddings.shape[-1] // 2 * step
 
     def _guidance_targets(
-        self, prompt: str | None, image_prompts: Sequence[tuple[Any, float]], cutn: int, seed: int
+        self,
+        texts: Sequence[tuple[str, float]],
+        image_prompts: Sequence[tuple[Any, float]],
+        cutn: int,
+        side: int,
+        seed: int,
     ) -> tuple[Tensor, Tensor]:
         """What CLIP looks for, float32 (targets, width), and how much each counts, (targets,), summing to ±1."""
         clip: CLIP = self._need("clip", "guidance")
-        texts = parse_prompts(prompt or "")
         targets = [clip.embed_text([text for text, _ in texts])] if texts else []
         weights = [weight for _, weight in texts]
         for picture, weight in image_prompts:
             square = center_crop(to_tensor(picture)).to(self.device)
+            if square.shape[-1] > side:
+                square = F.interpolate(square, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
             cutouts = draw_cutouts(
                 square.shape[-1], clip.image_size, cutn, make_generator(self.device, seed, "cutouts")
             )
@@ -409,15 +444,13 @@ def parse_prompts(text: str) -> list[tuple[str, float]]:
     """
     prompts = []
     for part in text.split("|") if text else []:
-        match = re.fullmatch(r"(.*):\s*(-?\d+(?:\.\d+)?)\s*", part, re.DOTALL)
-        prompts.append((match[1].strip(), float(match[2])) if match else (part.strip(), 1.0))
+        text, _, weight = part.rpartition(":")
+        try:
+            prompts.append((text.strip(), float(weight)) if text else (part.strip(), 1.0))
+        except ValueError:
+            prompts.append((part.strip(), 1.0))
     require(all(prompt for prompt, _ in prompts), f"an empty prompt in {text!r}; expected text around every '|'")
     return prompts
-
-
-def check_counts(**counts: int) -> None:
-    for name, value in counts.items():
-        require(type(value) is int and value > 0, f"{name}={value}; expected a whole number from 1")
 
 
 def batches(count: int, size: int) -> list[range]:
@@ -435,8 +468,9 @@ def center_crop(images: Tensor) -> Tensor:
 def choose_seed(seed: int | None, generator: torch.Generator | None) -> int:
     """The seed as given, drawn from the generator, or from the system. Raises ValueError for a negative one."""
     if seed is not None:
-        require(type(seed) is int and 0 <= seed < 2**63, f"seed={seed}; expected a whole number in [0, 2**63)")
-        return seed
+        whole = isinstance(seed, int | np.integer) and 0 <= seed < 2**63
+        require(whole, f"seed={seed}; expected a whole number in [0, 2**63)")
+        return int(seed)
     if generator is not None:
         return int(torch.randint(2**62, (), generator=generator, device=generator.device))
     return int.from_bytes(os.urandom(4), "little")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +18,13 @@ from dall3.models.transformer import DalleTransformer
 def require(holds: bool, message: str) -> None:
     if not holds:
         raise ValueError(message)
+
+
+def check_counts(**counts: Any) -> None:
+    """Raise ValueError for a value that is not a whole number from 1."""
+    for name, value in counts.items():
+        whole = isinstance(value, int | np.integer) and not isinstance(value, bool) and value > 0
+        require(whole, f"{name}={value}; expected a whole number from 1")
 
 
 def filter_top_k(logits: Tensor, threshold: float, vocabulary: int | None = None) -> Tensor:
@@ -45,10 +54,11 @@ def choose(logits: Tensor, uniforms: Tensor) -> Tensor:
 
     One random number a token: a candidate's draws can be made beforehand and do not depend on its batch.
     """
-    cumulative = logits.float().softmax(dim=-1).cumsum(dim=-1)
-    # Scaled by the total, which rounding keeps from being 1, so that no id of probability 0 is ever reached.
-    target = uniforms[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
+    probabilities = logits.float().softmax(dim=-1)
+    cumulative = probabilities.cumsum(dim=-1)
+    # The total is 1 but for rounding. Ids of probability 0 are passed over: a parallel sum may not be monotone there.
+    reached = (cumulative >= uniforms[:, None] * cumulative[:, -1:]) & (probabilities > 0)
+    return reached.int().argmax(dim=-1)
 
 
 STREAMS = ("tokens", "noise", "cutouts")  # of random numbers that follow from one seed
@@ -89,7 +99,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         top_k, top_p = self.top_k, self.top_p
-        require(self.temperature > 0, f"temperature={self.temperature}; expected a number above 0")
+        require(0 < self.temperature < math.inf, f"temperature={self.temperature}; expected a number above 0")
+        require(math.isfinite(self.cond_scale), f"cond_scale={self.cond_scale}; expected a number")
         require(top_k is None or 0 <= top_k < 1, f"top_k={top_k}; expected a share of the words to drop, in [0, 1)")
         require(top_p is None or 0 < top_p <= 1, f"top_p={top_p}; expected a probability to keep, in (0, 1]")
         require(top_k is None or top_p is None, "both top_k and top_p are given; choose one")
@@ -109,35 +120,37 @@ def draw_image_tokens(
     text_ids: Tensor,
     uniforms: Tensor,
     settings: Sampling,
-    on_token: Callable[[], object] = lambda: None,
+    batch_size: int | None = None,
+    on_token: Callable[[int], object] = lambda count: None,
 ) -> Tensor:
-    """Draw image tokens, int64 (batch, grid_size²), for one text.
+    """Draw image tokens, int64 (candidates, grid_size²), for one text, which is run once for all of them.
 
-    text_ids: int64 (text_seq_len,), run once for all candidates. uniforms: (batch, grid_size²) in [0, 1), one row a
-    candidate, on the transformer's device. on_token is called after every token.
+    text_ids: int64 (text_seq_len,). uniforms: (candidates, grid_size²) in [0, 1), on the transformer's device.
+    batch_size: candidates at a time; None for all. on_token: called with the number of tokens after each is drawn.
     """
     config, device = transformer.config, text_ids.device
-    batch = uniforms.shape[0]
     prompts = text_ids[None] if settings.cond_scale == 1 else torch.stack((text_ids, torch.zeros_like(text_ids)))
-    caches = transformer.make_caches()
-    index = torch.arange(config.seq_len, device=device)
+    text_caches, index = transformer.make_caches(), torch.arange(config.seq_len, device=device)
     text = transformer.embed_text(prompts)
-    hidden = transformer.run(text, index[: config.text_length], config.text_length, caches)[:, -1:]
-    hidden = hidden.repeat_interleave(batch, dim=0)
-    caches = [cache.repeat(batch) for cache in caches]
-    tokens = torch.zeros(batch, config.image_seq_len, dtype=torch.int64, device=device)
-    for i in range(config.image_seq_len):
-        if i > 0:
-            place, end = index[i - 1 : i], config.text_length + i
-            x = transformer.embed_image(tokens[:, i - 1 : i], place).repeat(len(prompts), 1, 1)
-            hidden = transformer.run(x, index[end - 1 : end], end, caches)
-        logits = transformer.image_logits(hidden)[:, 0].float()
-        if settings.cond_scale != 1:
-            with_text, without_text = logits.chunk(2)
-            logits = without_text + (with_text - without_text) * settings.cond_scale
-        tokens[:, i] = settings.choose(logits, uniforms[:, i], config.text_vocabulary + config.num_image_tokens)
-        on_token()
-    return tokens
+    last = transformer.run(text, index[: config.text_length], config.text_length, text_caches)[:, -1:]
+    drawn = []
+    for batch in uniforms.split(batch_size or len(uniforms)):
+        tokens = torch.zeros(batch.shape, dtype=torch.int64, device=device)
+        hidden = last.repeat_interleave(len(batch), dim=0)
+        caches = [cache.repeat(len(batch)) for cache in text_caches]
+        for i in range(config.image_seq_len):
+            if i > 0:
+                place, end = index[i - 1 : i], config.text_length + i
+                x = transformer.embed_image(tokens[:, i - 1 : i], place).repeat(len(prompts), 1, 1)
+                hidden = transformer.run(x, index[end - 1 : end], end, caches)
+            logits = transformer.image_logits(hidden)[:, 0].float()
+            if settings.cond_scale != 1:
+                with_text, without_text = logits.chunk(2)
+                logits = without_text + (with_text - without_text) * settings.cond_scale
+            tokens[:, i] = settings.choose(logits, batch[:, i], config.text_vocabulary + config.num_image_tokens)
+            on_token(len(batch))
+        drawn.append(tokens)
+    return torch.cat(drawn)
 
 
 @torch.no_grad()

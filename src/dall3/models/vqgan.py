@@ -153,9 +153,8 @@ class VQModel(nn.Module):
 
     def choose(self, features: Tensor) -> Tensor:
         """Features (batch, embed_dim, h, w) to the ids of their codes, int64 (batch, h, w)."""
-        features, entries = rearrange(features, "b c h w -> b h w c"), self.codebook
-        distance = (features**2).sum(-1, keepdim=True) + (entries**2).sum(-1) - 2 * features @ entries.T
-        return distance.argmin(dim=-1)
+        features, entries = rearrange(features, "b c h w -> b h w c").float(), self.codebook.float()
+        return ((entries**2).sum(-1) - 2 * features @ entries.T).argmin(dim=-1)  # |f|² is the same for every entry
 
     def encode(self, images: Tensor) -> Tensor:
         """Pictures, float (batch, 3, height, width) in [0, 1], sides divisible by `downsampling`, to the ids of their
