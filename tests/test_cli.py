@@ -128,6 +128,11 @@ def test_nothing_is_overwritten_unless_asked(seedset, outputs, tmp_path, capsys)
         (["a cube", "--chinese", "--bpe_path", ""], "vocab.txt"),
         (["a cube", "--hug"], "--hug needs"),
         (["a cube|a cube"], "the same prompt twice"),
+        (["a cube", "--device", "nowhere"], "--device nowhere cannot be used"),
+        (["a cube", "--seed", "-1"], "seed=-1; expected"),
+        (["a cube", "--num_candidates", "0"], "num_candidates=0; expected"),
+        (["a cube", "--clip_guidance"], "--clip_guidance guides diffusion"),
+        (["a cube " * 30, "--gentxt"], "pass truncate=True"),
     ],
 )
 def test_bad_input_to_generate_is_one_line_before_any_work(seedset, tmp_path, capsys, options, words):
@@ -143,6 +148,8 @@ def test_bad_input_to_generate_is_one_line_before_any_work(seedset, tmp_path, ca
     [
         ("tokens.npy", np.arange(255), "expected int64 (n, side²)"),
         ("tokens.npy", np.full(256, 9999), "tokens run from 9999 to 9999; this vqgan has codes 0 to 255"),
+        ("tokens.npy", np.zeros((4, 256), dtype=np.int64), "holds int64 (4, 256); expected int64 (256,)"),
+        ("tokens.npy", np.zeros(225, dtype=np.int64), "225 tokens; expected a square with an even side"),
         ("tokens.npy", np.zeros(256), "holds float64 (256,); expected int64 (256,)"),
         ("tokens.npy", b"\x93NUMPY\x01\x00", "not a .npy of image tokens"),
         ("picture.png", b"\x89PNG\r\n\x1a\n broken", "not a picture"),

@@ -155,6 +155,39 @@ def test_prompts_with_weights_and_pictures_guide_together(pipe):
     assert torch.allclose(weights, torch.tensor([2, 1, 0.25, 0.25, 0.25, 0.25]) / 4)
 
 
+def test_the_prompt_itself_has_no_weights(pipe, monkeypatch):
+    """Only guidance_prompt is written with weights: "a score of 3:0" is a prompt, and so is "left|right"."""
+    texts = []
+    embed = pipe.clip.embed_text
+    monkeypatch.setattr(pipe.clip, "embed_text", lambda asked: texts.append(asked) or embed(asked))
+    pipe("a score of 3:0|left", num_inference_steps=1, seed=0, progress=False)
+    assert texts[-1] == ["a score of 3:0|left"]
+    pipe(PROMPT, guidance_prompt="a cube:2|a cloud", num_inference_steps=1, seed=0, progress=False)
+    assert texts[-1] == ["a cube", "a cloud"]
+
+
+def test_the_text_is_run_once_for_all_batches(pipe, monkeypatch):
+    calls = {"text": 0}
+    monkeypatch.setattr(pipe.transformer, "embed_text", count_calls(calls, "text", pipe.transformer.embed_text))
+    pipe.generate_tokens(PROMPT, 5, batch_size=2, seed=0, progress=False)
+    assert calls == {"text": 1}
+
+
+def test_it_works_where_the_caller_needs_no_gradients(pipe):
+    with torch.inference_mode():
+        inside = pipe(PROMPT, num_inference_steps=2, seed=0, progress=False)
+    outside = pipe(PROMPT, num_inference_steps=2, seed=np.int64(0), progress=False)
+    assert inside.images[0].tobytes() == outside.images[0].tobytes()
+
+
+def test_a_large_picture_prompt_is_seen_as_a_whole(pipe):
+    """As sample.py does, it is reduced to the picture's size before cut-outs are taken of it."""
+    image = Image.effect_noise((40, 40), 90).resize((640, 640), Image.Resampling.BICUBIC)
+    large, _ = pipe._guidance_targets([], [(image, 1.0)], 8, 64, 0)
+    small, _ = pipe._guidance_targets([], [(image.resize((64, 64), Image.Resampling.BICUBIC), 1.0)], 8, 64, 0)
+    assert torch.cosine_similarity(large, small).min() > 0.99
+
+
 def test_parse_prompts_reads_what_the_seed_writes():
     assert parse_prompts("a cube:2|a cloud") == [("a cube", 2.0), ("a cloud", 1.0)]
     assert parse_prompts("note: a cube") == [("note: a cube", 1.0)]
@@ -261,6 +294,8 @@ def test_parts_that_do_not_fit_each_other_are_refused(pipe, seedset, tmp_path):
         (dict(top_k=0.5, top_p=0.5), "both top_k and top_p"),
         (dict(temperature=0), "temperature=0; expected a number above 0"),
         (dict(temperature=float("nan")), "temperature=nan"),
+        (dict(temperature=float("inf")), "temperature=inf"),
+        (dict(cond_scale=float("nan")), "cond_scale=nan"),
         (dict(num_images=-1), "num_images=-1; expected a whole number from 1"),
         (dict(num_images=2.5), "num_images=2.5"),
         (dict(num_images=4, num_candidates=2), "num_candidates=2 is less than num_images=4"),
@@ -287,6 +322,11 @@ def test_bad_settings_are_refused_before_any_work(pipe, monkeypatch, settings, w
     monkeypatch.setattr(pipe.transformer, "run", lambda *args, **kwargs: pytest.fail("work began"))
     with pytest.raises(ValueError, match=words):
         pipe(**{"prompt": PROMPT, "progress": False} | settings)
+
+
+def test_a_unet_that_needs_class_labels_is_refused():
+    with pytest.raises(ValueError, match="class labels"):
+        Dall3Pipeline(upsampler=make_unet(num_classes=5)).upsample(image=torch.zeros(1, 3, 32, 32))
 
 
 def test_an_unknown_setting_is_a_type_error(pipe):

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from dall3.pipeline import Dall3Pipeline
-
 
 def add_refinement(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -87,11 +85,17 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def place(pipe: Dall3Pipeline, args: argparse.Namespace) -> Dall3Pipeline:
+def placement(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The device and the precision. Raises ValueError for a device that is not there."""
     import torch
 
     device = "cpu" if getattr(args, "cpu", False) else args.device
-    return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"), getattr(torch, args.dtype))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
+    return device, getattr(torch, args.dtype)
 
 
 def refinement(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
@@ -102,53 +106,59 @@ def refinement(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
 
 
 def folder_of(prompt: str, args: argparse.Namespace) -> Path:
-    return Path(args.outputs_dir) / re.sub(r"[\s/\\]|^\.", "_", prompt)[:100]  # a name inside, whatever the prompt
+    """A folder inside --outputs_dir, whatever the prompt; file systems take names of 255 bytes."""
+    name = re.sub(r"[\s/\\]|^\.", "_", prompt)[:100]
+    return Path(args.outputs_dir) / name.encode()[:250].decode(errors="ignore")
 
 
 def generate(args: argparse.Namespace) -> None:
     from dall3.diffusion import Refinement
     from dall3.models.vqgan import VQModel
     from dall3.output import File, check_free, write_files
-    from dall3.pipeline import Dall3Pipeline
-    from dall3.sampling import Sampling, require
+    from dall3.pipeline import Dall3Pipeline, choose_seed
+    from dall3.sampling import Sampling, check_counts, require
 
+    candidates = args.num_images if args.num_candidates is None else args.num_candidates
     prompts = (args.text or args.prompt or "").lower().split("|")
     require(args.gentxt or all(prompt.strip() for prompt in prompts), "an empty prompt; give text around every '|'")
     top_p = 0.9 if args.top_k is None and args.top_p is None else args.top_p
     how = dict(temperature=args.temperature, top_k=args.top_k, top_p=top_p, cond_scale=args.cond_scale)
     refine = refinement(args) if args.diffusion_path else {}
-    Sampling(**how), Refinement(**refine)  # what is out of range is said before anything is loaded
-    folders = [folder_of(prompt, args) for prompt in prompts]
-    require(len(set(folders)) == len(folders), "the same prompt twice; ask for more --num_images instead")
-    for folder in folders if not args.overwrite else ():
-        check_free(folder, ["caption.txt", "0.npy", "0.jpg", "0-fine.png"])
-    require(not args.taming or args.vqgan_model_path, "--taming needs --vqgan_model_path")
+    Sampling(**how), Refinement(**refine), choose_seed(args.seed, None)  # said before anything is loaded
+    check_counts(num_images=args.num_images, num_candidates=candidates, batch_size=args.batch_size)
+    require(candidates >= args.num_images, f"--num_candidates {candidates} is less than --num_images {args.num_images}")
+    require(args.diffusion_path or not args.clip_guidance, "--clip_guidance guides diffusion; give --diffusion_path")
+    require(not args.taming or bool(args.vqgan_model_path), "--taming needs --vqgan_model_path")
     for flag, begin in (("hug", b"{"), ("chinese", b"[PAD]")):
         fits = not getattr(args, flag) or (args.bpe_path and Path(args.bpe_path).read_bytes().startswith(begin))
-        require(fits, f"--{flag} needs a --bpe_path that begins with {begin.decode()}: JSON, or BERT's vocab.txt")
-    candidates = args.num_candidates or args.num_images
-    ranks = args.clip_sort or args.clip_guidance or candidates > args.num_images
+        require(bool(fits), f"--{flag} needs a --bpe_path that begins with {begin.decode()}: JSON, or BERT's vocab.txt")
+    device, dtype = placement(args)
     pipe = Dall3Pipeline.from_checkpoints(
         dalle=args.dalle_path,
         bpe=args.bpe_path,
-        vqgan=tuple(args.openai_vae) if args.openai_vae else args.vqgan_model_path,
+        vqgan=args.openai_vae or args.vqgan_model_path,
         vqgan_config=args.vqgan_config_path,
         diffusion=args.diffusion_path,
         diffusion_config=args.model_config,
-        clip=args.clip_path if ranks else None,
-    )
+        clip=args.clip_path if args.clip_sort or args.clip_guidance or candidates > args.num_images else None,
+    ).to(device, dtype)
     assert pipe.text_encoder is not None
     missing = f"{args.dalle_path} holds no VAE; give --taming and --vqgan_model_path, or --openai_vae"
     require(pipe.vqgan is not None, missing)
     require(not args.taming or isinstance(pipe.vqgan, VQModel), f"--taming: {args.vqgan_model_path} is no VQGAN")
-    place(pipe, args)
-    for prompt in prompts if not args.gentxt else ():  # one that does not fit is said before the first is drawn
-        pipe.text_encoder(prompt, truncate=args.truncate)
+    if args.gentxt:
+        write = dict(seed=args.seed, temperature=args.temperature, top_k=0.5 if args.top_k is None else args.top_k)
+        prompts = [pipe.complete_text(prompt, truncate=args.truncate, **write) for prompt in prompts]
+    truncate = args.truncate or args.gentxt
+    for prompt in prompts:  # one that does not fit is said before the first is drawn
+        pipe.text_encoder(prompt, truncate)
+    folders = [folder_of(prompt, args) for prompt in prompts]
+    require(len(set(folders)) == len(folders), "the same prompt twice; ask for more --num_images instead")
+    for folder in folders:
+        check_free(folder, [] if args.overwrite else ["caption.txt", "0.npy", "0.jpg", "0-fine.png"])
+        folder.mkdir(parents=True, exist_ok=True)
     for prompt, folder in zip(prompts, folders, strict=True):
-        if args.gentxt:
-            prompt = pipe.complete_text(prompt, seed=args.seed, temperature=args.temperature, top_k=args.top_k or 0.5)
-            folder = folder_of(prompt, args)
-        settings = dict(batch_size=args.batch_size, seed=args.seed, truncate=args.truncate or args.gentxt)
+        settings = dict(batch_size=args.batch_size, seed=args.seed, truncate=truncate)
         out = pipe(prompt, args.num_images, candidates, **settings, **how, **refine)
         files: dict[str, File] = {} if args.clip_sort else {"caption.txt": prompt}
         scores = out.clip_scores.tolist() if args.clip_sort and out.clip_scores is not None else None
@@ -162,19 +172,25 @@ def generate(args: argparse.Namespace) -> None:
 
 def upsample(args: argparse.Namespace) -> None:
     from dall3.checkpoints import load_vae
+    from dall3.diffusion import Refinement
     from dall3.models.discrete_vae import DiscreteVAE
     from dall3.output import check_free, to_pil, write_files
-    from dall3.pipeline import Dall3Pipeline, check_counts, parse_prompts
-    from dall3.sampling import require
+    from dall3.pipeline import Dall3Pipeline, choose_seed, parse_prompts
+    from dall3.sampling import check_counts, require
 
-    check_counts(num_batches=args.num_batches, batch_size=args.batch_size)
+    check_counts(num_batches=args.num_batches, batch_size=args.batch_size, stop_at=args.stop_at)
+    settings = refinement(args, stop_at=args.stop_at + 2)  # sample.py takes two more before it looks
+    Refinement(**settings), choose_seed(args.seed, None)
+    wanted = args.text or args.image_prompts or not args.clip_guidance
+    require(bool(wanted), "--clip_guidance needs --text or --image_prompts to look for")
     count, folder = args.num_batches * args.batch_size, Path(args.outputs_dir)
     names = [f"progress_{i:05}.png" for i in range(count)]
-    if not args.overwrite:
-        check_free(folder, names)
+    check_free(folder, [] if args.overwrite else names)
     is_tokens = args.input.endswith("npy")
     tokens = read_tokens(args.input).expand(count, -1) if is_tokens else None
     image = None if is_tokens else [open_image(args.input)] * count
+    image_prompts = [(open_image(path), weight) for path, weight in parse_prompts(args.image_prompts or "")]
+    device, dtype = placement(args)
     pipe = Dall3Pipeline.from_checkpoints(
         diffusion=args.model_path,
         diffusion_config=args.model_config or ({"image_size": args.model_size} if args.model_size else None),
@@ -187,16 +203,9 @@ def upsample(args: argparse.Namespace) -> None:
     require(
         not args.dvae_mode or isinstance(pipe.vqgan, DiscreteVAE), f"--dvae_mode: {args.vae_path} is no DiscreteVAE"
     )
-    fine = place(pipe, args).upsample(
-        tokens,
-        image,
-        args.text,
-        image_prompts=[(open_image(path), weight) for path, weight in parse_prompts(args.image_prompts or "")],
-        output_size=args.output_size or (512 if config.super_resolution else config.image_size),
-        seed=args.seed,
-        batch_size=args.batch_size,
-        **refinement(args, stop_at=args.stop_at + 2),  # sample.py takes two more before it looks
-    )
+    size = args.output_size or (512 if config.super_resolution else config.image_size)
+    how = dict(image_prompts=image_prompts, output_size=size, seed=args.seed, batch_size=args.batch_size)
+    fine = pipe.to(device, dtype).upsample(tokens, image, args.text, **how, **settings)
     write_files(folder, dict(zip(names, to_pil(fine), strict=True)), args.overwrite)
     print(f'created {count} images at "{folder}"')
 
@@ -210,7 +219,7 @@ def read_tokens(path: str) -> Any:
         tokens = np.load(path, allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path}: not a .npy of image tokens ({error})") from None
-    if tokens.dtype.kind not in "iu" or tokens.size == 0:
+    if tokens.dtype.kind not in "iu" or tokens.size == 0 or tokens.size != tokens.shape[-1]:
         raise ValueError(f"{path}: holds {tokens.dtype} {tokens.shape}; expected int64 (256,)")
     return torch.from_numpy(tokens.astype(np.int64)).reshape(1, -1)
 
@@ -236,8 +245,8 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     try:
         args.run(args)
-    except (ValueError, TypeError, OSError) as error:
-        print(f"dall3: error: {error}", file=sys.stderr)
+    except (ValueError, TypeError, OSError, MemoryError, RuntimeError) as error:
+        print(f"dall3: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

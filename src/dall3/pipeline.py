@@ -133,7 +133,7 @@ class Dall3Pipeline:
         )
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Dall3Pipeline:
-        """Move every part to a device, and to a precision if given (float32, float16, bfloat16). Returns the pipeline."""
+        """Move every part to a device, and to a precision if given: float32, float16, bfloat16. Returns itself."""
         layout = torch.contiguous_format if torch.device(device).type == "cpu" else torch.channels_last
         for part in self._parts:
             part.to(device, dtype).to(memory_format=layout)  # type: ignore[call-overload]
@@ -380,7 +380,7 @@ class Dall3Pipeline:
             require(bool(prompts), "clip_guidance_scale needs a prompt or image_prompts to look for")
             total = sum(weight for _, weight in prompts)
             require(
-                1e-3 < abs(total) < math.inf, f"the weights of the prompts sum to {total:.3g}; expected anything but 0"
+                1e-3 < abs(total) < math.inf, f"the weights of the prompts sum to {total:.3g}, not to a number but 0"
             )
         return unet
 

@@ -24,7 +24,7 @@ def check_counts(**counts: Any) -> None:
     """Raise ValueError for a value that is not a whole number from 1."""
     for name, value in counts.items():
         whole = isinstance(value, int | np.integer) and not isinstance(value, bool) and value > 0
-        require(whole, f"{name}={value}; expected a whole number from 1")
+        require(bool(whole), f"{name}={value}; expected a whole number from 1")
 
 
 def filter_top_k(logits: Tensor, threshold: float, vocabulary: int | None = None) -> Tensor:
