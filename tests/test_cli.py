@@ -128,7 +128,7 @@ def test_nothing_is_overwritten_unless_asked(seedset, outputs, tmp_path, capsys)
         (["a cube", "--chinese", "--bpe_path", ""], "vocab.txt"),
         (["a cube", "--hug"], "--hug needs"),
         (["a cube|a cube"], "the same prompt twice"),
-        (["a cube", "--device", "nowhere"], "--device nowhere cannot be used"),
+        (["a cube", "--device", "nowhere"], "nowhere"),
         (["a cube", "--seed", "-1"], "seed=-1; expected"),
         (["a cube", "--num_candidates", "0"], "num_candidates=0; expected"),
         (["a cube", "--clip_guidance"], "--clip_guidance guides diffusion"),

@@ -19,7 +19,7 @@ from dall3.diffusion import (
     steps_like,
     unet_predict,
 )
-from dall3.models.unet import DiffusionConfig
+from dall3.models.unet import DiffusionConfig, UNet, UNetConfig
 
 from originals import Golden, close
 
@@ -374,3 +374,26 @@ def test_impossible_settings_are_refused(settings, words):
 def test_a_scheduler_of_diffusers_takes_a_number_of_steps(diffusers):
     with pytest.raises(ValueError, match="takes a number of steps, not 'ddim25'"):
         Refinement(num_inference_steps="ddim25", scheduler=diffusers.DDIMScheduler())
+
+
+def test_a_scheduler_takes_the_training_steps_of_the_unet(monkeypatch):
+    """4,000 training steps: five of a diffusers scheduler begin at the noisy end, which the UNet calls about 1000."""
+    from diffusers import DDIMScheduler
+
+    torch.manual_seed(0)
+    config = DiffusionConfig(diffusion_steps=4000)
+    channels = dict(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_levels=())
+    unet, times = UNet(UNetConfig(**channels, image_size=32, num_heads=1, diffusion=config)).eval(), []
+    forward = unet.forward
+    monkeypatch.setattr(unet, "forward", lambda x, t: times.append(float(t[0])) or forward(x, t))
+    settings = Refinement(num_inference_steps=5, scheduler=DDIMScheduler(timestep_spacing="trailing"))
+    with torch.no_grad():
+        denoise(unet, (3, 32, 32), [torch.Generator().manual_seed(0)], {}, settings)
+    assert times[0] > 990 and len(times) == 5
+
+
+def test_a_scheduler_that_cannot_take_the_unets_noise_schedule_is_refused():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    with pytest.raises(ValueError, match="a diffusers scheduler that takes trained_betas"):
+        Refinement(scheduler=FlowMatchEulerDiscreteScheduler())

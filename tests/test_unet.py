@@ -128,3 +128,10 @@ def test_a_config_that_contradicts_the_tensors_is_refused(files, flag, value):
 def test_heads_that_do_not_fit_are_refused(files):
     with pytest.raises(CheckpointError, match="cannot be split into heads with num_head_channels=48"):
         load_unet(files["unet_embedding"], Golden("unet_embedding").about | {"num_head_channels": 48})
+
+
+def test_an_image_size_that_its_tensors_contradict_is_refused(tmp_path):
+    channels = dict(model_channels=32, channel_mult=(1, 1, 2, 2, 4, 4), num_res_blocks=1, attention_levels=(5,))
+    torch.save(UNet(UNetConfig(**channels, image_size=256)).state_dict(), tmp_path / "unet.pt")
+    with pytest.raises(CheckpointError, match="says image_size=64, but its tensors are those of 256 pixels"):
+        load_unet(tmp_path / "unet.pt", {"image_size": 64})

@@ -326,9 +326,7 @@ def load_vae(
 
 IMAGE_SIZES = {(0.5, 1, 1, 2, 2, 4, 4): 512, (1, 1, 2, 2, 4, 4): 256, (1, 1, 2, 3, 4): 128, (1, 2, 3, 4): 64}
 UNET_DEFAULTS: dict[int, dict[str, Any]] = {  # what sample.py sets for each size and tensors do not tell
-    512: {"num_head_channels": 64},
-    256: {"num_head_channels": 64},
-    128: {"num_heads": 4},
+    **{512: {"num_head_channels": 64}, 256: {"num_head_channels": 64}, 128: {"num_heads": 4}},
     64: {"num_head_channels": 64, "use_new_attention_order": True, "noise_schedule": "cosine"},
 }
 

@@ -40,6 +40,8 @@ from dall3.sampling import (
 )
 from dall3.text import TextEncoder, load_tokenizer
 
+Weighted = Sequence[tuple[Any, float]]  # texts or pictures, and how much each counts
+
 
 class Ranking(NamedTuple):
     """Pictures in CLIP's order, best first."""
@@ -272,9 +274,9 @@ class Dall3Pipeline:
         self,
         tokens: Tensor | np.ndarray | None = None,
         image: Any = None,
-        prompt: str | Sequence[tuple[str, float]] | None = None,
+        prompt: str | Weighted | None = None,
         *,
-        image_prompts: Sequence[tuple[Any, float]] = (),
+        image_prompts: Weighted = (),
         output_size: int | None = None,
         stage: str = "upsampler",
         seed: int | None = None,
@@ -324,13 +326,7 @@ class Dall3Pipeline:
 
     @torch.no_grad()
     def complete_text(
-        self,
-        prompt: str = "",
-        *,
-        seed: int | None = None,
-        generator: torch.Generator | None = None,
-        truncate: bool = False,
-        **settings: Any,
+        self, prompt: str = "", *, seed: int | None = None, truncate: bool = False, **settings: Any
     ) -> str:
         """Let the transformer write on from a prompt, which may be empty, and return both.
 
@@ -343,7 +339,7 @@ class Dall3Pipeline:
         encode: TextEncoder = self._need("text_encoder", "writing text")
         length = transformer.config.text_seq_len
         given = encode(prompt, truncate) if prompt.strip() else torch.zeros(length, dtype=torch.int64)
-        uniforms = candidate_uniforms(choose_seed(seed, generator), range(1), length).to(self.device)
+        uniforms = candidate_uniforms(choose_seed(seed, None), range(1), length).to(self.device)
         ids = draw_text_tokens(transformer, given.to(self.device), uniforms, sampling)
         # The prompt itself stays as it was written: decoding would lose the characters that the tokenizer lacks.
         return prompt + encode.decode(ids)[len(encode.decode(given)) :]
@@ -365,7 +361,7 @@ class Dall3Pipeline:
         return tokens.to(self.device, torch.int64)
 
     def _check_refinement(
-        self, stage: str, refinement: Refinement, prompts: Sequence[tuple[Any, float]], output_size: int | None = None
+        self, stage: str, refinement: Refinement, prompts: Weighted, output_size: int | None = None
     ) -> UNet:
         """The UNet of the stage. Raises ValueError for what it cannot do. prompts: texts and pictures, with weights."""
         require(stage in ("upsampler", "super_resolution"), f"stage '{stage}'; expected upsampler or super_resolution")
@@ -414,12 +410,7 @@ class Dall3Pipeline:
         return None, {"image_embeds": embeddings.to(dtype)}, embeddings.shape[-1] // 2 * step
 
     def _guidance_targets(
-        self,
-        texts: Sequence[tuple[str, float]],
-        image_prompts: Sequence[tuple[Any, float]],
-        cutn: int,
-        side: int,
-        seed: int,
+        self, texts: Weighted, image_prompts: Weighted, cutn: int, side: int, seed: int
     ) -> tuple[Tensor, Tensor]:
         """What CLIP looks for, float32 (targets, width), and how much each counts, (targets,), summing to ±1."""
         clip: CLIP = self._need("clip", "guidance")
@@ -429,9 +420,8 @@ class Dall3Pipeline:
             square = center_crop(to_tensor(picture)).to(self.device)
             if square.shape[-1] > side:
                 square = F.interpolate(square, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
-            cutouts = draw_cutouts(
-                square.shape[-1], clip.image_size, cutn, make_generator(self.device, seed, "cutouts")
-            )
+            generator = make_generator(self.device, seed, "cutouts")
+            cutouts = draw_cutouts(square.shape[-1], clip.image_size, cutn, generator)
             targets.append(clip.embed_images(cut_out(square, cutouts, clip.image_size)))
             weights += [weight / len(targets[-1])] * len(targets[-1])
         return torch.cat(targets), torch.tensor(weights, device=self.device) / abs(sum(weights))

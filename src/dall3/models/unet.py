@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dall3.models.vqgan import upsample
+
 
 @dataclass(frozen=True)
 class DiffusionConfig:
@@ -121,11 +123,6 @@ class AttentionBlock(nn.Module):
 
 def downsample(channels: int, out_channels: int) -> nn.Module:
     return nn.Sequential(OrderedDict(op=nn.Conv2d(channels, out_channels, 3, stride=2, padding=1)))
-
-
-def upsample(channels: int) -> nn.Module:
-    up = nn.Upsample(scale_factor=2)
-    return nn.Sequential(OrderedDict(up=up, conv=nn.Conv2d(channels, channels, 3, padding=1)))
 
 
 class Block(nn.Sequential):
