@@ -325,6 +325,7 @@ def load_vae(
 
 
 IMAGE_SIZES = {(0.5, 1, 1, 2, 2, 4, 4): 512, (1, 1, 2, 2, 4, 4): 256, (1, 1, 2, 3, 4): 128, (1, 2, 3, 4): 64}
+ATTENTION_HEADS = ("num_heads", "num_head_channels", "num_heads_upsample")
 UNET_DEFAULTS: dict[int, dict[str, Any]] = {  # what sample.py sets for each size and tensors do not tell
     **{512: {"num_head_channels": 64}, 256: {"num_head_channels": 64}, 128: {"num_heads": 4}},
     64: {"num_head_channels": 64, "use_new_attention_order": True, "noise_schedule": "cosine"},
@@ -356,7 +357,7 @@ def load_unet(path: PathLike, config: PathLike | dict[str, Any] | None = None) -
     defaults = {"num_heads": 4} if super_resolution else UNET_DEFAULTS.get(image_size, {})
     if not image_size or (config is None and not defaults):
         raise one_line(path, "a UNet of an unusual size; give its flags as config to tell its attention heads")
-    if {"num_heads", "num_head_channels"} & flags.keys():
+    if set(ATTENTION_HEADS) & flags.keys():
         defaults = {}
     told = defaults | {name: value for name, value in flags.items() if value not in (-1, "", None)}
     diffusion = DiffusionConfig(
@@ -374,9 +375,7 @@ def load_unet(path: PathLike, config: PathLike | dict[str, Any] | None = None) -
         num_res_blocks=blocks,
         attention_levels=tuple(level for level, i in enumerate(firsts) if f"input_blocks.{i}.1.qkv.weight" in state),
         image_size=image_size,
-        num_heads=int(told.get("num_heads", 4)),
-        num_head_channels=int(told["num_head_channels"]) if "num_head_channels" in told else None,
-        num_heads_upsample=int(told["num_heads_upsample"]) if "num_heads_upsample" in told else None,
+        **{name: int(told[name]) for name in ATTENTION_HEADS if name in told},
         use_new_attention_order=bool(told.get("use_new_attention_order", False)),
         use_scale_shift_norm=len(state[first + "emb_layers.1.weight"]) == 2 * len(state[first + "out_layers.3.weight"]),
         resblock_updown=f"input_blocks.{blocks + 1}.0.op.weight" not in state,

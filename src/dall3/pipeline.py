@@ -121,17 +121,17 @@ class Dall3Pipeline:
         if transformer is not None:
             config = transformer.config
             text_encoder = TextEncoder(load_tokenizer(bpe), config.text_seq_len, config.num_text_tokens)
-        big, bigger = (
-            None if path is None else checkpoints.load_unet(path, flags)
-            for path, flags in ((diffusion, diffusion_config), (super_resolution, super_resolution_config))
-        )
+
+        def load_unet(path: PathLike | None, flags: PathLike | dict[str, Any] | None) -> UNet | None:
+            return None if path is None else checkpoints.load_unet(path, flags)
+
         return cls(
             text_encoder=text_encoder,
             transformer=transformer,
             vqgan=checkpoints.load_vae(vqgan, vqgan_config, dalle),
             clip=None if clip is None else checkpoints.load_clip(clip),
-            upsampler=big,
-            super_resolution=bigger,
+            upsampler=load_unet(diffusion, diffusion_config),
+            super_resolution=load_unet(super_resolution, super_resolution_config),
         )
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Dall3Pipeline:
@@ -375,9 +375,8 @@ class Dall3Pipeline:
             self._need("clip", f"clip_guidance_scale={refinement.clip_guidance_scale}")
             require(bool(prompts), "clip_guidance_scale needs a prompt or image_prompts to look for")
             total = sum(weight for _, weight in prompts)
-            require(
-                1e-3 < abs(total) < math.inf, f"the weights of the prompts sum to {total:.3g}, not to a number but 0"
-            )
+            fits = 1e-3 < abs(total) < math.inf
+            require(fits, f"the weights of the prompts sum to {total:.3g}; expected a number other than 0")
         return unet
 
     def _starting_point(
@@ -434,9 +433,9 @@ def parse_prompts(text: str) -> list[tuple[str, float]]:
     """
     prompts = []
     for part in text.split("|") if text else []:
-        text, _, weight = part.rpartition(":")
+        words, _, weight = part.rpartition(":")
         try:
-            prompts.append((text.strip(), float(weight)) if text else (part.strip(), 1.0))
+            prompts.append((words.strip(), float(weight)) if words else (part.strip(), 1.0))
         except ValueError:
             prompts.append((part.strip(), 1.0))
     require(all(prompt for prompt, _ in prompts), f"an empty prompt in {text!r}; expected text around every '|'")
