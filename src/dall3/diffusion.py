@@ -236,20 +236,18 @@ SAMPLERS: dict[str, Sampler] = {"ddpm": sample_ddpm, "ddim": sample_ddim, "dpm-s
 def sample_with_scheduler(
     predict: Predict, diffusion: GaussianDiffusion, x: Tensor, steps: list[int], scheduler: Any, noise: Generators
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The last of a diffusers scheduler's steps, as many as given. `diffusion` has all of the training's steps.
+    """The last of a diffusers scheduler's steps, as many as given; it is told the noise (prediction_type "epsilon").
+
+    `diffusion` has all of the training's steps.
 
     x is the scheduler's own: scaled by its `init_noise_sigma`, or noised by its `add_noise`.
     """
     extra = {"generator": noise} if "generator" in inspect.signature(scheduler.step).parameters else {}
     learned = str(scheduler.config.get("variance_type", "")).startswith("learned") and diffusion.config.learn_sigma
-    kind = scheduler.config.get("prediction_type", "epsilon")
     for timestep, i in zip(scheduler.timesteps[-len(steps) :], steps, strict=True):
         x_in, t = scheduler.scale_model_input(x, timestep), steps_like(x, i)
         prediction = diffusion.guided_score(predict(x_in, i), x_in, t)
-        epsilon = diffusion.noise_from_x_start(x_in, t, prediction.pred_xstart)
-        velocity = diffusion.at("sqrt_bar", t, x) * epsilon
-        velocity = velocity - diffusion.at("sqrt_one_minus_bar", t, x) * prediction.pred_xstart
-        output = {"epsilon": epsilon, "sample": prediction.pred_xstart, "v_prediction": velocity}[kind]
+        output = diffusion.noise_from_x_start(x_in, t, prediction.pred_xstart)
         if learned:
             low, high = diffusion.at("log_posterior", t, x), diffusion.at("log_beta", t, x)
             output = torch.cat((output, 2 * (prediction.log_variance - low) / (high - low) - 1), dim=1)
@@ -320,7 +318,7 @@ def denoise(
         steps = list(range(len(diffusion) - 1, -1, -1))
     else:
         training = {"trained_betas": diffusion.betas.tolist(), "num_train_timesteps": len(diffusion)}
-        scheduler = type(scheduler).from_config(scheduler.config, **training)
+        scheduler = type(scheduler).from_config(scheduler.config, prediction_type="epsilon", **training)
         scheduler.set_timesteps(settings.num_inference_steps, device=device)
         steps = [round(step) for step in scheduler.timesteps.tolist()]
     x, first = start if by_name else start * scheduler.init_noise_sigma, 0

@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dall3.sampling import require
+
 File = str | np.ndarray | Image.Image
 
 
@@ -32,18 +34,15 @@ def to_tensor(images: Any) -> Tensor:
         images = [images]
     if isinstance(images, list | tuple) and images and all(isinstance(image, Image.Image) for image in images):
         sizes = {image.size for image in images}
-        if len(sizes) > 1:
-            raise ValueError(f"the pictures have several sizes, {sorted(sizes)}; give them one by one")
+        require(len(sizes) == 1, f"the pictures have several sizes, {sorted(sizes)}; give them one by one")
         images = torch.stack([torch.from_numpy(np.array(image.convert("RGB"))) for image in images])
         return images.permute(0, 3, 1, 2).float() / 255
-    if not isinstance(images, Tensor):
-        raise ValueError(f"expected PIL pictures or a tensor, not {type(images).__name__}")
-    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point() or 0 in images.shape:
-        shape = f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}"
-        raise ValueError(f"pictures are {shape}; expected float (n, 3, height, width) in [0, 1]")
-    low, high = images.aminmax()
-    if not (low >= 0 and high <= 1):
-        raise ValueError(f"pictures run from {low:.3g} to {high:.3g}; expected values in [0, 1]")
+    require(isinstance(images, Tensor), f"expected PIL pictures or a tensor, not {type(images).__name__}")
+    shape, kind = tuple(images.shape), str(images.dtype).removeprefix("torch.")
+    fits = len(shape) == 4 and shape[1] == 3 and 0 not in shape and images.is_floating_point()
+    require(fits, f"pictures are {kind} {shape}; expected float (n, 3, height, width) in [0, 1]")
+    low, high = (float(bound) for bound in images.aminmax())
+    require(low >= 0 and high <= 1, f"pictures run from {low:.3g} to {high:.3g}; expected values in [0, 1]")
     return images.float()
 
 
