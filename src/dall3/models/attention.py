@@ -66,8 +66,10 @@ class Positions:
     masks: dict[str, Tensor]  # attention type -> bool (n, visible) or (heads, n, visible)
     cos: Tensor | None  # (n, dim_head / 2), rotary
     sin: Tensor | None
-    above: Tensor  # int64 (n,), whom the first quarter of the channels comes from; -1 is nobody
+    above: Tensor  # int64 (n,), whom the first quarter of the channels comes from
     left: Tensor  # int64 (n,), likewise the second quarter
+    has_above: Tensor  # bool (n, 1), whether there is such a one
+    has_left: Tensor
 
 
 @dataclass

@@ -155,8 +155,8 @@ def shift_tokens(x: Tensor, at: Positions, cache: LayerCache | None) -> Tensor:
     quarter = x.shape[-1] // 4
     first, second, rest = x.split((quarter, quarter, 2 * quarter), dim=-1)
     neighbours = remember(cache, "shift", x[..., : 2 * quarter], at)
-    first = neighbours[:, at.above.clamp(min=0), :quarter] * (at.above >= 0)[:, None]
-    second = neighbours[:, at.left.clamp(min=0), quarter:] * (at.left >= 0)[:, None]
+    first = neighbours[:, at.above, :quarter] * at.has_above
+    second = neighbours[:, at.left, quarter:] * at.has_left
     return torch.cat((first, second, rest), dim=-1)
 
 
@@ -303,7 +303,9 @@ class DalleTransformer(nn.Module):
         kinds = {"full", *c.attn_types} - {"mlp"}
         masks = {kind: self.get_buffer(f"{kind}_pattern")[..., index, :visible] for kind in kinds}
         cos, sin = (self.rotary_cos[index], self.rotary_sin[index]) if c.rotary_emb else (None, None)
-        return Positions(index, visible, masks, cos, sin, self.above[index], self.left[index])
+        above, left = self.above[index], self.left[index]  # -1 is nobody
+        has = (above >= 0)[:, None], (left >= 0)[:, None]
+        return Positions(index, visible, masks, cos, sin, above.clamp(min=0), left.clamp(min=0), *has)
 
 
 def layer_functions(config: TransformerConfig) -> list[tuple[nn.Module, nn.Module]]:
