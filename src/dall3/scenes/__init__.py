@@ -1,0 +1,30 @@
+"""A small world to learn pictures from: one solid object on a ground before a background, with captions."""
+
+from dall3.scenes.captions import caption, describe
+from dall3.scenes.render import render
+from dall3.scenes.scene import (
+    BACKGROUNDS,
+    COLOURS,
+    MATERIALS,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    Scene,
+    is_held_out,
+    random_scene,
+)
+
+__all__ = [
+    "BACKGROUNDS",
+    "COLOURS",
+    "MATERIALS",
+    "SHAPES",
+    "SIZES",
+    "TEXTURES",
+    "Scene",
+    "caption",
+    "describe",
+    "is_held_out",
+    "random_scene",
+    "render",
+]

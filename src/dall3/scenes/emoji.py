@@ -1,0 +1,134 @@
+"""Fluent emoji: Microsoft's pictures (MIT licence) with the names and tags of emojibase, laid on plain backgrounds.
+
+Both come from the npm registry: `npm install @lobehub/fluent-emoji-3d emojibase-data`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dall3.scenes.scene import BACKGROUNDS, SIZES, is_held_out
+
+PACKAGES = ("@lobehub/fluent-emoji-3d@1.1.0", "emojibase-data@17.0.0")
+SHARES = {"small": 0.5, "medium": 0.7, "large": 0.9}  # of the picture's side
+FLAGS = 9  # emojibase's group
+
+
+@dataclass(frozen=True)
+class Emoji:
+    """One drawing: emojibase's code point string, what it is called, and its file of 256×256 pixels with alpha."""
+
+    hexcode: str
+    name: str
+    tags: tuple[str, ...]
+    path: Path
+    group: int | None
+    toned: bool = False  # one of several skin tones
+
+
+def fetch_emoji(folder: str | Path) -> Path:
+    """Fetch the pictures and their names with npm into `folder`, once; about 30 MB. Returns the folder.
+
+    Raises RuntimeError where there is no npm or it fails, with its words.
+    """
+    folder = Path(folder)
+    if not (folder / "node_modules/emojibase-data/en/data.json").exists():
+        if shutil.which("npm") is None:
+            raise RuntimeError("npm is needed to fetch the emoji: install Node.js, or give a folder that has them")
+        folder.mkdir(parents=True, exist_ok=True)
+        command = ["npm", "install", "--prefix", str(folder), "--ignore-scripts", "--no-audit", "--no-fund", *PACKAGES]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"npm could not fetch {' '.join(PACKAGES)}: {done.stderr.strip()[-500:]}")
+    return folder
+
+
+def list_emoji(folder: str | Path, toned: bool = False) -> list[Emoji]:
+    """Every drawing that emojibase names, in its order; with `toned` those in other skin tones too.
+
+    folder: where `fetch_emoji` put them. Raises FileNotFoundError where they are not.
+    """
+    modules = Path(folder) / "node_modules"
+    drawings = modules / "@lobehub/fluent-emoji-3d/assets"
+    entries = json.loads((modules / "emojibase-data/en/data.json").read_text(encoding="utf-8"))
+    files = {path.stem: path for path in drawings.glob("*.webp")}
+    found = []
+    for entry in entries:
+        for variant in [entry, *(entry.get("skins", []) if toned else [])]:
+            code = variant["hexcode"].lower()
+            path = next((files[c] for c in (code, f"{code}-fe0f", code.replace("-fe0f", "")) if c in files), None)
+            if path is not None:
+                tags, group = tuple(entry.get("tags", ())), entry.get("group")
+                found.append(Emoji(variant["hexcode"], variant["label"], tags, path, group, variant is not entry))
+    if not found:
+        raise FileNotFoundError(f"no emoji under {folder}; fetch them first")
+    return found
+
+
+def training_pool(emoji: Sequence[Emoji]) -> list[Emoji]:
+    """The drawings as often as training should see them: flags and skin tones are many and much alike."""
+    return [drawing for drawing in emoji for _ in range(1 if drawing.toned else 2 if drawing.group == FLAGS else 8)]
+
+
+def draw_emoji(
+    emoji: Emoji, background: str, size: str, side: int = 256, shift: tuple[float, float] = (0.0, 0.0)
+) -> np.ndarray:
+    """A drawing on a background colour: uint8 (side, side, 3).
+
+    shift: to the right and down, as shares of the free margin, in [-1, 1].
+    """
+    width = round(SHARES[size] * side)
+    with Image.open(emoji.path) as picture:
+        drawing = picture.convert("RGBa").resize((width, width), Image.Resampling.LANCZOS).convert("RGBA")
+    margin = (side - width) / 2
+    place = (round(margin * (1 + shift[0])), round(margin * (1 + shift[1])))
+    canvas = Image.new("RGBA", (side, side), BACKGROUNDS[background])
+    canvas.alpha_composite(drawing, place)
+    return np.asarray(canvas.convert("RGB"))
+
+
+def random_emoji_picture(
+    emoji: Emoji, rng: np.random.Generator, side: int = 256, held_out: bool | None = False
+) -> tuple[np.ndarray, str]:
+    """A drawing on a random background in a random size and place, and a caption: uint8 (side, side, 3), str.
+
+    held_out: False leaves out the (drawing, background) pairs that training never sees, True takes only those, None
+    takes any.
+    """
+    backgrounds = [b for b in BACKGROUNDS if held_out is None or is_held_out(emoji.hexcode, b) == held_out]
+    background = backgrounds[rng.integers(len(backgrounds))] if backgrounds else "white"
+    size = SIZES[rng.integers(len(SIZES))]
+    shift = tuple(rng.uniform(-0.5, 0.5, 2))
+    return draw_emoji(emoji, background, size, side, shift), emoji_caption(emoji, background, size, rng)
+
+
+def with_article(words: str) -> str:
+    return ("an " if words[:1] in "aeiou" else "a ") + words
+
+
+def emoji_caption(emoji: Emoji, background: str, size: str, rng: np.random.Generator) -> str:
+    """One of many wordings: the name always, the background in about half, the size and the tags in some."""
+    name = emoji.name.lower()
+    if rng.random() < 0.25 and emoji.tags:
+        tags = [tag.lower() for tag in rng.permutation(np.array(emoji.tags, dtype=object))[: rng.integers(1, 4)]]
+        words = ", ".join([name, *(tag for tag in tags if tag != name)])
+    else:
+        thing = name
+        if rng.random() < 0.3:
+            thing = f"{size} {name}"
+        words = with_article(thing) if rng.random() < 0.8 else thing
+    if rng.random() < 0.3:
+        words = ("a picture of ", "an emoji of ", "a drawing of ")[rng.integers(3)] + words
+    if rng.random() < 0.5:
+        words += (f" on a {background} background", f" before a {background} background", f", {background} background")[
+            rng.choice(3, p=(0.6, 0.2, 0.2))
+        ]
+    return words

@@ -1,0 +1,87 @@
+"""Tileable three-dimensional noise, made once and then looked up."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float32]
+
+SIDE = 64  # voxels along each side of a volume
+
+
+def with_gradient(values: Array) -> Array:
+    """Periodic values (SIDE, SIDE, SIDE) -> (SIDE³, 4): the value and its gradient per period."""
+    slopes = [(np.roll(values, -1, axis) - np.roll(values, 1, axis)) * (SIDE / 2) for axis in range(3)]
+    return np.stack([values, *slopes], axis=-1).reshape(-1, 4).astype(np.float32)
+
+
+@cache
+def fractal(low: int, high: int, falloff: float, seed: int = 1, slopes: bool = False) -> Array:
+    """Fractal noise of mean 0 and deviation 1, (SIDE³, 1), with slopes also its gradient, (SIDE³, 4).
+
+    White noise whose spectrum falls as frequency^-falloff between `low` and `high` waves a period (spectral synthesis,
+    Peitgen and Saupe, The Science of Fractal Images, 1988).
+    """
+    white = np.fft.rfftn(np.random.default_rng(seed).standard_normal((SIDE, SIDE, SIDE)))
+    waves = np.fft.fftfreq(SIDE, 1 / SIDE)
+    radius = np.sqrt(waves[:, None, None] ** 2 + waves[None, :, None] ** 2 + np.arange(SIDE // 2 + 1) ** 2)
+    inside = (radius >= low) & (radius <= high)
+    values = np.fft.irfftn(
+        white * np.where(inside, np.maximum(radius, 1) ** -falloff, 0), s=(SIDE,) * 3, axes=(0, 1, 2)
+    )
+    values = (values / values.std()).astype(np.float32)
+    return with_gradient(values) if slopes else values.reshape(-1, 1)
+
+
+@cache
+def cells(count: int) -> tuple[Array, Array]:
+    """Cellular noise (Worley, SIGGRAPH 1996) of count³ cells a period.
+
+    Returns the distance to the nearest wall between cells with its gradient, (SIDE³, 4), and the distance to the
+    nearest cell's centre, (SIDE³, 1), in cell widths.
+    """
+    jitter = np.random.default_rng(count).random((3, count, count, count), np.float32) * np.float32(0.9)
+    place = np.arange(SIDE, dtype=np.float32) * np.float32(count / SIDE)
+    home = np.floor(place).astype(int)
+    first = np.full((SIDE,) * 3, 9, np.float32)
+    second = first.copy()
+    for step in np.ndindex(3, 3, 3):
+        cell = [home + move - 1 for move in step]
+        i, j, k = np.ix_(*[along % count for along in cell])
+        centre = jitter[:, i, j, k]
+        x, y, z = (axis + gap for axis, gap in zip(centre, np.ix_(*[along - place for along in cell]), strict=True))
+        distance = np.sqrt(x * x + y * y + z * z, dtype=np.float32)
+        second = np.minimum(second, np.maximum(first, distance))
+        first = np.minimum(first, distance)
+    return with_gradient((second - first) / 2), first.reshape(-1, 1)
+
+
+@cache
+def billows() -> Array:
+    """Heights (SIDE³, 1) of mean 0 with bulges on bulges like a cauliflower's: cellular noise in three sizes."""
+    total = sum(weight * cells(count)[1] for count, weight in ((5, -1.0), (10, -0.5), (20, -0.25)))
+    return np.ascontiguousarray(total - np.mean(total), np.float32)
+
+
+def look_up(volume: Array, points: Array, frequency: float | tuple[float, float, float]) -> Array:
+    """Values (channels, n) of a volume (SIDE³, channels) at points (3, n), trilinear, `frequency` periods a unit."""
+    scaled = points * np.asarray(frequency, np.float32).reshape(-1, 1) * SIDE
+    low = np.floor(scaled)
+    fx, fy, fz = (scaled - low)[:, :, None]
+    x, y, z = low.astype(np.int32) & (SIDE - 1)
+    x1, y1, z1 = (x + 1) & (SIDE - 1), (y + 1) & (SIDE - 1), (z + 1) & (SIDE - 1)
+    x, x1, y, y1 = x * (SIDE * SIDE), x1 * (SIDE * SIDE), y * SIDE, y1 * SIDE
+
+    def along_z(base: NDArray[np.int32]) -> Array:
+        near = volume.take(base + z, axis=0)
+        return near + (volume.take(base + z1, axis=0) - near) * fz
+
+    def along_y(base: NDArray[np.int32]) -> Array:
+        near = along_z(base + y)
+        return near + (along_z(base + y1) - near) * fy
+
+    near = along_y(x)
+    return np.ascontiguousarray((near + (along_y(x1) - near) * fx).T)
