@@ -1,0 +1,236 @@
+"""The judge of benchmarks/quality.py: a small network that names what is in a picture.
+
+python benchmarks/judge.py --emoji FOLDER --out judge.safetensors
+
+It learns from fresh renders of every pair of shape and material and from every emoji on every background, blurred,
+shifted and tinted a little: it is to judge decoded and refined pictures, not only clean ones. What it gets right on
+clean pictures that it has not seen is printed and stored beside the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Sequence
+from functools import partial
+from multiprocessing import Pool
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from dall3.scenes import BACKGROUNDS, MATERIALS, SHAPES, SIZES, random_scene, render
+from dall3.scenes.emoji import Emoji, draw_emoji, fetch_emoji, list_emoji
+
+SIDE, WIDTH, UNKNOWN = 128, 192, -1
+ABOUT = ("hexcodes", "accuracy")  # a judge's attributes that are stored beside its weights
+HEADS = ("shape", "material", "background", "emoji")
+
+
+class Block(nn.Module):
+    """Two convolutions, the first of which halves the side, and a shortcut around them (arXiv 1512.03385)."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, out_channels, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(out_channels),
+        )
+        self.shortcut = nn.Sequential(
+            nn.AvgPool2d(2), nn.Conv2d(channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.layers(x) + self.shortcut(x))
+
+
+class Judge(nn.Module):
+    """Names the shape, the material, the background and the emoji of a picture.
+
+    hexcodes: the emoji that it tells apart, in the order of its classes. accuracy: as `evaluate` found it.
+    """
+
+    def __init__(self, hexcodes: Sequence[str], accuracy: dict[str, float] | None = None) -> None:
+        super().__init__()
+        self.hexcodes, self.accuracy = list(hexcodes), accuracy or {}
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 24, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(24),
+            nn.ReLU(),
+            Block(24, 48),
+            Block(48, 96),
+            Block(96, WIDTH),
+        )
+        classes = (len(SHAPES), len(MATERIALS), len(BACKGROUNDS), len(self.hexcodes))
+        self.heads = nn.ModuleDict({head: nn.Linear(WIDTH, n) for head, n in zip(HEADS, classes, strict=True)})
+
+    def features(self, images: Tensor) -> Tensor:
+        """Pictures, float (n, 3, side, side) in [0, 1], to the features that all heads read, (n, WIDTH)."""
+        if images.shape[-1] != SIDE:
+            images = F.interpolate(images, (SIDE, SIDE), mode="area")
+        return self.body((images - 0.5) * 4).mean((2, 3))
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Pictures, float (n, 3, side, side) in [0, 1], to each head's logits, (n, classes)."""
+        features = self.features(images)
+        return {head: layer(features) for head, layer in self.heads.items()}
+
+
+def save_judge(judge: Judge, path: str | Path) -> None:
+    """Write a judge's weights, what its classes are and how good it is to a safetensors file."""
+    about = {name: json.dumps(getattr(judge, name)) for name in ABOUT}
+    save_file({name: tensor.contiguous() for name, tensor in judge.state_dict().items()}, path, about)
+
+
+def load_judge(path: str | Path) -> Judge:
+    """The judge that `save_judge` wrote to `path`, ready to judge. Raises ValueError for another safetensors file."""
+    with safe_open(path, "pt") as file:
+        about = {name: json.loads(text) for name, text in (file.metadata() or {}).items() if name in ABOUT}
+    if len(about) < len(ABOUT):
+        raise ValueError(f"{path} holds no judge; expected a file that benchmarks/judge.py wrote")
+    judge = Judge(**about)
+    judge.load_state_dict(load_file(path))
+    return judge.eval().requires_grad_(False)
+
+
+def draw_example(
+    index: int, emoji: Sequence[Emoji], renders: int, side: int, seed: int
+) -> tuple[np.ndarray, list[int]]:
+    """Picture number `index`, uint8 (side, side, 3), and its class in each of HEADS, UNKNOWN where it has none.
+
+    The first `renders` are scenes; after them each emoji has its turn again and again.
+    """
+    rng = np.random.default_rng((seed, index))
+    backgrounds = list(BACKGROUNDS)
+    if index < renders:
+        scene = random_scene(rng, held_out=None)
+        shape, material = SHAPES.index(scene.shape), MATERIALS.index(scene.material)
+        return render(scene, side), [shape, material, backgrounds.index(scene.background), UNKNOWN]
+    which = (index - renders) % len(emoji)
+    background, size, shift = rng.integers(len(backgrounds)), rng.choice(SIZES), rng.uniform(-0.5, 0.5, 2)
+    picture = draw_emoji(emoji[which], backgrounds[background], size, side, tuple(shift))
+    return picture, [UNKNOWN, UNKNOWN, int(background), which]
+
+
+def draw_examples(
+    emoji: Sequence[Emoji], renders: int, rounds: int, side: int, seed: int, workers: int
+) -> tuple[Tensor, Tensor]:
+    """Scenes and `rounds` pictures of every emoji, reduced to SIDE: uint8 (n, 3, SIDE, SIDE), and classes (n, 4)."""
+    count = renders + rounds * len(emoji)
+    pictures, classes = np.empty((count, SIDE, SIDE, 3), np.uint8), np.empty((count, len(HEADS)), np.int64)
+    draw = partial(draw_example, emoji=emoji, renders=renders, side=side, seed=seed)
+    with Pool(workers) as pool:
+        drawn = tqdm(pool.imap(draw, range(count), chunksize=32), total=count, desc=f"drawing at {side} px")
+        for i, (picture, labels) in enumerate(drawn):
+            box = picture.reshape(SIDE, side // SIDE, SIDE, side // SIDE, 3)
+            pictures[i], classes[i] = box.mean((1, 3)).round(), labels
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2), torch.from_numpy(classes)
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Pictures as a decoder might leave them: moved, resized, tinted, noisy, and half of them blurred.
+
+    images: float (n, 3, SIDE, SIDE) in [0, 1].
+    """
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return torch.rand(len(images), *shape, generator=generator) * (high - low) + low
+
+    transform = torch.zeros(len(images), 2, 3)
+    transform[:, 0, 0] = transform[:, 1, 1] = uniform(0.9, 1.1)
+    transform[:, :, 2] = uniform(-0.06, 0.06, 2)
+    grid = F.affine_grid(transform, list(images.shape), align_corners=False)
+    images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    parts = []
+    for part in images.chunk(8):  # each blurred by going through a side of its own
+        side = min(int(torch.randint(48, 2 * SIDE - 48, (), generator=generator)), SIDE)
+        small = F.interpolate(part, (side, side), mode="area")
+        parts.append(F.interpolate(small, (SIDE, SIDE), mode="bilinear", align_corners=False))
+    images = torch.cat(parts) * uniform(0.94, 1.06, 3, 1, 1) + uniform(-0.03, 0.03, 3, 1, 1)
+    noise = torch.randn(images.shape, generator=generator) * uniform(0, 0.04, 1, 1, 1)
+    return (images + noise).clamp(0, 1)
+
+
+def train(
+    judge: Judge, pictures: Tensor, classes: Tensor, epochs: int, seed: int, bf16: bool, batch_size: int = 128
+) -> Judge:
+    """Train on pictures, uint8 (n, 3, SIDE, SIDE), and their classes in each head, (n, 4)."""
+    generator = torch.Generator().manual_seed(seed)
+    steps = epochs * (len(pictures) // batch_size)
+    optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps)
+    judge.train().to(memory_format=torch.channels_last)
+    with tqdm(total=steps, desc="training") as bar:
+        for _ in range(epochs):
+            for batch in torch.randperm(len(pictures), generator=generator).split(batch_size)[: steps // epochs]:
+                images = augment(pictures[batch].float() / 255, generator)
+                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                    logits = judge(images.contiguous(memory_format=torch.channels_last))
+                losses = [
+                    F.cross_entropy(logits[head].float(), target, ignore_index=UNKNOWN, reduction="sum")
+                    for head, target in zip(HEADS, classes[batch].T, strict=True)
+                ]
+                loss = torch.stack(losses).sum() / len(batch)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                bar.update()
+                bar.set_postfix(loss=f"{loss.detach():.3f}", refresh=False)
+    return judge.eval().requires_grad_(False)
+
+
+def evaluate(judge: Judge, pictures: Tensor, classes: Tensor) -> dict[str, float]:
+    """The share of pictures, uint8 (n, 3, SIDE, SIDE), that each head has right, and of scenes both of whose are."""
+    logits = [judge(batch.float() / 255) for batch in tqdm(pictures.split(128), desc="judging")]
+    right = {
+        head: (torch.cat([part[head] for part in logits]).argmax(-1) == target)[target != UNKNOWN]
+        for head, target in zip(HEADS, classes.T, strict=True)
+    }
+    right["shape and material"] = right["shape"] & right["material"]
+    return {name: marks.float().mean().item() for name, marks in right.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--emoji", default="emoji", help="the folder of the Fluent emoji, fetched where needed")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("judge.safetensors"))
+    parser.add_argument("--renders", type=int, default=20000, help="scenes to learn from")
+    parser.add_argument("--rounds", type=int, default=10, help="pictures of every emoji to learn from")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--fresh", type=int, default=2000, help="scenes to be examined on")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that render")
+    parser.add_argument("--pictures", type=Path, help="a file that keeps what is drawn to learn from, for another time")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast, for a CPU that is fast at it")
+    args = parser.parse_args()
+    start = time.perf_counter()
+    torch.manual_seed(args.seed)
+    emoji = list_emoji(fetch_emoji(args.emoji))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    judge = Judge([drawing.hexcode for drawing in emoji])
+    if args.pictures and args.pictures.exists():
+        examples = torch.load(args.pictures, mmap=True)
+    else:
+        examples = draw_examples(emoji, args.renders, args.rounds, SIDE, args.seed, args.workers)
+        if args.pictures:
+            torch.save(examples, args.pictures)
+    train(judge, *examples, args.epochs, args.seed, args.bf16)
+    judge.accuracy = evaluate(judge, *draw_examples(emoji, args.fresh, 1, 2 * SIDE, args.seed + 1, args.workers))
+    save_judge(judge, args.out)
+    print("right on fresh pictures: " + ", ".join(f"{name} {share:.2%}" for name, share in judge.accuracy.items()))
+    print(f"{args.out}: {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,370 @@
+"""How good the pictures are, in tables: python benchmarks/quality.py --emoji FOLDER --judge FILE
+
+The judge is what benchmarks/judge.py trains: a network that names shapes, materials, backgrounds and emoji. Shares are
+of 1, of the pictures of their kind; of distances less is better. Each section's numbers, settings and seeds go to a
+JSON file, beside those that other runs put there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from judge import SIDE, Judge, load_judge
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from dall3 import Dall3Pipeline
+from dall3.diffusion import Refinement
+from dall3.sampling import Sampling
+from dall3.scenes import BACKGROUNDS, MATERIALS, SHAPES, SIZES, Scene, describe, is_held_out, random_scene, render
+from dall3.scenes.emoji import Emoji, draw_emoji, list_emoji, with_article
+
+FINE = 2 * SIDE  # pixels a side of true and refined pictures; coarse ones have SIDE
+COUNTS = {"composition": 200, "upsampler": 100, "guidance": 24, "steps": 4, "sampling": 24}
+SEEDS = {"unseen": 1, "seen": 2, "any": 3, "emoji": 4, "others": 5}  # of what is asked for
+CANDIDATES, DRAWS = 8, 4
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked for: a prompt, the seed of its draws, the right class by the judge's head, and a true picture."""
+
+    text: str
+    seed: int
+    answers: dict[str, int]
+    picture: Tensor  # float (3, FINE, FINE) in [0, 1]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every section works with. fine: how many of each kind composition refines; None for all."""
+
+    pipe: Dall3Pipeline
+    judge: Judge
+    emoji: list[Emoji]
+    sampling: dict[str, Any]
+    refinement: dict[str, Any]
+    fine: int | None
+
+
+def to_picture(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 255
+
+
+def scene_tasks(count: int, held_out: bool | None, seed: int) -> list[Task]:
+    """Every pair of shape and material in turn, in random order: those held out, the others, or (None) all."""
+    rng = np.random.default_rng(seed)
+    pairs = [(s, m) for s in SHAPES for m in MATERIALS if held_out in (None, is_held_out(s, m))]
+    order, tasks = rng.permutation(len(pairs)), []
+    for i in range(count):
+        shape, material = pairs[order[i % len(pairs)]]
+        answers = {"shape": SHAPES.index(shape), "material": MATERIALS.index(material)}
+        picture = to_picture(render(random_scene(rng, shape, material, held_out=None), FINE))
+        tasks.append(Task(describe(Scene(shape, material)), i, answers, picture))
+    return tasks
+
+
+def emoji_tasks(count: int, emoji: list[Emoji], seed: int) -> list[Task]:
+    """Pairs of an emoji and a background that are held out, in random order."""
+    rng = np.random.default_rng(seed)
+    pairs = [(i, b) for i, drawing in enumerate(emoji) for b in BACKGROUNDS if is_held_out(drawing.hexcode, b)]
+    tasks = []
+    for i, place in enumerate(rng.permutation(len(pairs))[:count]):
+        which, background = pairs[place]
+        size, shift = rng.choice(SIZES), tuple(rng.uniform(-0.5, 0.5, 2))
+        text = f"{with_article(emoji[which].name.lower())} on a {background} background"
+        answers = {"emoji": which, "background": list(BACKGROUNDS).index(background)}
+        tasks.append(Task(text, i, answers, to_picture(draw_emoji(emoji[which], background, size, FINE, shift))))
+    return tasks
+
+
+def both_kinds(bench: Bench, count: int) -> list[Task]:
+    """Scenes of pairs that are held out, and as many emoji on backgrounds that are."""
+    return scene_tasks(count, True, SEEDS["unseen"]) + emoji_tasks(count, bench.emoji, SEEDS["emoji"])
+
+
+def draw(bench: Bench, tasks: Iterable[Task], candidates: int, **settings: Any) -> list[Tensor]:
+    """Tokens for each task, int64 (candidates, 256); settings that differ from the bench's."""
+    how = bench.sampling | settings
+    return [bench.pipe.generate_tokens(t.text, candidates, seed=t.seed, progress=False, **how) for t in tasks]
+
+
+def encode(bench: Bench, pictures: Tensor) -> Tensor:
+    """The tokens, int64 (n, 256), of true pictures (n, 3, FINE, FINE), reduced to the coarse size."""
+    vqgan = bench.pipe.vqgan
+    dtype = next(vqgan.parameters()).dtype
+    small = F.interpolate(pictures.to(bench.pipe.device), (SIDE, SIDE), mode="area").to(dtype)
+    return torch.cat([vqgan.encode(batch) for batch in small.split(32)])
+
+
+def refine(bench: Bench, tasks: list[Task], tokens: Tensor, desc: str | None = None, **settings: Any) -> Tensor:
+    """Fine pictures, (n, 3, FINE, FINE), of each task's tokens, (n, 256), one at a time as the pipeline's call does."""
+    how, pairs = bench.refinement | settings, zip(tqdm(tasks, desc=desc, disable=desc is None), tokens, strict=True)
+    return torch.cat([bench.pipe.upsample(x, prompt=t.text, seed=t.seed, progress=False, **how) for t, x in pairs])
+
+
+def batched(function: Callable[[Tensor], Tensor], bench: Bench, pictures: Tensor) -> Tensor:
+    return torch.cat([function(batch) for batch in pictures.to(bench.pipe.device).split(64)])
+
+
+def right(bench: Bench, pictures: Tensor, tasks: list[Task]) -> Row:
+    """The shares of pictures (n, 3, side, side) whose shape, material, … the judge finds as asked for."""
+    features = batched(bench.judge.features, bench, pictures)
+    named = {head: layer(features).argmax(-1).tolist() for head, layer in bench.judge.heads.items()}
+    marks = defaultdict(list)
+    for i, task in enumerate(tasks):
+        hits = {head: named[head][i] == answer for head, answer in task.answers.items()}
+        for name, hit in (hits | {" and ".join(hits): all(hits.values())}).items():
+            marks[name].append(hit)
+    return {name: sum(hits) / len(hits) for name, hits in marks.items()}
+
+
+def feature_distance(bench: Bench, pictures: Tensor, true: Tensor) -> float:
+    """The mean cosine distance in the judge's features, in [0, 2], of pictures to their true ones."""
+    first, second = (batched(bench.judge.features, bench, x) for x in (pictures, true))
+    return (1 - F.cosine_similarity(first, second)).mean().item()
+
+
+def clip_embeddings(bench: Bench, pictures: Tensor) -> Tensor:
+    """CLIP's embeddings, float32 (n, width), of pictures (n, 3, side, side)."""
+    clip = bench.pipe.clip
+    return batched(lambda batch: clip.embed_images(clip.preprocess(batch)), bench, pictures)
+
+
+def clip_similarity(bench: Bench, pictures: Tensor, tasks: list[Task]) -> float:
+    """The mean cosine similarity of pictures to their prompts."""
+    text = bench.pipe.clip.embed_text([task.text for task in tasks])
+    return F.cosine_similarity(clip_embeddings(bench, pictures), text).mean().item()
+
+
+def psnr(pictures: Tensor, true: Tensor) -> float:
+    """The mean of the pictures' peak signal-to-noise ratios, in dB."""
+    return (-10 * (pictures - true).square().mean((1, 2, 3)).clamp_min(1e-10).log10()).mean().item()
+
+
+def frechet_distance(first: Tensor, second: Tensor) -> float:
+    """Between Gaussians fitted to two sets of vectors (n, width): arXiv 1706.08500.
+
+    With centred sets A and B, the trace of the root of the covariances' product is the sum of the singular values of
+    A Bᵀ: exact where there are fewer vectors than dimensions and the covariances have no inverse. The QR decomposition
+    leaves it as it is and makes it small where there are more.
+    """
+    first, second = first.double(), second.double()
+    a, b = (torch.linalg.qr((x - x.mean(0)) / (len(x) - 1) ** 0.5, mode="r").R for x in (first, second))
+    root = torch.linalg.svdvals(a @ b.T).sum()
+    means = (first.mean(0) - second.mean(0)).square().sum()
+    return (means + a.square().sum() + b.square().sum() - 2 * root).item()
+
+
+def composition(bench: Bench, count: int) -> list[Row]:
+    """Is what was asked for there? For pairs never seen in training, pairs seen, and emoji on unseen backgrounds.
+
+    One draw is the first of the candidates, the best is CLIP's choice; "true" is the judge's own accuracy.
+    """
+    kinds = {
+        "unseen pairs": scene_tasks(count, True, SEEDS["unseen"]),
+        "seen pairs": scene_tasks(count, False, SEEDS["seen"]),
+        "emoji on unseen backgrounds": emoji_tasks(count, bench.emoji, SEEDS["emoji"]),
+    }
+    rows, best_of = [], f"best of {CANDIDATES}"
+    for kind, tasks in kinds.items():
+        pictures = defaultdict(list)
+        for i, task in enumerate(tqdm(tasks, desc=f"composition, {kind}")):
+            (tokens,) = draw(bench, [task], CANDIDATES)
+            coarse = bench.pipe.decode_tokens(tokens)
+            best = int(bench.pipe.rank(coarse, task.text, progress=False).indices[0])
+            pictures["true"].append(task.picture)
+            pictures["coarse, one draw"].append(coarse[0])
+            pictures[f"coarse, {best_of}"].append(coarse[best])
+            if bench.fine is None or i < bench.fine:
+                one = refine(bench, [task], tokens[:1])[0]
+                best_fine = one if best == 0 else refine(bench, [task], tokens[best : best + 1])[0]
+                pictures["fine, one draw"].append(one)
+                pictures[f"fine, {best_of}"].append(best_fine)
+        for name, found in pictures.items():
+            rows.append({"prompts": kind, "pictures": name, "n": len(found)})
+            rows[-1] |= right(bench, torch.stack(found), tasks[: len(found)])
+    return rows
+
+
+def upsampler(bench: Bench, count: int) -> list[Row]:
+    """From the codes of true pictures: decoding and bicubic enlargement against diffusion.
+
+    Diffusion is not guided, as CLIP is what measures it. A Fréchet distance of few pictures is too large; that of other
+    true pictures, as many, says what 0 would be.
+    """
+    pipe, rows = bench.pipe, []
+    kinds = {
+        "renders": (scene_tasks(count, None, SEEDS["any"]), scene_tasks(count, None, SEEDS["others"])),
+        "emoji": tuple(emoji_tasks(count, bench.emoji, SEEDS[name]) for name in ("emoji", "others")),
+    }
+    for kind, tasks in kinds.items():
+        true, others = (torch.stack([task.picture for task in part]).to(pipe.device) for part in tasks)
+        tokens = encode(bench, true)
+        coarse = pipe.decode_tokens(tokens)
+        methods = {
+            "VQ, enlarged": F.interpolate(coarse, (FINE, FINE), mode="bicubic").clamp(0, 1),
+            "diffusion, unguided": refine(bench, tasks[0], tokens, f"upsampler, {kind}", clip_guidance_scale=0),
+            "other true pictures": others,
+        }
+        found = {}
+        for name, pictures in methods.items():
+            found[name] = {
+                "PSNR": psnr(pictures, true),
+                "feature distance": feature_distance(bench, pictures, true),
+                "Fréchet distance": frechet_distance(clip_embeddings(bench, pictures), clip_embeddings(bench, true)),
+            }
+            rows.append({"true pictures": kind, "pictures": name, "n": len(true)} | found[name])
+        ours, theirs = found["diffusion, unguided"], found["VQ, enlarged"]
+        ratios = {name: theirs[name] / ours[name] for name in ("feature distance", "Fréchet distance")}
+        rows.append({"true pictures": kind, "pictures": "ratio VQ / diffusion", "n": len(true)} | ratios)
+    return rows
+
+
+def guidance(bench: Bench, count: int) -> list[Row]:
+    """What CLIP guidance does to the same tokens: what CLIP says, and what the judge says, who was not asked."""
+    tasks = both_kinds(bench, count)
+    tokens = torch.cat(draw(bench, tqdm(tasks, desc="guidance, drawing"), 1))
+    pictures = {"coarse": bench.pipe.decode_tokens(tokens)}
+    for scale in (0, 200, 500, 1000, 2000):
+        how = dict(desc=f"guidance, scale {scale}", clip_guidance_scale=scale)
+        pictures[f"scale {scale}"] = refine(bench, tasks, tokens, **how)
+    return [
+        {"pictures": name, "n": len(tasks), "CLIP similarity": clip_similarity(bench, found, tasks)}
+        | right(bench, found, tasks)
+        for name, found in pictures.items()
+    ]
+
+
+def steps(bench: Bench, count: int) -> list[Row]:
+    """How many steps are enough? Unguided, from the codes of true pictures and the same noise, against all of them."""
+    tasks = both_kinds(bench, count)
+    true = torch.stack([task.picture for task in tasks]).to(bench.pipe.device)
+    tokens, total = encode(bench, true), bench.pipe.upsampler.config.diffusion.diffusion_steps
+    ways = [("ddim", n) for n in (total, 10, 25, 50, 250) if n <= total] + [("dpm-solver++", n) for n in (10, 25, 50)]
+    rows, reference = [], None
+    for scheduler, steps_taken in ways:
+        how = dict(desc=f"{scheduler}, {steps_taken} steps", scheduler=scheduler, num_inference_steps=steps_taken)
+        start = time.perf_counter()
+        pictures = refine(bench, tasks, tokens, clip_guidance_scale=0, **how)
+        seconds = (time.perf_counter() - start) / len(tasks)
+        reference = pictures if reference is None else reference
+        row = {"scheduler": scheduler, "steps": steps_taken, "n": len(tasks)}
+        row[f"PSNR to {total} steps"] = None if pictures is reference else psnr(pictures, reference)
+        row["feature distance"] = feature_distance(bench, pictures, true)
+        row["CLIP similarity"] = clip_similarity(bench, pictures, tasks)
+        rows.append(row | right(bench, pictures, tasks) | {"seconds a picture": seconds})
+    return rows
+
+
+def sampling(bench: Bench, count: int) -> list[Row]:
+    """One setting of the token draw at a time: is the coarse picture right, and do draws of a prompt differ?
+
+    Diversity is the mean cosine distance in the judge's features between draws of the same prompt.
+    """
+    tasks, rows = both_kinds(bench, count), []
+    values = {"top_p": (0.8, 0.9, 0.95, 1.0), "temperature": (0.7, 0.85, 1.0), "cond_scale": (1.0, 2.0, 3.0, 5.0)}
+    default = {name: getattr(Sampling(**bench.sampling), name) or 1.0 for name in values}  # top_p None keeps all
+    ways = [default] + [default | {name: value} for name in values for value in values[name] if value != default[name]]
+    for way in ways:
+        drawn = draw(bench, tqdm(tasks, desc=f"sampling, {way}"), DRAWS, **way)
+        pictures = bench.pipe.decode_tokens(torch.cat(drawn))
+        features = F.normalize(batched(bench.judge.features, bench, pictures), dim=-1).unflatten(0, (-1, DRAWS))
+        distances = 1 - features @ features.mT
+        row = way | {"n": len(pictures)} | right(bench, pictures, [task for task in tasks for _ in range(DRAWS)])
+        rows.append(row | {"diversity": distances.sum().item() / (len(tasks) * DRAWS * (DRAWS - 1))})
+    return rows
+
+
+SECTIONS: dict[str, Callable[[Bench, int], list[Row]]] = {
+    section.__name__: section for section in (composition, upsampler, guidance, steps, sampling)
+}
+
+
+def to_markdown(rows: list[Row]) -> str:
+    """Rows as a Markdown table; a column for every name that a row has, empty where another has none."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [columns, ["---"] * len(columns)]
+    for row in rows:
+        cells = [row.get(name) for name in columns]
+        lines.append(["" if c is None else f"{c:.3f}" if isinstance(c, float) else str(c) for c in cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def read_arguments() -> tuple[argparse.Namespace, Bench]:
+    """The command's arguments and, if nothing is wrong with them, what the sections work with."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", help="a pipeline's folder; the bundled weights if not given")
+    parser.add_argument("--emoji", default="emoji", help="the folder of the Fluent emoji")
+    parser.add_argument("--judge", type=Path, default=Path(__file__).with_name("judge.safetensors"))
+    parser.add_argument("--sections", default=",".join(SECTIONS))
+    parser.add_argument("--prompts", type=int, help=f"how many of each kind; if not given, by section: {COUNTS}")
+    parser.add_argument("--fine", type=int, help="composition refines only the first so many of each kind")
+    parser.add_argument("--settings", type=json.loads, default={}, help='such as \'{"top_p": 0.9, "cond_scale": 2}\'')
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results") / "quality.json")
+    args = parser.parse_args()
+    args.sections = args.sections.split(",")
+    if unknown := set(args.sections) - set(SECTIONS):
+        parser.error(f"no section {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
+    if args.prompts is not None and args.prompts < 2:
+        parser.error(f"--prompts {args.prompts}; expected at least 2")
+    if not args.judge.is_file():
+        parser.error(f"no judge at {args.judge}; train one: python benchmarks/judge.py --out {args.judge}")
+    if not isinstance(args.settings, dict):
+        parser.error(f'--settings {args.settings}; expected names and values, such as {{"top_p": 0.9}}')
+    names = (Sampling.__dataclass_fields__, Refinement.__dataclass_fields__)
+    sampling_settings, refinement = ({k: v for k, v in args.settings.items() if k in part} for part in names)
+    if unknown := set(args.settings) - {*sampling_settings, *refinement}:
+        parser.error(f"no setting {', '.join(unknown)}; there are those of Sampling and Refinement")
+    refinement = {"clip_guidance_scale": 1000.0} | refinement  # what the pipeline's one call does
+    try:
+        Sampling(**sampling_settings), Refinement(**refinement)
+        emoji, judge = list_emoji(args.emoji), load_judge(args.judge)
+        pipe = Dall3Pipeline.from_pretrained(args.weights)
+    except (OSError, ValueError, TypeError) as error:
+        parser.error(str(error))
+    parts = ("text_encoder", "transformer", "vqgan", "clip", "upsampler")
+    if missing := [part for part in parts if getattr(pipe, part) is None]:
+        parser.error(f"the weights have no {', '.join(missing)}")
+    if judge.hexcodes != [drawing.hexcode for drawing in emoji]:
+        parser.error(f"the judge at {args.judge} knows other emoji than {args.emoji} holds; train it on them")
+    pipe.to(args.device, getattr(torch, args.dtype))
+    return args, Bench(pipe, judge.to(args.device), emoji, sampling_settings, refinement, args.fine)
+
+
+@torch.no_grad()
+def main() -> None:
+    args, bench = read_arguments()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    print("the judge on fresh pictures: " + ", ".join(f"{k} {v:.2%}" for k, v in bench.judge.accuracy.items()))
+    for name in args.sections:
+        start, count = time.perf_counter(), args.prompts or COUNTS[name]
+        rows = SECTIONS[name](bench, count)
+        seconds = time.perf_counter() - start
+        print(
+            f"\n## {name}\n\n{inspect.getdoc(SECTIONS[name])}\n\n{to_markdown(rows)}\n\n{seconds:.0f} s\n", flush=True
+        )
+        settings = {"weights": args.weights, "device": args.device, "dtype": args.dtype, "count": count}
+        settings |= {"seeds": SEEDS, "sampling": bench.sampling, "refinement": bench.refinement, "fine": args.fine}
+        settings |= {"judge's accuracy": bench.judge.accuracy}
+        results = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
+        results[name] = {"settings": settings, "seconds": seconds, "rows": rows}
+        args.out.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
