@@ -1,24 +1,14 @@
-"""Prompt to picture in one call, on a folder of the seed's files: python examples/generate.py FOLDER [PROMPT]"""
+"""Prompts to pictures on the bundled weights, offline: python examples/generate.py [PROMPT ...]"""
 
 import sys
-from pathlib import Path
 
 from dall3 import Dall3Pipeline
 
-folder = Path(sys.argv[1])
-prompt = sys.argv[2] if len(sys.argv) > 2 else "a cube made of cloud"
+pipe = Dall3Pipeline.from_pretrained()
 
-pipe = Dall3Pipeline.from_checkpoints(
-    dalle=folder / "dalle-latest.pt",
-    bpe=folder / "bpe.model",
-    vqgan=folder / "vqgan_gumbel_f8/last.ckpt",
-    vqgan_config=folder / "vqgan_gumbel_f8/model.yaml",
-    diffusion=folder / "model-latest.pt",
-    diffusion_config=folder / "model-latest.json",
-    clip=folder / "ViT-B-16.pt",
-)
-
-# Four candidates, the best by CLIP, refined in 25 steps that CLIP guides towards the prompt.
-out = pipe(prompt, num_images=1, num_candidates=4, top_p=0.85, num_inference_steps=25, seed=0)
-
-print(f"saved {out.images[0].size} to {out.save('outputs/' + prompt.replace(' ', '_'), overwrite=True)}")
+for prompt in sys.argv[1:] or ["a cube made of cloud", "an avocado"]:
+    # Eight candidates; the best by CLIP is refined.
+    out = pipe(prompt, num_candidates=8, seed=0)
+    folder = out.save("outputs/" + prompt.replace(" ", "_"), overwrite=True)
+    out.grid().save(folder / "before_and_after.png")
+    print(f"saved {out.images[0].size} before and after diffusion to {folder}")

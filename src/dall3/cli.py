@@ -41,7 +41,8 @@ def make_parser() -> argparse.ArgumentParser:
     add = generate_parser.add_argument
     add("prompt", nargs="?", help="the text prompt; several separated with |")
     add("--text", help="the same")
-    add("--dalle_path", required=True, help="DALLE-pytorch's checkpoint")
+    add("--weights", metavar="FOLDER", help="a folder of weights (default: the bundled ones, without --dalle_path)")
+    add("--dalle_path", help="DALLE-pytorch's checkpoint, in place of a folder of weights")
     add("--bpe_path", help="its tokenizer, of any kind (default: CLIP's)")
     add("--hug", action="store_true", help="the tokenizer must be Hugging Face's JSON")
     add("--chinese", action="store_true", help="the tokenizer must be BERT's vocab.txt")
@@ -63,6 +64,29 @@ def make_parser() -> argparse.ArgumentParser:
     add("--truncate", action="store_true", help="cut a prompt that is too long")
     add("--outputs_dir", default="./outputs", help="default: %(default)s")
     add_refinement(generate_parser)
+
+    train_parser = commands.add_parser("train", help="train a part of a folder of weights on pictures with captions")
+    train_parser.set_defaults(run=train)
+    add = train_parser.add_argument
+    add("model", choices=("tokenizer", "vqgan", "transformer", "clip", "upsampler"), help="in this order")
+    add("--out", required=True, help="the folder of weights; parts trained before are read from it")
+    add("--config", metavar="TOML", help="tables model, loss and train (default: those of the bundled weights)")
+    sources = "scenes, emoji[:FOLDER], folder:PATH, webdataset:PATTERN"
+    add("--data", nargs="+", default=[], metavar="SOURCE[=WEIGHT]", help=f"{sources} (default: the config's)")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add("--initial", metavar="FOLDER", help="a part's folder whose weights are started from")
+    for name in ("steps", "batch_size", "workers", "seed", "every"):
+        add(f"--{name}", type=int, help="in place of the config's")
+
+    scenes_parser = commands.add_parser("scenes", help="the rendered world that the bundled weights were trained on")
+    scenes_parser.set_defaults(run=scenes)
+    add = scenes_parser.add_argument
+    add("what", choices=("sheet", "render"), help="a contact sheet, or pictures with captions to train on")
+    add("--out", help="the sheet's file (default: sheet.png), or a folder (default: scenes)")
+    add("--count", type=int, default=1000, help="pictures to render (default: %(default)s)")
+    add("--size", type=int, help="pixels a side (default: 128 for the sheet, 256 for pictures)")
+    add("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    add("--overwrite", action="store_true", help="replace files of an earlier run")
 
     upsample_parser = commands.add_parser("upsample", help="tokens or a picture to a finer picture")
     upsample_parser.set_defaults(run=upsample)
@@ -120,27 +144,39 @@ def generate(args: argparse.Namespace) -> None:
     require(args.gentxt or all(prompt.strip() for prompt in prompts), "an empty prompt; give text around every '|'")
     top_p = 0.9 if args.top_k is None and args.top_p is None else args.top_p
     how = dict(temperature=args.temperature, top_k=args.top_k, top_p=top_p, cond_scale=args.cond_scale)
-    refine = refinement(args) if args.diffusion_path else {}
+    from_folder = args.dalle_path is None
+    for name in ("bpe_path", "vqgan_model_path", "vqgan_config_path", "openai_vae", "diffusion_path", "model_config"):
+        alone = from_folder and getattr(args, name) is not None
+        require(not alone, f"--{name} goes with --dalle_path; a folder of weights has its own")
+    require(from_folder or args.weights is None, "--weights and --dalle_path are two places for the same; give one")
+    to_refine = from_folder or args.diffusion_path is not None
+    refine = refinement(args) if to_refine else {}
     Sampling(**how), Refinement(**refine), choose_seed(args.seed, None)  # said before anything is loaded
     check_counts(num_images=args.num_images, num_candidates=candidates, batch_size=args.batch_size)
-    require(args.diffusion_path or not args.clip_guidance, "--clip_guidance guides diffusion; give --diffusion_path")
+    require(to_refine or not args.clip_guidance, "--clip_guidance guides diffusion; give --diffusion_path")
     require(not args.taming or bool(args.vqgan_model_path), "--taming needs --vqgan_model_path")
     for flag, begin in (("hug", b"{"), ("chinese", b"[PAD]")):
         fits = not getattr(args, flag) or (args.bpe_path and Path(args.bpe_path).read_bytes().startswith(begin))
         require(bool(fits), f"--{flag} needs a --bpe_path that begins with {begin.decode()}: JSON, or BERT's vocab.txt")
     device, dtype = placement(args)
-    pipe = Dall3Pipeline.from_checkpoints(
-        dalle=args.dalle_path,
-        bpe=args.bpe_path,
-        vqgan=args.openai_vae or args.vqgan_model_path,
-        vqgan_config=args.vqgan_config_path,
-        diffusion=args.diffusion_path,
-        diffusion_config=args.model_config,
-        clip=args.clip_path if args.clip_sort or args.clip_guidance or candidates > args.num_images else None,
-    ).to(device, dtype)
+    if from_folder:
+        pipe = Dall3Pipeline.from_pretrained(args.weights)
+        require(pipe.text_encoder is not None, f"{args.weights} holds no transformer with its tokenizer")
+        to_refine = pipe.upsampler is not None
+    else:
+        pipe = Dall3Pipeline.from_checkpoints(
+            dalle=args.dalle_path,
+            bpe=args.bpe_path,
+            vqgan=args.openai_vae or args.vqgan_model_path,
+            vqgan_config=args.vqgan_config_path,
+            diffusion=args.diffusion_path,
+            diffusion_config=args.model_config,
+            clip=args.clip_path if args.clip_sort or args.clip_guidance or candidates > args.num_images else None,
+        )
     assert pipe.text_encoder is not None
-    missing = f"{args.dalle_path} holds no VAE; give --taming and --vqgan_model_path, or --openai_vae"
+    missing = f"{args.dalle_path or args.weights} holds no VAE; give --taming and --vqgan_model_path, or --openai_vae"
     require(pipe.vqgan is not None, missing)
+    pipe.to(device, dtype)
     require(not args.taming or isinstance(pipe.vqgan, VQModel), f"--taming: {args.vqgan_model_path} is no VQGAN")
     if args.gentxt:
         write = dict(seed=args.seed, temperature=args.temperature, top_k=0.5 if args.top_k is None else args.top_k)
@@ -160,7 +196,7 @@ def generate(args: argparse.Namespace) -> None:
         scores = out.clip_scores.tolist() if args.clip_sort and out.clip_scores is not None else None
         for i, (coarse, fine, tokens) in enumerate(zip(out.coarse_images, out.images, out.tokens.numpy(), strict=True)):
             files[f"{i}-{scores[i]}.png" if scores else f"{i}.jpg"] = coarse
-            files |= {f"{i}-fine.png": fine} if args.diffusion_path else {}
+            files |= {f"{i}-fine.png": fine} if to_refine else {}
             files |= {f"{i}.npy": tokens} if args.output_npy else {}
         write_files(folder, files, args.overwrite)
         print(f'created {len(out)} images at "{folder}"')
@@ -204,6 +240,46 @@ def upsample(args: argparse.Namespace) -> None:
     fine = pipe.to(device, dtype).upsample(tokens, image, args.text, **how, **settings)
     write_files(folder, dict(zip(names, to_pil(fine), strict=True)), args.overwrite)
     print(f'created {count} images at "{folder}"')
+
+
+def train(args: argparse.Namespace) -> None:
+    try:
+        from dall3.training.run import train_model
+    except ImportError as error:
+        raise ValueError(f"training needs {error.name}; run pip install 'dall3[train]'") from None
+    names = ("steps", "batch_size", "workers", "seed", "every")
+    overrides = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    train_model(args.model, args.out, args.config, args.data, args.resume, args.initial, **overrides)
+    print(f'trained the {args.model} in "{args.out}"')
+
+
+def scenes(args: argparse.Namespace) -> None:
+    import numpy as np
+    from PIL import Image
+    from tqdm.auto import tqdm
+
+    from dall3.output import check_free
+    from dall3.sampling import check_counts
+    from dall3.scenes import caption, random_scene, render
+    from dall3.scenes.sheet import write_contact_sheet
+
+    out, size = Path(args.out or {"sheet": "sheet.png", "render": "scenes"}[args.what]), args.size
+    check_counts(count=args.count, size=128 if size is None else size)
+    if args.what == "sheet":
+        check_free(out.parent, [] if args.overwrite else [out.name])
+        write_contact_sheet(out, args.seed, size or 128)
+        print(f'drew "{out}"')
+        return
+    names = [f"{i:06}" for i in range(args.count)]
+    check_free(out, [] if args.overwrite else [f"{name}.png" for name in names])
+    out.mkdir(parents=True, exist_ok=True)
+    for i, name in enumerate(tqdm(names, desc="rendering")):
+        rng = np.random.default_rng((args.seed, i))
+        scene = random_scene(rng)
+        captions = "\n".join(caption(scene, rng) for _ in range(4))
+        Image.fromarray(render(scene, size or 256)).save(out / f"{name}.png")
+        (out / f"{name}.txt").write_text(captions + "\n", encoding="utf-8")
+    print(f'rendered {args.count} pictures with captions in "{out}"')
 
 
 def read_tokens(path: str) -> Any:

@@ -39,6 +39,7 @@ from dall3.sampling import (
     require,
 )
 from dall3.text import TextEncoder, load_tokenizer
+from dall3.weights import BUNDLED, load_folder
 
 Weighted = Sequence[tuple[Any, float]]  # texts or pictures, and how much each counts
 
@@ -92,6 +93,21 @@ class Dall3Pipeline:
     def device(self) -> torch.device:
         """Where the parts are; those that replace others must be there too."""
         return next((parameter.device for part in self._parts for parameter in part.parameters()), torch.device("cpu"))
+
+    @classmethod
+    def from_pretrained(cls, folder: PathLike | None = None) -> Dall3Pipeline:
+        """A pipeline from a folder of parts, in float32 on the CPU; without a folder the bundled small weights.
+
+        >>> pipe = Dall3Pipeline.from_pretrained()
+
+        Raises CheckpointError (a ValueError) for a folder that holds no parts, or broken ones.
+        """
+        parts = load_folder(BUNDLED if folder is None else folder)
+        tokenizer, transformer = parts.pop("tokenizer", None), parts.get("transformer")
+        if tokenizer is not None and transformer is not None:
+            config = transformer.config
+            parts["text_encoder"] = TextEncoder(tokenizer, config.text_seq_len, config.num_text_tokens)
+        return cls(**parts)
 
     @classmethod
     def from_checkpoints(

@@ -117,5 +117,8 @@ class Attention(nn.Module):
             qkv = rotate(qkv, at.cos, at.sin)
         q, k, v = qkv
         k, v = remember(cache, "k", k, at), remember(cache, "v", v, at)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=at.masks[self.kind])
+        if self.kind == "full" and cache is None:  # the same, and half the work
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=at.masks[self.kind])
         return self.to_out(rearrange(out, "b h n d -> b n (h d)"))

@@ -3,11 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from dall3.text import Tokenizer
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """What a CLIP is, by open_clip's names. The text's vocabulary ends with a start and an end token."""
+
+    embed_dim: int
+    vision_cfg: dict[str, Any]
+    text_cfg: dict[str, Any]
+    quick_gelu: bool = False
+
+
+class PromptTokenizer:
+    """Texts to what open_clip's text transformer reads: start, ids, end, cut at its length, padded with 0."""
+
+    def __init__(self, tokenizer: Tokenizer, context_length: int) -> None:
+        self.tokenizer, self.context_length = tokenizer, context_length
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        """Ids, int64 (texts, context_length). The end is the highest id: that is where open_clip looks."""
+        start, end = self.tokenizer.vocab_size, self.tokenizer.vocab_size + 1
+        rows = torch.zeros(len(texts), self.context_length, dtype=torch.int64)
+        for row, text in zip(rows, texts, strict=True):
+            ids = [start, *self.tokenizer.encode(text.lower())[: self.context_length - 2], end]
+            row[: len(ids)] = torch.tensor(ids)
+        return rows
 
 
 class CLIP(nn.Module):
@@ -15,6 +45,7 @@ class CLIP(nn.Module):
 
     mean: Tensor
     std: Tensor
+    config: CLIPConfig
 
     def __init__(
         self,
@@ -32,6 +63,21 @@ class CLIP(nn.Module):
         self.register_buffer("mean", torch.tensor(mean or OPENAI_DATASET_MEAN)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std or OPENAI_DATASET_STD)[:, None, None], persistent=False)
         self.eval()
+
+    @classmethod
+    def from_config(cls, config: CLIPConfig, tokenizer: Tokenizer) -> CLIP:
+        """An untrained model. Raises ValueError where the vocabulary has no room for the tokenizer's."""
+        from open_clip.model import CLIP as Network
+        from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+
+        text, wanted = CLIPTextCfg(**config.text_cfg), tokenizer.vocab_size + 2
+        if text.vocab_size < wanted:
+            raise ValueError(f"CLIP's vocab_size is {text.vocab_size}; the tokenizer needs {wanted}")
+        vision = CLIPVisionCfg(**config.vision_cfg)
+        model = Network(config.embed_dim, vision, text, quick_gelu=config.quick_gelu)
+        found = cls(model, PromptTokenizer(tokenizer, text.context_length), config.vision_cfg["image_size"])
+        found.config = config
+        return found
 
     def embed_text(self, texts: list[str]) -> Tensor:
         """Texts, cut at CLIP's length, to embeddings, float32 (texts, width)."""

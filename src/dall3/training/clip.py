@@ -1,0 +1,81 @@
+"""Training a CLIP of open_clip's (arXiv 2103.00020) on pictures and captions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL.Image import Image
+from torch import Tensor
+
+from dall3.models.clip import CLIP, CLIPConfig
+from dall3.models.vqgan import VQModel
+from dall3.output import make_grid, to_pil
+from dall3.text import Tokenizer
+from dall3.training.loop import Task
+from dall3.weights import save_part
+
+
+@dataclass(frozen=True)
+class CLIPTraining:
+    """decoded: the share of the batches that are seen as the VQGAN decodes them, since such pictures are to be ranked.
+    cut_out: the smallest share of a picture's side that a batch is cut to, since guidance looks at cut-outs. noise:
+    the largest standard deviation of noise added.
+    """
+
+    decoded: float = 0.3
+    cut_out: float = 0.6
+    noise: float = 0.1
+
+
+class CLIPTask(Task):
+    def __init__(
+        self, config: CLIPConfig, training: CLIPTraining, tokenizer: Tokenizer, vqgan: VQModel | None = None
+    ) -> None:
+        from open_clip.loss import ClipLoss
+
+        super().__init__()
+        self.settings, self.model = training, CLIP.from_config(config, tokenizer)
+        self.model.model.requires_grad_(True)
+        self.contrast = ClipLoss()
+        self.frozen = [vqgan]
+
+    def compile_parts(self) -> None:
+        self.model.model.visual.compile(dynamic=False)
+        self.model.model.transformer.compile(dynamic=False)
+
+    def forward(self, images: Tensor, captions: list[str], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        s, vqgan, side = self.settings, self.frozen[0], images.shape[-1]
+        with torch.no_grad():
+            if vqgan is not None and torch.rand(()) < s.decoded:
+                images = vqgan.to(images.device).decode(vqgan.encode(images)).to(images.dtype)
+            cut = round(side * (s.cut_out + (1 - s.cut_out) * float(torch.rand(()).sqrt())))
+            top, left = (int(torch.randint(side - cut + 1, ())) for _ in range(2))
+            images = images[..., top : top + cut, left : left + cut]
+            images = F.interpolate(images, self.model.image_size, mode="bilinear", antialias=True)
+            images = images + torch.randn_like(images) * (s.noise * torch.rand((), device=images.device))
+        picture = F.normalize(self.model.embed_images(images), dim=-1)
+        text = F.normalize(self.model.embed_text(captions), dim=-1)
+        scale = self.model.model.logit_scale.exp()
+        loss = self.contrast(picture, text, scale)
+        places = torch.arange(len(images), device=images.device)
+        right = (picture @ text.T).argmax(dim=1) == places
+        return loss, {"accuracy": right.float().mean()}
+
+    def after_step(self) -> None:
+        with torch.no_grad():
+            self.model.model.logit_scale.clamp_(max=4.6052)  # CLIP's: a scale of at most 100
+
+    def sample(self, images: Tensor, captions: list[str]) -> Image:
+        """Every picture of the batch, and beside it the three of the batch that its caption likes best."""
+        small = F.interpolate(images, self.model.image_size, mode="bilinear", antialias=True)
+        picture = F.normalize(self.model.embed_images(small), dim=-1)
+        text = F.normalize(self.model.embed_text(captions), dim=-1)
+        best = (text @ picture.T).topk(3).indices
+        rows = [to_pil(torch.cat((images[i : i + 1], images[best[i]]))) for i in range(len(images))]
+        return make_grid([left + right for left, right in zip(rows[0::2], rows[1::2], strict=True)], 96)
+
+    def export(self, folder: Path) -> None:
+        save_part(self.model, folder)

@@ -1,0 +1,280 @@
+"""One training loop for every model: batches in, one loss out, with everything that a long run needs around it.
+
+A `Task` is a module whose `forward` is the loss; its parameters are what is trained. The run lives in a folder:
+`log.jsonl`, `loss.png`, `samples/` and `checkpoint.pt`; at its end, or when it is stopped, the model is exported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from PIL.Image import Image
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from tqdm.auto import tqdm
+
+from dall3.training.data import Mixture, StepSampler, loader
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a run goes, whatever the model.
+
+    batch_size: of one process; gradient_accumulation: batches a step. decay: the share of the steps at the end over
+    which the learning rate falls to 0. precision: "no", "bf16" or "fp16" (autocast). ema_decay: of the averaged
+    weights, which are what is exported. muon: matrices of the named submodule are trained by Muon at this rate.
+    every: steps between checkpoints and samples.
+    """
+
+    steps: int = 10_000
+    batch_size: int = 16
+    gradient_accumulation: int = 1
+    learning_rate: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.01
+    muon_learning_rate: float = 0.0
+    warmup: int = 100
+    decay: float = 0.2
+    clip_grad_norm: float = 1.0
+    ema_decay: float = 0.999
+    precision: str = "no"
+    compile: bool = False
+    seed: int = 0
+    workers: int = 0
+    every: int = 500
+    side: int = 128
+    data: tuple[str, ...] = ("scenes",)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "gradient_accumulation", "every", "side"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; expected a whole number from 1")
+        if self.precision not in ("no", "bf16", "fp16"):
+            raise ValueError(f"precision '{self.precision}' is not known; expected no, bf16 or fp16")
+
+    def rate(self, step: int) -> float:
+        """The share of the learning rate at a step: up, level, and down to 0 at the end."""
+        rest = (self.steps - step) / max(self.steps * self.decay, 1)
+        return min((step + 1) / max(self.warmup, 1), rest, 1.0)
+
+
+class Task(nn.Module):
+    """What is trained and how its loss is made; one file a model beside this one."""
+
+    def forward(self, images: Tensor, captions: list[str], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch, and figures for the log. images: float (batch, 3, side, side) in [0, 1]."""
+        raise NotImplementedError
+
+    def sample(self, images: Tensor, captions: list[str]) -> Image:
+        """A picture that shows how far the training is, of a fixed batch."""
+        raise NotImplementedError
+
+    def export(self, folder: Path) -> None:
+        """Write the trained model as a part of a pipeline folder."""
+        raise NotImplementedError
+
+    def compile_parts(self) -> None:
+        """Compile what `forward` spends its time in; nothing unless a task says so."""
+
+    def after_step(self) -> None:
+        """What happens between steps without gradients; nothing unless a task says so."""
+
+
+@dataclass
+class Optimizers:
+    """AdamW, and Muon beside it for matrices where asked for, stepped as one."""
+
+    parts: list[torch.optim.Optimizer]
+    rates: list[float] = field(default_factory=list)
+
+    def set_rate(self, share: float) -> None:
+        for part, rate in zip(self.parts, self.rates, strict=True):
+            for group in part.param_groups:
+                group["lr"] = rate * share
+
+
+def make_optimizers(task: nn.Module, config: TrainingConfig) -> Optimizers:
+    """Decay on matrices and kernels only; Muon (arXiv 2502.16982), where asked for, on those of the layers inside."""
+    named = [(name, p) for name, p in task.named_parameters() if p.requires_grad]
+    muon = [p for name, p in named if config.muon_learning_rate and p.ndim == 2 and ".layers." in f".{name}"]
+    taken = {id(p) for p in muon}
+    rest = [p for _, p in named if id(p) not in taken]
+    groups = [
+        {"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    found = Optimizers([torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)], [config.learning_rate])
+    if muon:
+        rate = config.muon_learning_rate
+        # The updates' size is matched to AdamW's, so that weight decay means the same for both.
+        found.parts.append(
+            torch.optim.Muon(muon, lr=rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+        )
+        found.rates.append(rate)
+    return found
+
+
+def moving_average(decay: float, average: Tensor, value: Tensor, count: Tensor) -> Tensor:
+    """The average after one more value; the first ones count more, so that the start is soon forgotten."""
+    return average.lerp(value, 1 - torch.clamp((1 + count) / (10 + count), max=decay).to(average.dtype))
+
+
+@contextmanager
+def stop_on_interrupt() -> Iterator[list[bool]]:
+    """A list that is non-empty once Ctrl-C was pressed; a second one interrupts at once."""
+    pressed: list[bool] = []
+
+    def press(number: int, frame: Any) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(True)
+
+    if threading.current_thread() is not threading.main_thread():  # only that one may listen to signals
+        yield pressed
+        return
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def train(task: Task, config: TrainingConfig, folder: Path, model_folder: Path, progress: bool = True) -> Task:
+    """Train until `config.steps`, from the folder's checkpoint where there is one, and export the averaged model.
+
+    Every step seeds torch's generator from (seed, step, process), so that a run that resumes goes on with the same
+    losses; the caller's generator is put back. Ctrl-C ends the step, writes the checkpoint and the model, and returns.
+    """
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(
+        mixed_precision=config.precision, gradient_accumulation_steps=config.gradient_accumulation
+    )
+    main = accelerator.is_main_process
+    averaged = AveragedModel(task, avg_fn=partial(moving_average, config.ema_decay))
+    optimizers = make_optimizers(task, config)
+    best = cast(Task, averaged.module)
+    first = load_checkpoint(folder, task, averaged, optimizers)
+    averaged.to(accelerator.device)
+    wrapped = accelerator.prepare(task)
+    optimizers.parts = [accelerator.prepare(part) for part in optimizers.parts]
+    if config.compile:
+        task.compile_parts()
+
+    data = Mixture(config.data, config.side, config.seed)
+    accumulate = config.gradient_accumulation
+    sampler = StepSampler(
+        first * accumulate,
+        config.steps * accumulate,
+        config.batch_size,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    shown = [Mixture(config.data, config.side, config.seed + 1)[i] for i in range(16)] if main else []
+    step, started, pending = first, time.time(), []
+    with torch.random.fork_rng(), stop_on_interrupt() as interrupted:
+        bar = tqdm(total=config.steps, initial=first, desc=str(folder), disable=not (progress and main))
+        for number, (images, captions) in enumerate(loader(data, sampler, config.workers), first * accumulate):
+            torch.manual_seed(hash((config.seed, number, accelerator.process_index)) % 2**63)
+            optimizers.set_rate(config.rate(step))
+            with accelerator.accumulate(wrapped):
+                with accelerator.autocast():
+                    loss, figures = wrapped(images.to(accelerator.device).float() / 255, captions, step)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(wrapped.parameters(), config.clip_grad_norm)
+                for part in optimizers.parts:
+                    part.step()
+                    part.zero_grad()
+            if not accelerator.sync_gradients:
+                continue
+            step += 1
+            task.after_step()
+            averaged.update_parameters(task)
+            pending.append({"loss": loss.detach(), **figures})
+            bar.update()
+            done = step == config.steps or bool(interrupted)
+            if step % min(config.every, 50) == 0 or done:
+                # Read together: a look at each step's figures would make the device wait.
+                means = {name: float(torch.stack([p[name].float() for p in pending]).mean()) for name in pending[0]}
+                bar.set_postfix({name: f"{value:.4g}" for name, value in means.items()})
+                if main:
+                    spent = time.time() - started
+                    write_log(folder, {"step": step, "rate": config.rate(step), "seconds": round(spent, 1), **means})
+                pending = []
+            if main and (step % config.every == 0 or done):
+                save_checkpoint(folder, step, task, averaged, optimizers)
+                save_samples(folder, step, best, shown, accelerator.device)
+                plot_log(folder)
+            if done:
+                break
+        bar.close()
+    if main:
+        best.export(model_folder)
+    return best
+
+
+def save_checkpoint(folder: Path, step: int, task: nn.Module, averaged: nn.Module, optimizers: Optimizers) -> None:
+    """Written beside and moved into place: a run that is killed meanwhile keeps the one before."""
+    state = {"step": step, "task": task.state_dict(), "averaged": averaged.state_dict()}
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(state | {"optimizers": [part.state_dict() for part in optimizers.parts]}, folder / "checkpoint.new")
+    os.replace(folder / "checkpoint.new", folder / "checkpoint.pt")
+
+
+def load_checkpoint(folder: Path, task: nn.Module, averaged: nn.Module, optimizers: Optimizers) -> int:
+    """The step that the folder's checkpoint was written after, its state put into place; 0 without one."""
+    if not (folder / "checkpoint.pt").exists():
+        return 0
+    state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+    task.load_state_dict(state["task"])
+    averaged.load_state_dict(state["averaged"])
+    for part, saved in zip(optimizers.parts, state["optimizers"], strict=True):
+        part.load_state_dict(saved)
+    step, log = int(state["step"]), folder / "log.jsonl"
+    # A run that was killed may have logged steps after its checkpoint; they are about to come again.
+    lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step] if log.exists() else []
+    log.write_text("".join(f"{line}\n" for line in lines))
+    return step
+
+
+def write_log(folder: Path, line: dict[str, float]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "log.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def save_samples(folder: Path, step: int, task: Any, shown: list[tuple[Tensor, str]], device: torch.device) -> None:
+    images = torch.stack([image for image, _ in shown]).to(device).float() / 255
+    training = task.training
+    task.eval()
+    with torch.no_grad():
+        picture = task.sample(images, [caption for _, caption in shown])
+    task.train(training)
+    (folder / "samples").mkdir(parents=True, exist_ok=True)
+    picture.save(folder / "samples" / f"{step:07}.png")
+
+
+def plot_log(folder: Path) -> None:
+    """The log's figures over the steps, a panel each, in `loss.png`."""
+    from matplotlib.figure import Figure
+
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    names = [name for name in lines[-1] if name not in ("step", "rate", "seconds")]
+    figure = Figure(figsize=(6, 2.2 * len(names)), layout="constrained")
+    for axis, name in zip(figure.subplots(len(names), squeeze=False)[:, 0], names, strict=True):
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        axis.plot(*zip(*points, strict=True), linewidth=1)
+        axis.set(ylabel=name, xlabel="step")
+    figure.savefig(folder / "loss.png", dpi=100)

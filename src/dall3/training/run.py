@@ -1,0 +1,134 @@
+"""`dall3 train`: settings from a TOML file, the parts trained before from the folder, one model trained into it.
+
+A folder of weights grows part by part: tokenizer, vqgan, transformer, clip, upsampler, each by one command, and is a
+pipeline folder at any time. What a run needs to go on lies beside them in `runs/<model>`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dall3.models.clip import CLIPConfig
+from dall3.models.transformer import TransformerConfig
+from dall3.models.unet import UNetConfig
+from dall3.models.vqgan import VQGANConfig, VQModel
+from dall3.text import TextEncoder, Tokenizer, load_tokenizer
+from dall3.training.clip import CLIPTask, CLIPTraining
+from dall3.training.data import Mixture
+from dall3.training.loop import Task, TrainingConfig, train
+from dall3.training.tokenizer import draw_captions, train_tokenizer
+from dall3.training.transformer import TransformerTask, TransformerTraining
+from dall3.training.upsampler import UpsamplerTask, UpsamplerTraining
+from dall3.training.vqgan import VQGANTask, VQGANTraining
+from dall3.weights import TOKENIZER, from_json, load_part
+
+SETTINGS = Path(__file__).parent / "settings"  # those of the bundled weights
+
+
+def make_vqgan(model: dict[str, Any], loss: dict[str, Any], folder: Path) -> Task:
+    return VQGANTask(from_json(VQGANConfig, model), from_json(VQGANTraining, loss))
+
+
+def make_transformer(model: dict[str, Any], loss: dict[str, Any], folder: Path) -> Task:
+    vqgan, tokenizer = need_vqgan(folder), need_tokenizer(folder)
+    words = {"num_text_tokens": tokenizer.vocab_size, "num_image_tokens": vqgan.num_tokens}
+    config = from_json(TransformerConfig, words | model)
+    encoder = TextEncoder(tokenizer, config.text_seq_len, config.num_text_tokens)
+    return TransformerTask(config, from_json(TransformerTraining, loss), vqgan, encoder)
+
+
+def make_clip(model: dict[str, Any], loss: dict[str, Any], folder: Path) -> Task:
+    tokenizer = need_tokenizer(folder)
+    vocabulary = {"vocab_size": tokenizer.vocab_size + 2}
+    config = from_json(CLIPConfig, model | {"text_cfg": vocabulary | model["text_cfg"]})
+    vqgan = need_vqgan(folder) if (folder / "vqgan").is_dir() else None
+    return CLIPTask(config, from_json(CLIPTraining, loss), tokenizer, vqgan)
+
+
+def make_upsampler(model: dict[str, Any], loss: dict[str, Any], folder: Path) -> Task:
+    return UpsamplerTask(from_json(UNetConfig, model), from_json(UpsamplerTraining, loss), need_vqgan(folder))
+
+
+MAKERS: dict[str, Callable[[dict[str, Any], dict[str, Any], Path], Task]] = {
+    "vqgan": make_vqgan,
+    "transformer": make_transformer,
+    "clip": make_clip,
+    "upsampler": make_upsampler,
+}
+TRAINABLE = ("tokenizer", *MAKERS)
+
+
+def need_vqgan(folder: Path) -> VQModel:
+    if not (folder / "vqgan").is_dir():
+        raise ValueError(f"{folder} holds no vqgan, on whose codes this is trained; train that first")
+    return load_part(folder / "vqgan")
+
+
+def need_tokenizer(folder: Path) -> Tokenizer:
+    if not (folder / TOKENIZER).exists():
+        raise ValueError(f"{folder} holds no {TOKENIZER}; run `dall3 train tokenizer` on the same data first")
+    return load_tokenizer(folder / TOKENIZER)
+
+
+def read_settings(path: str | Path) -> dict[str, dict[str, Any]]:
+    """The tables [model], [loss] and [train] of a TOML file. Raises ValueError for another file."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        found = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not TOML ({error})") from None
+    unknown = found.keys() - {"model", "loss", "train"}
+    if unknown or not all(isinstance(table, dict) for table in found.values()):
+        raise ValueError(f"{path}: {', '.join(sorted(unknown)) or 'a value'}; expected tables model, loss and train")
+    return {name: found.get(name, {}) for name in ("model", "loss", "train")}
+
+
+def train_model(
+    model: str,
+    folder: str | Path,
+    config: str | Path | None = None,
+    data: Sequence[str] = (),
+    resume: bool = False,
+    initial: str | Path | None = None,
+    progress: bool = True,
+    **overrides: Any,
+) -> None:
+    """Train one part of a folder of weights, and write it there.
+
+    model: "tokenizer", "vqgan", "transformer", "clip" or "upsampler". config: a TOML file; the bundled weights'
+    settings if not given. data: sources as `open_source` takes them, in place of the settings'. resume: go on from
+    the folder's checkpoint of this model. initial: a part's folder whose weights are started from. overrides: of
+    `TrainingConfig`. Raises ValueError for settings that are unknown or out of range, parts that are missing, and a
+    run that is there already, before any work.
+    """
+    if model not in TRAINABLE:
+        raise ValueError(f"model '{model}' is not known; expected one of {', '.join(TRAINABLE)}")
+    folder, path = Path(folder), Path(config or SETTINGS / f"{model}.toml")
+    settings = read_settings(path)
+    try:
+        training = from_json(TrainingConfig, settings["train"])
+        training = replace(training, **({"data": tuple(data)} if data else {}), **overrides)
+        if model == "tokenizer":
+            text = train_tokenizer(draw_captions(Mixture(training.data, 16), training.steps), **settings["model"])
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / TOKENIZER).write_text(text, encoding="utf-8")
+            return
+        torch.manual_seed(training.seed)
+        task = MAKERS[model](settings["model"], settings["loss"], folder)
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    run = folder / "runs" / model
+    if (run / "checkpoint.pt").exists() and not resume:
+        raise FileExistsError(f"{run} holds a run already; resume it, or give another folder")
+    if initial is not None:
+        task.get_submodule("model").load_state_dict(load_part(initial, getattr(task, "tokenizer", None)).state_dict())
+    train(task, training, run, folder / model, progress)

@@ -1,0 +1,127 @@
+"""Training the diffusion upsampler: noisy pictures back to clean ones, told the codes of the picture.
+
+Learned variance by the hybrid loss (arXiv 2102.09672, section 3.1). The network is convolutional up to its attention
+at low resolution, so it may be trained on crops and used on whole pictures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL.Image import Image
+from torch import Tensor
+
+from dall3.diffusion import GaussianDiffusion, Refinement, denoise
+from dall3.models.unet import UNet, UNetConfig
+from dall3.models.vqgan import VQModel
+from dall3.output import make_grid, to_pil
+from dall3.training.loop import Task
+from dall3.weights import save_part
+
+
+@dataclass(frozen=True)
+class UpsamplerTraining:
+    """crop: pixels a side of the random crops that are trained on, in `crop_share` of the steps; a multiple of twice
+    what a code stands for in the fine picture. snr_limits: bounds of the signal-to-noise ratio that weighs a step's
+    error in the predicted picture (arXiv 2202.00512, section 4); the error in the noise is weighed by 1.
+    vlb_weight: of the variational bound that trains the variance, against the error.
+    """
+
+    crop: int = 128
+    crop_share: float = 1.0
+    snr_limits: tuple[float, float] = (1.0, 5.0)
+    vlb_weight: float = 1e-3
+
+
+class UpsamplerTask(Task):
+    def __init__(self, config: UNetConfig, training: UpsamplerTraining, vqgan: VQModel) -> None:
+        super().__init__()
+        self.settings, self.model, self.frozen = training, UNet(config), [vqgan]
+        self.diffusion = GaussianDiffusion(config.diffusion)
+        self.run = self.model.forward
+
+    def compile_parts(self) -> None:
+        self.run = torch.compile(self.model.forward, dynamic=False)
+
+    def conditioning(self, images: Tensor) -> Tensor:
+        """Fine pictures (batch, 3, side, side) in [0, 1] to the embeddings of their coarse ones' codes."""
+        vqgan, config = self.frozen[0].to(images.device), self.model.config
+        coarse = 2 * images.shape[-1] // config.downsampling * vqgan.downsampling
+        return vqgan.embed(vqgan.encode(F.interpolate(images, coarse, mode="area")))
+
+    def forward(self, images: Tensor, captions: list[str], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        s, diffusion, learn_sigma = self.settings, self.diffusion, self.model.config.diffusion.learn_sigma
+        with torch.no_grad():
+            embeddings = self.conditioning(images)
+        if torch.rand(()) < s.crop_share:
+            unit = 2 * images.shape[-1] // embeddings.shape[-1]  # the convolution of the embeddings has stride 2
+            places = [int(torch.randint((images.shape[-1] - s.crop) // unit + 1, ())) for _ in range(2)]
+            images = crop_at(images, places, unit, s.crop)
+            embeddings = crop_at(embeddings, places, 2, 2 * s.crop // unit)
+        x_start = images * 2 - 1
+        t = torch.randint(len(diffusion), (len(x_start),), device=x_start.device)
+        noise = torch.randn_like(x_start)
+        x = diffusion.add_noise(x_start, t, noise)
+        output = self.run(x, diffusion.at("timestep", t), image_embeds=embeddings).float()
+        prediction = diffusion.predict(output, x, t)
+        if self.model.config.diffusion.predict_xstart:
+            snr = torch.exp(2 * diffusion.at("half_log_snr", t))
+            error = (prediction.pred_xstart - x_start).square().mean(dim=(1, 2, 3)) * snr.clamp(*s.snr_limits)
+        else:
+            error = (output[:, :3] - noise).square().mean(dim=(1, 2, 3))
+        loss = error.mean()
+        figures = {"mse": (prediction.pred_xstart.detach() - x_start).square().mean()}
+        if learn_sigma:
+            bound = variational_bound(diffusion, prediction.mean.detach(), prediction.log_variance, x_start, x, t)
+            loss = loss + s.vlb_weight * len(diffusion) * bound.mean()
+            figures["bound"] = bound.detach().mean()
+        return loss, figures
+
+    def sample(self, images: Tensor, captions: list[str]) -> Image:
+        """For every picture itself, its coarse one, and what diffusion makes of the codes."""
+        images = images[:6]
+        vqgan, side = self.frozen[0], images.shape[-1]
+        embeddings = self.conditioning(images)
+        generators = [torch.Generator(images.device).manual_seed(k) for k in range(len(images))]
+        settings = Refinement(num_inference_steps=25)
+        fine = denoise(self.model, (3, side, side), generators, {"image_embeds": embeddings}, settings)
+        small = F.interpolate(images, side // 2, mode="area")
+        rows = [images, vqgan.decode(vqgan.encode(small)), (fine + 1) / 2]
+        return make_grid([to_pil(row) for row in rows], side)
+
+    def export(self, folder: Path) -> None:
+        save_part(self.model, folder)
+
+
+def crop_at(x: Tensor, places: list[int], unit: int, side: int) -> Tensor:
+    """The square of `side` whose corner is at `places`, counted in units."""
+    top, left = (place * unit for place in places)
+    return x[..., top : top + side, left : left + side]
+
+
+def variational_bound(
+    diffusion: GaussianDiffusion, mean: Tensor, log_variance: Tensor, x_start: Tensor, x: Tensor, t: Tensor
+) -> Tensor:
+    """The term of the variational bound that belongs to steps t, in bits a channel: float (batch,).
+
+    From step 1 on the Kullback-Leibler divergence of q(x_{t-1} | x_t, x_0) from p(x_{t-1} | x_t); at step 0 the
+    likelihood of the picture's 8 bits.
+    """
+    true_mean, true_log_variance = diffusion.posterior_mean(x_start, x, t), diffusion.at("log_posterior", t, x)
+    divergence = 0.5 * (
+        log_variance
+        - true_log_variance
+        + torch.exp(true_log_variance - log_variance)
+        - 1
+        + (true_mean - mean).square() * torch.exp(-log_variance)
+    )
+    # The normal distribution's mass over the step of 1/255 around the pixel, open to both sides at black and white.
+    scale = torch.exp(-0.5 * log_variance)
+    upper = torch.where(x_start > 0.999, 1.0, torch.special.ndtr((x_start - mean + 1 / 255) * scale))
+    lower = torch.where(x_start < -0.999, 0.0, torch.special.ndtr((x_start - mean - 1 / 255) * scale))
+    likelihood = -torch.log((upper - lower).clamp(min=1e-12))
+    nats = torch.where((t == 0).view(-1, 1, 1, 1), likelihood, divergence)
+    return nats.mean(dim=(1, 2, 3)) / torch.tensor(2.0).log()

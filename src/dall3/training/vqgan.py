@@ -1,0 +1,186 @@
+"""Training a GumbelVQ: pictures to a grid of codes and back (arXiv 2012.09841)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL.Image import Image
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from dall3.models.vqgan import GumbelVQ, VQGANConfig
+from dall3.output import make_grid, to_pil
+from dall3.training.loop import Task
+from dall3.weights import save_part
+
+
+@dataclass(frozen=True)
+class VQGANTraining:
+    """What a VQGAN's loss is made of.
+
+    quantizer: "nearest" (a codebook that follows the features by moving averages, arXiv 1711.00937, with the rotation
+    trick, arXiv 2410.06424; a code used less often a step than `dead_code_threshold` is replaced) or "gumbel"
+    (arXiv 1611.01144), whose temperature falls from 1 to `gumbel_temperature` over `gumbel_steps` and whose KL to even
+    use of the codes counts `kl_weight`. quantize_from: the first step with codes; before it the autoencoder trains
+    without. crop: pixels a side of the random crops, `crops` from each picture, that are trained on in `crop_share` of
+    the steps; the others take whole pictures. discriminator_from: the first step in which the patch discriminator
+    counts, `discriminator_weight` against the reconstruction.
+    """
+
+    quantizer: str = "nearest"
+    quantize_from: int = 0
+    commitment_weight: float = 0.25
+    codebook_decay: float = 0.99
+    dead_code_threshold: float = 0.1
+    kl_weight: float = 5e-4
+    gumbel_temperature: float = 0.1
+    gumbel_steps: int = 10_000
+    edge_weight: float = 1.0
+    discriminator_from: int = 10**9
+    discriminator_weight: float = 0.1
+    discriminator_channels: int = 32
+    crop: int = 64
+    crops: int = 2
+    crop_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.quantizer not in ("nearest", "gumbel"):
+            raise ValueError(f"quantizer '{self.quantizer}' is not known; expected nearest or gumbel")
+
+
+class PatchDiscriminator(nn.Sequential):
+    """Real or decoded, for every patch of 34 pixels (arXiv 1611.07004)."""
+
+    def __init__(self, channels: int) -> None:
+        def layer(into: int, out: int, stride: int) -> list[nn.Module]:
+            return [nn.Conv2d(into, out, 4, stride, 1), nn.GroupNorm(8, out), nn.LeakyReLU(0.2)]
+
+        super().__init__(
+            nn.Conv2d(3, channels, 4, 2, 1),
+            nn.LeakyReLU(0.2),
+            *layer(channels, 2 * channels, 2),
+            *layer(2 * channels, 4 * channels, 1),
+            nn.Conv2d(4 * channels, 1, 4, 1, 1),
+        )
+
+
+def edges(images: Tensor) -> Tensor:
+    """Differences of neighbouring pixels to the right and below, side by side."""
+    return torch.cat((images.diff(dim=-1).flatten(1), images.diff(dim=-2).flatten(1)), dim=1)
+
+
+def rotate_to(features: Tensor, entries: Tensor) -> Tensor:
+    """The entries (…, width), with a gradient to the features as if a fixed rotation and scale had made them of these
+    (the rotation trick, arXiv 2410.06424, section 4.2).
+    """
+    here, there = F.normalize(features.detach(), dim=-1), F.normalize(entries, dim=-1)
+    middle = F.normalize(here + there, dim=-1)
+
+    def along(direction: Tensor) -> Tensor:
+        return (features * direction).sum(-1, keepdim=True)
+
+    scale = entries.norm(dim=-1, keepdim=True) / features.detach().norm(dim=-1, keepdim=True).clamp(min=1e-6)
+    return scale * (features - 2 * along(middle) * middle + 2 * along(here) * there)
+
+
+class VQGANTask(Task):
+    has_codes: Tensor  # whether the quantiser has begun
+
+    def __init__(self, config: VQGANConfig, training: VQGANTraining) -> None:
+        from vector_quantize_pytorch import VectorQuantize
+
+        super().__init__()
+        self.settings, self.model = training, GumbelVQ(config)
+        self.discriminator = PatchDiscriminator(training.discriminator_channels)
+        self.register_buffer("has_codes", torch.tensor(False))
+        if training.quantizer == "nearest":
+            self.model.quantize.requires_grad_(False)  # set from the moving averages at the end
+            self.nearest = VectorQuantize(
+                dim=config.embed_dim,
+                codebook_size=config.n_embed,
+                kmeans_init=True,
+                decay=training.codebook_decay,
+                threshold_ema_dead_code=training.dead_code_threshold,
+                rotation_trick=False,  # ours below needs no matrix a vector
+                commitment_weight=training.commitment_weight,
+            )
+
+    def quantize(self, features: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Features (batch, embed_dim, h, w) to what is decoded, the quantiser's loss, and ids (batch, h, w)."""
+        if self.settings.quantizer == "nearest":
+            rows = features.float().flatten(2).transpose(1, 2)
+            entries, ids, loss = self.nearest(rows)
+            quantized = rotate_to(rows, entries.detach()).transpose(1, 2).view_as(features)
+            return quantized, loss.sum(), ids.view(-1, *features.shape[2:])
+        logits = self.model.quantize["proj"](features).float()
+        progress = min(step / self.settings.gumbel_steps, 1.0)
+        choice = F.gumbel_softmax(logits, tau=self.settings.gumbel_temperature**progress, dim=1, hard=True)
+        log_share = logits.log_softmax(dim=1)
+        kl = (log_share.exp() * (log_share + torch.tensor(float(logits.shape[1])).log())).sum(1).mean()
+        quantized = torch.einsum("b n h w, n d -> b d h w", choice, self.model.codebook)
+        return quantized, self.settings.kl_weight * kl, choice.argmax(dim=1)
+
+    def forward(self, images: Tensor, captions: list[str], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        s, model = self.settings, self.model
+        if step != s.quantize_from and torch.rand(()) < s.crop_share:  # the codebook starts from whole pictures
+            images = torch.cat([random_crops(images, s.crop) for _ in range(s.crops)])
+        images = images * 2 - 1
+        features = model.quant_conv(model.encoder(images))
+        quantizer_loss, used = features.new_zeros(()), features.new_zeros(())
+        if step >= s.quantize_from:
+            self.has_codes.fill_(True)
+            features, quantizer_loss, ids = self.quantize(features, step)
+            used = torch.bincount(ids.flatten(), minlength=model.num_tokens).count_nonzero()
+        decoded = model.decoder(model.post_quant_conv(features)).float()
+        error = decoded - images
+        reconstruction = error.abs().mean() + s.edge_weight * (edges(decoded) - edges(images)).abs().mean()
+        loss = reconstruction + error.square().mean() + quantizer_loss
+        figures = {"psnr": -10 * torch.log10(error.detach().square().mean() / 4), "codes": used.detach()}
+        if step >= s.discriminator_from:
+            frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}
+            fooled = functional_call(self.discriminator, frozen, (decoded,))
+            real, fake = self.discriminator(images), self.discriminator(decoded.detach())
+            hinge = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+            loss = loss - s.discriminator_weight * fooled.mean() + hinge
+            figures |= {"hinge": hinge.detach()}
+        else:
+            # Every parameter takes part in every step: processes that train together wait for each.
+            loss = loss + 0 * sum(p.sum() for p in self.discriminator.parameters())
+        return loss, figures
+
+    def finished(self) -> GumbelVQ:
+        """The model with the codebook in the seed's form, whose likeliest code is the nearest one.
+
+        |h - e|² = |h|² - 2 h·e + |e|²: a 1×1 convolution with weight 2 e and bias -|e|² ranks the codes alike.
+        """
+        if self.settings.quantizer == "nearest":
+            codebook = self.nearest.codebook.detach().float()
+            state = {
+                "proj.weight": 2 * codebook[:, :, None, None],
+                "proj.bias": -codebook.square().sum(1),
+                "embed.weight": codebook,
+            }
+            self.model.quantize.load_state_dict(state)
+        return self.model
+
+    def sample(self, images: Tensor, captions: list[str]) -> Image:
+        model = self.finished()
+        if self.has_codes:
+            decoded = to_pil(model.decode(model.encode(images)))
+        else:
+            features = model.quant_conv(model.encoder(images * 2 - 1))
+            decoded = to_pil((model.decoder(model.post_quant_conv(features)) + 1) / 2)
+        rows = [pair[i : i + 8] for i in range(0, len(images), 8) for pair in (to_pil(images), decoded)]
+        return make_grid(rows, images.shape[-1])
+
+    def export(self, folder: Path) -> None:
+        save_part(self.finished(), folder)
+
+
+def random_crops(images: Tensor, side: int) -> Tensor:
+    """A square from the same random place of every picture."""
+    top, left = (int(torch.randint(size - side + 1, ())) for size in images.shape[2:])
+    return images[..., top : top + side, left : left + side]

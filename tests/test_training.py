@@ -1,0 +1,414 @@
+"""Training: what it looks at, that it learns, that it resumes to the same numbers, and that what it writes loads."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dall3 import Dall3Pipeline
+from dall3.cli import main
+from dall3.diffusion import GaussianDiffusion
+from dall3.models.unet import DiffusionConfig, UNetConfig
+from dall3.models.vqgan import VQGANConfig
+from dall3.scenes import is_held_out
+from dall3.scenes.emoji import Emoji, draw_emoji, emoji_caption, list_emoji, random_emoji_picture
+from dall3.text import load_tokenizer
+from dall3.training.data import Mixture, StepSampler, fit_picture, shuffled
+from dall3.training.loop import Task, TrainingConfig, train
+from dall3.training.run import SETTINGS, TRAINABLE, read_settings, train_model
+from dall3.training.tokenizer import train_tokenizer
+from dall3.training.upsampler import UpsamplerTask, UpsamplerTraining, variational_bound
+from dall3.training.vqgan import VQGANTask, VQGANTraining, rotate_to
+from dall3.weights import from_json, load_part
+
+SMALL_VQGAN = VQGANConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1, attn_levels=(), z_channels=8, embed_dim=8, n_embed=8)
+COLOURS = {"red": (200, 30, 30), "green": (30, 160, 40), "blue": (40, 60, 220)}
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder of plain pictures with captions."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name, colour in COLOURS.items():
+        Image.new("RGB", (40, 32), colour).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"a {name} picture\nall {name}\n")
+    return folder
+
+
+@pytest.fixture
+def emoji_folder(tmp_path: Path) -> Path:
+    """What npm leaves behind, with two drawings: a disc, and one that emojibase has in two skin tones."""
+    drawings = tmp_path / "emoji/node_modules/@lobehub/fluent-emoji-3d/assets"
+    names = tmp_path / "emoji/node_modules/emojibase-data/en/data.json"
+    drawings.mkdir(parents=True)
+    names.parent.mkdir(parents=True)
+    y, x = np.mgrid[:256, :256] - 127.5
+    disc = np.zeros((256, 256, 4), np.uint8)
+    disc[np.hypot(x, y) < 127] = (10, 20, 250, 255)
+    for stem in ("1f535", "1f44b-fe0f", "1f44b-1f3fb"):
+        Image.fromarray(disc).save(drawings / f"{stem}.webp", lossless=True)
+    waving = {"hexcode": "1F44B", "label": "waving hand", "tags": ["hello"], "group": 1}
+    waving["skins"] = [{"hexcode": "1F44B-1F3FB", "label": "waving hand: light skin tone"}]
+    blue = {"hexcode": "1F535", "label": "blue circle", "tags": ["blue", "round"], "group": 8}
+    names.write_text(json.dumps([blue, waving, {"hexcode": "1F1EB", "label": "not drawn"}]))
+    return tmp_path / "emoji"
+
+
+def small_config(pictures: Path, **more: object) -> TrainingConfig:
+    config = TrainingConfig(steps=6, batch_size=3, side=32, warmup=1, every=2, data=(f"folder:{pictures}",))
+    return replace(config, **more)
+
+
+def small_task(**more: object) -> VQGANTask:
+    torch.manual_seed(1)
+    return VQGANTask(SMALL_VQGAN, replace(VQGANTraining(quantize_from=1, crop=16, crop_share=0.5), **more))
+
+
+def test_a_folder_gives_every_picture_once_an_epoch_with_one_of_its_captions(pictures: Path) -> None:
+    data = Mixture([f"folder:{pictures}"], side=16)
+    for epoch in range(3):
+        items = [data[3 * epoch + i] for i in range(3)]
+        assert sorted(tuple(picture[:, 0, 0].tolist()) for picture, _ in items) == sorted(COLOURS.values())
+        for picture, text in items:
+            name = next(name for name, colour in COLOURS.items() if tuple(picture[:, 0, 0].tolist()) == colour)
+            assert text in (f"a {name} picture", f"all {name}")
+            assert picture.shape == (3, 16, 16) and picture.dtype == torch.uint8
+    assert {data[i][1] for i in range(60)} == {f"{form}" for n in COLOURS for form in (f"a {n} picture", f"all {n}")}
+
+
+def test_webdataset_shards_give_what_the_folder_gives(pictures: Path, tmp_path: Path) -> None:
+    for shard, names in (("a-0.tar", ["red", "green"]), ("a-1.tar", ["blue"])):
+        with tarfile.open(tmp_path / shard, "w") as tar:
+            for name in names:
+                for suffix in (".txt", ".png"):
+                    tar.add(pictures / f"{name}{suffix}", f"{name}{suffix}")
+            info = tarfile.TarInfo("alone.png")  # a picture without a caption is passed over
+            info.size = 4
+            tar.addfile(info, io.BytesIO(b"none"))
+    data = Mixture([f"webdataset:{tmp_path}/a-*.tar"], side=16)
+    seen = {
+        (tuple(data[i][0][:, 0, 0].tolist()), data[i][1].split()[-1 if "all" in data[i][1] else 1]) for i in range(12)
+    }
+    assert seen == {(colour, name) for name, colour in COLOURS.items()}
+
+
+def test_an_item_is_the_same_whatever_came_before(pictures: Path) -> None:
+    names = ["scenes=1", f"folder:{pictures}=2"]
+    first, second = Mixture(names, 32, seed=3), Mixture(names, 32, seed=3)
+    later = [second[i] for i in reversed(range(8))]
+    for (picture, text), (again, text_again) in zip([first[i] for i in range(8)], reversed(later), strict=True):
+        assert torch.equal(picture, again) and text == text_again
+    assert not torch.equal(first[0][0], Mixture(names, 32, seed=4)[0][0])
+
+
+def test_processes_share_a_step_out_among_themselves() -> None:
+    parts = [list(StepSampler(2, 5, 4, process, 3)) for process in range(3)]
+    for step, shares in enumerate(zip(*parts, strict=True), 2):
+        assert [i for share in shares for i in share] == list(range(12 * step, 12 * step + 12))
+
+
+def test_shuffled_epochs_hold_each_place_once() -> None:
+    for epoch in range(3):
+        assert sorted(shuffled(i, 50) for i in range(50 * epoch, 50 * epoch + 50)) == list(range(50))
+    assert [shuffled(i, 50) for i in range(50)] != [shuffled(i, 50) for i in range(50, 100)]
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["pictures"], "'pictures' is not known; expected scenes, emoji, folder:PATH or webdataset:PATTERN"),
+        (["scenes=much"], "a weight is not a number"),
+        (["scenes=0"], "not all of them 0"),
+        ([], "expected sources"),
+        (["folder:/nowhere"], "holds no picture"),
+        (["webdataset:/nowhere/*.tar"], "no shard"),
+    ],
+)
+def test_data_that_cannot_be_had_is_said(names: list[str], words: str) -> None:
+    with pytest.raises(ValueError, match=words.replace("(", r"\(")):
+        Mixture(names, 16)
+
+
+def test_transparent_pictures_lie_on_white_and_wide_ones_lose_their_sides() -> None:
+    picture = np.zeros((20, 40, 4), np.uint8)
+    picture[:, 10:30, :] = (200, 0, 0, 255)
+    picture[:, 19:21, :] = 0
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="PNG")
+    fitted = fit_picture(buffer.getvalue(), 20)
+    assert fitted[5, 2].tolist() == [200, 0, 0] and fitted[5, 10].tolist() == [255, 255, 255]
+
+
+def test_emoji_are_found_by_code_and_laid_on_the_background(emoji_folder: Path) -> None:
+    found = list_emoji(emoji_folder, toned=True)
+    assert [(e.hexcode, e.name, e.toned) for e in found] == [
+        ("1F535", "blue circle", False),
+        ("1F44B", "waving hand", False),
+        ("1F44B-1F3FB", "waving hand: light skin tone", True),
+    ]
+    assert [e.name for e in list_emoji(emoji_folder)] == ["blue circle", "waving hand"]
+    areas = []
+    for size in ("small", "medium", "large"):
+        picture = draw_emoji(found[0], "pink", size, 64, (0.3, -0.3))
+        assert picture[0, 0].tolist() == picture[-1, -1].tolist() == [236, 172, 188]
+        areas.append((np.abs(picture - [10, 20, 250]).sum(-1) < 30).sum())
+    assert areas[0] * 1.7 < areas[1] and areas[1] * 1.4 < areas[2]
+
+
+def test_emoji_training_never_sees_a_held_out_background(emoji_folder: Path) -> None:
+    rng, drawing = np.random.default_rng(0), list_emoji(emoji_folder)[1]
+    held_out = [
+        b for b in ("white", "grey", "black", "red", "yellow", "green", "blue", "pink") if is_held_out("1F44B", b)
+    ]
+    corner = {b: tuple(draw_emoji(drawing, b, "small", 32)[0, 0]) for b in held_out}
+    seen = {tuple(random_emoji_picture(drawing, rng, 32)[0][0, 0]) for _ in range(200)}
+    assert held_out and not seen & set(corner.values())
+    only = {tuple(random_emoji_picture(drawing, rng, 32, held_out=True)[0][0, 0]) for _ in range(50)}
+    assert only == set(corner.values())
+
+
+def test_emoji_captions_name_the_drawing_in_many_wordings() -> None:
+    avocado = Emoji("1F951", "Avocado", ("avocado", "food", "fruit"), Path("none"), 4)
+    rng = np.random.default_rng(0)
+    captions = {emoji_caption(avocado, "blue", "small", rng) for _ in range(500)}
+    assert all("avocado" in text and "a avocado" not in text for text in captions)
+    assert {"an avocado", "an avocado on a blue background"} <= captions and len(captions) > 60
+    assert any(text.startswith("avocado, ") and "food" in text for text in captions)
+
+
+def test_a_tokenizer_reads_any_text_back_and_keeps_0_for_padding(tmp_path: Path) -> None:
+    captions = ["a cube made of cloud", "a small red cube", "an avocado on a blue background"] * 20
+    (tmp_path / "tokenizer.json").write_text(train_tokenizer(captions, 300))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    assert tokenizer.vocab_size <= 300 and 0 not in tokenizer.encode("a cube made of cloud")
+    for text in ("a cube made of cloud", "ein würfel 🙂 aus wolke"):
+        assert tokenizer.decode(tokenizer.encode(text)).strip() == text
+    assert len(tokenizer.encode("a cube made of cloud")) <= 8
+    with pytest.raises(ValueError, match="vocab_size=200; expected more than 256"):
+        train_tokenizer(captions, 200)
+
+
+def test_training_learns_and_what_it_writes_is_a_gumbel_vq_with_the_nearest_code(
+    pictures: Path, tmp_path: Path
+) -> None:
+    config = small_config(pictures, steps=80, learning_rate=3e-3, ema_decay=0.9, every=10)
+    task = train(small_task(quantize_from=30), config, tmp_path / "run", tmp_path / "vqgan", progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert lines[-1]["psnr"] > lines[0]["psnr"] + 5 and lines[-1]["step"] == 80
+    assert (tmp_path / "run/loss.png").exists() and len(list((tmp_path / "run/samples").iterdir())) == 8
+    model = load_part(tmp_path / "vqgan")
+    images = torch.stack([Mixture(config.data, 32)[i][0] for i in range(3)]).float() / 255
+    assert (model.decode(model.encode(images)) - images).abs().mean() < 0.15
+    features = task.model.quant_conv(task.model.encoder(images * 2 - 1))
+    entries = task.nearest.codebook
+    nearest = torch.cdist(features.flatten(2).mT, entries[None]).argmin(-1)
+    assert (model.encode(images) == nearest).float().mean() > 0.99  # half precision may tip a tie
+
+
+@pytest.mark.parametrize("quantizer", ["nearest", "gumbel"])
+def test_a_run_that_resumes_ends_at_the_same_weights(quantizer: str, pictures: Path, tmp_path: Path) -> None:
+    def task() -> VQGANTask:
+        return small_task(quantizer=quantizer, discriminator_from=3)
+
+    config = small_config(pictures)
+    whole = train(task(), config, tmp_path / "whole", tmp_path / "a", progress=False)
+    interrupted = task()
+    forward = interrupted.forward
+
+    def press_after_three(images: torch.Tensor, captions: list[str], step: int):  # type: ignore[no-untyped-def]
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return forward(images, captions, step)
+
+    interrupted.forward = press_after_three  # type: ignore[method-assign]
+    train(interrupted, config, tmp_path / "parts", tmp_path / "b", progress=False)
+    assert torch.load(tmp_path / "parts/checkpoint.pt", weights_only=True)["step"] == 3
+    assert load_part(tmp_path / "b").num_tokens == 8  # a run that was stopped leaves a model too
+    parts = train(task(), config, tmp_path / "parts", tmp_path / "b", progress=False)
+    for (name, mine), theirs in zip(parts.state_dict().items(), whole.state_dict().values(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6, msg=name)
+    logs = [(tmp_path / run / "log.jsonl").read_text().splitlines()[-1] for run in ("whole", "parts")]
+    assert json.loads(logs[0])["loss"] == pytest.approx(json.loads(logs[1])["loss"], abs=1e-5)
+
+
+def test_training_leaves_the_callers_random_state_alone(pictures: Path, tmp_path: Path) -> None:
+    task = small_task()
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    train(task, small_config(pictures, steps=2), tmp_path / "run", tmp_path / "model", progress=False)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_gradient_accumulation_equals_the_larger_batch(pictures: Path, tmp_path: Path) -> None:
+    class Mean(Task):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(3))
+
+        def forward(self, images, captions, step):  # type: ignore[no-untyped-def]
+            loss = (images.mean(dim=(2, 3)) - self.weight).square().mean()
+            return loss, {}
+
+        def sample(self, images, captions):  # type: ignore[no-untyped-def]
+            return Image.new("RGB", (1, 1))
+
+        def export(self, folder: Path) -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    found = []
+    for batch_size, accumulation in ((6, 1), (3, 2)):
+        config = small_config(pictures, batch_size=batch_size, gradient_accumulation=accumulation, ema_decay=0.0)
+        folder = tmp_path / f"{accumulation}"
+        found.append(train(Mean(), config, folder, folder / "model", progress=False).weight)
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-6)
+
+
+def test_the_rotation_trick_gives_the_entries_and_turns_gradients() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(5, 4, generator=generator, requires_grad=True)
+    entries = torch.randn(5, 4, generator=generator)
+    rotated = rotate_to(features, entries)
+    torch.testing.assert_close(rotated, entries)
+    upstream = torch.randn(5, 4, generator=generator)
+    (gradient,) = torch.autograd.grad(rotated, features, upstream)
+    # A rotation and a scale keep the angle between a gradient and its vector, and stretch both alike.
+    scale = entries.norm(dim=-1) / features.norm(dim=-1)
+    torch.testing.assert_close(gradient.norm(dim=-1), upstream.norm(dim=-1) * scale)
+    torch.testing.assert_close((gradient * features).sum(-1), (upstream * entries).sum(-1))
+
+
+def test_the_variational_bound_is_0_for_the_posterior_and_a_distribution_at_the_end() -> None:
+    diffusion = GaussianDiffusion(DiffusionConfig(diffusion_steps=100))
+    x_start, noise = torch.linspace(-0.9, 0.9, 12).view(1, 3, 2, 2), torch.ones(1, 3, 2, 2)
+    t = torch.tensor([40])
+    x = diffusion.add_noise(x_start, t, noise)
+    mean, log_variance = diffusion.posterior_mean(x_start, x, t), diffusion.at("log_posterior", t, x).expand_as(x)
+    assert variational_bound(diffusion, mean, log_variance, x_start, x, t).abs().max() < 1e-6
+    worse = variational_bound(diffusion, mean + 0.1, log_variance, x_start, x, t)
+    assert torch.allclose(worse, (0.005 * torch.exp(-log_variance).mean() / np.log(2)).float(), rtol=1e-4)
+    levels = (torch.arange(256) / 127.5 - 1).view(256, 1, 1, 1)
+    t = torch.zeros(256, dtype=torch.int64)
+    middle, spread = torch.full_like(levels, 0.2), torch.full_like(levels, -4.0)
+    bits = variational_bound(diffusion, middle, spread, levels, levels, t)
+    assert float((2**-bits).sum()) == pytest.approx(1, abs=1e-4)  # over all levels of a pixel
+
+
+def test_crops_of_a_picture_keep_their_own_codes(pictures: Path) -> None:
+    class Averages(torch.nn.Module):
+        """A stand-in for a VQGAN whose codes are a place's mean brightness."""
+
+        downsampling = 8
+
+        def encode(self, images: torch.Tensor) -> torch.Tensor:
+            return (torch.nn.functional.avg_pool2d(images.mean(1), 8) * 1000).long().flatten(1)
+
+        def embed(self, ids: torch.Tensor) -> torch.Tensor:
+            side = round(ids.shape[1] ** 0.5)
+            return ids.view(-1, 1, side, side).expand(-1, 4, -1, -1).float() / 1000
+
+    config = UNetConfig(
+        32, (1, 1, 1, 1, 1, 1), 1, (), 256, embedding_dims=(4, 32), diffusion=DiffusionConfig(predict_xstart=True)
+    )
+    task = UpsamplerTask(config, UpsamplerTraining(crop=64, crop_share=1.0), Averages())  # type: ignore[arg-type]
+    seen = {}
+
+    def look(x: torch.Tensor, t: torch.Tensor, image_embeds: torch.Tensor) -> torch.Tensor:
+        seen.update(x=x, embeddings=image_embeds)
+        return torch.zeros(len(x), 6, *x.shape[2:])
+
+    task.run = look  # type: ignore[assignment]
+    task.diffusion.add_noise = lambda x_start, t, noise: x_start  # type: ignore[method-assign]
+    for seed in range(4):
+        torch.manual_seed(seed)
+        images = torch.nn.functional.interpolate(torch.rand(2, 3, 16, 16), 256, mode="bilinear")
+        task(images, ["", ""], 0)
+        means = torch.nn.functional.avg_pool2d((seen["x"].mean(1) + 1) / 2, 16)
+        assert seen["x"].shape[-1] == 64 and seen["embeddings"].shape[-1] == 4
+        torch.testing.assert_close(seen["embeddings"][:, 0], means, rtol=0, atol=2e-3)
+
+
+def write_small_settings(folder: Path, pictures: Path) -> dict[str, Path]:
+    """Settings with which every part trains within seconds."""
+    train_table = f'[train]\nsteps = 2\nbatch_size = 2\nside = 32\nevery = 2\ndata = ["folder:{pictures}"]\n'
+    models = {
+        "tokenizer": "[model]\nvocab_size = 270\n",
+        "vqgan": "[model]\nch = 32\nch_mult = [1, 1]\nnum_res_blocks = 1\nattn_levels = []\nz_channels = 4\n"
+        "embed_dim = 4\nn_embed = 8\n",
+        "transformer": "[model]\ntext_seq_len = 16\ndim = 16\ndepth = 1\nheads = 1\ndim_head = 16\ngrid_size = 16\n",
+        "clip": "[model]\nembed_dim = 16\n[model.vision_cfg]\nimage_size = 32\npatch_size = 16\nwidth = 16\n"
+        "head_width = 16\nlayers = 1\n[model.text_cfg]\ncontext_length = 16\nwidth = 16\nheads = 1\nlayers = 1\n",
+        "upsampler": "[model]\nmodel_channels = 32\nchannel_mult = [1, 1, 1, 1]\nnum_res_blocks = 1\n"
+        "attention_levels = [3]\nimage_size = 64\nnum_head_channels = 32\nembedding_dims = [4, 32]\n"
+        "[loss]\ncrop = 32\n",
+    }
+    paths = {}
+    for name, table in models.items():
+        paths[name] = folder / f"{name}.toml"
+        text = table + train_table
+        paths[name].write_text(text.replace("side = 32", "side = 64") if name == "upsampler" else text)
+    return paths
+
+
+def test_five_commands_make_a_pipeline_of_ones_own(pictures: Path, tmp_path: Path) -> None:
+    settings, out = write_small_settings(tmp_path, pictures), tmp_path / "weights"
+    for model in TRAINABLE:
+        assert main(["train", model, "--config", str(settings[model]), "--out", str(out)]) == 0
+    pipe = Dall3Pipeline.from_pretrained(out)
+    result = pipe("a red picture", num_candidates=2, num_inference_steps=2, cutn=2, seed=0, progress=False)
+    assert result.images[0].size == (64, 64) and result.clip_scores is not None
+    assert result.coarse_images[0].size == (32, 32)
+
+
+def test_what_cannot_be_trained_is_said_before_any_work(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings, out = write_small_settings(tmp_path, pictures), tmp_path / "weights"
+
+    def fails(model: str, *more: str, words: str) -> None:
+        assert main(["train", model, "--config", str(settings[model]), "--out", str(out), *more]) == 2
+        assert words in capsys.readouterr().err
+
+    fails("transformer", words="holds no vqgan, on whose codes this is trained; train that first")
+    fails("vqgan", "--data", "folder:/nowhere", words="holds no picture")
+    fails("vqgan", "--steps", "0", words="steps=0; expected a whole number from 1")
+    good = settings["vqgan"].read_text()
+    for line, words in (
+        ("chh = 3\n", "unknown setting chh"),
+        ("[other]\n", "expected tables model, loss and train"),
+        ("ch = \n", "not TOML"),
+    ):
+        settings["vqgan"].write_text(line + good if line == "[other]\n" else good.replace("ch = 32\n", line))
+        fails("vqgan", words=words)
+    settings["vqgan"].write_text(good)
+    assert not out.exists()
+    train_model("vqgan", out, settings["vqgan"], progress=False)
+    fails("vqgan", words="holds a run already; resume it, or give another folder")
+    fails("transformer", words="run `dall3 train tokenizer` on the same data first")
+
+
+def test_the_settings_of_the_bundled_weights_are_there_and_make_their_models() -> None:
+    for model in TRAINABLE:
+        settings = read_settings(SETTINGS / f"{model}.toml")
+        assert settings["model"] and settings["train"]["data"] and from_json(TrainingConfig, settings["train"])
+
+
+def test_scenes_render_writes_what_the_folder_source_reads(tmp_path: Path) -> None:
+    out = tmp_path / "scenes"
+    assert main(["scenes", "render", "--count", "3", "--size", "32", "--out", str(out)]) == 0
+    picture, text = Mixture([f"folder:{out}"], 32)[0]
+    assert picture.shape == (3, 32, 32) and len(text) > 5
+    assert main(["scenes", "render", "--count", "3", "--size", "32", "--out", str(out)]) == 2
+    assert main(["scenes", "sheet", "--size", "16", "--out", str(tmp_path / "sheet.png")]) == 0
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width > 10 * 16 and sheet.height > 22 * 16

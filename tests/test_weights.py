@@ -1,0 +1,132 @@
+"""Weights as folders: what is written is read back, what is broken is said, and the bundled weights draw offline."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dall3 import CheckpointError, Dall3Pipeline
+from dall3.models.clip import CLIP, CLIPConfig
+from dall3.models.discrete_vae import DiscreteVAE, DiscreteVAEConfig
+from dall3.models.transformer import DalleTransformer, TransformerConfig
+from dall3.models.unet import DiffusionConfig, UNet, UNetConfig
+from dall3.models.vqgan import GumbelVQ, VQGANConfig, VQModel
+from dall3.text import load_tokenizer
+from dall3.weights import BUNDLED, TOKENIZER, load_part, save_part
+
+VQGAN = VQGANConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_levels=(1,), z_channels=4, embed_dim=6, n_embed=10)
+UNET = UNetConfig(
+    *(32, (1, 1, 2), 1, (2,), 64), embedding_dims=(6, 32), diffusion=DiffusionConfig(noise_schedule="cosine")
+)
+TRANSFORMER = TransformerConfig(50, 10, 8, 32, 2, heads=2, dim_head=16, grid_size=4, attn_types=("full", "axial_row"))
+DVAE = DiscreteVAEConfig(32, 10, 8, 2, 1, 8)
+CLIP_CONFIG = CLIPConfig(
+    embed_dim=16,
+    vision_cfg=dict(image_size=32, patch_size=16, width=16, head_width=16, layers=1),
+    text_cfg=dict(context_length=12, vocab_size=3074, width=16, heads=1, layers=1),
+)
+
+
+def make(name: str) -> Any:
+    torch.manual_seed(0)
+    if name == "clip":
+        return CLIP.from_config(CLIP_CONFIG, load_tokenizer(BUNDLED / TOKENIZER))
+    return {
+        "gumbel": lambda: GumbelVQ(VQGAN),
+        "vqmodel": lambda: VQModel(VQGAN),
+        "unet": lambda: UNet(UNET),
+        "transformer": lambda: DalleTransformer(TRANSFORMER),
+        "dvae": lambda: DiscreteVAE(DVAE),
+    }[name]()
+
+
+@pytest.mark.parametrize("name", ["gumbel", "vqmodel", "unet", "transformer", "dvae", "clip"])
+def test_a_part_is_read_back_as_it_was_written(name: str, tmp_path: Path) -> None:
+    model = make(name)
+    save_part(model, tmp_path / "part", dtype=None)
+    again = load_part(tmp_path / "part", load_tokenizer(BUNDLED / TOKENIZER))
+    assert type(again) is type(model) and again.config == model.config
+    for key, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+    assert not any(parameter.requires_grad for parameter in again.parameters()) and not again.training
+
+
+def test_half_precision_halves_the_file_and_keeps_three_digits(tmp_path: Path) -> None:
+    model = make("unet")
+    save_part(model, tmp_path / "full", dtype=None)
+    save_part(model, tmp_path / "half")
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("full", "half")]
+    assert sizes[1] < 0.55 * sizes[0]
+    for key, value in load_part(tmp_path / "half").state_dict().items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, model.state_dict()[key], rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_wrong_with_a_folder_is_said(tmp_path: Path) -> None:
+    def fails(words: str) -> None:
+        with pytest.raises(CheckpointError) as error:
+            Dall3Pipeline.from_pretrained(tmp_path)
+        assert words in str(error.value) and "\n" not in str(error.value)
+
+    fails("holds none of transformer, vqgan")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        Dall3Pipeline.from_pretrained(tmp_path / "nowhere")
+    save_part(make("gumbel"), tmp_path / "vqgan")
+    config, weights = tmp_path / "vqgan/config.json", tmp_path / "vqgan/model.safetensors"
+    good, bytes_of_weights = config.read_text(), weights.read_bytes()
+    for text, words in (
+        ("{", "not JSON"),
+        ("[]", "holds list; expected an object"),
+        (good.replace("GumbelVQ", "os.system"), "its model is 'os.system'; expected one of DalleTransformer"),
+        (good.replace('"ch"', '"chh"'), "unknown setting chh; expected some of attn_levels, ch,"),
+        (good.replace('"n_embed": 10', '"n_embed": 11'), "of another shape"),
+    ):
+        config.write_text(text)
+        fails(words)
+    config.write_text(good)
+    weights.write_bytes(bytes_of_weights[:-100])
+    fails("not a safetensors file, or a damaged one")
+    save_file({"encoder.conv_in.weight": torch.zeros(1)}, weights)
+    fails("missing: decoder")
+    weights.unlink()
+    config.unlink()
+    fails("config.json: missing")
+
+
+def test_a_clip_without_its_tokenizer_is_an_error(tmp_path: Path) -> None:
+    save_part(make("clip"), tmp_path / "clip")
+    with pytest.raises(CheckpointError, match="needs the tokenizer that it was trained with"):
+        Dall3Pipeline.from_pretrained(tmp_path)
+    small = CLIPConfig(16, CLIP_CONFIG.vision_cfg, CLIP_CONFIG.text_cfg | {"vocab_size": 100})
+    with pytest.raises(ValueError, match="vocab_size is 100; the tokenizer needs 3074"):
+        CLIP.from_config(small, load_tokenizer(BUNDLED / TOKENIZER))
+
+
+def test_clip_reads_a_prompt_between_start_and_end_and_cuts_it_at_its_length() -> None:
+    clip, tokenizer = make("clip"), load_tokenizer(BUNDLED / TOKENIZER)
+    short, long = clip.tokenize(["A cube", "a cube made of cloud " * 9])
+    assert short.tolist() == [3072, *tokenizer.encode("a cube"), 3073] + [0] * (10 - len(tokenizer.encode("a cube")))
+    assert len(long) == 12 and long[0] == 3072 and long[-1] == 3073 and (long[1:-1] < 3072).all()
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def test_the_bundled_weights_are_small_and_credited() -> None:
+    files = [path for path in BUNDLED.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 48e6
+    card = (BUNDLED / "README.md").read_text()
+    assert "Fluent" in card and "MIT" in card and "emojibase" in card
+    assert json.loads((BUNDLED / "vqgan/config.json").read_text())["model"] == "GumbelVQ"
