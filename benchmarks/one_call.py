@@ -45,11 +45,11 @@ for _ in range(RUNS):
     timed("refine, unguided", pipe.upsample, tokens[best], **how)
     timed("refine, guided", pipe.upsample, tokens[best], prompt=PROMPT, clip_guidance_scale=1000, **how)
     with tempfile.TemporaryDirectory() as outputs:
-        script = Path(__file__).parent.parent / "examples/generate.py"
+        script = Path(__file__).parent.parent / "examples/load_2021_checkpoints.py"
         command = [sys.executable, str(script.resolve()), str(folder.resolve()), PROMPT]
         start = time.perf_counter()
         subprocess.run(command, cwd=outputs, check=True, capture_output=True)
-        seconds["examples/generate.py, whole process"].append(time.perf_counter() - start)
+        seconds["examples/load_2021_checkpoints.py, whole process"].append(time.perf_counter() - start)
 
 print(f"{CANDIDATES} candidates, 1 picture, {STEPS} steps, {torch.get_num_threads()} threads, float32, CPU")
 for name, runs in seconds.items():

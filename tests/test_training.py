@@ -242,6 +242,17 @@ def test_a_run_that_resumes_ends_at_the_same_weights(quantizer: str, pictures: P
     assert json.loads(logs[0])["loss"] == pytest.approx(json.loads(logs[1])["loss"], abs=1e-5)
 
 
+def test_a_trained_model_can_be_trained_on(pictures: Path, tmp_path: Path) -> None:
+    config = small_config(pictures, steps=40, learning_rate=3e-3, ema_decay=0.5, every=10)
+    train(small_task(quantize_from=20), config, tmp_path / "run", tmp_path / "vqgan", progress=False)
+    log = [json.loads(line)["psnr"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    task = small_task(quantize_from=0)
+    task.start_from(load_part(tmp_path / "vqgan"))
+    train(task, replace(config, steps=2, learning_rate=1e-5, every=1), tmp_path / "on", tmp_path / "b", progress=False)
+    on = [json.loads(line)["psnr"] for line in (tmp_path / "on/log.jsonl").read_text().splitlines()]
+    assert on[0] > log[-1] - 1 > log[0]
+
+
 def test_training_leaves_the_callers_random_state_alone(pictures: Path, tmp_path: Path) -> None:
     task = small_task()
     torch.manual_seed(5)

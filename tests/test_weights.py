@@ -9,14 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from dall3 import CheckpointError, Dall3Pipeline
+from dall3.cli import main
 from dall3.models.clip import CLIP, CLIPConfig
 from dall3.models.discrete_vae import DiscreteVAE, DiscreteVAEConfig
 from dall3.models.transformer import DalleTransformer, TransformerConfig
 from dall3.models.unet import DiffusionConfig, UNet, UNetConfig
 from dall3.models.vqgan import GumbelVQ, VQGANConfig, VQModel
+from dall3.scenes import Scene, describe, render
 from dall3.text import load_tokenizer
 from dall3.weights import BUNDLED, TOKENIZER, load_part, save_part
 
@@ -130,3 +133,49 @@ def test_the_bundled_weights_are_small_and_credited() -> None:
     card = (BUNDLED / "README.md").read_text()
     assert "Fluent" in card and "MIT" in card and "emojibase" in card
     assert json.loads((BUNDLED / "vqgan/config.json").read_text())["model"] == "GumbelVQ"
+
+
+def test_the_bundled_pipeline_draws_what_is_asked_offline(offline: None) -> None:
+    pipe = Dall3Pipeline.from_pretrained()
+    for colour, channel in (("red", 0), ("green", 1), ("blue", 2)):
+        tokens = pipe.generate_tokens(f"a large {colour} sphere on a white background", 4, seed=0, progress=False)
+        pictures = pipe.decode_tokens(tokens).mean(0)
+        middle, corner = pictures[:, 56:80, 56:80].mean((1, 2)), pictures[:, :12, :12].mean((1, 2))
+        assert corner.min() > 0.75, f"the background of {colour} is not white: {corner.tolist()}"
+        assert middle.argmax() == channel, f"the middle of {colour} is {middle.tolist()}"
+
+
+def test_the_bundled_clip_knows_which_picture_is_which(offline: None) -> None:
+    pipe = Dall3Pipeline.from_pretrained()
+    scenes = [Scene("cube", "wood"), Scene("sphere", "grass"), Scene("torus", "blue"), Scene("star", "gold")]
+    pictures = torch.stack([torch.from_numpy(render(scene, 128)).permute(2, 0, 1) / 255 for scene in scenes])
+    for i, scene in enumerate(scenes):
+        ranking = pipe.rank(pictures, describe(scene), progress=False)
+        assert ranking.indices[0] == i and ranking.scores[0] > ranking.scores[1]
+
+
+def test_the_bundled_upsampler_paints_the_picture_that_the_codes_stand_for(offline: None) -> None:
+    pipe = Dall3Pipeline.from_pretrained()
+    scene = Scene("cube", "red", "blue", "large")
+    true = torch.from_numpy(render(scene, 256)).permute(2, 0, 1)[None] / 255
+    fine = pipe.upsample(image=true, num_inference_steps=10, seed=0, progress=False)
+    assert fine.shape == (1, 3, 256, 256)
+    assert (fine - true).square().mean() < 0.01  # 20 dB
+    other = torch.from_numpy(render(Scene("star", "yellow", "grey"), 256)).permute(2, 0, 1)[None] / 255
+    assert (fine - other).square().mean() > 0.05
+
+
+def test_the_command_draws_on_the_bundled_weights(
+    offline: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generate = ["generate", "a red cube", "--num_images", "1", "--outputs_dir", str(tmp_path)]
+    assert main([*generate, "--timestep_respacing", "2"]) == 0
+    with Image.open(tmp_path / "a_red_cube/0-fine.png") as fine, Image.open(tmp_path / "a_red_cube/0.jpg") as coarse:
+        assert fine.size == (256, 256) and coarse.size == (128, 128)
+    for more, words in (
+        (["--bpe_path", "bpe.model"], "--bpe_path goes with --dalle_path; a folder of weights has its own"),
+        (["--weights", "w", "--dalle_path", "d.pt"], "--weights and --dalle_path are two places for the same"),
+        (["--weights", str(tmp_path)], "holds none of transformer, vqgan"),
+    ):
+        assert main([*generate, *more]) == 2
+        assert words in capsys.readouterr().err

@@ -101,10 +101,12 @@ def random_emoji_picture(
     """A drawing on a random background in a random size and place, and a caption: uint8 (side, side, 3), str.
 
     held_out: False leaves out the (drawing, background) pairs that training never sees, True takes only those, None
-    takes any.
+    takes any. Raises ValueError for a drawing that has none such.
     """
     backgrounds = [b for b in BACKGROUNDS if held_out is None or is_held_out(emoji.hexcode, b) == held_out]
-    background = backgrounds[rng.integers(len(backgrounds))] if backgrounds else "white"
+    if not backgrounds:
+        raise ValueError(f"{emoji.name} has no background with held_out={held_out}")
+    background = backgrounds[rng.integers(len(backgrounds))]
     size = SIZES[rng.integers(len(SIZES))]
     shift = tuple(rng.uniform(-0.5, 0.5, 2))
     return draw_emoji(emoji, background, size, side, shift), emoji_caption(emoji, background, size, rng)

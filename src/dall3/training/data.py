@@ -44,9 +44,8 @@ class Scenes:
 class EmojiPictures:
     """Fluent emoji on plain backgrounds without the pairs that are held out; fetched into `folder` where needed."""
 
-    def __init__(self, folder: str | Path = "emoji", names: Sequence[str] | None = None) -> None:
-        known = list_emoji(fetch_emoji(folder), toned=True)
-        self.pool = training_pool([e for e in known if names is None or e.name in names])
+    def __init__(self, folder: str | Path) -> None:
+        self.pool = training_pool(list_emoji(fetch_emoji(folder), toned=True))
 
     def draw(self, index: int, rng: np.random.Generator, side: int) -> tuple[np.ndarray, str]:
         return random_emoji_picture(self.pool[shuffled(index, len(self.pool))], rng, side)
@@ -131,13 +130,15 @@ def choose_line(text: str, rng: np.random.Generator) -> str:
     return lines[rng.integers(len(lines))]
 
 
-def open_source(name: str, emoji_folder: str | Path = "emoji") -> Source:
-    """A source by name: "scenes", "emoji", "folder:PATH" or "webdataset:PATTERN". Raises ValueError for another."""
+def open_source(name: str) -> Source:
+    """A source by name: "scenes", "emoji" (fetched into a folder of that name) or "emoji:FOLDER", "folder:PATH" or
+    "webdataset:PATTERN". Raises ValueError for another.
+    """
     kind, _, place = name.partition(":")
     if kind == "scenes":
         return Scenes()
     if kind == "emoji":
-        return EmojiPictures(place or emoji_folder)
+        return EmojiPictures(place or kind)
     if kind == "folder" and place:
         return Folder(place)
     if kind == "webdataset" and place:

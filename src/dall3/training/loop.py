@@ -84,6 +84,10 @@ class Task(nn.Module):
         """Write the trained model as a part of a pipeline folder."""
         raise NotImplementedError
 
+    def start_from(self, model: nn.Module) -> None:
+        """Take over the weights of a trained model."""
+        self.get_submodule("model").load_state_dict(model.state_dict())
+
     def compile_parts(self) -> None:
         """Compile what `forward` spends its time in; nothing unless a task says so."""
 

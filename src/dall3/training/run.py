@@ -106,8 +106,8 @@ def train_model(
 
     model: "tokenizer", "vqgan", "transformer", "clip" or "upsampler". config: a TOML file; the bundled weights'
     settings if not given. data: sources as `open_source` takes them, in place of the settings'. resume: go on from
-    the folder's checkpoint of this model. initial: a part's folder whose weights are started from. overrides: of
-    `TrainingConfig`. Raises ValueError for settings that are unknown or out of range, parts that are missing, and a
+    the folder's checkpoint of this model. initial: the folder of a trained part of the same configuration, whose
+    weights are started from. overrides: of `TrainingConfig`. Raises ValueError for settings that are unknown or out of range, parts that are missing, and a
     run that is there already, before any work.
     """
     if model not in TRAINABLE:
@@ -130,5 +130,6 @@ def train_model(
     if (run / "checkpoint.pt").exists() and not resume:
         raise FileExistsError(f"{run} holds a run already; resume it, or give another folder")
     if initial is not None:
-        task.get_submodule("model").load_state_dict(load_part(initial, getattr(task, "tokenizer", None)).state_dict())
+        tokenizer = load_tokenizer(folder / TOKENIZER) if (folder / TOKENIZER).exists() else None
+        task.start_from(load_part(initial, tokenizer))
     train(task, training, run, folder / model, progress)

@@ -24,13 +24,14 @@ from dall3.weights import save_part
 
 @dataclass(frozen=True)
 class UpsamplerTraining:
-    """crop: pixels a side of the random crops that are trained on, in `crop_share` of the steps; a multiple of twice
-    what a code stands for in the fine picture. snr_limits: bounds of the signal-to-noise ratio that weighs a step's
-    error in the predicted picture (arXiv 2202.00512, section 4); the error in the noise is weighed by 1.
-    vlb_weight: of the variational bound that trains the variance, against the error.
+    """crop: pixels a side of the random crops, `crops` from each picture, that are trained on in `crop_share` of the
+    steps; a multiple of twice what a code stands for in the fine picture. snr_limits: bounds of the signal-to-noise
+    ratio that weighs a step's error in the predicted picture (arXiv 2202.00512, section 4); the error in the noise is
+    weighed by 1. vlb_weight: of the variational bound that trains the variance, against the error.
     """
 
     crop: int = 128
+    crops: int = 1
     crop_share: float = 1.0
     snr_limits: tuple[float, float] = (1.0, 5.0)
     vlb_weight: float = 1e-3
@@ -58,9 +59,10 @@ class UpsamplerTask(Task):
             embeddings = self.conditioning(images)
         if torch.rand(()) < s.crop_share:
             unit = 2 * images.shape[-1] // embeddings.shape[-1]  # the convolution of the embeddings has stride 2
-            places = [int(torch.randint((images.shape[-1] - s.crop) // unit + 1, ())) for _ in range(2)]
-            images = crop_at(images, places, unit, s.crop)
-            embeddings = crop_at(embeddings, places, 2, 2 * s.crop // unit)
+            room = (images.shape[-1] - s.crop) // unit + 1
+            places = torch.randint(room, (s.crops, 2)).tolist()
+            images = torch.cat([crop_at(images, place, unit, s.crop) for place in places])
+            embeddings = torch.cat([crop_at(embeddings, place, 2, 2 * s.crop // unit) for place in places])
         x_start = images * 2 - 1
         t = torch.randint(len(diffusion), (len(x_start),), device=x_start.device)
         noise = torch.randn_like(x_start)
@@ -96,9 +98,9 @@ class UpsamplerTask(Task):
         save_part(self.model, folder)
 
 
-def crop_at(x: Tensor, places: list[int], unit: int, side: int) -> Tensor:
-    """The square of `side` whose corner is at `places`, counted in units."""
-    top, left = (place * unit for place in places)
+def crop_at(x: Tensor, place: list[int], unit: int, side: int) -> Tensor:
+    """The square of `side` whose corner is at `place`, (row, column) counted in units."""
+    top, left = (number * unit for number in place)
     return x[..., top : top + side, left : left + side]
 
 

@@ -108,6 +108,16 @@ class VQGANTask(Task):
                 commitment_weight=training.commitment_weight,
             )
 
+    def start_from(self, model: nn.Module) -> None:
+        super().start_from(model)
+        self.has_codes.fill_(True)
+        if self.settings.quantizer == "nearest":
+            book = self.nearest._codebook
+            book.embed.copy_(self.model.codebook)
+            book.embed_avg.copy_(self.model.codebook)
+            book.cluster_size.fill_(1)  # of how much a code was used, the file tells nothing
+            book.initted.fill_(True)
+
     def quantize(self, features: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Features (batch, embed_dim, h, w) to what is decoded, the quantiser's loss, and ids (batch, h, w)."""
         if self.settings.quantizer == "nearest":

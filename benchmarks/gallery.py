@@ -1,0 +1,63 @@
+"""The pictures in the README, as they come: python benchmarks/gallery.py [--weights FOLDER] [--out docs]
+
+The first prompts of each kind that a fixed seed gives, each drawn once with seed 0; nothing is chosen by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from dall3 import Dall3Pipeline
+from dall3.output import make_grid, to_pil
+from dall3.scenes import describe, random_scene
+
+HEADLINE = ("a cube made of cloud", "a cube made of water", "a cube made of porcupine", "an avocado")
+EMOJI = ("a penguin on a blue background", "a red apple", "a fox", "a rocket on a yellow background")
+SIDE, IMAGES, BEST, DRAWN = 160, 2, 8, 64
+
+
+def label(picture: Image.Image, texts: list[str], height: int) -> Image.Image:
+    """The picture with a column of texts to its left, one every `height` pixels."""
+    width = 230
+    sheet = Image.new("RGB", (picture.width + width, picture.height), "white")
+    sheet.paste(picture, (width, 0))
+    draw = ImageDraw.Draw(sheet)
+    for i, text in enumerate(texts):
+        lines = "\n".join(textwrap.wrap(text, 32))
+        draw.text((8, i * height + height // 2), lines, fill="black", anchor="lm", font_size=13)
+    return sheet
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", help="a pipeline's folder; the bundled weights if not given")
+    parser.add_argument("--out", type=Path, default=Path("docs"), help="the folder that the pictures go to")
+    args = parser.parse_args()
+    pipe = Dall3Pipeline.from_pretrained(args.weights)
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    rng = np.random.default_rng(0)
+    unseen = [describe(random_scene(rng, held_out=True), background=True) for _ in range(4)]
+    prompts = [*HEADLINE, *unseen, *EMOJI]
+    rows = []
+    for prompt in prompts:
+        out = pipe(prompt, num_images=IMAGES, seed=0)
+        rows.append([picture for pair in zip(out.coarse_images, out.images, strict=True) for picture in pair])
+    names = [f"{prompt} (unseen pair)" if prompt in unseen else prompt for prompt in prompts]
+    label(make_grid(rows, SIDE), names, SIDE + 4).save(args.out / "gallery.jpg", quality=90)
+
+    rows = []
+    for prompt in (HEADLINE[0], unseen[0], EMOJI[0]):
+        coarse = pipe.decode_tokens(pipe.generate_tokens(prompt, DRAWN, seed=0))
+        rows.append(to_pil(coarse[pipe.rank(coarse, prompt).indices[:BEST]]))
+    names = [HEADLINE[0], unseen[0], EMOJI[0]]
+    label(make_grid(rows, SIDE), names, SIDE + 4).save(args.out / "best_8_of_64.jpg", quality=90)
+
+
+if __name__ == "__main__":
+    main()
