@@ -107,8 +107,10 @@ def train_model(
     model: "tokenizer", "vqgan", "transformer", "clip" or "upsampler". config: a TOML file; the bundled weights'
     settings if not given. data: sources as `open_source` takes them, in place of the settings'. resume: go on from
     the folder's checkpoint of this model. initial: the folder of a trained part of the same configuration, whose
-    weights are started from. overrides: of `TrainingConfig`. Raises ValueError for settings that are unknown or out of range, parts that are missing, and a
-    run that is there already, before any work.
+    weights are started from. overrides: of `TrainingConfig`.
+
+    Raises ValueError for settings that are unknown or out of range, parts that are missing, and data that is not
+    there, and FileExistsError for a run that is there already, before any work.
     """
     if model not in TRAINABLE:
         raise ValueError(f"model '{model}' is not known; expected one of {', '.join(TRAINABLE)}")
