@@ -18,7 +18,7 @@ from dall3.scenes import describe, random_scene
 
 HEADLINE = ("a cube made of cloud", "a cube made of water", "a cube made of porcupine", "an avocado")
 EMOJI = ("a penguin on a blue background", "a red apple", "a fox", "a rocket on a yellow background")
-SIDE, IMAGES, BEST, DRAWN = 160, 2, 8, 64
+SIDE, IMAGES, BEST, DRAWN = 160, 4, 8, 64
 
 
 def label(picture: Image.Image, texts: list[str], height: int) -> Image.Image:
@@ -47,7 +47,8 @@ def main() -> None:
     rows = []
     for prompt in prompts:
         out = pipe(prompt, num_images=IMAGES, seed=0)
-        rows.append([picture for pair in zip(out.coarse_images, out.images, strict=True) for picture in pair])
+        pairs = zip(out.coarse_images, out.images, strict=True)
+        rows.append([picture for pair in pairs for picture in pair] if pipe.upsampler else out.images)
     names = [f"{prompt} (unseen pair)" if prompt in unseen else prompt for prompt in prompts]
     label(make_grid(rows, SIDE), names, SIDE + 4).save(args.out / "gallery.jpg", quality=90)
 

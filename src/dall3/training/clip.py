@@ -22,12 +22,12 @@ from dall3.weights import save_part
 
 @dataclass(frozen=True)
 class CLIPTraining:
-    """decoded: the share of the batches that are seen as the VQGAN decodes them, since such pictures are to be ranked.
+    """decoded: the share of a batch that is seen as the VQGAN decodes it, since such pictures are to be ranked.
     cut_out: the smallest share of a picture's side that a batch is cut to, since guidance looks at cut-outs. noise:
     the largest standard deviation of noise added.
     """
 
-    decoded: float = 0.3
+    decoded: float = 0.15
     cut_out: float = 0.6
     noise: float = 0.1
 
@@ -45,10 +45,13 @@ class CLIPTask(Task):
         self.frozen = [vqgan]
 
     def forward(self, images: Tensor, captions: list[str], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        s, vqgan, side = self.settings, self.frozen[0], images.shape[-1]
+        s, side = self.settings, images.shape[-1]
+        vqgan = self.frozen[0].to(images.device) if self.frozen[0] is not None else None
         with torch.no_grad():
-            if vqgan is not None and torch.rand(()) < s.decoded:
-                images = vqgan.to(images.device).decode(vqgan.encode(images)).to(images.dtype)
+            if vqgan is not None:
+                count = round(s.decoded * len(images))
+                parts = [vqgan.decode(vqgan.encode(part)) for part in images[:count].split(16) if len(part)]
+                images = torch.cat([*parts, images[count:]])
             cut = round(side * (s.cut_out + (1 - s.cut_out) * float(torch.rand(()).sqrt())))
             top, left = (int(torch.randint(side - cut + 1, ())) for _ in range(2))
             images = images[..., top : top + cut, left : left + cut]
