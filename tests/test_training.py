@@ -406,6 +406,9 @@ def test_what_cannot_be_trained_is_said_before_any_work(
     train_model("vqgan", out, settings["vqgan"], progress=False)
     fails("vqgan", words="holds a run already; resume it, or give another folder")
     fails("transformer", words="run `dall3 train tokenizer` on the same data first")
+    (out / "tokenizer.json").write_text("mine")
+    fails("tokenizer", words="tokenizer.json is there already, and the parts trained after it need it")
+    assert (out / "tokenizer.json").read_text() == "mine"
 
 
 def test_the_settings_of_the_bundled_weights_are_there_and_make_their_models() -> None:

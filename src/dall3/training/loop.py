@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -69,20 +70,20 @@ class TrainingConfig:
         return min((step + 1) / max(self.warmup, 1), rest, 1.0)
 
 
-class Task(nn.Module):
+class Task(nn.Module, ABC):
     """What is trained and how its loss is made; one file a model beside this one."""
 
+    @abstractmethod
     def forward(self, images: Tensor, captions: list[str], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch, and figures for the log. images: float (batch, 3, side, side) in [0, 1]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sample(self, images: Tensor, captions: list[str]) -> Image:
         """A picture that shows how far the training is, of a fixed batch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def export(self, folder: Path) -> None:
         """Write the trained model as a part of a pipeline folder."""
-        raise NotImplementedError
 
     def start_from(self, model: nn.Module) -> None:
         """Take over the weights of a trained model."""

@@ -110,11 +110,19 @@ def train_model(
     weights are started from. overrides: of `TrainingConfig`.
 
     Raises ValueError for settings that are unknown or out of range, parts that are missing, and data that is not
-    there, and FileExistsError for a run that is there already, before any work.
+    there, and FileExistsError for a run or a part that is there already, before any work.
     """
     if model not in TRAINABLE:
         raise ValueError(f"model '{model}' is not known; expected one of {', '.join(TRAINABLE)}")
     folder, path = Path(folder), Path(config or SETTINGS / f"{model}.toml")
+    run, target = folder / "runs" / model, folder / (TOKENIZER if model == "tokenizer" else model)
+    if not resume:
+        if (run / "checkpoint.pt").exists():
+            raise FileExistsError(f"{run} holds a run already; resume it, or give another folder")
+        if target.exists():
+            raise FileExistsError(
+                f"{target} is there already, and the parts trained after it need it; give another folder"
+            )
     settings = read_settings(path)
     try:
         training = from_json(TrainingConfig, settings["train"])
@@ -122,16 +130,14 @@ def train_model(
         if model == "tokenizer":
             text = train_tokenizer(draw_captions(Mixture(training.data, 16), training.steps), **settings["model"])
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / TOKENIZER).write_text(text, encoding="utf-8")
+            target.write_text(text, encoding="utf-8")
             return
-        torch.manual_seed(training.seed)
-        task = MAKERS[model](settings["model"], settings["loss"], folder)
+        with torch.random.fork_rng():
+            torch.manual_seed(training.seed)
+            task = MAKERS[model](settings["model"], settings["loss"], folder)
     except (TypeError, KeyError) as error:
         raise ValueError(f"{path}: {error}") from None
-    run = folder / "runs" / model
-    if (run / "checkpoint.pt").exists() and not resume:
-        raise FileExistsError(f"{run} holds a run already; resume it, or give another folder")
     if initial is not None:
         tokenizer = load_tokenizer(folder / TOKENIZER) if (folder / TOKENIZER).exists() else None
         task.start_from(load_part(initial, tokenizer))
-    train(task, training, run, folder / model, progress)
+    train(task, training, run, target, progress)

@@ -143,7 +143,7 @@ class VQGANTask(Task):
         if step >= s.quantize_from:
             self.has_codes.fill_(True)
             features, quantizer_loss, ids = self.quantize(features, step)
-            used = torch.bincount(ids.flatten(), minlength=model.num_tokens).count_nonzero()
+            used = torch.zeros(model.num_tokens, device=ids.device).index_fill(0, ids.flatten(), 1).sum()
         decoded = model.decoder(model.post_quant_conv(features)).float()
         error = decoded - images
         reconstruction = error.abs().mean() + s.edge_weight * (edges(decoded) - edges(images)).abs().mean()
