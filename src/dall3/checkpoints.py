@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from dall3.archive import CheckpointError, Placeholder, module_tensors, one_line, read_archive
+from dall3.errors import FetchError
+from dall3.fetching import home, offline
 from dall3.models.attention import sparse_pattern
-from dall3.models.clip import CLIP
+from dall3.models.clip import CLIP, CLIPConfig
 from dall3.models.discrete_vae import DiscreteVAE, DiscreteVAEConfig, OpenAIDiscreteVAE, OpenAIDiscreteVAEConfig
 from dall3.models.transformer import DalleTransformer, TransformerConfig
 from dall3.models.unet import DiffusionConfig, UNet, UNetConfig
@@ -86,8 +88,8 @@ def read_state(path: PathLike, kind: str) -> tuple[State, dict[str, Any]]:
     return tensors, found
 
 
-def fill(model: Model, state: State, path: object) -> Model:
-    """Give a model built on the meta device its tensors, in float32, without a copy where they have it already.
+def fill(model: Model, state: State, path: object, dtype: torch.dtype = torch.float32) -> Model:
+    """Give a model built on the meta device its tensors, floats as `dtype`, without a copy where they have it already.
 
     Raises CheckpointError naming the tensors that are missing, unexpected or of another shape.
     """
@@ -106,7 +108,7 @@ def fill(model: Model, state: State, path: object) -> Model:
     ]
     if lines:
         raise one_line(path, f"does not fit {type(model).__name__}; {'; '.join(lines)}")
-    typed = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+    typed = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
     model.load_state_dict(typed, assign=True)
     return model.eval().requires_grad_(False)
 
@@ -419,30 +421,66 @@ def check_unet_flags(found: UNetConfig, flags: dict[str, Any], path: PathLike) -
 @checked
 def load_clip(path_or_name: PathLike) -> CLIP:
     """CLIP in float32 on the CPU: from OpenAI's TorchScript archive or a state dict (a file), or one of open_clip's
-    own by name, as "ViT-B-32/openai", fetched by open_clip.
+    own by name, as "ViT-B-32/openai", fetched by open_clip into dall3's cache.
 
-    Raises CheckpointError for a file that is not one and for a name that open_clip does not know.
+    Raises CheckpointError for a file that is not one and for a name that open_clip does not know, FetchError for one
+    that is not here when DALL3_OFFLINE is set.
     """
     import open_clip
-    from open_clip.model import build_model_from_openai_state_dict
-    from open_clip.tokenizer import SimpleTokenizer
 
     name, _, pretrained = str(path_or_name).partition("/")
     if not Path(path_or_name).exists() and (name, pretrained) in open_clip.list_pretrained():
-        model = open_clip.create_model(name, pretrained=pretrained)
-        visual: Any = model.visual
-        size = visual.image_size[0] if isinstance(visual.image_size, tuple) else visual.image_size
-        return CLIP(model, open_clip.get_tokenizer(name), size, visual.image_mean, visual.image_std)
+        return load_open_clip(name, pretrained)
     if not Path(path_or_name).exists() and Path(path_or_name).suffix == "":
         raise one_line(path_or_name, "neither a file nor a model of open_clip, such as 'ViT-B-16/openai'")
 
     state, _ = read_state(path_or_name, OPENAI_CLIP)
     sizes = ("input_resolution", "context_length", "vocab_size")
-    state = {key: value.float() for key, value in state.items() if key not in sizes}
-    try:
-        model = build_model_from_openai_state_dict(dict(state), cast_dtype=torch.float32).float()
-        model.load_state_dict(state)  # once more: open_clip rounds to half precision on the way
-    except RuntimeError as error:
-        raise one_line(path_or_name, f"does not fit CLIP: {error}") from None
-    context_length = state["positional_embedding"].shape[0]
-    return CLIP(model, SimpleTokenizer(context_length=context_length), model.visual.image_size[0])
+    state = {f"model.{key}": value for key, value in state.items() if key not in sizes}
+    with torch.device("meta"):
+        model = CLIP.from_config(clip_config_of(state))
+    return fill(model, state, path_or_name)
+
+
+def clip_config_of(state: State) -> CLIPConfig:
+    """The architecture that the tensors of OpenAI's CLIP tell: a vision transformer or a ResNet, and the text's."""
+    context_length, width = state["model.positional_embedding"].shape
+    text = {"context_length": context_length, "vocab_size": len(state["model.token_embedding.weight"])}
+    text |= {"width": width, "heads": width // 64, "layers": count(state, r"model\.transformer\.resblocks\.(\d+)\.")}
+    if "model.visual.proj" in state:
+        first, places = state["model.visual.conv1.weight"], len(state["model.visual.positional_embedding"]) - 1
+        layers: Any = count(state, r"model\.visual\.transformer\.resblocks\.(\d+)\.")
+        vision: dict[str, Any] = {"patch_size": first.shape[-1], "image_size": first.shape[-1] * math.isqrt(places)}
+        vision |= {"width": len(first), "layers": layers}
+    else:
+        places = len(state["model.visual.attnpool.positional_embedding"]) - 1
+        layers = tuple(count(state, rf"model\.visual\.layer{i}\.(\d+)\.") for i in range(1, 5))
+        vision = {"patch_size": None, "image_size": 32 * math.isqrt(places)}
+        vision |= {"width": len(state["model.visual.layer1.0.conv1.weight"]), "layers": layers}
+    embed_dim = state["model.text_projection"].shape[1]
+    return CLIPConfig(embed_dim, vision, text, quick_gelu=True, tokenizer="clip")
+
+
+def load_open_clip(name: str, pretrained: str) -> CLIP:
+    """One of open_clip's own models, fetched into dall3's cache where it is not there yet."""
+    import open_clip
+    from open_clip.tokenizer import SimpleTokenizer
+
+    cache = home() / "open_clip"
+    if offline() and not (cache.is_dir() and any(cache.iterdir())):
+        raise FetchError(f"{name}/{pretrained} is not in {cache}, and DALL3_OFFLINE is set; unset it, or give a file")
+    model = open_clip.create_model(name, pretrained=pretrained, cache_dir=str(cache))
+    visual: Any = model.visual
+    size = visual.image_size[0] if isinstance(visual.image_size, tuple) else visual.image_size
+    found = CLIP(model, open_clip.get_tokenizer(name), size, visual.image_mean, visual.image_std)
+    settings: dict[str, Any] = open_clip.get_model_config(name) or {}
+    odd = {"timm_model_name", "hf_model_name", "hf_tokenizer_name"}
+    parts = settings.get("vision_cfg", {}).keys() | settings.get("text_cfg", {}).keys()
+    plain = settings.keys() <= {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"} and not odd & parts
+    if plain and isinstance(found.tokenize, SimpleTokenizer):
+        quick = any(type(module).__name__ == "QuickGELU" for module in model.modules())
+        colours = {"mean": tuple(visual.image_mean), "std": tuple(visual.image_std)}
+        found.config = CLIPConfig(
+            settings["embed_dim"], settings["vision_cfg"], settings["text_cfg"], quick, "clip", **colours
+        )
+    return found

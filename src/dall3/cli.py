@@ -41,7 +41,8 @@ def make_parser() -> argparse.ArgumentParser:
     add = generate_parser.add_argument
     add("prompt", nargs="?", help="the text prompt; several separated with |")
     add("--text", help="the same")
-    add("--weights", metavar="FOLDER", help="a folder of weights (default: the bundled ones, without --dalle_path)")
+    which = "a set's name, a folder, or owner/name of the Hugging Face hub"
+    add("--weights", metavar="NAME", help=f"{which} (default: the bundled weights, without --dalle_path)")
     add("--dalle_path", help="DALLE-pytorch's checkpoint, in place of a folder of weights")
     add("--bpe_path", help="its tokenizer, of any kind (default: CLIP's)")
     add("--hug", action="store_true", help="the tokenizer must be Hugging Face's JSON")
@@ -64,6 +65,29 @@ def make_parser() -> argparse.ArgumentParser:
     add("--truncate", action="store_true", help="cut a prompt that is too long")
     add("--outputs_dir", default="./outputs", help="default: %(default)s")
     add_refinement(generate_parser)
+
+    weights_parser = commands.add_parser("weights", help="the sets of weights: what there is, and what of it is here")
+    weights_parser.set_defaults(run=weights)
+    add = weights_parser.add_argument
+    add("action", choices=("list", "fetch", "verify", "where", "remove"))
+    add("name", nargs="?", help="a set (fetch, remove: needed; verify, where: all that are here, if left out)")
+    add("--registry", metavar="TOML", help="a weights.toml of your own, whose sets are known too")
+
+    convert_parser = commands.add_parser("convert", help="a set or files of 2021 to a folder of safetensors")
+    convert_parser.set_defaults(run=convert)
+    add = convert_parser.add_argument
+    add("name", nargs="?", help="a set of weights.toml, a folder, or owner/name of the Hugging Face hub")
+    add("--out", required=True, metavar="FOLDER", help="a folder that is not there yet, or empty")
+    add("--half", action="store_true", help="write half precision: half the size")
+    add("--registry", metavar="TOML", help="a weights.toml of your own, whose sets are known too")
+    add("--dalle_path", help="DALLE-pytorch's checkpoint")
+    add("--bpe_path", help="its tokenizer, of any kind (default: CLIP's)")
+    add("--vqgan_model_path", help="the VQGAN's .ckpt, or a DiscreteVAE's .pt")
+    add("--vqgan_config_path", help="the VQGAN's .yaml")
+    add("--diffusion_path", help="guided-diffusion's checkpoint")
+    add("--model_config", metavar="JSON", help="guided-diffusion's flags, for a UNet of an unusual size")
+    add("--super_resolution_path", help="guided-diffusion's super-resolution checkpoint")
+    add("--clip_path", help="CLIP: a file, or a name of open_clip's")
 
     train_parser = commands.add_parser("train", help="train a part of a folder of weights on pictures with captions")
     train_parser.set_defaults(run=train)
@@ -92,9 +116,11 @@ def make_parser() -> argparse.ArgumentParser:
     upsample_parser.set_defaults(run=upsample)
     add = upsample_parser.add_argument
     add("--input", required=True, help="a picture, or a .npy of image tokens")
-    add("--model_path", default="./models/model-latest.pt", help="guided-diffusion's checkpoint, of any kind")
+    add("--weights", metavar="NAME", help="a set of weights, in place of the files below")
+    add("--model_path", help="guided-diffusion's checkpoint, of any kind (default: ./models/model-latest.pt)")
     add("--model_size", type=int, choices=(512, 256, 128, 64), help="whose settings, if not its own")
-    add("--vae_path", default="./models/vqgan_gumbel_f8/checkpoints/last.ckpt", help="the VQGAN or DiscreteVAE")
+    vae_path = "./models/vqgan_gumbel_f8/checkpoints/last.ckpt"
+    add("--vae_path", help=f"the VQGAN or DiscreteVAE (default: {vae_path})")
     add("--vqgan_config_path", help="the VQGAN's .yaml")
     add("--dvae_mode", action="store_true", help="the VAE must be a DiscreteVAE")
     add("--text", help="what CLIP guides to; several separated with |, weighted as in 'a cube:2|a cloud'")
@@ -134,10 +160,11 @@ def folder_of(prompt: str, args: argparse.Namespace) -> Path:
 
 def generate(args: argparse.Namespace) -> None:
     from dall3.diffusion import Refinement
+    from dall3.errors import require
     from dall3.models.vqgan import VQModel
     from dall3.output import File, check_free, write_files
     from dall3.pipeline import Dall3Pipeline, choose_seed
-    from dall3.sampling import Sampling, check_counts, require
+    from dall3.sampling import Sampling, check_counts
 
     candidates = args.num_images if args.num_candidates is None else args.num_candidates
     prompts = (args.text or args.prompt or "").lower().split("|")
@@ -202,13 +229,100 @@ def generate(args: argparse.Namespace) -> None:
         print(f'created {len(out)} images at "{folder}"')
 
 
+def weights(args: argparse.Namespace) -> None:
+    from dall3.fetching import check_here, fetch_set, files_of, remove_set
+    from dall3.registry import find_set, read_registry
+
+    known = read_registry(args.registry)
+    chosen = list(known.values()) if args.name is None else [find_set(args.name, args.registry)]
+    if args.action in ("fetch", "remove") and args.name is None:
+        raise ValueError(f"`dall3 weights {args.action}` needs a name: {', '.join(known)}")
+    if args.action == "list":
+        print(weights_table(chosen))
+    elif args.action == "fetch":
+        for part, (file, _) in fetch_set(chosen[0]).items():
+            print(f"{part}: {file}")
+    elif args.action == "remove":
+        print(f"removed {size_text(remove_set(chosen[0]))} of {args.name} from the cache")
+    else:
+        found = [(one, path) for one in sum(map(files_of, chosen), []) if (path := one.find()) is not None]
+        if args.name is not None and not found:
+            raise ValueError(f"nothing of {args.name} is here; run `dall3 weights fetch {args.name}`")
+        wrong: dict[str, str] = {}
+        for one, path in found:
+            problem = check_here(one, path, thorough=True) if args.action == "verify" else None
+            wrong |= {one.name: problem} if problem else {}
+            print(f"{one.name}: {path}" if args.action == "where" else f"{one.name}: {problem or 'good'}")
+        if wrong:
+            raise ValueError(f"{len(wrong)} of {len(found)} files are not what they were; remove and fetch them again")
+
+
+def weights_table(sets: list[Any]) -> str:
+    """A line a part: set, part, size, licence, and whether it is here."""
+    from dall3.fetching import files_of, home
+
+    rows = [("set", "part", "size", "licence", "here")]
+    for one in sets:
+        for part in one.parts:
+            files = [wanted for wanted in files_of(one) if wanted.part == part]
+            paths = [wanted.find() for wanted in files]
+            sizes = [
+                path.stat().st_size if path else max((place.size or 0 for place in wanted.file.places), default=0)
+                for wanted, path in zip(files, paths, strict=True)
+            ]
+            here = "yes" if all(paths) else "in part" if any(paths) else "no"
+            size = size_text(sum(sizes)) if sizes[0] else "unknown"
+            rows.append((one.name if part == one.parts[0] else "", part.name, size, part.licence, here))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    abouts = [f"{one.name}: {one.about}" for one in sets if one.about]
+    return "\n".join([*lines, "", *abouts, "", f"cache (DALL3_HOME): {home()}"])
+
+
+def size_text(size: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"
+
+
+def convert(args: argparse.Namespace) -> None:
+    import torch
+
+    from dall3.errors import require
+    from dall3.pipeline import Dall3Pipeline
+
+    out = Path(args.out)
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise FileExistsError(f"{out} is there already and not empty; give another folder")
+    files = {
+        "dalle": args.dalle_path,
+        "bpe": args.bpe_path,
+        "vqgan": args.vqgan_model_path,
+        "vqgan_config": args.vqgan_config_path,
+        "diffusion": args.diffusion_path,
+        "diffusion_config": args.model_config,
+        "super_resolution": args.super_resolution_path,
+        "clip": args.clip_path,
+    }
+    given = {name: path for name, path in files.items() if path is not None}
+    require(bool(given) != (args.name is not None), "give either a name or the paths of files to convert")
+    if given:
+        pipe = Dall3Pipeline.from_checkpoints(**given)
+    else:
+        pipe = Dall3Pipeline.from_pretrained(args.name, registry=args.registry)
+    print(f'wrote "{pipe.save_pretrained(out, torch.float16 if args.half else None)}"')
+
+
 def upsample(args: argparse.Namespace) -> None:
     from dall3.checkpoints import load_vae
     from dall3.diffusion import Refinement
+    from dall3.errors import require
     from dall3.models.discrete_vae import DiscreteVAE
     from dall3.output import check_free, to_pil, write_files
     from dall3.pipeline import Dall3Pipeline, choose_seed, parse_prompts
-    from dall3.sampling import check_counts, require
+    from dall3.sampling import check_counts
 
     check_counts(num_batches=args.num_batches, batch_size=args.batch_size, stop_at=args.stop_at)
     settings = refinement(args, stop_at=args.stop_at + 2)  # sample.py takes two more before it looks
@@ -223,18 +337,25 @@ def upsample(args: argparse.Namespace) -> None:
     image = None if is_tokens else [open_image(args.input)] * count
     image_prompts = [(open_image(path), weight) for path, weight in parse_prompts(args.image_prompts or "")]
     device, dtype = placement(args)
-    pipe = Dall3Pipeline.from_checkpoints(
-        diffusion=args.model_path,
-        diffusion_config=args.model_config or ({"image_size": args.model_size} if args.model_size else None),
-        clip=args.clip_path if args.clip_guidance else None,
-    )
+    if args.weights is not None:
+        for name in ("model_path", "model_config", "model_size", "vae_path", "vqgan_config_path"):
+            require(getattr(args, name) is None, f"--{name} and --weights are two places for the same; give one")
+        pipe = Dall3Pipeline.from_pretrained(args.weights)
+        pipe.upsampler = pipe.upsampler or pipe.super_resolution
+        require(pipe.upsampler is not None, f"{args.weights} holds no upsampler")
+    else:
+        pipe = Dall3Pipeline.from_checkpoints(
+            diffusion=args.model_path or "./models/model-latest.pt",
+            diffusion_config=args.model_config or ({"image_size": args.model_size} if args.model_size else None),
+            clip=args.clip_path if args.clip_guidance else None,
+        )
     assert pipe.upsampler is not None
     config = pipe.upsampler.config
-    if config.embedding_dims or is_tokens:
-        pipe.vqgan = load_vae(args.vae_path, args.vqgan_config_path)
-    require(
-        not args.dvae_mode or isinstance(pipe.vqgan, DiscreteVAE), f"--dvae_mode: {args.vae_path} is no DiscreteVAE"
-    )
+    if args.weights is None and (config.embedding_dims or is_tokens):
+        vae_path = args.vae_path or "./models/vqgan_gumbel_f8/checkpoints/last.ckpt"
+        pipe.vqgan = load_vae(vae_path, args.vqgan_config_path)
+    given = args.weights or args.vae_path
+    require(not args.dvae_mode or isinstance(pipe.vqgan, DiscreteVAE), f"--dvae_mode: {given} is no DiscreteVAE")
     size = args.output_size or (512 if config.super_resolution else config.image_size)
     how = dict(image_prompts=image_prompts, output_size=size, seed=args.seed, batch_size=args.batch_size)
     fine = pipe.to(device, dtype).upsample(tokens, image, args.text, **how, **settings)

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from dall3.errors import require
 from dall3.models.unet import DiffusionConfig, UNet
-from dall3.sampling import check_counts, require
+from dall3.sampling import check_counts
 
 
 @dataclass

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dall3.sampling import require
+from dall3.errors import require
 
 File = str | np.ndarray | Image.Image
 

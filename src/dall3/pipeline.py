@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,13 +24,16 @@ from tqdm.auto import tqdm
 from dall3 import checkpoints
 from dall3.checkpoints import PathLike
 from dall3.diffusion import Guide, Refinement, denoise, space_timesteps
+from dall3.errors import require
+from dall3.fetching import fetch_set, find_weights
 from dall3.guidance import clip_loss, cut_out, draw_cutouts, guided, with_penalties
-from dall3.models.clip import CLIP
+from dall3.models.clip import CLIP, PromptTokenizer
 from dall3.models.discrete_vae import DiscreteVAE, OpenAIDiscreteVAE
 from dall3.models.transformer import DalleTransformer
 from dall3.models.unet import UNet
 from dall3.models.vqgan import VQModel
 from dall3.output import Dall3Output, to_pil, to_tensor
+from dall3.registry import WeightsSet
 from dall3.sampling import (
     Sampling,
     candidate_uniforms,
@@ -36,10 +41,9 @@ from dall3.sampling import (
     draw_image_tokens,
     draw_text_tokens,
     make_generator,
-    require,
 )
-from dall3.text import TextEncoder, load_tokenizer
-from dall3.weights import BUNDLED, load_folder
+from dall3.text import TextEncoder, Tokenizer, load_tokenizer
+from dall3.weights import BUNDLED, PARTS, Origin, load_files, load_folder, read_origins, save_folder
 
 Weighted = Sequence[tuple[Any, float]]  # texts or pictures, and how much each counts
 
@@ -83,6 +87,7 @@ class Dall3Pipeline:
             require(super_resolution.config.super_resolution, "super_resolution takes no low-resolution picture")
         self.text_encoder, self.transformer, self.vqgan, self.clip = text_encoder, transformer, vqgan, clip
         self.upsampler, self.super_resolution = upsampler, super_resolution
+        self.origins: dict[str, Origin] = {}  # licence and source of the parts, where they are known
 
     @property
     def _parts(self) -> list[nn.Module]:
@@ -95,19 +100,75 @@ class Dall3Pipeline:
         return next((parameter.device for part in self._parts for parameter in part.parameters()), torch.device("cpu"))
 
     @classmethod
-    def from_pretrained(cls, folder: PathLike | None = None) -> Dall3Pipeline:
-        """A pipeline from a folder of parts, in float32 on the CPU; without a folder the bundled small weights.
+    def from_pretrained(
+        cls,
+        name: PathLike | None = None,
+        *,
+        registry: PathLike | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        progress: bool = True,
+    ) -> Dall3Pipeline:
+        """A pipeline from weights by name, straight to a device; without a name the bundled small ones.
+
+        name: a set in weights.toml ("mini", "dall3", …), fetched, verified and kept in the cache; a folder that
+        `save_pretrained` wrote; or "owner/name" of the Hugging Face hub. A folder that has the name of a set is
+        written "./dall3". registry: a weights.toml of your own, whose sets are known too.
 
         >>> pipe = Dall3Pipeline.from_pretrained()
 
-        Raises CheckpointError (a ValueError) for a folder that holds no parts, or broken ones.
+        Raises CheckpointError (a ValueError) for a folder that holds no parts, or broken ones, ValueError for a name
+        that is neither, FetchError (an OSError) for weights that cannot be had.
         """
-        parts = load_folder(BUNDLED if folder is None else folder)
+        found = find_weights(BUNDLED if name is None else name, registry)
+        if isinstance(found, WeightsSet):
+            parts = load_files(fetch_set(found, progress), device, dtype)
+            origins = {part.name: Origin(part.licence, part.source) for part in found.parts}
+        else:
+            parts, origins = load_folder(found, device, dtype), read_origins(found)
         tokenizer, transformer = parts.pop("tokenizer", None), parts.get("transformer")
         if tokenizer is not None and transformer is not None:
             config = transformer.config
             parts["text_encoder"] = TextEncoder(tokenizer, config.text_seq_len, config.num_text_tokens)
-        return cls(**parts)
+        pipe = cls(**parts)
+        pipe.origins = origins
+        return pipe.to(device)
+
+    def save_pretrained(self, folder: PathLike, dtype: torch.dtype | None = None) -> Path:
+        """Write every part to a folder that `from_pretrained` reads, and return its path.
+
+        For each part config.json and model.safetensors; tokenizer.json; and a model card, README.md. dtype: of the
+        floats in the files, torch.float16 for half the size; as they are if None.
+
+        Raises FileExistsError for a folder that holds something; nothing is written then.
+        """
+        parts = {name: getattr(self, name) for name in PARTS if getattr(self, name) is not None}
+        require(bool(parts), "the pipeline has no parts to save")
+        return save_folder(parts, self._tokenizer, folder, dtype, self.origins)
+
+    def push_to_hub(
+        self, repository: str, dtype: torch.dtype | None = None, private: bool = False, token: str | None = None
+    ) -> str:
+        """Upload what `save_pretrained` writes to "owner/name" of the Hugging Face hub, made if need be.
+
+        token: of an account that may write there; the one that `hf auth login` keeps if None. Returns its address.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token, library_name="dall3")
+        with tempfile.TemporaryDirectory() as folder:
+            written = self.save_pretrained(Path(folder) / "weights", dtype)
+            address = api.create_repo(repository, private=private, exist_ok=True)
+            api.upload_folder(repo_id=repository, folder_path=written, commit_message="Weights for dall3")
+        return str(address)
+
+    @property
+    def _tokenizer(self) -> Tokenizer | None:
+        """What prompts are read with: the transformer's, or that of a CLIP alone which shares it."""
+        if self.text_encoder is not None:
+            return self.text_encoder.tokenizer
+        tokenize = self.clip.tokenize if self.clip is not None else None
+        return tokenize.tokenizer if isinstance(tokenize, PromptTokenizer) else None
 
     @classmethod
     def from_checkpoints(

@@ -12,12 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dall3.errors import require
 from dall3.models.transformer import DalleTransformer
-
-
-def require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ValueError(message)
 
 
 def check_counts(**counts: Any) -> None:

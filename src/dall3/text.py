@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+_CLIP_JSON = '{"tokenizer": "clip"}'
 _EXPECTED = "expected the youtokentome, tokenizers JSON or BERT vocab.txt file that the checkpoint was trained with"
 
 
@@ -40,6 +41,8 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
         try:
             # By lines: a checkpoint of gigabytes, given by mistake, fails within its first bytes.
             text = "".join(file)
+            if text.strip() == _CLIP_JSON:
+                return _ClipTokenizer()
             if text.startswith("{"):
                 return _HuggingFaceTokenizer(text)
             if "[UNK]" in text.split("\n"):
@@ -47,6 +50,16 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
             return _YttmTokenizer(text)
         except Exception as error:  # tokenizers raises nothing more precise
             raise ValueError(f"{path} is damaged or not a tokenizer ({error}); {_EXPECTED}") from error
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> str:
+    """A tokenizer of any kind that `load_tokenizer` knows as the text of a JSON file, which it reads again.
+
+    Raises ValueError for a tokenizer of another kind.
+    """
+    if not isinstance(tokenizer, _HuggingFaceTokenizer | _YttmTokenizer | _ClipTokenizer):
+        raise ValueError(f"a {type(tokenizer).__name__} has no JSON; expected a tokenizer of load_tokenizer")
+    return tokenizer.to_json()
 
 
 class TextEncoder:
@@ -101,9 +114,9 @@ class _YttmTokenizer:
         entries = iter(body)
         tokens = {i: chr(code) for code, i in islice(zip(entries, entries, strict=False), num_characters)}
         self.alphabet = set(tokens.values())
-        merges = []
+        self.merges: list[tuple[str, str]] = []
         for left, right, new in zip(entries, entries, entries, strict=True):
-            merges.append((tokens[left], tokens[right]))
+            self.merges.append((tokens[left], tokens[right]))
             tokens[new] = tokens[left] + tokens[right]
         special = {self.unknown: "<UNK>", pad: "<PAD>", bos: "<BOS>", eos: "<EOS>"}
         self.names = tokens | {i: name for i, name in special.items() if i >= 0}
@@ -111,7 +124,7 @@ class _YttmTokenizer:
         ids = {token: i for i, token in tokens.items()}
         if "▁" not in ids or len(ids) != num_characters + num_merges:
             raise ValueError("its tokens are not all different, or lack the word mark '▁'")
-        self.bpe = BPE(ids, merges)
+        self.bpe = BPE(ids, self.merges)
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
@@ -126,6 +139,22 @@ class _YttmTokenizer:
         text = "".join(self.names[i] for i in _without_padding(ids, self.vocab_size))
         return text.replace("▁", " ").removeprefix(" ")
 
+    def to_json(self) -> str:
+        from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+        from tokenizers.models import BPE
+
+        # No merge leads to a special token's name, and an id that is no token's takes part in none either.
+        vocabulary = {name: i for i, name in self.names.items()}
+        if len(vocabulary) != len(self.names):
+            raise ValueError("a merge of this youtokentome model has the name of a special token")
+        made = Tokenizer(BPE(vocabulary, self.merges, unk_token=self.names[self.unknown], fuse_unk=True))
+        # Words stand between spaces with the word mark before each; the mark in a text counts as a space.
+        spaces = normalizers.Replace(Regex(r"[ \t\n\x0b\f\r▁]+"), " ")
+        made.normalizer = normalizers.Sequence([spaces, normalizers.Replace(Regex("^ | $"), "")])
+        made.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="always", split=True)
+        made.decoder = decoders.Metaspace("▁", prepend_scheme="always")
+        return made.to_str()
+
 
 class _HuggingFaceTokenizer:
     """Any tokenizer of Hugging Face's `tokenizers`, from its JSON."""
@@ -133,7 +162,7 @@ class _HuggingFaceTokenizer:
     def __init__(self, json: str) -> None:
         from tokenizers import Tokenizer
 
-        self.tokenizer = Tokenizer.from_str(json)
+        self.json, self.tokenizer = json, Tokenizer.from_str(json)
         self.vocab_size = self.tokenizer.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
@@ -142,6 +171,9 @@ class _HuggingFaceTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.tokenizer.decode(_without_padding(ids, self.vocab_size))
+
+    def to_json(self) -> str:
+        return self.json
 
 
 def _bert_json(vocabulary: str) -> str:
@@ -167,3 +199,6 @@ class _ClipTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         kept = [i for i in _without_padding(ids, self.vocab_size) if i not in self.bpe.all_special_ids]
         return self.bpe.decode(kept).rstrip()
+
+    def to_json(self) -> str:
+        return _CLIP_JSON  # it mends its text with ftfy first, which no file of `tokenizers` can say

@@ -8,20 +8,21 @@ transformer/ vqgan/ clip/ upsampler/ …     config.json, model.safetensors
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields
+import tempfile
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dall3.archive import CheckpointError, one_line
-from dall3.checkpoints import PathLike, fill
+from dall3.checkpoints import PathLike, fill, load_clip, load_transformer, load_unet, load_vae
 from dall3.models.clip import CLIP, CLIPConfig
 from dall3.models.discrete_vae import DiscreteVAE, DiscreteVAEConfig, OpenAIDiscreteVAE, OpenAIDiscreteVAEConfig
 from dall3.models.transformer import DalleTransformer, TransformerConfig
 from dall3.models.unet import DiffusionConfig, UNet, UNetConfig
 from dall3.models.vqgan import GumbelVQ, VQGANConfig, VQModel
-from dall3.text import Tokenizer, load_tokenizer
+from dall3.text import Tokenizer, load_tokenizer, tokenizer_json
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
 PARTS = ("transformer", "vqgan", "clip", "upsampler", "super_resolution")
@@ -37,51 +38,99 @@ MODELS: dict[str, tuple[Any, Any]] = {
 }
 
 
-def save_part(model: Any, folder: PathLike, dtype: torch.dtype | None = torch.float16) -> None:
-    """Write a model's weights and its configuration to a folder, made if need be; floats as `dtype`, None: as is."""
+@dataclass(frozen=True)
+class Origin:
+    """Where weights come from: their licence, and an address or a file."""
+
+    licence: str = "not stated"
+    source: str = "not stated"
+
+
+def save_part(
+    model: Any, folder: PathLike, dtype: torch.dtype | None = torch.float16, origin: Origin | None = None
+) -> None:
+    """Write a model's weights and its configuration to a folder, made if need be; floats as `dtype`, None: as is.
+
+    Raises ValueError for a CLIP of open_clip's that has no configuration of ours.
+    """
     from safetensors.torch import save_file
+
+    if model.config is None:
+        raise ValueError("this CLIP is more than pictures and text of one width; keep naming it by open_clip's name")
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {
         name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
         for name, tensor in model.state_dict().items()
+        if name not in shared_names(model)
     }
-    config = {"model": type(model).__name__, **asdict(model.config)}
+    config = {"model": type(model).__name__, **(asdict(origin) if origin else {}), **asdict(model.config)}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_file(state, folder / WEIGHTS)
 
 
-def load_part(folder: PathLike, tokenizer: Tokenizer | None = None) -> Any:
-    """The model that `save_part` wrote to a folder, in float32 on the CPU. tokenizer: what a CLIP reads text with.
+def shared_names(model: torch.nn.Module) -> dict[str, str]:
+    """Names of parameters that are another one's by a second name (layers that share weights), and that first name."""
+    first: dict[int, str] = {}
+    names = [(name, first.setdefault(id(p), name)) for name, p in model.named_parameters(remove_duplicate=False)]
+    return {name: original for name, original in names if name != original}
+
+
+def load_part(
+    folder: PathLike,
+    tokenizer: Tokenizer | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """The model that `save_part` wrote to a folder. tokenizer: what a CLIP reads text with.
 
     Raises CheckpointError where the files are missing, broken, or do not fit each other.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     folder = Path(folder)
     settings = read_config(folder / CONFIG)
     name = settings.pop("model", None)
+    for key in asdict(Origin()):
+        settings.pop(key, None)
     if name not in MODELS:
         raise one_line(folder / CONFIG, f"its model is {name!r}; expected one of {', '.join(MODELS)}")
     model_class, config_class = MODELS[name]
     try:
         config = from_json(config_class, settings)
-        if model_class is CLIP:
-            if tokenizer is None:
-                raise ValueError("a CLIP needs the tokenizer that it was trained with")
-            model = CLIP.from_config(config, tokenizer)
-        else:
-            with torch.device("meta"):
-                model = model_class(config)
+        with torch.device("meta"):
+            model = CLIP.from_config(config, tokenizer) if model_class is CLIP else model_class(config)
     except (TypeError, ValueError) as error:
         raise one_line(folder / CONFIG, f"makes no {name}: {error}") from None
+    state = read_tensors(folder / WEIGHTS, device, dtype)
+    state |= {name: state[first] for name, first in shared_names(model).items() if first in state}
+    return fill(model, state, folder / WEIGHTS, dtype).to(device)
+
+
+def read_tensors(path: Path, device: str | torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, floats as `dtype`: mapped from it where they need no change.
+
+    Raises CheckpointError where it is none.
+    """
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise one_line(path, "missing; expected the folder of a part, with config.json and model.safetensors")
     try:
-        state = load_file(folder / WEIGHTS)
+        with safe_open(path, framework="pt") as file:
+            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+        wanted = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}.get(dtype)
+        if {kind for kind in kinds.values() if "F" in kind} <= {wanted}:
+            return load_file(path, device=str(device))
+        state = {}
+        for name in kinds:
+            # Opened anew for each: a mapping goes with its last tensor, and so no second copy of all stays in memory.
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                tensor = file.get_tensor(name)
+            state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        return state
     except SafetensorError as error:
-        raise one_line(folder / WEIGHTS, f"not a safetensors file, or a damaged one ({error})") from None
-    return fill(model, state, folder / WEIGHTS)
+        raise one_line(path, f"not a safetensors file, or a damaged one ({error})") from None
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -115,7 +164,9 @@ def as_tuples(value: Any) -> Any:
     return tuple(as_tuples(item) for item in value) if isinstance(value, list) else value
 
 
-def load_folder(folder: PathLike) -> dict[str, Any]:
+def load_folder(
+    folder: PathLike, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
     """The parts that a pipeline folder holds, by name, and "tokenizer" where there is one.
 
     Raises CheckpointError for a folder that holds none, or a broken one.
@@ -131,4 +182,100 @@ def load_folder(folder: PathLike) -> dict[str, Any]:
             found["tokenizer"] = load_tokenizer(folder / TOKENIZER)
         except ValueError as error:
             raise CheckpointError(str(error)) from None
-    return found | {name: load_part(folder / name, found.get("tokenizer")) for name in present}
+    return found | {name: load_part(folder / name, found.get("tokenizer"), device, dtype) for name in present}
+
+
+def load_files(
+    files: dict[str, tuple[Path, Path | None]], device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """The parts in files of any format, (file, config) by the part's name: those of `save_part`, and those of 2021."""
+    try:
+        found: dict[str, Any] = {"tokenizer": load_tokenizer(files["tokenizer"][0])} if "tokenizer" in files else {}
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    of_2021: dict[str, Any] = {"transformer": load_transformer, "vqgan": load_vae, "clip": load_clip}
+    for name, (file, config) in files.items():
+        if name == "tokenizer":
+            continue
+        if (file.name, config) == (WEIGHTS, file.with_name(CONFIG)):
+            found[name] = load_part(file.parent, found.get("tokenizer"), device, dtype)
+        else:
+            settings = () if config is None else (config,)
+            found[name] = of_2021.get(name, load_unet)(file, *settings).to(device, dtype)
+    return found
+
+
+def read_origins(folder: PathLike) -> dict[str, Origin]:
+    """Where the parts of a pipeline folder come from, as their config.json says."""
+    found = {}
+    for name in PARTS:
+        if (Path(folder) / name / CONFIG).exists():
+            config = read_config(Path(folder) / name / CONFIG)
+            known = {key: config[key] for key in asdict(Origin()) if isinstance(config.get(key), str)}
+            found[name] = Origin(**known)
+    return found
+
+
+def save_folder(
+    parts: dict[str, Any],
+    tokenizer: Tokenizer | None,
+    folder: PathLike,
+    dtype: torch.dtype | None = None,
+    origins: dict[str, Origin] | None = None,
+) -> Path:
+    """Write parts, by name, to a folder that is not there yet or is empty, with a model card, and return its path.
+
+    It is written beside its place and moved there when it is whole. Raises FileExistsError for a folder that holds
+    something, ValueError for a part or a tokenizer that has no form of ours.
+    """
+    folder, origins = Path(folder), origins or {}
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is there already and not empty; give another folder")
+    text = None if tokenizer is None else tokenizer_json(tokenizer)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
+        new = Path(beside) / folder.name
+        new.mkdir()
+        for name, part in parts.items():
+            save_part(part, new / name, dtype, origins.get(name, Origin()))
+        if text is not None:
+            (new / TOKENIZER).write_text(text, encoding="utf-8")
+        (new / "README.md").write_text(model_card(new, origins), encoding="utf-8")
+        if folder.is_dir():
+            folder.rmdir()
+        new.rename(folder)
+    return folder
+
+
+def model_card(folder: Path, origins: dict[str, Origin]) -> str:
+    """The README.md of a pipeline folder, with the front matter that the Hugging Face hub reads."""
+    licences = {origins.get(name, Origin()).licence for name in PARTS if (folder / name).is_dir()}
+    licence = licences.pop().lower() if len(licences) == 1 else "other"
+    rows = []
+    for name in PARTS:
+        if (folder / name).is_dir():
+            origin, model = origins.get(name, Origin()), read_config(folder / name / CONFIG)["model"]
+            size = (folder / name / WEIGHTS).stat().st_size
+            rows.append(f"| {name} | {model} | {size / 1e6:,.1f} MB | {origin.licence} | {origin.source} |")
+    return CARD.format(licence="other" if licence == "not stated" else licence, rows="\n".join(rows))
+
+
+CARD = """---
+license: {licence}
+library_name: dall3
+pipeline_tag: text-to-image
+---
+
+# Weights for dall3
+
+| part | model | size | licence | source |
+|---|---|---|---|---|
+{rows}
+
+```python
+from dall3 import Dall3Pipeline
+
+pipe = Dall3Pipeline.from_pretrained("path/to/this/folder")  # or "owner/name" on the hub
+pipe("a cube made of cloud").save("outputs")
+```
+"""

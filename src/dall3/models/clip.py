@@ -16,12 +16,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """What a CLIP is, by open_clip's names. The text's vocabulary ends with a start and an end token."""
+    """What a CLIP is, by open_clip's names.
+
+    tokenizer: "pipeline" (the transformer's, and a start and an end token after its vocabulary) or "clip" (OpenAI's).
+    mean, std: of the pictures' channels; OpenAI's if None.
+    """
 
     embed_dim: int
     vision_cfg: dict[str, Any]
     text_cfg: dict[str, Any]
     quick_gelu: bool = False
+    tokenizer: str = "pipeline"
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
 
 
 class PromptTokenizer:
@@ -45,7 +52,7 @@ class CLIP(nn.Module):
 
     mean: Tensor
     std: Tensor
-    config: CLIPConfig
+    config: CLIPConfig | None = None  # None: one of open_clip's that is more than pictures, text and its tokenizer
 
     def __init__(
         self,
@@ -60,22 +67,36 @@ class CLIP(nn.Module):
         super().__init__()
         self.model: Any = model.requires_grad_(False)
         self.tokenize, self.image_size = tokenize, image_size
-        self.register_buffer("mean", torch.tensor(mean or OPENAI_DATASET_MEAN)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(std or OPENAI_DATASET_STD)[:, None, None], persistent=False)
+        for name, values in (("mean", mean or OPENAI_DATASET_MEAN), ("std", std or OPENAI_DATASET_STD)):
+            channels = torch.tensor(values, device="cpu")[:, None, None]  # real on a meta model too
+            self.register_buffer(name, channels, persistent=False)
         self.eval()
 
     @classmethod
-    def from_config(cls, config: CLIPConfig, tokenizer: Tokenizer) -> CLIP:
-        """An untrained model. Raises ValueError where the vocabulary has no room for the tokenizer's."""
+    def from_config(cls, config: CLIPConfig, tokenizer: Tokenizer | None = None) -> CLIP:
+        """An untrained model. Raises ValueError for a tokenizer that is missing or larger than the vocabulary."""
         from open_clip.model import CLIP as Network
         from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+        from open_clip.tokenizer import SimpleTokenizer
 
-        text, wanted = CLIPTextCfg(**config.text_cfg), tokenizer.vocab_size + 2
-        if text.vocab_size < wanted:
-            raise ValueError(f"CLIP's vocab_size is {text.vocab_size}; the tokenizer needs {wanted}")
+        text = CLIPTextCfg(**config.text_cfg)
+        if config.tokenizer == "clip":
+            tokenize: Any = SimpleTokenizer(context_length=text.context_length)
+        elif config.tokenizer != "pipeline":
+            raise ValueError(f"CLIP's tokenizer is '{config.tokenizer}'; expected 'pipeline' or 'clip'")
+        elif tokenizer is None:
+            raise ValueError("a CLIP needs the tokenizer that it was trained with")
+        else:
+            wanted = tokenizer.vocab_size + 2
+            if text.vocab_size < wanted:
+                raise ValueError(f"CLIP's vocab_size is {text.vocab_size}; the tokenizer needs {wanted}")
+            tokenize = PromptTokenizer(tokenizer, text.context_length)
         vision = CLIPVisionCfg(**config.vision_cfg)
         model = Network(config.embed_dim, vision, text, quick_gelu=config.quick_gelu)
-        found = cls(model, PromptTokenizer(tokenizer, text.context_length), config.vision_cfg["image_size"])
+        shape = (text.context_length, text.context_length)
+        causal = torch.full(shape, float("-inf"), device="cpu").triu(1)  # open_clip's own is not real on a meta model
+        model.register_buffer("attn_mask", causal, persistent=False)
+        found = cls(model, tokenize, config.vision_cfg["image_size"], config.mean, config.std)
         found.config = config
         return found
 

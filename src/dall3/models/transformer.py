@@ -205,7 +205,9 @@ class DalleTransformer(nn.Module):
     def set_rotary_angles(self, angles: Tensor) -> None:
         """Take the table of angles (positions, channels) of a checkpoint; neighbouring channels share an angle."""
         half = angles.reshape(angles.shape[-2:])[:, ::2]
-        half = F.pad(half, (0, self.config.dim_head // 2 - half.shape[1]))  # the last channels do not turn
+        # The last channels do not turn; the seed's table lacks the very last position, which is never fed.
+        rows = self.config.text_length + self.config.image_seq_len - len(half)
+        half = F.pad(half, (0, self.config.dim_head // 2 - half.shape[1], 0, rows))
         self.register_buffer("rotary_cos", half.cos())
         self.register_buffer("rotary_sin", half.sin())
 

@@ -6,7 +6,6 @@ pipeline folder at any time. What a run needs to go on lies beside them in `runs
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from dall3.models.clip import CLIPConfig
 from dall3.models.transformer import TransformerConfig
 from dall3.models.unet import UNetConfig
 from dall3.models.vqgan import VQGANConfig, VQModel
+from dall3.registry import read_toml
 from dall3.text import TextEncoder, Tokenizer, load_tokenizer
 from dall3.training.clip import CLIPTask, CLIPTraining
 from dall3.training.data import Mixture
@@ -78,14 +78,7 @@ def need_tokenizer(folder: Path) -> Tokenizer:
 
 def read_settings(path: str | Path) -> dict[str, dict[str, Any]]:
     """The tables [model], [loss] and [train] of a TOML file. Raises ValueError for another file."""
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    try:
-        found = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not TOML ({error})") from None
+    found = read_toml(path)
     unknown = found.keys() - {"model", "loss", "train"}
     if unknown or not all(isinstance(table, dict) for table in found.values()):
         raise ValueError(f"{path}: {', '.join(sorted(unknown)) or 'a value'}; expected tables model, loss and train")

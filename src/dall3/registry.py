@@ -1,0 +1,180 @@
+"""weights.toml: every set of weights by name, its parts, and where their files are."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from dall3.errors import require
+
+PathLike = str | Path
+PART_NAMES = ("tokenizer", "transformer", "vqgan", "clip", "upsampler", "super_resolution")
+PACKAGE = Path(__file__).parent
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # a folder or a file of the cache, and never one outside of it
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a file is: an address, or a path on disk. sha256, size: of what is there, None where not known. other: it
+    holds other bytes than the places that the file's own sha256 and size tell of.
+    """
+
+    url: str
+    sha256: str | None
+    size: int | None
+    other: bool = False
+
+    @property
+    def path(self) -> Path | None:
+        """The path, of a place on disk."""
+        return None if self.url.startswith(("https://", "http://", "hf:")) else Path(self.url)
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of a part: its name in the cache and its places, in the order in which they are tried."""
+
+    name: str
+    places: tuple[Place, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a set. config: the second file that some formats need."""
+
+    name: str
+    file: File
+    config: File | None
+    licence: str
+    source: str
+
+    @property
+    def files(self) -> tuple[File, ...]:
+        return (self.file,) if self.config is None else (self.file, self.config)
+
+
+@dataclass(frozen=True)
+class WeightsSet:
+    name: str
+    about: str
+    parts: tuple[Part, ...]
+
+
+def read_toml(path: PathLike) -> dict[str, Any]:
+    """A TOML file as a dictionary. Raises ValueError for another file, FileNotFoundError for none."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not TOML ({error})") from None
+
+
+def own_file() -> Path:
+    """The weights.toml that comes with dall3: inside the wheel, or at the top of a checkout."""
+    inside = PACKAGE / "weights.toml"
+    return inside if inside.exists() else PACKAGE.parents[1] / "weights.toml"
+
+
+def read_registry(path: PathLike | None = None) -> dict[str, WeightsSet]:
+    """Every set by name: dall3's own, and those of the file at `path`, or else of the one that DALL3_WEIGHTS names.
+
+    A set of the second file takes the place of one of the same name. Raises ValueError for a file that is not in the
+    form that weights.toml describes, FileNotFoundError for one that is not there.
+    """
+    more = path or os.environ.get("DALL3_WEIGHTS")
+    found = parse_registry(own_file())
+    return found | parse_registry(Path(more)) if more else found
+
+
+def find_set(name: str, path: PathLike | None = None) -> WeightsSet:
+    """The set of that name. Raises ValueError that lists the names for one that is not there."""
+    found = read_registry(path)
+    require(name in found, no_such_set(name, found))
+    return found[name]
+
+
+def no_such_set(name: str, known: dict[str, WeightsSet]) -> str:
+    near = get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"no set of weights is called '{name}'; {hint}there are {', '.join(known)}"
+
+
+def parse_registry(path: Path) -> dict[str, WeightsSet]:
+    sets = {}
+    for name, table in read_toml(path).items():
+        where = f"{path}: [{name}]"
+        require(bool(NAME.fullmatch(name)), f"{where}: a set's name has letters, digits, '.', '_' and '-'")
+        require(isinstance(table, dict), f"{where}: expected a table")
+        parts = {key: value for key, value in table.items() if isinstance(value, dict)}
+        unknown = [key for key in table if key not in {"about", *PART_NAMES} or (key != "about" and key not in parts)]
+        require(not unknown, f"{where}: {', '.join(unknown)} is no part; expected tables {', '.join(PART_NAMES)}")
+        require(bool(parts), f"{where}: has no part; expected tables {', '.join(PART_NAMES)}")
+        made = tuple(parse_part(key, parts[key], path, name) for key in PART_NAMES if key in parts)
+        sets[name] = WeightsSet(name, text_of(table, "about", where, ""), made)
+    return sets
+
+
+def parse_part(name: str, table: dict[str, Any], path: Path, set_name: str) -> Part:
+    where = f"{path}: [{set_name}.{name}]"
+    known = {"file", "places", "size", "sha256", "licence", "source", "config"}
+    require(table.keys() <= known, f"{where}: {', '.join(sorted(table.keys() - known))} is not known")
+    config = table.get("config")
+    require(config is None or isinstance(config, dict), f"{where}: config is a table of file and places")
+    licence, source = (text_of(table, key, where, "not stated") for key in ("licence", "source"))
+    file, second = (None if one is None else parse_file(one, path, where) for one in (table, config))
+    assert file is not None
+    require(second is None or second.name != file.name, f"{where}: its two files have the same name")
+    return Part(name, file, second, licence, source)
+
+
+def parse_file(table: dict[str, Any], path: Path, where: str) -> File:
+    name, places = table.get("file"), table.get("places")
+    fits = isinstance(name, str) and NAME.fullmatch(name)
+    require(bool(fits), f"{where}: file = {name!r}; expected a name without folders")
+    require(isinstance(places, list) and bool(places), f"{where}: places is a list of addresses or paths")
+    assert isinstance(name, str) and isinstance(places, list)
+    same = {"sha256": table.get("sha256"), "size": table.get("size")}
+    made = (
+        parse_place(place, path, where, True)
+        if isinstance(place, dict)
+        else parse_place({"url": place, **same}, path, where, False)
+        for place in places
+    )
+    return File(name, tuple(made))
+
+
+def parse_place(table: dict[str, Any], path: Path, where: str, other: bool) -> Place:
+    url, sha256, size = table.get("url"), table.get("sha256"), table.get("size")
+    require(table.keys() <= {"url", "sha256", "size"}, f"{where}: a place has url, sha256 and size")
+    fits = isinstance(url, str) and url.isprintable() and url.strip() == url and url
+    require(bool(fits), f"{where}: a place is {url!r}; expected an address or a path")
+    assert isinstance(url, str)
+    good_hash = sha256 is None or (isinstance(sha256, str) and SHA256.fullmatch(sha256))
+    require(bool(good_hash), f"{where}: sha256 = {sha256!r}; expected 64 digits of 0-9a-f")
+    require(size is None or (type(size) is int and size > 0), f"{where}: size = {size!r}; expected bytes")
+    if url.startswith("package:"):
+        inside = (PACKAGE / url.removeprefix("package:")).resolve()
+        require(inside.is_relative_to(PACKAGE.resolve()), f"{where}: {url} lies outside of the package")
+        url = str(inside)
+    elif url.startswith("hf:"):
+        require(url.count("/") >= 2, f"{where}: {url}; expected hf:owner/name/path")
+    elif "://" in url:
+        require(url.startswith(("https://", "http://")), f"{where}: {url}; expected https://, hf: or a path")
+    else:
+        url = str((path.parent / url).absolute())
+    return Place(url, sha256, size, other)
+
+
+def text_of(table: dict[str, Any], key: str, where: str, default: str) -> str:
+    value = table.get(key, default)
+    require(isinstance(value, str) and value.isprintable(), f"{where}: {key} is one line of text")
+    return value

@@ -1,0 +1,502 @@
+"""Weights by name: weights.toml is read, files are fetched whole or not at all, from hosts of every kind."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dall3 import fetching
+from dall3.errors import FetchError
+from dall3.fetching import Wanted, check_here, fetch_file, fetch_set, files_of, remove_set
+from dall3.registry import find_set, read_registry
+
+DATA = random.Random(0).randbytes(1_500_000)
+SHA256 = hashlib.sha256(DATA).hexdigest()
+
+
+def saved(value: float) -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"x": torch.full((50_000,), value)}, buffer)
+    return buffer.getvalue()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers as the server's next behaviour says, and well when there is none left."""
+
+    protocol_version = "HTTP/1.1"
+    server: Server
+
+    def do_GET(self) -> None:
+        server = self.server
+        server.requests.append((self.path, self.headers.get("Range")))
+        behaviour = server.behaviours.pop(0) if server.behaviours else "good"
+        self.close_connection = True
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            getattr(self, behaviour)()
+
+    def head(self, status: int, length: int | None, **headers: str) -> None:
+        self.send_response(status)
+        self.send_header("Connection", "close")
+        if length is not None:
+            self.send_header("Content-Length", str(length))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+
+    def body(self, data: bytes) -> None:
+        for start in range(0, len(data), 1 << 16):
+            self.wfile.write(data[start : start + (1 << 16)])
+            self.server.sent += len(data[start : start + (1 << 16)])
+            time.sleep(self.server.pause)
+
+    def part(self) -> tuple[int, dict[str, str]]:
+        """Where to begin, as Range and If-Range say, and the headers that go with it."""
+        wanted, tag = self.headers.get("Range"), self.headers.get("If-Range")
+        size, headers = len(self.server.data), {"ETag": self.server.tag} if self.server.tag else {}
+        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and tag in (None, self.server.tag) else 0
+        return start, headers | ({"Content_Range": f"bytes {start}-{size - 1}/{size}"} if start else {})
+
+    def good(self) -> None:
+        start, headers = self.part()
+        if start >= len(self.server.data):
+            return self.head(416, 0, Content_Range=f"bytes */{len(self.server.data)}")
+        self.head(206 if start else 200, len(self.server.data) - start, **headers)
+        self.body(self.server.data[start:])
+
+    def truncate(self) -> None:
+        start, headers = self.part()
+        self.head(206 if start else 200, len(self.server.data) - start, **headers)
+        self.body(self.server.data[start : start + (len(self.server.data) - start) // 3])
+
+    def reset(self) -> None:
+        self.truncate()
+        self.connection.setsockopt(1, 13, b"\x01\x00\x00\x00\x00\x00\x00\x00")  # SO_LINGER: close with a reset
+        self.connection.close()
+
+    def hang_up(self) -> None:
+        self.connection.close()
+
+    def stall(self) -> None:
+        self.truncate()
+        self.server.stop.wait(3)
+
+    def stall_at_once(self) -> None:
+        self.server.stop.wait(3)
+
+    def short(self) -> None:
+        """Claims less than there is."""
+        self.head(200, 1000)
+        self.body(self.server.data[:1000])
+
+    def long(self) -> None:
+        """Claims more than there is."""
+        start, headers = self.part()
+        self.head(206 if start else 200, len(self.server.data) - start + 99, **headers)
+        self.body(self.server.data[start:])
+
+    def endless(self) -> None:
+        self.head(200, None)
+        for _ in range(2000):
+            self.wfile.write(bytes(1 << 16))
+
+    def chunked(self) -> None:
+        self.head(200, None, Transfer_Encoding="chunked")
+        for start in range(0, len(self.server.data), 100_000):
+            piece = self.server.data[start : start + 100_000]
+            self.wfile.write(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
+        self.wfile.write(b"0\r\n\r\n")
+
+    def chunked_and_cut(self) -> None:
+        self.head(200, None, Transfer_Encoding="chunked")
+        self.wfile.write(b"186a0\r\n" + self.server.data[:5000])
+
+    def until_closed(self) -> None:
+        self.head(200, None)
+        self.body(self.server.data)
+
+    def redirect(self) -> None:
+        self.head(302, 0, Location=self.path + "?again")
+
+    def redirect_to_nothing(self) -> None:
+        self.head(302, 0, Location="http://127.0.0.1:1/gone")
+
+    def no_range(self) -> None:
+        """Sends all of it, whatever was asked for."""
+        self.head(200, len(self.server.data))
+        self.body(self.server.data)
+
+    def other_range(self) -> None:
+        size = len(self.server.data)
+        self.head(206, size - 7, Content_Range=f"bytes 7-{size - 1}/{size}")
+        self.body(self.server.data[7:])
+
+    def not_found(self) -> None:
+        self.head(404, 0)
+
+    def not_satisfiable(self) -> None:
+        self.head(416, 0)
+
+    def too_many(self) -> None:
+        self.head(429, 0, Retry_After="0")
+
+    def broken(self) -> None:
+        self.head(500, 0)
+
+    def wrong(self) -> None:
+        self.head(200, len(self.server.data), ETag='"wrong"')
+        self.body(bytes(len(self.server.data)))
+
+    def page(self) -> None:
+        text = b"<!DOCTYPE html><title>This domain is for sale</title>" * 9
+        self.head(200, len(text))
+        self.body(text)
+
+    def zipped(self) -> None:
+        self.head(200, len(self.server.data), Content_Encoding="gzip")
+        self.body(self.server.data)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, data: bytes = DATA) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.data, self.tag, self.pause, self.sent = data, '"one"', 0.0, 0
+        self.behaviours: list[str] = []
+        self.requests: list[tuple[str, str | None]] = []
+        self.stop = threading.Event()
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, *args: Any) -> None:
+        pass  # a client that goes is what these tests are about
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    monkeypatch.setenv("DALL3_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("DALL3_OFFLINE", raising=False)
+    monkeypatch.delenv("DALL3_WEIGHTS", raising=False)
+    monkeypatch.setattr(fetching, "BACK_OFF", 0.001)
+    monkeypatch.setattr(fetching, "TIMEOUT", (0.5, 0.2))
+    servers: list[Server] = []
+
+    def start(data: bytes = DATA) -> Server:
+        servers.append(Server(data))
+        threading.Thread(target=servers[-1].serve_forever, args=(0.01,), daemon=True).start()
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop.set()
+        server.shutdown()
+        server.server_close()
+
+
+def want(folder: Path, *places: str, sha256: str | None = SHA256, size: int | None = None) -> Wanted:
+    """A file of a set with these places."""
+    lines = [f'file = "model.pt"\nplaces = {json.dumps(list(places))}']
+    lines += [f'sha256 = "{sha256}"'] if sha256 else []
+    lines += [f"size = {size}"] if size else []
+    (folder / "weights.toml").write_text("[own.upsampler]\n" + "\n".join(lines))
+    return files_of(find_set("own", folder / "weights.toml"))[0]
+
+
+RIGHT: list[list[str]] = [
+    [],
+    ["truncate"],
+    ["truncate", "truncate", "truncate"],
+    ["reset"],
+    ["hang_up", "hang_up"],
+    ["stall"],
+    ["stall_at_once", "stall"],
+    ["long"],
+    ["chunked"],
+    ["chunked_and_cut"],
+    ["until_closed"],
+    ["redirect", "redirect"],
+    ["truncate", "redirect"],
+    ["truncate", "no_range"],
+    ["truncate", "other_range"],
+    ["truncate", "not_satisfiable"],
+    ["too_many", "broken", "too_many"],
+    ["truncate", "broken", "truncate", "reset"],
+]
+
+
+@pytest.mark.parametrize("behaviours", RIGHT, ids="-".join)
+def test_what_ends_well(serve: Callable[..., Server], tmp_path: Path, behaviours: list[str]) -> None:
+    server = serve()
+    server.behaviours = list(behaviours)
+    wanted = want(tmp_path, server.url + "/model.pt")
+    path = fetch_file(wanted, progress=False)
+    assert path.read_bytes() == DATA and path == tmp_path / "home/own/upsampler/model.pt"
+    left = {file.name for file in path.parent.iterdir()} - {"model.pt", "model.pt.json", "model.pt.lock"}
+    assert not left and not server.behaviours
+    asked = len(server.requests)
+    assert fetch_file(wanted, progress=False) == path and len(server.requests) == asked
+
+
+WRONG = (
+    (["short"], "SHA-256 .* expected"),
+    (["wrong"], "holds other bytes, with SHA-256"),
+    (["page"], "holds other bytes, with SHA-256"),
+    (["not_found"], "answers 404"),
+    (["broken"] * 5, "answers 500, 5 times"),
+    (["too_many"] * 5, "answers 429, 5 times"),
+    (["hang_up"] * 5, "no answer .*, 5 times"),
+    (["stall_at_once"] * 5, "no answer .*, 5 times"),
+    (["redirect"] * 40, "Exceeded 30 redirects"),
+    (["redirect_to_nothing"] * 5, "no answer"),
+    (["zipped"], "sends it as gzip"),
+)
+
+
+@pytest.mark.parametrize(("behaviours", "words"), WRONG, ids=lambda value: "-".join(value[:2]))
+def test_what_ends_with_an_error(
+    serve: Callable[..., Server], tmp_path: Path, behaviours: list[str], words: str
+) -> None:
+    server = serve()
+    server.behaviours = list(behaviours)
+    wanted = want(tmp_path, server.url + "/model.pt")
+    with pytest.raises(FetchError, match=words) as error:
+        fetch_file(wanted, progress=False)
+    assert str(wanted.target) in str(error.value) and "\n" not in str(error.value)
+    assert not wanted.target.exists()
+
+
+def test_any_mixture_ends_well_or_with_an_error(serve: Callable[..., Server], tmp_path: Path) -> None:
+    kinds = [name for name in vars(Handler) if name in {kind for kinds in RIGHT for kind in kinds}]
+    kinds += ["short", "wrong", "page", "not_found", "zipped"]
+    kinds = [kind for kind in kinds if "stall" not in kind]  # those wait
+    ended = set()
+    for seed in range(60):
+        draw, server = random.Random(seed), serve()
+        server.behaviours = draw.choices(kinds, k=draw.randrange(1, 7))
+        wanted = want(tmp_path, f"{server.url}/{seed}", sha256=SHA256, size=draw.choice((None, len(DATA))))
+        try:
+            assert fetch_file(wanted, progress=False).read_bytes() == DATA
+            ended.add("well")
+        except FetchError:
+            assert not wanted.target.exists()
+            ended.add("error")
+        remove_set(wanted.weights)
+    assert ended == {"well", "error"}
+
+
+def test_the_next_place_is_tried(serve: Callable[..., Server], tmp_path: Path) -> None:
+    bad, good = serve(), serve()
+    bad.behaviours = ["truncate", "wrong"]
+    path = fetch_file(want(tmp_path, "http://127.0.0.1:1/model.pt", bad.url + "/a", good.url + "/b"), progress=False)
+    assert path.read_bytes() == DATA and bad.requests and good.requests == [("/b", None)]
+
+
+def test_more_bytes_than_there_should_be_are_not_taken(serve: Callable[..., Server], tmp_path: Path) -> None:
+    server = serve()
+    server.behaviours = ["endless"]
+    with pytest.raises(FetchError, match="sends more than the 1,500,000 bytes"):
+        fetch_file(want(tmp_path, server.url + "/model.pt", size=len(DATA)), progress=False)
+    with pytest.raises(FetchError, match="has 1,500,000 bytes; expected 7"):
+        fetch_file(want(tmp_path, server.url + "/model.pt", size=7), progress=False)
+
+
+def test_a_download_goes_on_where_it_broke_off(serve: Callable[..., Server], tmp_path: Path) -> None:
+    server = serve()
+    server.behaviours = ["truncate"]
+    fetch_file(want(tmp_path, server.url + "/model.pt"), progress=False)
+    assert server.requests[1] == ("/model.pt", f"bytes={len(DATA) // 3}-") and server.sent == len(DATA)
+
+
+def test_halves_of_different_files_are_never_joined(serve: Callable[..., Server], tmp_path: Path) -> None:
+    server = serve(saved(1.0))
+    server.behaviours = ["truncate", *["broken"] * 4]
+    wanted = want(tmp_path, server.url + "/model.pt", sha256=None)
+    with pytest.raises(FetchError):
+        fetch_file(wanted, progress=False)
+    server.data, server.tag = saved(2.0), '"two"'
+    assert fetch_file(wanted, progress=False).read_bytes() == server.data
+    remove_set(wanted.weights)
+    wanted.target.with_name("model.pt.json").unlink()
+    server.tag = ""  # a host that cannot tell whether it is still the same
+    server.behaviours = ["truncate", "good"]
+    assert fetch_file(wanted, progress=False).read_bytes() == server.data
+    assert server.requests[-1] == ("/model.pt", None)
+
+
+def test_a_file_without_a_known_hash_is_looked_at_and_pinned(serve: Callable[..., Server], tmp_path: Path) -> None:
+    server = serve(saved(1.0))
+    wanted = want(tmp_path, server.url + "/model.pt", sha256=None)
+    for behaviour in ("page", "short"):
+        server.behaviours = [behaviour]
+        with pytest.raises(FetchError, match="what it sends is not the file"):
+            fetch_file(wanted, progress=False)
+        assert not wanted.target.exists()
+    first = fetch_file(wanted, progress=False).read_bytes()
+    remove_set(wanted.weights)
+    server.data, server.tag = saved(2.0), '"two"'
+    with pytest.raises(FetchError, match="holds other bytes"):
+        fetch_file(wanted, progress=False)
+    server.data = first
+    assert fetch_file(wanted, progress=False).read_bytes() == first
+
+
+def test_a_file_that_was_changed_on_the_disk_is_fetched_again(serve: Callable[..., Server], tmp_path: Path) -> None:
+    server = serve()
+    wanted = want(tmp_path, server.url + "/model.pt")
+    path = fetch_file(wanted, progress=False)
+    path.write_bytes(DATA[:-1] + b"?")
+    assert "SHA-256" in str(check_here(wanted, path, thorough=True))
+    assert fetch_file(wanted, progress=False).read_bytes() == DATA
+
+
+def test_a_full_disk_is_said_before_anything_is_fetched(
+    serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve()
+    usage = fetching.shutil.disk_usage(tmp_path)._replace(free=fetching.RESERVE + 1000)
+    monkeypatch.setattr(fetching.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(FetchError, match="needs 69 MB in .* 67 MB are free; make room, or set DALL3_HOME"):
+        fetch_file(want(tmp_path, server.url + "/model.pt"), progress=False)
+    assert not list((tmp_path / "home").rglob("*.part"))
+
+
+def test_offline_nothing_is_fetched(
+    serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve()
+    wanted = want(tmp_path, server.url + "/model.pt")
+    monkeypatch.setenv("DALL3_OFFLINE", "1")
+    with pytest.raises(FetchError, match="own/upsampler/model.pt is not here, and DALL3_OFFLINE is set; put a copy at"):
+        fetch_set(wanted.weights)
+    assert not server.requests
+    wanted.target.parent.mkdir(parents=True)
+    wanted.target.write_bytes(DATA)
+    assert fetch_set(wanted.weights) == {"upsampler": (wanted.target, None)}
+    wanted.target.write_bytes(DATA[:-1])
+    with pytest.raises(FetchError, match="has SHA-256 .*, and DALL3_OFFLINE is set"):
+        fetch_set(wanted.weights)
+
+
+def test_a_copy_on_disk_is_used_where_it_is(tmp_path: Path, serve: Callable[..., Server]) -> None:
+    (tmp_path / "copies").mkdir()
+    (tmp_path / "copies/mine.pt").write_bytes(DATA)
+    path = fetch_file(want(tmp_path, "http://127.0.0.1:1/gone", "copies/mine.pt"))
+    assert path == tmp_path / "copies/mine.pt"
+    (tmp_path / "copies/mine.pt").write_bytes(b"other")
+    with pytest.raises(FetchError, match="mine.pt has SHA-256"):
+        fetch_file(want(tmp_path, "copies/mine.pt"))
+
+
+fork = multiprocessing.get_context("fork")
+
+
+def fetch_in_a_process(wanted: Wanted) -> Any:
+    process = fork.Process(target=fetch_file, args=(wanted, False))
+    process.start()
+    return process
+
+
+def test_killed_at_twenty_moments_and_run_again(serve: Callable[..., Server], tmp_path: Path) -> None:
+    draw, resumed = random.Random(0), 0
+    for trial in range(20):
+        server = serve()
+        server.pause = 0.004
+        wanted = want(tmp_path, f"{server.url}/{trial}")
+        process = fetch_in_a_process(wanted)
+        time.sleep(draw.uniform(0.0, 0.15))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert not wanted.target.exists() or wanted.target.read_bytes() == DATA
+        again = fetch_in_a_process(wanted)
+        again.join()
+        assert wanted.target.read_bytes() == DATA and server.sent < 2 * len(DATA)
+        resumed += any(wish for _, wish in server.requests)
+        remove_set(wanted.weights)
+    assert resumed > 5
+
+
+def test_two_processes_fetch_a_file_once(serve: Callable[..., Server], tmp_path: Path) -> None:
+    server = serve()
+    server.pause = 0.005
+    wanted = want(tmp_path, server.url + "/model.pt")
+    processes = [fetch_in_a_process(wanted) for _ in range(3)]
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert len(server.requests) == 1 and wanted.target.read_bytes() == DATA
+
+
+def test_nothing_is_written_outside_of_the_cache(serve: Callable[..., Server], tmp_path: Path) -> None:
+    server, before = serve(), set(Path.cwd().iterdir()) | set(Path.home().iterdir())
+    fetch_file(want(tmp_path, server.url + "/model.pt"), progress=False)
+    assert set(Path.cwd().iterdir()) | set(Path.home().iterdir()) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"home", "weights.toml"}
+
+
+GOOD = '[own.vqgan]\nfile = "last.ckpt"\nplaces = ["https://host/x"]\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    (
+        ("[", "not TOML"),
+        ("[own]\n", "has no part"),
+        ('["../own".vqgan]\n', "a set's name has letters"),
+        ('[own."../x"]\n', "'../x'|../x is no part"),
+        ("[own]\nvqgan = 1\n", "vqgan is no part"),
+        (GOOD.replace("last.ckpt", "../last.ckpt"), "expected a name without folders"),
+        (GOOD.replace("last.ckpt", "/etc/passwd"), "expected a name without folders"),
+        (GOOD.replace("last.ckpt", ".."), "expected a name without folders"),
+        (GOOD.replace("last.ckpt", "a\\u0000b"), "expected a name without folders"),
+        (GOOD.replace("last.ckpt", ""), "expected a name without folders"),
+        (GOOD.replace('"https://host/x"', ""), "places is a list"),
+        (GOOD.replace('"https://host/x"', "3"), "a place is 3; expected an address or a path"),
+        (GOOD.replace("https://host/x", "package:../../../etc/passwd"), "lies outside of the package"),
+        (GOOD.replace("https://host/x", "ftp://host/x"), "expected https://, hf: or a path"),
+        (GOOD.replace("https://host/x", "hf:owner"), "expected hf:owner/name/path"),
+        (GOOD + 'sha256 = "12"\n', "expected 64 digits"),
+        (GOOD + "size = -1\n", "expected bytes"),
+        (GOOD + "shasum = 1\n", "shasum is not known"),
+        (GOOD + 'config = "x"\n', "config is a table"),
+        (GOOD + 'config = { file = "last.ckpt", places = ["x"] }\n', "its two files have the same name"),
+        (GOOD + 'licence = "a\\nb"\n', "licence is one line of text"),
+    ),
+)
+def test_a_weights_toml_that_is_wrong(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "weights.toml").write_text(text)
+    with pytest.raises(ValueError, match=words) as error:
+        read_registry(tmp_path / "weights.toml")
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_sets_that_come_with_it() -> None:
+    known = read_registry()
+    assert list(known) == ["mini", "dall3", "dall3-super-resolution", "openai-256-uncond", "rudalle"]
+    (file,) = files_of(known["openai-256-uncond"])
+    assert file.file.places[0].size == 2_211_383_297
+    assert all(one.part.licence and one.part.source for name in known for one in files_of(known[name]))
+    with pytest.raises(ValueError, match="no set of weights is called 'dalle3'; did you mean dall3"):
+        find_set("dalle3")
+
+
+def test_sets_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "weights.toml").write_text(GOOD + GOOD.replace("own", "mini"))
+    monkeypatch.setenv("DALL3_WEIGHTS", str(tmp_path / "weights.toml"))
+    assert [part.name for part in find_set("mini").parts] == ["vqgan"] and "own" in read_registry()
