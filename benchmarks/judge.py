@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from dall3.scenes import BACKGROUNDS, MATERIALS, SHAPES, SIZES, random_scene, render
-from dall3.scenes.emoji import Emoji, draw_emoji, fetch_emoji, list_emoji
+from dall3.scenes import BACKGROUNDS, MATERIALS, SHAPES, random_scene, render
+from dall3.scenes.emoji import Emoji, draw_emoji, fetch_emoji, list_emoji, random_placement
 
 SIDE, WIDTH, UNKNOWN = 128, 192, -1
 ABOUT = ("hexcodes", "accuracy")  # a judge's attributes that are stored beside its weights
@@ -117,8 +117,8 @@ def draw_example(
         shape, material = SHAPES.index(scene.shape), MATERIALS.index(scene.material)
         return render(scene, side), [shape, material, backgrounds.index(scene.background), UNKNOWN]
     which = (index - renders) % len(emoji)
-    background, size, shift = rng.integers(len(backgrounds)), rng.choice(SIZES), rng.uniform(-0.5, 0.5, 2)
-    picture = draw_emoji(emoji[which], backgrounds[background], size, side, tuple(shift))
+    background, (size, shift) = rng.integers(len(backgrounds)), random_placement(rng)
+    picture = draw_emoji(emoji[which], backgrounds[background], size, side, shift)
     return picture, [UNKNOWN, UNKNOWN, int(background), which]
 
 

@@ -27,8 +27,8 @@ from tqdm.auto import tqdm
 from dall3 import Dall3Pipeline
 from dall3.diffusion import Refinement
 from dall3.sampling import Sampling
-from dall3.scenes import BACKGROUNDS, MATERIALS, SHAPES, SIZES, Scene, describe, is_held_out, random_scene, render
-from dall3.scenes.emoji import Emoji, draw_emoji, list_emoji, with_article
+from dall3.scenes import BACKGROUNDS, MATERIALS, SHAPES, Scene, describe, is_held_out, random_scene, render
+from dall3.scenes.emoji import Emoji, draw_emoji, list_emoji, random_placement, with_article
 
 FINE = 2 * SIDE  # pixels a side of true and refined pictures; coarse ones have SIDE
 COUNTS = {"composition": 200, "upsampler": 100, "guidance": 24, "steps": 4, "sampling": 24}
@@ -83,7 +83,7 @@ def emoji_tasks(count: int, emoji: list[Emoji], seed: int) -> list[Task]:
     tasks = []
     for i, place in enumerate(rng.permutation(len(pairs))[:count]):
         which, background = pairs[place]
-        size, shift = rng.choice(SIZES), tuple(rng.uniform(-0.5, 0.5, 2))
+        size, shift = random_placement(rng)
         text = f"{with_article(emoji[which].name.lower())} on a {background} background"
         answers = {"emoji": which, "background": list(BACKGROUNDS).index(background)}
         tasks.append(Task(text, i, answers, to_picture(draw_emoji(emoji[which], background, size, FINE, shift))))

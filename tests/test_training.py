@@ -160,10 +160,10 @@ def test_emoji_are_found_by_code_and_laid_on_the_background(emoji_folder: Path) 
     assert [e.name for e in list_emoji(emoji_folder)] == ["blue circle", "waving hand"]
     areas = []
     for size in ("small", "medium", "large"):
-        picture = draw_emoji(found[0], "pink", size, 64, (0.3, -0.3))
+        picture = draw_emoji(found[0], "pink", size, 64, (1, -1))
         assert picture[0, 0].tolist() == picture[-1, -1].tolist() == [236, 172, 188]
         areas.append((np.abs(picture - [10, 20, 250]).sum(-1) < 30).sum())
-    assert areas[0] * 1.7 < areas[1] and areas[1] * 1.4 < areas[2]
+    assert areas[0] * 1.4 < areas[1] and areas[1] * 1.4 < areas[2]
 
 
 def test_emoji_training_never_sees_a_held_out_background(emoji_folder: Path) -> None:

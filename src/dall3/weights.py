@@ -96,14 +96,35 @@ def load_part(
         raise one_line(folder / CONFIG, f"its model is {name!r}; expected one of {', '.join(MODELS)}")
     model_class, config_class = MODELS[name]
     try:
+        check_limits(settings)
         config = from_json(config_class, settings)
         with torch.device("meta"):
             model = CLIP.from_config(config, tokenizer) if model_class is CLIP else model_class(config)
-    except (TypeError, ValueError) as error:
-        raise one_line(folder / CONFIG, f"makes no {name}: {error}") from None
+    except Exception as error:  # whatever odd settings trip a network over is one thing to their reader
+        raise one_line(folder / CONFIG, f"makes no {name}: {type(error).__name__}: {error}") from None
     state = read_tensors(folder / WEIGHTS, device, dtype)
     state |= {name: state[first] for name, first in shared_names(model).items() if first in state}
     return fill(model, state, folder / WEIGHTS, dtype).to(device)
+
+
+LAYERS = ("depth", "layers", "num_layers", "num_res_blocks", "num_resnet_blocks", "n_blk_per_group", "group_count")
+LENGTHS = ("text_seq_len", "context_length", "image_size")
+
+
+def check_limits(settings: Any, name: str = "") -> None:
+    """Raise ValueError for settings above any network's, with which building one would take all memory or time."""
+    if isinstance(settings, dict):
+        for key, value in settings.items():
+            check_limits(value, key)
+    elif isinstance(settings, list):
+        if len(settings) > 64:
+            raise ValueError(f"{name} has {len(settings)} entries; 64 are the most")
+        for value in settings:
+            check_limits(value, name)
+    elif isinstance(settings, int | float):
+        most = 512 if name in LAYERS else 128 if name == "grid_size" else 8192 if name in LENGTHS else 2**20
+        if not -most <= settings <= most:
+            raise ValueError(f"{name}={settings:.6g}; {most} is the most")
 
 
 def read_tensors(path: Path, device: str | torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -138,7 +159,7 @@ def read_config(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise one_line(path, "missing; expected the folder of a part, with config.json and model.safetensors") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise one_line(path, f"not JSON ({error})") from None
     if not isinstance(found, dict):
         raise one_line(path, f"holds {type(found).__name__}; expected an object")

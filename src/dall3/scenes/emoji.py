@@ -18,7 +18,11 @@ from PIL import Image
 from dall3.scenes.scene import BACKGROUNDS, SIZES, is_held_out
 
 PACKAGES = ("@lobehub/fluent-emoji-3d@1.1.0", "emojibase-data@17.0.0")
-SHARES = {"small": 0.5, "medium": 0.7, "large": 0.9}  # of the picture's side
+# Widths and shifts count in sixteenths of the picture's side, the grid of a coarse picture's codes: a drawing has the
+# same codes wherever it stands, and the transformer need not learn each anew for every pixel of a shift.
+GRID = 16
+WIDTHS = {"small": 8, "medium": 10, "large": 14}
+HOW_OFTEN = {"small": 0.2, "medium": 0.3, "large": 0.5}
 FLAGS = 9  # emojibase's group
 
 
@@ -79,20 +83,28 @@ def training_pool(emoji: Sequence[Emoji]) -> list[Emoji]:
 
 
 def draw_emoji(
-    emoji: Emoji, background: str, size: str, side: int = 256, shift: tuple[float, float] = (0.0, 0.0)
+    emoji: Emoji, background: str, size: str, side: int = 256, shift: tuple[int, int] = (0, 0)
 ) -> np.ndarray:
     """A drawing on a background colour: uint8 (side, side, 3).
 
-    shift: to the right and down, as shares of the free margin, in [-1, 1].
+    shift: to the right and down, in sixteenths of the side.
     """
-    width = round(SHARES[size] * side)
+    width = round(WIDTHS[size] * side / GRID)
     with Image.open(emoji.path) as picture:
         drawing = picture.convert("RGBa").resize((width, width), Image.Resampling.LANCZOS).convert("RGBA")
-    margin = (side - width) / 2
-    place = (round(margin * (1 + shift[0])), round(margin * (1 + shift[1])))
+    margin = (GRID - WIDTHS[size]) / 2
+    place = (round((margin + shift[0]) * side / GRID), round((margin + shift[1]) * side / GRID))
     canvas = Image.new("RGBA", (side, side), BACKGROUNDS[background])
     canvas.alpha_composite(drawing, place)
     return np.asarray(canvas.convert("RGB"))
+
+
+def random_placement(rng: np.random.Generator) -> tuple[str, tuple[int, int]]:
+    """A size, and a shift within half of the margin, as `draw_emoji` takes them."""
+    size = str(rng.choice(SIZES, p=[HOW_OFTEN[size] for size in SIZES]))
+    reach = (GRID - WIDTHS[size]) // 4
+    right, down = rng.integers(-reach, reach + 1, 2).tolist()
+    return size, (right, down)
 
 
 def random_emoji_picture(
@@ -107,8 +119,7 @@ def random_emoji_picture(
     if not backgrounds:
         raise ValueError(f"{emoji.name} has no background with held_out={held_out}")
     background = backgrounds[rng.integers(len(backgrounds))]
-    size = SIZES[rng.integers(len(SIZES))]
-    shift = tuple(rng.uniform(-0.5, 0.5, 2))
+    size, shift = random_placement(rng)
     return draw_emoji(emoji, background, size, side, shift), emoji_caption(emoji, background, size, rng)
 
 
