@@ -19,7 +19,7 @@ from dall3 import Dall3Pipeline
 from dall3.cli import main
 from dall3.diffusion import GaussianDiffusion
 from dall3.models.unet import DiffusionConfig, UNetConfig
-from dall3.models.vqgan import VQGANConfig
+from dall3.models.vqgan import GumbelVQ, VQGANConfig
 from dall3.scenes import is_held_out
 from dall3.scenes.emoji import Emoji, draw_emoji, emoji_caption, list_emoji, random_emoji_picture
 from dall3.text import load_tokenizer
@@ -27,6 +27,7 @@ from dall3.training.data import Mixture, StepSampler, fit_picture, shuffled
 from dall3.training.loop import Task, TrainingConfig, train
 from dall3.training.run import SETTINGS, TRAINABLE, read_settings, train_model
 from dall3.training.tokenizer import train_tokenizer
+from dall3.training.transformer import encode_pool
 from dall3.training.upsampler import UpsamplerTask, UpsamplerTraining, variational_bound
 from dall3.training.vqgan import VQGANTask, VQGANTraining, rotate_to
 from dall3.weights import from_json, load_part
@@ -379,6 +380,40 @@ def test_five_commands_make_a_pipeline_of_ones_own(pictures: Path, tmp_path: Pat
     result = pipe("a red picture", num_candidates=2, num_inference_steps=2, cutn=2, seed=0, progress=False)
     assert result.images[0].size == (64, 64) and result.clip_scores is not None
     assert result.coarse_images[0].size == (32, 32)
+
+
+def test_a_pool_of_codes_is_what_the_vqgan_makes_of_the_pictures_and_is_made_once(
+    pictures: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    vqgan, data = GumbelVQ(SMALL_VQGAN).eval(), Mixture([f"folder:{pictures}"], 32)
+    pool = encode_pool(data, 70, vqgan, tmp_path / "codes.npz", workers=0, progress=False)
+    seen = {}
+    for i in range(70):
+        place, (codes, text) = shuffled(i, 70), pool[i]
+        images, wanted = data[place]
+        assert text == wanted and torch.equal(codes.long(), vqgan.encode(images[None].float() / 255)[0])
+        seen[place] = codes
+    assert len(seen) == 70 and len({tuple(codes.tolist()) for codes in seen.values()}) > 1
+    made = (tmp_path / "codes.npz").stat().st_mtime_ns
+    again = encode_pool(data, 70, vqgan, tmp_path / "codes.npz", workers=0, progress=False)
+    assert torch.equal(again[5][0], pool[5][0]) and (tmp_path / "codes.npz").stat().st_mtime_ns == made
+    other = GumbelVQ(SMALL_VQGAN).eval()
+    encode_pool(data, 70, other, tmp_path / "codes.npz", workers=0, progress=False)
+    assert (tmp_path / "codes.npz").stat().st_mtime_ns > made  # another codebook means other codes
+
+
+def test_a_transformer_learns_from_a_pool(pictures: Path, tmp_path: Path) -> None:
+    settings, out = write_small_settings(tmp_path, pictures), tmp_path / "weights"
+    for model in ("tokenizer", "vqgan"):
+        train_model(model, out, settings[model], progress=False)
+    with settings["transformer"].open("a") as file:
+        file.write("[loss]\npool = 5\n")
+    train_model("transformer", out, settings["transformer"], progress=False, steps=30, every=30)
+    with np.load(out / "runs/transformer/codes.npz") as found:
+        assert found["codes"].shape == (5, 256)
+    lines = [json.loads(line) for line in (out / "runs/transformer/log.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 30 and (out / "transformer/config.json").exists()
 
 
 def test_what_cannot_be_trained_is_said_before_any_work(

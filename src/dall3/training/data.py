@@ -187,6 +187,6 @@ class StepSampler(Sampler[list[int]]):
         return self.steps - self.first
 
 
-def loader(data: Mixture, sampler: StepSampler, workers: int) -> DataLoader[Any]:
-    """Batches of pictures, uint8 (batch, 3, side, side), and captions, in the sampler's order."""
+def loader(data: Dataset[Any], sampler: StepSampler, workers: int) -> DataLoader[Any]:
+    """Batches of items, as pictures, uint8 (batch, 3, side, side), and captions, in the sampler's order."""
     return DataLoader(data, batch_sampler=sampler, num_workers=workers, persistent_workers=workers > 0)

@@ -23,6 +23,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from dall3.training.data import Mixture, StepSampler, loader
@@ -84,6 +85,12 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def export(self, folder: Path) -> None:
         """Write the trained model as a part of a pipeline folder."""
+
+    def make_data(self, config: TrainingConfig, folder: Path, device: torch.device, progress: bool) -> Dataset[Any]:
+        """What is trained on, by number: the pictures and captions of `config.data`, unless a task has something made
+        of them. folder: the run's, for what is made.
+        """
+        return Mixture(config.data, config.side, config.seed)
 
     def start_from(self, model: nn.Module) -> None:
         """Take over the weights of a trained model."""
@@ -177,7 +184,8 @@ def train(task: Task, config: TrainingConfig, folder: Path, model_folder: Path, 
     if config.compile:
         task.compile_parts()
 
-    data = Mixture(config.data, config.side, config.seed)
+    with accelerator.main_process_first():
+        data = task.make_data(config, folder, accelerator.device, progress and main)
     accumulate = config.gradient_accumulation
     sampler = StepSampler(
         first * accumulate,
@@ -195,7 +203,9 @@ def train(task: Task, config: TrainingConfig, folder: Path, model_folder: Path, 
             optimizers.set_rate(config.rate(step))
             with accelerator.accumulate(wrapped):
                 with accelerator.autocast():
-                    loss, figures = wrapped(images.to(accelerator.device).float() / 255, captions, step)
+                    images = images.to(accelerator.device)
+                    images = images.float() / 255 if images.dtype == torch.uint8 else images
+                    loss, figures = wrapped(images, captions, step)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(wrapped.parameters(), config.clip_grad_norm)

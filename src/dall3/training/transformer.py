@@ -2,27 +2,76 @@
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 
 from dall3.models.transformer import DalleTransformer, TransformerConfig
 from dall3.models.vqgan import VQModel
 from dall3.output import make_grid, to_pil
 from dall3.sampling import Sampling, candidate_uniforms, draw_image_tokens
 from dall3.text import TextEncoder
-from dall3.training.loop import Task
+from dall3.training.data import StepSampler, loader, shuffled
+from dall3.training.loop import Task, TrainingConfig
 from dall3.weights import save_part
+
+POOL_BATCH = 64
 
 
 @dataclass(frozen=True)
 class TransformerTraining:
-    """null_text: the share of captions that are left out, so that classifier-free guidance has its other half."""
+    """null_text: the share of captions that are left out, so that classifier-free guidance has its other half. pool:
+    so many pictures are drawn and encoded once, before the first step, and trained on in shuffled epochs, which costs
+    no drawing and no encoding after that; 0 for new pictures in every step.
+    """
 
     null_text: float = 0.1
+    pool: int = 0
+
+
+class CodePool(Dataset[tuple[Tensor, str]]):
+    """Pictures as their codes, int16 (codes,), with captions: an endless row of shuffled epochs."""
+
+    def __init__(self, codes: np.ndarray, captions: list[str]) -> None:
+        self.codes, self.captions = codes, captions
+
+    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+        place = shuffled(index, len(self.codes))
+        return torch.from_numpy(self.codes[place]), self.captions[place]
+
+
+def encode_pool(data: Dataset[Any], count: int, vqgan: VQModel, path: Path, workers: int, progress: bool) -> CodePool:
+    """The first `count` items of `data` as codes: from the file at `path`, which is made where it is not there yet or
+    comes from another VQGAN.
+    """
+    device = next(vqgan.parameters()).device
+    made_by = sha256(vqgan.codebook.detach().cpu().numpy().tobytes()).hexdigest()
+    if path.exists():
+        with np.load(path) as found:
+            if str(found["made_by"]) == made_by and len(found["codes"]) == count:
+                return CodePool(found["codes"], json.loads(str(found["captions"])))
+    batches = loader(data, StepSampler(0, -(-count // POOL_BATCH), POOL_BATCH), workers)
+    codes, captions = [], []
+    for images, texts in tqdm(batches, desc="encoding the pool", disable=not progress):
+        with torch.no_grad():
+            codes.append(vqgan.encode(images.to(device).float() / 255).to("cpu", torch.int16).numpy())
+        captions += texts
+    pool = CodePool(np.concatenate(codes)[:count], list(captions)[:count])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{path}.new", "wb") as file:
+        np.savez(file, codes=pool.codes, captions=json.dumps(pool.captions), made_by=made_by)
+    os.replace(f"{path}.new", path)
+    return pool
 
 
 class TransformerTask(Task):
@@ -38,9 +87,17 @@ class TransformerTask(Task):
     def compile_parts(self) -> None:
         self.loss = torch.compile(self.model.loss, dynamic=False)
 
+    def make_data(self, config: TrainingConfig, folder: Path, device: torch.device, progress: bool) -> Dataset[Any]:
+        data, vqgan = super().make_data(config, folder, device, progress), self.frozen[0].to(device)
+        if not self.settings.pool:
+            return data
+        return encode_pool(data, self.settings.pool, vqgan, folder / "codes.npz", config.workers, progress)
+
     def forward(self, images: Tensor, captions: list[str], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """images: pictures as the other tasks take them, or codes, int16 (batch, codes)."""
         with torch.no_grad():
-            image_ids = self.frozen[0].to(images.device).encode(images)
+            is_codes = images.dtype == torch.int16
+            image_ids = images.long() if is_codes else self.frozen[0].to(images.device).encode(images)
         text_ids = torch.stack([self.encode_text(caption, truncate=True) for caption in captions]).to(images.device)
         dropped = torch.rand(len(text_ids), 1, device=images.device) < self.settings.null_text
         loss = self.loss(text_ids.masked_fill(dropped, 0), image_ids)
