@@ -70,6 +70,8 @@ class Positions:
     left: Tensor  # int64 (n,), likewise the second quarter
     has_above: Tensor  # bool (n, 1), whether there is such a one
     has_left: Tensor
+    text_length: int  # the image's rows of `grid_size` begin there
+    grid_size: int
 
 
 @dataclass

@@ -152,12 +152,21 @@ class Sublayer(nn.Module):
 
 def shift_tokens(x: Tensor, at: Positions, cache: LayerCache | None) -> Tensor:
     """Two quarters of the channels come from neighbours: above and left in the image, left (both) in the text."""
-    quarter = x.shape[-1] // 4
+    quarter, text = x.shape[-1] // 4, at.text_length
     first, second, rest = x.split((quarter, quarter, 2 * quarter), dim=-1)
+    if cache is None:  # all positions, so slices do: a look-up's gradient is slow
+        first = torch.cat((moved(first[:, :text], 1), moved(first[:, text:], at.grid_size)), dim=1)
+        second = torch.cat((moved(second[:, :text], 1), moved(second[:, text:], 1) * at.has_left[text:]), dim=1)
+        return torch.cat((first, second, rest), dim=-1)
     neighbours = remember(cache, "shift", x[..., : 2 * quarter], at)
     first = neighbours[:, at.above, :quarter] * at.has_above
     second = neighbours[:, at.left, quarter:] * at.has_left
     return torch.cat((first, second, rest), dim=-1)
+
+
+def moved(x: Tensor, steps: int) -> Tensor:
+    """x (batch, n, width) with every row `steps` places later, zeros before them."""
+    return F.pad(x, (0, 0, steps, 0))[:, : x.shape[1]]
 
 
 class DalleTransformer(nn.Module):
@@ -307,7 +316,8 @@ class DalleTransformer(nn.Module):
         cos, sin = (self.rotary_cos[index], self.rotary_sin[index]) if c.rotary_emb else (None, None)
         above, left = self.above[index], self.left[index]  # -1 is nobody
         has = (above >= 0)[:, None], (left >= 0)[:, None]
-        return Positions(index, visible, masks, cos, sin, above.clamp(min=0), left.clamp(min=0), *has)
+        places = (above.clamp(min=0), left.clamp(min=0), *has)
+        return Positions(index, visible, masks, cos, sin, *places, c.text_length, c.grid_size)
 
 
 def layer_functions(config: TransformerConfig) -> list[tuple[nn.Module, nn.Module]]:
