@@ -28,8 +28,10 @@ def filter_top_k(logits: Tensor, threshold: float, vocabulary: int | None = None
 
     vocabulary: DALLE-pytorch counts text and image ids together; None for n. threshold in [0, 1].
     """
-    k = min(max(int((1 - threshold) * (vocabulary or logits.shape[-1])), 1), logits.shape[-1])
-    values, indices = logits.topk(k)
+    k = max(int((1 - threshold) * (vocabulary or logits.shape[-1])), 1)
+    if k >= logits.shape[-1]:
+        return logits
+    values, indices = logits.topk(k, sorted=False)
     return torch.full_like(logits, float("-inf")).scatter(-1, indices, values)
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 CONV_KERNEL_SIZE, SPARSE_BLOCK_SIZE = 5, 16  # DALLE-pytorch never set others
@@ -64,19 +63,21 @@ class Positions:
     index: Tensor  # int64 (n,), places in the sequence
     visible: int  # keys at 0 … visible - 1 exist
     masks: dict[str, Tensor]  # attention type -> bool (n, visible) or (heads, n, visible)
-    cos: Tensor | None  # (n, dim_head / 2), rotary
-    sin: Tensor | None
-    above: Tensor  # int64 (n,), whom the first quarter of the channels comes from
-    left: Tensor  # int64 (n,), likewise the second quarter
-    has_above: Tensor  # bool (n, 1), whether there is such a one
-    has_left: Tensor
+    cos: Tensor | None  # (n, dim_head), rotary: of each channel itself
+    sin: Tensor | None  # and of the other one of its pair, with its sign
+    neighbours: Tensor  # int64 (2 n,), above and left of each: whom the first and the second quarter of the channels
+    # come from, counted in quarters of the cache
+    has_left: Tensor  # bool (n, 1), whether there is one to the left
     text_length: int  # the image's rows of `grid_size` begin there
     grid_size: int
 
 
 @dataclass
 class LayerCache:
-    """What one layer remembers of earlier positions: tensors (batch, …, length, width) by name, written in place."""
+    """What one layer remembers of earlier positions: tensors (batch, …, length, width) by name, written in place.
+
+    What is not written yet is 0.
+    """
 
     length: int
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -98,9 +99,11 @@ def remember(cache: LayerCache | None, name: str, rows: Tensor, at: Positions) -
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding (arXiv 2104.09864): neighbouring channels of x (…, n, dim_head) turn by the angles (n, half)."""
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+    """Rotary embedding (arXiv 2104.09864): neighbouring channels of x (…, n, dim_head) turn by an angle.
+
+    cos, sin: (n, dim_head), as `Positions` holds them.
+    """
+    return x * cos + x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) * sin
 
 
 class Attention(nn.Module):
@@ -114,13 +117,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, at: Positions, cache: LayerCache | None = None) -> Tensor:
         """x: (batch, n, dim) -> (batch, n, dim)."""
-        qkv = rearrange(self.to_qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        qkv = self.to_qkv(x).unflatten(-1, (3, self.heads, -1)).permute(0, 2, 3, 1, 4)  # (batch, 3, heads, n, d)
         if at.cos is not None and at.sin is not None:
             qkv = rotate(qkv, at.cos, at.sin)
-        q, k, v = qkv
-        k, v = remember(cache, "k", k, at), remember(cache, "v", v, at)
+        q = qkv[:, 0]
+        k, v = remember(cache, "kv", qkv[:, 1:], at).unbind(1)
         if self.kind == "full" and cache is None:  # the same, and half the work
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=at.masks[self.kind])
-        return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
+        return self.to_out(out.transpose(1, 2).flatten(2))

@@ -153,15 +153,14 @@ class Sublayer(nn.Module):
 def shift_tokens(x: Tensor, at: Positions, cache: LayerCache | None) -> Tensor:
     """Two quarters of the channels come from neighbours: above and left in the image, left (both) in the text."""
     quarter, text = x.shape[-1] // 4, at.text_length
-    first, second, rest = x.split((quarter, quarter, 2 * quarter), dim=-1)
     if cache is None:  # all positions, so slices do: a look-up's gradient is slow
+        first, second, rest = x.split((quarter, quarter, 2 * quarter), dim=-1)
         first = torch.cat((moved(first[:, :text], 1), moved(first[:, text:], at.grid_size)), dim=1)
         second = torch.cat((moved(second[:, :text], 1), moved(second[:, text:], 1) * at.has_left[text:]), dim=1)
         return torch.cat((first, second, rest), dim=-1)
-    neighbours = remember(cache, "shift", x[..., : 2 * quarter], at)
-    first = neighbours[:, at.above, :quarter] * at.has_above
-    second = neighbours[:, at.left, quarter:] * at.has_left
-    return torch.cat((first, second, rest), dim=-1)
+    quarters = cache.update("shift", x[..., : 2 * quarter], at.index).view(len(x), -1, quarter)
+    shifted = quarters.index_select(1, at.neighbours).view(len(x), -1, 2 * quarter)
+    return torch.cat((shifted, x[..., 2 * quarter :]), dim=-1)
 
 
 def moved(x: Tensor, steps: int) -> Tensor:
@@ -177,8 +176,7 @@ class DalleTransformer(nn.Module):
 
     rotary_cos: Tensor
     rotary_sin: Tensor
-    above: Tensor
-    left: Tensor
+    neighbours: Tensor
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -206,10 +204,11 @@ class DalleTransformer(nn.Module):
         place = torch.arange(c.text_length + c.image_seq_len, device="cpu")  # real on a meta model too
         in_image, in_row = place >= c.text_length, (place - c.text_length) % c.grid_size
         above = torch.where(in_image, place - c.grid_size, place - 1)
-        above = torch.where(in_image & (above < c.text_length), -1, above)
         left = torch.where(in_image & (in_row == 0), -1, place - 1)
-        self.register_buffer("above", above, persistent=False)
-        self.register_buffer("left", left, persistent=False)
+        has_above = (above >= 0) & ~(in_image & (above < c.text_length))
+        # The row behind the last position is never written: it is nobody's, and 0.
+        above, left = torch.where(has_above, above, c.seq_len), torch.where(left >= 0, left, c.seq_len)
+        self.register_buffer("neighbours", torch.stack((2 * above, 2 * left + 1), dim=1), persistent=False)
 
     def set_rotary_angles(self, angles: Tensor) -> None:
         """Take the table of angles (positions, channels) of a checkpoint; neighbouring channels share an angle."""
@@ -290,7 +289,7 @@ class DalleTransformer(nn.Module):
 
     def make_caches(self) -> list[LayerCache]:
         """Empty caches for `run`, two a layer; their batch is that of the first tokens fed."""
-        return [LayerCache(self.config.seq_len) for _ in range(2 * self.config.depth)]
+        return [LayerCache(self.config.seq_len + 1) for _ in range(2 * self.config.depth)]
 
     def run(self, x: Tensor, index: Tensor, visible: int, caches: list[LayerCache] | None = None) -> Tensor:
         """Embeddings (batch, n, dim) of the positions `index` (n,) to hidden states (batch, n, dim).
@@ -313,11 +312,13 @@ class DalleTransformer(nn.Module):
         c = self.config
         kinds = {"full", *c.attn_types} - {"mlp"}
         masks = {kind: self.get_buffer(f"{kind}_pattern")[..., index, :visible] for kind in kinds}
-        cos, sin = (self.rotary_cos[index], self.rotary_sin[index]) if c.rotary_emb else (None, None)
-        above, left = self.above[index], self.left[index]  # -1 is nobody
-        has = (above >= 0)[:, None], (left >= 0)[:, None]
-        places = (above.clamp(min=0), left.clamp(min=0), *has)
-        return Positions(index, visible, masks, cos, sin, *places, c.text_length, c.grid_size)
+        cos = sin = None
+        if c.rotary_emb:
+            cos = self.rotary_cos[index].repeat_interleave(2, dim=-1)
+            sin = torch.stack((-self.rotary_sin[index], self.rotary_sin[index]), dim=-1).flatten(-2)
+        neighbours = self.neighbours[index]
+        has_left = neighbours[:, 1:] < 2 * c.seq_len
+        return Positions(index, visible, masks, cos, sin, neighbours.flatten(), has_left, c.text_length, c.grid_size)
 
 
 def layer_functions(config: TransformerConfig) -> list[tuple[nn.Module, nn.Module]]:

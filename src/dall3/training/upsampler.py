@@ -15,7 +15,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from dall3.diffusion import GaussianDiffusion, Refinement, denoise
-from dall3.models.unet import UNet, UNetConfig
+from dall3.models.unet import AttentionBlock, ResBlock, UNet, UNetConfig
 from dall3.models.vqgan import VQModel
 from dall3.output import make_grid, to_pil
 from dall3.training.loop import Task
@@ -41,6 +41,7 @@ class UpsamplerTask(Task):
     def __init__(self, config: UNetConfig, training: UpsamplerTraining, vqgan: VQModel) -> None:
         super().__init__()
         self.settings, self.model, self.frozen = training, UNet(config), [vqgan]
+        end_branches_at_zero(self.model)
         self.diffusion = GaussianDiffusion(config.diffusion)
         self.run = self.model.forward
 
@@ -96,6 +97,15 @@ class UpsamplerTask(Task):
 
     def export(self, folder: Path) -> None:
         save_part(self.model, folder)
+
+
+def end_branches_at_zero(unet: UNet) -> None:
+    """Start every residual branch, and the prediction, at zero (arXiv 2102.09672 and guided-diffusion do so too)."""
+    blocks = [module for module in unet.modules() if isinstance(module, ResBlock | AttentionBlock)]
+    ends = [block.out_layers[-1] if isinstance(block, ResBlock) else block.proj_out for block in blocks]
+    for end in (*ends, unet.out[-1]):
+        for parameter in end.parameters():
+            torch.nn.init.zeros_(parameter)
 
 
 def crop_at(x: Tensor, place: list[int], unit: int, side: int) -> Tensor:
