@@ -31,8 +31,11 @@ SHA256 = hashlib.sha256(DATA).hexdigest()
 
 def saved(value: float) -> bytes:
     buffer = io.BytesIO()
-    torch.save({"x": torch.full((50_000,), value)}, buffer)
+    torch.save({"time_embed.0.weight": torch.full((50_000,), value)}, buffer)  # as a UNet has it
     return buffer.getvalue()
+
+
+UNET = saved(1.0)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -145,6 +148,42 @@ class Handler(BaseHTTPRequestHandler):
         self.head(206, size - 7, Content_Range=f"bytes 7-{size - 1}/{size}")
         self.body(self.server.data[7:])
 
+    def deaf(self) -> None:
+        """Sends the rest whatever If-Range says, and tells what file it is of."""
+        wanted, size = self.headers.get("Range"), len(self.server.data)
+        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
+        headers = {"ETag": self.server.tag} | ({"Content_Range": f"bytes {start}-{size - 1}/{size}"} if start else {})
+        self.head(206 if start else 200, size - start, **headers)
+        self.body(self.server.data[start:])
+
+    def capped(self) -> None:
+        """Sends a part of the rest, as it says."""
+        start, headers = self.part()
+        size = len(self.server.data)
+        if not start:
+            return self.truncate()
+        end = min(start + size // 4, size)
+        headers["Content_Range"] = f"bytes {start}-{end - 1}/{size}"
+        self.head(206, end - start, **headers)
+        self.body(self.server.data[start:end])
+
+    def unasked(self) -> None:
+        self.head(206, 1000, Content_Range=f"bytes 0-999/{len(self.server.data)}")
+        self.body(self.server.data[:1000])
+
+    def odd_length(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "\u00b2")
+        self.end_headers()
+        self.body(self.server.data)
+
+    def odd_redirect(self) -> None:
+        self.head(302, 0, Location="http://[::1/")
+
+    def huge(self) -> None:
+        self.head(200, 10**15)
+        self.body(self.server.data)
+
     def not_found(self) -> None:
         self.head(404, 0)
 
@@ -238,16 +277,25 @@ RIGHT: list[list[str]] = [
     ["truncate", "not_satisfiable"],
     ["too_many", "broken", "too_many"],
     ["truncate", "broken", "truncate", "reset"],
+    ["truncate", "deaf"],
+    ["truncate", "capped", "capped", "capped"],
+    ["unasked"],
 ]
 
 
+@pytest.mark.parametrize("known", (True, False))
 @pytest.mark.parametrize("behaviours", RIGHT, ids="-".join)
-def test_what_ends_well(serve: Callable[..., Server], tmp_path: Path, behaviours: list[str]) -> None:
-    server = serve()
+def test_what_ends_well(serve: Callable[..., Server], tmp_path: Path, behaviours: list[str], known: bool) -> None:
+    """Whether somebody has written the file's hash down or not."""
+    server = serve(DATA if known else UNET)
     server.behaviours = list(behaviours)
-    wanted = want(tmp_path, server.url + "/model.pt")
+    wanted = want(tmp_path, server.url + "/model.pt", sha256=SHA256 if known else None)
+    if not known and behaviours == ["until_closed"]:
+        with pytest.raises(FetchError, match="does not say how long the file is"):
+            fetch_file(wanted, progress=False)
+        return
     path = fetch_file(wanted, progress=False)
-    assert path.read_bytes() == DATA and path == tmp_path / "home/own/upsampler/model.pt"
+    assert path.read_bytes() == server.data and path == tmp_path / "home/own/upsampler/model.pt"
     left = {file.name for file in path.parent.iterdir()} - {"model.pt", "model.pt.json", "model.pt.lock"}
     assert not left and not server.behaviours
     asked = len(server.requests)
@@ -266,6 +314,8 @@ WRONG = (
     (["redirect"] * 40, "Exceeded 30 redirects"),
     (["redirect_to_nothing"] * 5, "no answer"),
     (["zipped"], "sends it as gzip"),
+    (["odd_redirect"], "no answer"),
+    (["huge"], "for which there is no room"),
 )
 
 
@@ -334,6 +384,13 @@ def test_halves_of_different_files_are_never_joined(serve: Callable[..., Server]
     assert fetch_file(wanted, progress=False).read_bytes() == server.data
     remove_set(wanted.weights)
     wanted.target.with_name("model.pt.json").unlink()
+    server.data, server.tag, server.behaviours = saved(3.0), '"three"', ["truncate", *["broken"] * 4]
+    with pytest.raises(FetchError):
+        fetch_file(wanted, progress=False)
+    server.data, server.tag, server.behaviours = saved(4.0), '"four"', ["deaf"]  # a host that does not hear If-Range
+    assert fetch_file(wanted, progress=False).read_bytes() == server.data
+    remove_set(wanted.weights)
+    wanted.target.with_name("model.pt.json").unlink()
     server.tag = ""  # a host that cannot tell whether it is still the same
     server.behaviours = ["truncate", "good"]
     assert fetch_file(wanted, progress=False).read_bytes() == server.data
@@ -373,6 +430,8 @@ def test_a_full_disk_is_said_before_anything_is_fetched(
     usage = fetching.shutil.disk_usage(tmp_path)._replace(free=fetching.RESERVE + 1000)
     monkeypatch.setattr(fetching.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(FetchError, match="needs 69 MB in .* 67 MB are free; make room, or set DALL3_HOME"):
+        fetch_file(want(tmp_path, server.url + "/model.pt", size=len(DATA)), progress=False)
+    with pytest.raises(FetchError, match="has 1,500,000 bytes, as it says, for which there is no room"):
         fetch_file(want(tmp_path, server.url + "/model.pt"), progress=False)
     assert not list((tmp_path / "home").rglob("*.part"))
 
@@ -394,12 +453,67 @@ def test_offline_nothing_is_fetched(
         fetch_set(wanted.weights)
 
 
+def test_a_hash_that_is_learned_later_counts(serve: Callable[..., Server], tmp_path: Path) -> None:
+    server = serve(UNET)
+    fetch_file(want(tmp_path, server.url + "/model.pt", sha256=None), progress=False)
+    server.data = DATA
+    wanted = want(tmp_path, server.url + "/model.pt")
+    assert "SHA-256" in str(check_here(wanted, wanted.target))
+    assert fetch_file(wanted, progress=False).read_bytes() == DATA
+
+
+def test_a_copy_that_is_not_whole_is_neither_used_nor_pinned(
+    serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = want(tmp_path, "http://127.0.0.1:1/gone", sha256=None)
+    wanted.target.parent.mkdir(parents=True)
+    wanted.target.write_bytes(UNET[:1000])
+    monkeypatch.setenv("DALL3_OFFLINE", "1")
+    with pytest.raises(FetchError, match="is not the file"):
+        fetch_file(wanted)
+    wanted.target.write_bytes(UNET)
+    assert fetch_file(wanted) == wanted.target
+    wanted.target.write_bytes(saved(2.0))  # pinned by now
+    with pytest.raises(FetchError, match="model.pt.json says"):
+        fetch_file(wanted)
+
+
+def test_removing_what_is_being_fetched_is_an_error(serve: Callable[..., Server], tmp_path: Path) -> None:
+    server = serve()
+    server.pause = 0.02
+    wanted = want(tmp_path, server.url + "/model.pt")
+    process = fetch_in_a_process(wanted)
+    while not server.sent:
+        time.sleep(0.01)
+    with pytest.raises(FetchError, match="is being fetched; remove it when that has ended"):
+        remove_set(wanted.weights)
+    process.join()
+    assert process.exitcode == 0 and wanted.target.read_bytes() == DATA
+    assert remove_set(wanted.weights) == len(DATA) and not wanted.target.exists()
+
+
+def test_a_host_that_always_breaks_off_gets_there_in_the_end(
+    serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "PIECE", 1 << 14)
+    server = serve()
+    server.behaviours = ["capped"] * 12
+    monkeypatch.setattr(Handler, "truncate", lambda self: Handler.good(self))
+    other = serve()
+    other.behaviours = ["not_found"] * 3
+    wanted = want(tmp_path, other.url + "/a", server.url + "/b")
+    assert fetch_file(wanted, progress=False).read_bytes() == DATA
+
+
 def test_a_copy_on_disk_is_used_where_it_is(tmp_path: Path, serve: Callable[..., Server]) -> None:
     (tmp_path / "copies").mkdir()
     (tmp_path / "copies/mine.pt").write_bytes(DATA)
     path = fetch_file(want(tmp_path, "http://127.0.0.1:1/gone", "copies/mine.pt"))
     assert path == tmp_path / "copies/mine.pt"
     (tmp_path / "copies/mine.pt").write_bytes(b"other")
+    server = serve()
+    assert fetch_file(want(tmp_path, "copies/mine.pt", server.url), progress=False).read_bytes() == DATA
+    remove_set(want(tmp_path, "copies/mine.pt").weights)
     with pytest.raises(FetchError, match="mine.pt has SHA-256"):
         fetch_file(want(tmp_path, "copies/mine.pt"))
 
@@ -475,7 +589,11 @@ GOOD = '[own.vqgan]\nfile = "last.ckpt"\nplaces = ["https://host/x"]\n'
         (GOOD + "size = -1\n", "expected bytes"),
         (GOOD + "shasum = 1\n", "shasum is not known"),
         (GOOD + 'config = "x"\n', "config is a table"),
-        (GOOD + 'config = { file = "last.ckpt", places = ["x"] }\n', "its two files have the same name"),
+        (GOOD + 'config = { file = "last.ckpt", places = ["x"] }\n', "one of its two files has the name of the other"),
+        (GOOD + 'config = { file = "last.ckpt.json", places = ["x"] }\n', "or begins with it"),
+        (GOOD.replace("own", "hub"), "no set may be called hub"),
+        (GOOD.replace("https://host/x", "hf:own--er/../x"), "expected hf:owner/name/path"),
+        ("# " + "x" * (1 << 20), "1,048,576 at most"),
         (GOOD + 'licence = "a\\nb"\n', "licence is one line of text"),
     ),
 )

@@ -194,8 +194,8 @@ def test_every_kind_decodes_tensors_refuses_foreign_ids_and_pickles(kind: str, r
         (MODEL.read_bytes().replace(b"173 172 174", b"173 999 174"), "999"),
         (MODEL.read_bytes().replace(b"173 172 174", b"38 29 174"), "not all different"),
         (MODEL.read_bytes().replace(b"9601", b"9602"), "word mark"),
-        (b'{"version": "1.0", "model": {"type": "B', "EOF"),
-        (b'{"hidden_size": 768}', "line 1 column"),
+        (b'{"version": "1.0", "model": {"type": "B', "Unterminated"),
+        (b'{"hidden_size": 768}', "its model is no object"),
         (b"[PAD]\n[UNK]\ncube\n", "sep_token"),
     ],
 )
@@ -260,3 +260,39 @@ def test_decode_leaves_both_paddings_out(yttm: Tokenizer) -> None:
     ids = encode("a cube of cloud")
     padded = torch.where(ids == 0, 175 + torch.arange(6), ids)
     assert encode.decode(ids) == encode.decode(padded) == encode.decode(padded.tolist()) == "a cube of cloud"
+
+
+BPE = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}
+REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aaaa"}
+SELF = "\n".join(["1 40", "97 4", *(f"{4 + i} {4 + i} {5 + i}" for i in range(40)), "1 0 2 3"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    (
+        (json.dumps({"model": BPE | {"continuing_subword_prefix": "x"}}), "continuing_subword_prefix"),
+        (json.dumps({"model": BPE, "normalizer": {"type": "Precompiled"}}), "Precompiled"),
+        (json.dumps({"model": BPE, "normalizer": {"type": "Sequence", "normalizers": [REPLACE] * 4}}), "64 times"),
+        (json.dumps({"model": BPE, "pre_tokenizer": {"type": "FixedLength", "length": 0}}), "FixedLength"),
+        (json.dumps({"model": {"type": "Unknown"}}), "its model is a Unknown"),
+        (json.dumps({"model": 3}), "its model is no object"),
+        (json.dumps({"model": BPE | {"merges": ["a q"]}}), "damaged or not a tokenizer"),
+        ("{" * 100_000, "damaged or not a tokenizer"),
+        (SELF, "more than 1000 characters"),
+    ),
+)
+def test_tokenizers_that_are_traps(tmp_path, text, words):
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match=words) as error:
+        load_tokenizer(tmp_path / "tokenizer.json")
+    assert "\n" not in str(error.value)
+
+
+def test_padding_and_truncation_of_a_json_are_left_out(tmp_path):
+    plain = {"version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": None, "decoder": None}
+    plain |= {"model": BPE, "post_processor": None}
+    padding = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_id": 0, "pad_type_id": 0, "pad_token": "a"}
+    cut = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}
+    padding["pad_to_multiple_of"] = None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(plain | {"padding": padding, "truncation": cut}))
+    assert load_tokenizer(tmp_path / "tokenizer.json").encode("abab") == [2, 2]

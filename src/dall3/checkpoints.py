@@ -19,11 +19,12 @@ from dall3.archive import CheckpointError, Placeholder, module_tensors, one_line
 from dall3.errors import FetchError
 from dall3.fetching import home, offline
 from dall3.models.attention import sparse_pattern
-from dall3.models.clip import CLIP, CLIPConfig
+from dall3.models.clip import CLIP, TEXT, VISION, CLIPConfig
 from dall3.models.discrete_vae import DiscreteVAE, DiscreteVAEConfig, OpenAIDiscreteVAE, OpenAIDiscreteVAEConfig
 from dall3.models.transformer import DalleTransformer, TransformerConfig
 from dall3.models.unet import DiffusionConfig, UNet, UNetConfig
 from dall3.models.vqgan import GumbelVQ, VQGANConfig, VQModel
+from dall3.registry import read_settings_text
 
 PathLike = str | Path
 State = dict[str, Tensor]
@@ -96,9 +97,12 @@ def fill(model: Model, state: State, path: object, dtype: torch.dtype = torch.fl
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     odd = [name for name in wanted.keys() & found.keys() if wanted[name] != found[name]]
+    kinds = {name: tensor.is_floating_point() for name, tensor in model.state_dict().items()}
+    typed = [name for name in wanted.keys() & found.keys() if kinds[name] != state[name].is_floating_point()]
     problems = {
         "missing": sorted(wanted.keys() - found.keys()),
         "unexpected": sorted(found.keys() - wanted.keys()),
+        "of another type": sorted(typed),
         "of another shape": sorted(f"{name} {found[name]} instead of {wanted[name]}" for name in odd),
     }
     lines = [
@@ -108,8 +112,8 @@ def fill(model: Model, state: State, path: object, dtype: torch.dtype = torch.fl
     ]
     if lines:
         raise one_line(path, f"does not fit {type(model).__name__}; {'; '.join(lines)}")
-    typed = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
-    model.load_state_dict(typed, assign=True)
+    ready = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+    model.load_state_dict(ready, assign=True)
     return model.eval().requires_grad_(False)
 
 
@@ -237,16 +241,34 @@ def load_vqgan(checkpoint: PathLike, config: PathLike | None = None) -> VQModel:
     return fill(model, state, checkpoint)
 
 
-def check_vqgan_config(found: VQGANConfig, config: PathLike, checkpoint: PathLike) -> None:
-    """Raise CheckpointError where taming's YAML says something else than the checkpoint's tensors."""
+def read_taming_config(path: PathLike) -> dict[str, Any]:
+    """The parameters in taming's model.yaml. Raises CheckpointError for another file."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):  # of aliases a few lines make a tree without end
+                raise yaml.YAMLError("it has aliases")
+            return super().compose_node(parent, index)
+
     try:
-        params = yaml.safe_load(Path(config).read_text())["model"]["params"]
+        params = yaml.load(read_settings_text(path), Loader)["model"]["params"]
+        if isinstance(params, dict):
+            return params
+        problem: object = "its params are no table"
+    except (KeyError, TypeError, ValueError, RecursionError, yaml.YAMLError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    raise one_line(path, f"not a taming-transformers model.yaml ({problem})")
+
+
+def check_vqgan_config(found: VQGANConfig, config: PathLike, checkpoint: PathLike) -> None:
+    """Raise CheckpointError where taming's YAML says something else than the checkpoint's tensors."""
+    params = read_taming_config(config)
+    try:
         said = {name: params[name] for name in ("embed_dim", "n_embed")}
         said |= {name: params["ddconfig"][name] for name in ("ch", "z_channels")}
         said["ch_mult"] = tuple(params["ddconfig"]["ch_mult"])
-    except (KeyError, TypeError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (KeyError, TypeError) as error:
         raise one_line(config, f"not a taming-transformers model.yaml ({type(error).__name__}: {error})") from None
     for name, value in said.items():
         if value != getattr(found, name):
@@ -396,8 +418,8 @@ def read_flags(config: PathLike | dict[str, Any] | None) -> dict[str, Any]:
     if config is None or isinstance(config, dict):
         return dict(config or {})
     try:
-        flags = json.loads(Path(config).read_text())
-    except (ValueError, UnicodeDecodeError) as error:
+        flags = json.loads(read_settings_text(config))
+    except (ValueError, RecursionError) as error:
         raise one_line(config, f"not JSON ({error}); expected guided-diffusion's flags") from None
     if not isinstance(flags, dict):
         raise one_line(config, f"holds {type(flags).__name__}; expected an object of guided-diffusion's flags")
@@ -467,16 +489,15 @@ def load_open_clip(name: str, pretrained: str) -> CLIP:
     from open_clip.tokenizer import SimpleTokenizer
 
     cache = home() / "open_clip"
-    if offline() and not (cache.is_dir() and any(cache.iterdir())):
-        raise FetchError(f"{name}/{pretrained} is not in {cache}, and DALL3_OFFLINE is set; unset it, or give a file")
+    if offline():  # open_clip may ask its host even for what it has
+        raise FetchError(f"{name}/{pretrained} is open_clip's to fetch, and DALL3_OFFLINE is set; give a file instead")
     model = open_clip.create_model(name, pretrained=pretrained, cache_dir=str(cache))
     visual: Any = model.visual
     size = visual.image_size[0] if isinstance(visual.image_size, tuple) else visual.image_size
-    found = CLIP(model, open_clip.get_tokenizer(name), size, visual.image_mean, visual.image_std)
+    found = CLIP(model, open_clip.get_tokenizer(name, cache_dir=str(cache)), size, visual.image_mean, visual.image_std)
     settings: dict[str, Any] = open_clip.get_model_config(name) or {}
-    odd = {"timm_model_name", "hf_model_name", "hf_tokenizer_name"}
-    parts = settings.get("vision_cfg", {}).keys() | settings.get("text_cfg", {}).keys()
-    plain = settings.keys() <= {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"} and not odd & parts
+    plain = settings.keys() <= {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}
+    plain = plain and settings["vision_cfg"].keys() <= {*VISION} and settings["text_cfg"].keys() <= {*TEXT}
     if plain and isinstance(found.tokenize, SimpleTokenizer):
         quick = any(type(module).__name__ == "QuickGELU" for module in model.modules())
         colours = {"mean": tuple(visual.image_mean), "std": tuple(visual.image_std)}

@@ -1,7 +1,7 @@
 """Files of weights to the cache: fetched once, resumed where it broke off, verified before they have their name.
 
 The cache is the folder `DALL3_HOME`, or `dall3` in the user's cache folder; nothing is written outside of it. With
-`DALL3_OFFLINE=1` nothing is fetched. A file x has its pin in x.json: the SHA-256 that it must have ever after. While
+`DALL3_OFFLINE=1` nothing is fetched. A file x has its pins in x.json: the SHA-256 that it must have ever after. While
 it comes it is x.part, and x.part.json tells where from.
 """
 
@@ -10,10 +10,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
+import threading
 import time
+import zipfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,7 @@ BACK_OFF, LONGEST_WAIT = 1.0, 60.0  # seconds; each wait is twice the one before
 SLOWEST, PATIENCE = 1024, 60.0  # bytes a second, for so many seconds: below that a host is as good as gone
 RESERVE = 64 << 20  # bytes of the disk that are left free
 PIECE = 1 << 20
+SAME = "every place that holds the same bytes"  # the key of their pin
 LATER = (408, 425, 429, 500, 502, 503, 504)  # statuses after which the same request may succeed
 
 logger = logging.getLogger("dall3")
@@ -46,13 +51,15 @@ class Refused(Exception):
 
 
 @dataclass(frozen=True)
-class Pin:
-    """What a file was when it was verified. While its size and time are the same, so is the file."""
+class Pins:
+    """What a file was when it was verified: while its size and time are the same, so is the file. hashes: the SHA-256
+    that it had when it first came, for the places that hold the same bytes and for each that holds others.
+    """
 
-    sha256: str
-    size: int
-    mtime_ns: int
-    url: str
+    sha256: str = ""
+    size: int = -1
+    mtime_ns: int = -1
+    hashes: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,17 +79,23 @@ class Wanted:
         return home() / self.weights.name / self.part.name / self.file.name
 
     @property
-    def pin(self) -> Pin | None:
-        """None where there is none, or none that can be read."""
-        try:
-            return Pin(**json.loads(beside(self.target, ".json").read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            return None
+    def pins_at(self) -> Path:
+        return beside(self.target, ".json")
 
-    def set_pin(self, sha256: str, path: Path, url: str) -> None:
-        found = path.stat()
+    @property
+    def pins(self) -> Pins:
+        """Empty where there are none, or none that can be read."""
+        try:
+            found = Pins(**json.loads(self.pins_at.read_text(encoding="utf-8")))
+            return found if isinstance(found.hashes, dict) else Pins()
+        except (OSError, ValueError, TypeError):
+            return Pins()
+
+    def set_pin(self, sha256: str, key: str, found: os.stat_result) -> None:
+        """found: the file's, from before it was read."""
+        hashes = {key: sha256} | self.pins.hashes
         self.target.parent.mkdir(parents=True, exist_ok=True)
-        write_json(beside(self.target, ".json"), asdict(Pin(sha256, found.st_size, found.st_mtime_ns, url)))
+        write_json(self.pins_at, asdict(Pins(sha256, found.st_size, found.st_mtime_ns, hashes)))
 
     def find(self) -> Path | None:
         """Where the file is on this machine: at one of its places on disk, else in the cache; or None."""
@@ -90,10 +103,12 @@ class Wanted:
         return next((path for path in (*on_disk, self.target) if path.is_file()), None)
 
     def sha256_at(self, place: Place) -> str | None:
-        """What the file at a place must have: as weights.toml says, else as it was when it was first fetched."""
-        pin = self.pin
-        pinned = pin is not None and (pin.url == place.url if place.other else True)
-        return place.sha256 or (pin.sha256 if pin is not None and pinned else None)
+        """What the file at a place must have: as weights.toml says, else as it was when it first came from there."""
+        return place.sha256 or self.pins.hashes.get(key_of(place))
+
+
+def key_of(place: Place) -> str:
+    return place.url if place.other else SAME
 
 
 def home() -> Path:
@@ -113,7 +128,7 @@ def beside(path: Path, suffix: str) -> Path:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """In one move: a reader finds the old file or the new one."""
-    new = beside(path, f".{os.getpid()}")
+    new = beside(path, f".{os.getpid()}-{threading.get_ident()}")
     new.write_text(json.dumps(value), encoding="utf-8")
     os.replace(new, path)
 
@@ -129,23 +144,34 @@ def files_of(weights: WeightsSet) -> list[Wanted]:
 
 
 def check_here(wanted: Wanted, path: Path, thorough: bool = False) -> str | None:
-    """What is wrong with a file on this machine, or None; what had no pin is pinned.
+    """What is wrong with a file on this machine, or None. What nobody knows a hash of is looked at and pinned.
 
-    thorough: read it in any case, not only where its size or time are not those of its pin.
+    thorough: read it in any case, not only where its size or time are not those that it was verified with.
     """
-    pin, found = wanted.pin, path.stat()
+    pins, found = wanted.pins, path.stat()
     known = {sha256 for place in wanted.file.places if (sha256 := wanted.sha256_at(place))}
-    known |= {pin.sha256} if pin is not None else set()
-    same = pin is not None and (pin.size, pin.mtime_ns) == (found.st_size, found.st_mtime_ns)
-    if same and not thorough and pin is not None and pin.sha256 in known:
+    same = (pins.size, pins.mtime_ns) == (found.st_size, found.st_mtime_ns)
+    if same and not thorough and pins.sha256 in known:
         return None
-    if path != wanted.target and not known and not thorough:  # the user's own, of which nothing is known
+    in_cache = path == wanted.target
+    if not in_cache and not known and not thorough:  # the user's own, of which nothing is known
         return None
     sha256 = sha256_of(path)
     if known and sha256 not in known:
-        return f"has SHA-256 {sha256}; expected {' or '.join(sorted(known))}"
-    if known or path == wanted.target:
-        wanted.set_pin(sha256, path, pin.url if pin is not None else str(path))
+        pinned = "" if any(place.sha256 for place in wanted.file.places) else f" ({wanted.pins_at} says)"
+        return f"has SHA-256 {sha256}; expected {' or '.join(sorted(known))}{pinned}"
+    if not known:
+        try:
+            look_at(path, wanted)
+        except Exception as error:
+            return f"is not the file ({reason(error)})"
+    now = path.stat()
+    if (now.st_size, now.st_mtime_ns) != (found.st_size, found.st_mtime_ns):
+        return "changes while it is read"
+    if known or in_cache:
+        key = next((key_of(place) for place in wanted.file.places if wanted.sha256_at(place) == sha256), SAME)
+        with suppress(OSError):  # a cache that cannot be written to is good for reading
+            wanted.set_pin(sha256, key, found)
     return None
 
 
@@ -176,14 +202,15 @@ def fetch_file(wanted: Wanted, progress: bool = True) -> Path:
     """
     from filelock import FileLock, Timeout
 
-    here, target = wanted.find(), wanted.target
-    wrong = check_here(wanted, here) if here is not None else "is not here"
-    if here is not None and wrong is None:
-        return here
-    if here is not None and here != target:
-        raise FetchError(f"{wanted.name}: {here} {wrong}")
+    target, problems = wanted.target, []
+    for path in (*(place.path for place in wanted.file.places if place.path is not None), target):
+        wrong = check_here(wanted, path) if path.is_file() else "is not here"
+        if wrong is None:
+            return path
+        if path != target or path.is_file():
+            problems.append(f"{path} {wrong}")
     if offline():
-        raise FetchError(offline_message(wanted, str(wrong)))
+        raise FetchError(offline_message(wanted, "; ".join(problems) or "is not here"))
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(beside(target, ".lock"))
     try:
@@ -194,8 +221,7 @@ def fetch_file(wanted: Wanted, progress: bool = True) -> Path:
     try:
         if target.is_file() and check_here(wanted, target) is None:  # while this one waited
             return target
-        problems = []
-        for place in wanted.file.places:
+        for place in (place for place in wanted.file.places if place.path is None):
             try:
                 fetch_from(place, wanted, progress)
                 return target
@@ -215,38 +241,43 @@ def fetch_from(place: Place, wanted: Wanted, progress: bool) -> None:
 
     Raises Refused where the place does not have it, FetchError where no place would do.
     """
-    if place.path is not None:
-        raise Refused("no such file")
     target, expected = wanted.target, wanted.sha256_at(place)
     partial = beside(target, ".part")
     url, headers = address(place)
-    problem, fresh = Unlucky("not tried"), False
-    for attempt in range(ATTEMPTS):
-        if attempt:
-            time.sleep(min(max(problem.wait, BACK_OFF * 2 ** (attempt - 1)), LONGEST_WAIT))
+    failures, problem = 0, Unlucky("not tried")
+    while failures < ATTEMPTS:
+        if failures:
+            time.sleep(min(max(problem.wait, BACK_OFF * 2 ** (failures - 1)), LONGEST_WAIT))
+        before = size_of(partial)
         try:
-            fresh = transfer(url, headers, partial, place.size, expected is not None, wanted.name, progress)
-            sha256 = sha256_of(partial)
+            fresh = transfer(url, headers, partial, place.size, expected, wanted.name, progress)
+            found, sha256 = partial.stat(), sha256_of(partial)
             if expected in (None, sha256):
                 break
             forget(partial)
             if fresh:
-                raise Refused(f"holds other bytes, with SHA-256 {sha256}; expected {expected}")
-            problem = Unlucky("the parts of two attempts did not fit each other")
+                pinned = "" if place.sha256 else f", as {wanted.pins_at} says"
+                raise Refused(f"holds other bytes, with SHA-256 {sha256}; expected {expected}{pinned}")
+            problem, failures = Unlucky("the parts of two attempts did not fit each other"), failures + 1
         except Unlucky as error:
-            problem = error
-            logger.info("%s: %s (attempt %d of %d)", wanted.name, error, attempt + 1, ATTEMPTS)
+            # A host that breaks off again and again, but brings something each time, gets there in the end.
+            problem, failures = error, 1 if size_of(partial) > before + PIECE else failures + 1
+            logger.info("%s: %s (attempt %d of %d)", wanted.name, error, failures, ATTEMPTS)
     else:
         raise Refused(f"{problem}, {ATTEMPTS} times")
     if expected is None:
         try:
             look_at(partial, wanted)
-        except ValueError as error:
+        except Exception as error:
             forget(partial)
-            raise Refused(f"what it sends is not the file ({error})") from None
-    wanted.set_pin(sha256, partial, place.url)
+            raise Refused(f"what it sends is not the file ({reason(error)})") from None
+    wanted.set_pin(sha256, key_of(place), found)
     os.replace(partial, target)
     forget(partial)
+
+
+def size_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def address(place: Place) -> tuple[str, dict[str, str]]:
@@ -261,18 +292,18 @@ def address(place: Place) -> tuple[str, dict[str, str]]:
 
 
 def transfer(
-    url: str, headers: dict[str, str], partial: Path, size: int | None, verified: bool, name: str, progress: bool
+    url: str, headers: dict[str, str], partial: Path, size: int | None, expected: str | None, name: str, progress: bool
 ) -> bool:
     """Bring what `partial` lacks of the file; whether all of it came now, in one piece.
 
-    size: of the file, None where not known. verified: whether its hash will tell that it is right; where not, it is
-    only continued when the host can tell that it is still the same. Raises Unlucky, Refused, FetchError.
+    size, expected: of the file, its bytes and SHA-256, None where not known. Without a hash that will tell, a file is
+    only continued where the host says that it is still the same. Raises Unlucky, Refused, FetchError.
     """
     import requests
 
     state = read_state(partial)
     tag = state.get("validator") if state.get("url") == url else None
-    offset = partial.stat().st_size if partial.exists() and (tag or (verified and state.get("url") == url)) else 0
+    offset = size_of(partial) if tag or (expected is not None and state.get("sha256") == expected) else 0
     if size is not None and offset == size:
         return False
     headers = {**headers, "Accept-Encoding": "identity"}  # compressed bytes could not be counted
@@ -282,33 +313,39 @@ def transfer(
         response = requests.get(url, headers=headers, stream=True, timeout=TIMEOUT)  # follows what redirects it
     except (requests.ConnectionError, requests.Timeout) as error:
         raise Unlucky(f"no answer ({reason(error)})") from None
-    except requests.RequestException as error:
-        raise Refused(reason(error)) from None
+    except Exception as error:  # an address that no library can read is as good as none
+        raise Refused(f"no answer ({reason(error)})") from None
     with response:
         if response.status_code == 416 and response.headers.get("Content-Range") == f"bytes */{offset}":
             return False  # it was whole, and what came after it was interrupted
-        length = read_head(response, url, offset, partial)
-        if response.status_code != 206:
-            offset = 0
-        total = size if length is None else offset + length
-        if size is not None and total != size:
+        offset, total = read_head(response, url, offset, tag, partial)
+        if size is not None and total not in (None, size):
             raise Refused(f"has {total:,} bytes; expected {size:,}")
-        check_disk(partial, (total or 0) - offset, name)
-        tag = response.headers.get("ETag", "")
-        tag = response.headers.get("Last-Modified") if tag.startswith("W/") or not tag else tag
-        write_json(beside(partial, ".json"), {"url": url, "validator": tag})
+        total = size if total is None else total
+        chunked = response.headers.get("Transfer-Encoding") == "chunked"
+        if expected is None and total is None and not chunked:
+            raise Refused("does not say how long the file is, whose SHA-256 nobody knows")
+        if not offset:
+            forget(partial)  # before what is said of it changes: the old bytes must never go by the new validator
+        room = has_room(partial, (total or 0) - offset)
+        if not room and size is None:
+            raise Refused(f"has {total:,} bytes, as it says, for which there is no room")
+        if not room:
+            raise FetchError(room_message(partial, (total or 0) - offset, name))
+        write_json(beside(partial, ".json"), {"url": url, "validator": validator_of(response), "sha256": expected})
         bar = tqdm(total=total, initial=offset, desc=name, unit="B", unit_scale=True, disable=not progress)
         with bar, partial.open("ab" if offset else "wb") as file:
             for piece in pieces(response):
                 file.write(piece)
                 bar.update(len(piece))
-                if total is None:
-                    check_disk(partial, 0, name)
-                elif file.tell() > total:
+                if total is None and not has_room(partial, 0):
+                    file.truncate(0)
+                    raise Refused("sends more than there is room for, without an end")
+                if total is not None and file.tell() > total:
                     break
             file.flush()
             os.fsync(file.fileno())
-    found = partial.stat().st_size
+    found = size_of(partial)
     if total is not None and found < total:
         raise Unlucky(f"broke off after {found:,} of {total:,} bytes")
     if total is not None and found > total:
@@ -317,23 +354,43 @@ def transfer(
     return offset == 0
 
 
-def read_head(response: Any, url: str, offset: int, partial: Path) -> int | None:
-    """How many bytes will come, None where the host does not say. Raises Unlucky or Refused where none will."""
+def validator_of(response: Any) -> str | None:
+    """What tells that the host still has the same file: a strong ETag, or else the time of its last change."""
+    tag = response.headers.get("ETag", "")
+    return response.headers.get("Last-Modified") if not tag or tag.startswith("W/") else tag
+
+
+def read_head(response: Any, url: str, offset: int, tag: str | None, partial: Path) -> tuple[int, int | None]:
+    """Where the bytes that come belong, and the file's size, None where the host does not say.
+
+    Raises Unlucky or Refused where none come, or not those that were asked for.
+    """
     status, headers = response.status_code, response.headers
-    if url.startswith("https://") and not response.url.startswith("https://"):
-        raise Refused(f"leads to {response.url}, which is not encrypted")
+    addresses = [answer.url for answer in (*response.history, response)]
+    if url.startswith("https://") and not all(address.startswith("https://") for address in addresses):
+        raise Refused(f"leads to {addresses[-1]} by a way that is not encrypted")
     if status in LATER:
-        wait = headers.get("Retry-After", "")
-        raise Unlucky(f"answers {status}", float(wait) if wait.isdigit() else 0.0)
-    if status == 416 or (status == 206 and not headers.get("Content-Range", "").startswith(f"bytes {offset}-")):
+        raise Unlucky(f"answers {status}", float(whole_number(headers.get("Retry-After", "")) or 0))
+    if status == 416:
         forget(partial)  # it is not a beginning of what the host has now
-        raise Unlucky(f"answers {status} to the rest of the file")
+        raise Unlucky("answers 416 to the rest of the file")
     if status not in (200, 206):
         raise Refused(f"answers {status} {response.reason}")
     if headers.get("Content-Encoding", "identity") != "identity":
         raise Refused(f"sends it as {headers['Content-Encoding']}, which was not asked for")
-    length = headers.get("Content-Length", "")
-    return int(length) if length.isdigit() else None
+    length = whole_number(headers.get("Content-Length", ""))
+    if status == 200:
+        return 0, length
+    said = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", headers.get("Content-Range", ""), re.ASCII)
+    changed = tag is not None and validator_of(response) not in (None, tag)
+    if not offset or said is None or int(said[1]) != offset or changed:
+        forget(partial)
+        raise Unlucky("answers 206 with another part than the rest of the same file")
+    return offset, int(said[3])
+
+
+def whole_number(text: str) -> int | None:
+    return int(text) if re.fullmatch(r"\d{1,18}", text, re.ASCII) else None
 
 
 def pieces(response: Any) -> Iterator[bytes]:
@@ -358,13 +415,16 @@ def pieces(response: Any) -> Iterator[bytes]:
             started, received = time.monotonic(), 0
 
 
-def check_disk(partial: Path, needed: int, name: str) -> None:
+def has_room(partial: Path, needed: int) -> bool:
+    return shutil.disk_usage(partial.parent).free >= needed + RESERVE
+
+
+def room_message(partial: Path, needed: int, name: str) -> str:
     free = shutil.disk_usage(partial.parent).free
-    if free < needed + RESERVE:
-        raise FetchError(
-            f"{name} needs {(needed + RESERVE) / 1e6:,.0f} MB in {partial.parent}, where {free / 1e6:,.0f} MB are "
-            "free; make room, or set DALL3_HOME to another disk"
-        )
+    return (
+        f"{name} needs {(needed + RESERVE) / 1e6:,.0f} MB in {partial.parent}, where {free / 1e6:,.0f} MB are free; "
+        "make room, or set DALL3_HOME to another disk"
+    )
 
 
 def read_state(partial: Path) -> dict[str, Any]:
@@ -382,26 +442,40 @@ def forget(partial: Path) -> None:
 
 
 def look_at(path: Path, wanted: Wanted) -> None:
-    """Read a file whose hash nobody knows as far as tells that it is whole. Raises ValueError where it is not."""
-    from dall3.archive import read_archive
+    """Read a file whose hash nobody knows as far as tells that it is whole, and what it should be.
+
+    Raises ValueError where it is not.
+    """
+    from dall3.archive import CheckpointError, read_archive
+    from dall3.checkpoints import DALLE, DVAE, OPENAI_CLIP, UNET, VQGAN, read_flags, read_state, read_taming_config
     from dall3.text import load_tokenizer
 
-    suffix = Path(wanted.file.name).suffix
-    if wanted.part.name == "tokenizer":
+    kinds = {"transformer": (DALLE,), "vqgan": (VQGAN, DVAE), "clip": (OPENAI_CLIP,)}
+    suffix, part = Path(wanted.file.name).suffix, wanted.part
+    if part.name == "tokenizer":
         load_tokenizer(path)
-    elif suffix == ".json":
-        json.loads(path.read_text(encoding="utf-8"))
     elif suffix in (".yaml", ".yml"):
-        import yaml
-
-        try:
-            found = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"no YAML: {reason(error)}") from None
-        if not isinstance(found, dict):
-            raise ValueError("no YAML of settings")
-    else:
+        read_taming_config(path)
+    elif suffix == ".json":
+        settings = read_flags(path)
+        if not settings.keys() & {"model", "image_size", "large_size", "num_channels"}:
+            raise ValueError("no settings of a model")
+    elif suffix == ".safetensors":
         read_archive(path)
+    else:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                broken = archive.testzip()
+            if broken is not None:
+                raise ValueError(f"its entry {broken} is damaged")
+        problems = []
+        for kind in kinds.get(part.name, (UNET,)):
+            try:
+                read_state(path, kind)
+                return
+            except CheckpointError as error:
+                problems.append(error)
+        raise problems[0]
 
 
 def reason(error: BaseException) -> str:
@@ -430,7 +504,6 @@ def fetch_repository(name: str) -> Path:
     `save_pretrained` writes. Raises FetchError.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     kinds = ["*.json", "*.safetensors", "README.md"]
     cache = home() / "hub"
@@ -438,7 +511,7 @@ def fetch_repository(name: str) -> Path:
         path = snapshot_download(
             name, cache_dir=cache, allow_patterns=kinds, local_files_only=offline(), library_name="dall3"
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # of the hub's library, of its HTTP library, of the system
         hint = "DALL3_OFFLINE is set" if offline() else reason(error)
         raise FetchError(
             f"{name} is no folder, and could not be had from the Hugging Face hub ({hint}); nothing of it is in {cache}"
@@ -448,13 +521,21 @@ def fetch_repository(name: str) -> Path:
 
 def remove_set(weights: WeightsSet) -> int:
     """Remove a set's fetched files, whole or begun, from the cache; how many bytes that were. Pins stay: a file that
-    is fetched again must be the one that it was.
+    is fetched again must be the one that it was. Raises FetchError for one that is being fetched.
     """
+    from filelock import FileLock, Timeout
+
     removed = 0
     for one in files_of(weights):
-        for path in (one.target, beside(one.target, ".part")):
-            removed += path.stat().st_size if path.is_file() else 0
-            path.unlink(missing_ok=True)
-        forget(beside(one.target, ".part"))
-        beside(one.target, ".lock").unlink(missing_ok=True)
+        if not one.target.parent.is_dir():
+            continue
+        try:
+            # The lock's file stays: another process may be waiting for it.
+            with FileLock(beside(one.target, ".lock"), timeout=0):
+                partial = beside(one.target, ".part")
+                removed += size_of(one.target) + size_of(partial)
+                one.target.unlink(missing_ok=True)
+                forget(partial)
+        except Timeout:
+            raise FetchError(f"{one.name} is being fetched; remove it when that has ended") from None
     return removed

@@ -42,7 +42,7 @@ from dall3.sampling import (
     draw_text_tokens,
     make_generator,
 )
-from dall3.text import TextEncoder, Tokenizer, load_tokenizer
+from dall3.text import TextEncoder, Tokenizer, load_tokenizer, tokenizer_json
 from dall3.weights import BUNDLED, PARTS, Origin, load_files, load_folder, read_origins, save_folder
 
 Weighted = Sequence[tuple[Any, float]]  # texts or pictures, and how much each counts
@@ -164,11 +164,13 @@ class Dall3Pipeline:
 
     @property
     def _tokenizer(self) -> Tokenizer | None:
-        """What prompts are read with: the transformer's, or that of a CLIP alone which shares it."""
-        if self.text_encoder is not None:
-            return self.text_encoder.tokenizer
+        """What prompts are read with: the transformer's, and a CLIP's that shares it. Raises ValueError for two."""
         tokenize = self.clip.tokenize if self.clip is not None else None
-        return tokenize.tokenizer if isinstance(tokenize, PromptTokenizer) else None
+        found = [self.text_encoder.tokenizer] if self.text_encoder is not None else []
+        found += [tokenize.tokenizer] if isinstance(tokenize, PromptTokenizer) else []
+        texts = {tokenizer_json(tokenizer) for tokenizer in found}
+        require(len(texts) < 2, "the transformer and the clip have different tokenizers, and a folder has one")
+        return found[0] if found else None
 
     @classmethod
     def from_checkpoints(

@@ -14,6 +14,8 @@ from dall3.errors import require
 
 PathLike = str | Path
 PART_NAMES = ("tokenizer", "transformer", "vqgan", "clip", "upsampler", "super_resolution")
+RESERVED = ("hub", "open_clip")  # folders of the cache that are not sets
+MOST_BYTES = 1 << 20  # of a file of settings
 PACKAGE = Path(__file__).parent
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # a folder or a file of the cache, and never one outside of it
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -66,6 +68,16 @@ class WeightsSet:
     parts: tuple[Part, ...]
 
 
+def read_settings_text(path: PathLike) -> str:
+    """A file of settings as text. Raises ValueError for one that is far larger than any, or not UTF-8."""
+    if Path(path).stat().st_size > MOST_BYTES:
+        raise ValueError(f"{path} is {Path(path).stat().st_size:,} bytes large; settings have {MOST_BYTES:,} at most")
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not text ({error})") from None
+
+
 def read_toml(path: PathLike) -> dict[str, Any]:
     """A TOML file as a dictionary. Raises ValueError for another file, FileNotFoundError for none."""
     if sys.version_info >= (3, 11):
@@ -73,8 +85,8 @@ def read_toml(path: PathLike) -> dict[str, Any]:
     else:
         import tomli as tomllib
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        return tomllib.loads(read_settings_text(path))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not TOML ({error})") from None
 
 
@@ -113,6 +125,7 @@ def parse_registry(path: Path) -> dict[str, WeightsSet]:
     for name, table in read_toml(path).items():
         where = f"{path}: [{name}]"
         require(bool(NAME.fullmatch(name)), f"{where}: a set's name has letters, digits, '.', '_' and '-'")
+        require(name not in RESERVED, f"{where}: no set may be called {' or '.join(RESERVED)}")
         require(isinstance(table, dict), f"{where}: expected a table")
         parts = {key: value for key, value in table.items() if isinstance(value, dict)}
         unknown = [key for key in table if key not in {"about", *PART_NAMES} or (key != "about" and key not in parts)]
@@ -132,7 +145,10 @@ def parse_part(name: str, table: dict[str, Any], path: Path, set_name: str) -> P
     licence, source = (text_of(table, key, where, "not stated") for key in ("licence", "source"))
     file, second = (None if one is None else parse_file(one, path, where) for one in (table, config))
     assert file is not None
-    require(second is None or second.name != file.name, f"{where}: its two files have the same name")
+    names = sorted(one.name for one in (file, second) if one is not None)
+    # A file's pin, lock and beginning lie beside it under its name and more.
+    apart = len(names) == 1 or not f"{names[1]}.".startswith(f"{names[0]}.")
+    require(apart, f"{where}: one of its two files has the name of the other, or begins with it")
     return Part(name, file, second, licence, source)
 
 
@@ -162,11 +178,14 @@ def parse_place(table: dict[str, Any], path: Path, where: str, other: bool) -> P
     require(bool(good_hash), f"{where}: sha256 = {sha256!r}; expected 64 digits of 0-9a-f")
     require(size is None or (type(size) is int and size > 0), f"{where}: size = {size!r}; expected bytes")
     if url.startswith("package:"):
-        inside = (PACKAGE / url.removeprefix("package:")).resolve()
-        require(inside.is_relative_to(PACKAGE.resolve()), f"{where}: {url} lies outside of the package")
-        url = str(inside)
+        path_inside = (PACKAGE / url.removeprefix("package:")).resolve()
+        require(path_inside.is_relative_to(PACKAGE.resolve()), f"{where}: {url} lies outside of the package")
+        url = str(path_inside)
     elif url.startswith("hf:"):
-        require(url.count("/") >= 2, f"{where}: {url}; expected hf:owner/name/path")
+        owner, _, rest = url.removeprefix("hf:").partition("/")
+        name, _, inside = rest.partition("/")
+        good = NAME.fullmatch(owner) and NAME.fullmatch(name) and inside and ".." not in inside
+        require(bool(good), f"{where}: {url}; expected hf:owner/name/path")
     elif "://" in url:
         require(url.startswith(("https://", "http://")), f"{where}: {url}; expected https://, hf: or a path")
     else:

@@ -1,13 +1,15 @@
 """Prompts to token ids, by the tokenizers and rules of DALLE-pytorch (`tokenizer.py`, `generate.py`)."""
 
+import json
 import re
 from collections.abc import Iterable
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
+_MOST_BYTES, _LONGEST = 64 << 20, 1000
 _CLIP_JSON = '{"tokenizer": "clip"}'
 _EXPECTED = "expected the youtokentome, tokenizers JSON or BERT vocab.txt file that the checkpoint was trained with"
 
@@ -37,6 +39,8 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
     if not path.is_file():
         problem = IsADirectoryError if path.is_dir() else FileNotFoundError
         raise problem(f"{path} is not a file; {_EXPECTED}")
+    if path.stat().st_size > _MOST_BYTES:
+        raise ValueError(f"{path} is {path.stat().st_size:,} bytes large, which no tokenizer is; {_EXPECTED}")
     with path.open(encoding="utf-8") as file:
         try:
             # By lines: a checkpoint of gigabytes, given by mistake, fails within its first bytes.
@@ -48,8 +52,11 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
             if "[UNK]" in text.split("\n"):
                 return _HuggingFaceTokenizer(_bert_json(text))
             return _YttmTokenizer(text)
-        except Exception as error:  # tokenizers raises nothing more precise
-            raise ValueError(f"{path} is damaged or not a tokenizer ({error}); {_EXPECTED}") from error
+        except BaseException as error:  # tokenizers raises nothing more precise, and panics as no Exception
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            what = " ".join(str(error).split())[:500]
+            raise ValueError(f"{path} is damaged or not a tokenizer ({what}); {_EXPECTED}") from error
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> str:
@@ -118,6 +125,8 @@ class _YttmTokenizer:
         for left, right, new in zip(entries, entries, entries, strict=True):
             self.merges.append((tokens[left], tokens[right]))
             tokens[new] = tokens[left] + tokens[right]
+            if len(tokens[new]) > _LONGEST:  # of tokens that double, a few lines would fill all memory
+                raise ValueError(f"it has tokens of more than {_LONGEST} characters")
         special = {self.unknown: "<UNK>", pad: "<PAD>", bos: "<BOS>", eos: "<EOS>"}
         self.names = tokens | {i: name for i, name in special.items() if i >= 0}
         self.vocab_size = len(self.names)
@@ -156,13 +165,57 @@ class _YttmTokenizer:
         return made.to_str()
 
 
+_PARTS = {  # of a tokenizer of `tokenizers`: the kinds that neither panic nor fetch nor blow a text up
+    "model": ("BPE", "WordPiece", "WordLevel", "Unigram"),
+    "normalizer": (
+        *("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Strip", "StripAccents", "Replace", "Prepend", "ByteLevel"),
+        *("BertNormalizer", "Nmt"),
+    ),
+    "pre_tokenizer": (
+        *("ByteLevel", "Whitespace", "WhitespaceSplit", "BertPreTokenizer", "Metaspace", "Punctuation", "Split"),
+        *("Digits", "CharDelimiterSplit", "UnicodeScripts"),
+    ),
+    "decoder": ("ByteLevel", "WordPiece", "Metaspace", "BPEDecoder", "Replace", "Fuse", "Strip", "ByteFallback"),
+}
+
+
+def _vetted(text: str) -> str:
+    """A tokenizer's JSON without what DALLE-pytorch does not use. Raises ValueError for parts that are a trap."""
+    found = json.loads(text)
+    growth = 1
+
+    def check(place: str, part: Any) -> None:
+        nonlocal growth
+        if not isinstance(part, dict):
+            raise ValueError(f"its {place} is no object")
+        kind = part.get("type", "BPE" if place == "model" else None)
+        if kind == "Sequence" and place != "model":
+            for inner in next((part[key] for key in ("normalizers", "pretokenizers", "decoders") if key in part), []):
+                check(place, inner)
+        elif kind not in _PARTS[place]:
+            raise ValueError(f"its {place} is a {kind}; expected some of {', '.join(_PARTS[place])}")
+        if place == "normalizer":
+            growth *= max(len(part.get("content") or part.get("prepend") or ""), 1)
+        if growth > 64:
+            raise ValueError("its normalizer makes texts more than 64 times as long")
+
+    for place in _PARTS:
+        if found.get(place) is not None or place == "model":
+            check(place, found.get(place))
+    if found["model"].get("type", "BPE") == "BPE" and found["model"].get("continuing_subword_prefix"):
+        raise ValueError("its BPE has a continuing_subword_prefix, which takes characters apart")
+    # Ids are cut and padded by the text encoder, and no start or end is added.
+    return json.dumps(found | {"truncation": None, "padding": None, "post_processor": None}, ensure_ascii=False)
+
+
 class _HuggingFaceTokenizer:
     """Any tokenizer of Hugging Face's `tokenizers`, from its JSON."""
 
-    def __init__(self, json: str) -> None:
+    def __init__(self, text: str) -> None:
         from tokenizers import Tokenizer
 
-        self.json, self.tokenizer = json, Tokenizer.from_str(json)
+        self.json = _vetted(text)
+        self.tokenizer = Tokenizer.from_str(self.json)
         self.vocab_size = self.tokenizer.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:

@@ -8,6 +8,7 @@ transformer/ vqgan/ clip/ upsampler/ …     config.json, model.safetensors
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -22,6 +23,7 @@ from dall3.models.discrete_vae import DiscreteVAE, DiscreteVAEConfig, OpenAIDisc
 from dall3.models.transformer import DalleTransformer, TransformerConfig
 from dall3.models.unet import DiffusionConfig, UNet, UNetConfig
 from dall3.models.vqgan import GumbelVQ, VQGANConfig, VQModel
+from dall3.registry import read_settings_text
 from dall3.text import Tokenizer, load_tokenizer, tokenizer_json
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
@@ -60,11 +62,12 @@ def save_part(
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {
-        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
-        for name, tensor in model.state_dict().items()
-        if name not in shared_names(model)
-    }
+    again, state = shared_names(model), {}
+    for name, tensor in model.state_dict().items():
+        if name not in again:
+            state[name] = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
+            if not bool(state[name].isfinite().all()) and bool(tensor.isfinite().all()):
+                raise ValueError(f"{name} has values that {dtype} cannot hold; save as it is")
     config = {"model": type(model).__name__, **(asdict(origin) if origin else {}), **asdict(model.config)}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_file(state, folder / WEIGHTS)
@@ -104,11 +107,12 @@ def load_part(
         raise one_line(folder / CONFIG, f"makes no {name}: {type(error).__name__}: {error}") from None
     state = read_tensors(folder / WEIGHTS, device, dtype)
     state |= {name: state[first] for name, first in shared_names(model).items() if first in state}
-    return fill(model, state, folder / WEIGHTS, dtype).to(device)
+    return fill(model, state, folder / WEIGHTS, dtype).to(device, dtype)
 
 
 LAYERS = ("depth", "layers", "num_layers", "num_res_blocks", "num_resnet_blocks", "n_blk_per_group", "group_count")
 LENGTHS = ("text_seq_len", "context_length", "image_size")
+MOST_POSITIONS = 5000  # of a transformer, whose patterns of attention take 28 bytes for each pair while it is built
 
 
 def check_limits(settings: Any, name: str = "") -> None:
@@ -116,13 +120,16 @@ def check_limits(settings: Any, name: str = "") -> None:
     if isinstance(settings, dict):
         for key, value in settings.items():
             check_limits(value, key)
+        text, grid = (settings.get(key, 16) for key in ("text_seq_len", "grid_size"))
+        if "text_seq_len" in settings and text + grid**2 > MOST_POSITIONS:
+            raise ValueError(f"{text + grid**2} positions; {MOST_POSITIONS} are the most")
     elif isinstance(settings, list):
-        if len(settings) > 64:
-            raise ValueError(f"{name} has {len(settings)} entries; 64 are the most")
+        if len(settings) > 16:
+            raise ValueError(f"{name} has {len(settings)} entries; 16 are the most")
         for value in settings:
             check_limits(value, name)
     elif isinstance(settings, int | float):
-        most = 512 if name in LAYERS else 128 if name == "grid_size" else 8192 if name in LENGTHS else 2**20
+        most = 256 if name in (*LAYERS, "heads") else 128 if name == "grid_size" else 8192 if name in LENGTHS else 2**20
         if not -most <= settings <= most:
             raise ValueError(f"{name}={settings:.6g}; {most} is the most")
 
@@ -156,7 +163,7 @@ def read_tensors(path: Path, device: str | torch.device, dtype: torch.dtype) -> 
 
 def read_config(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_settings_text(path))
     except FileNotFoundError:
         raise one_line(path, "missing; expected the folder of a part, with config.json and model.safetensors") from None
     except (ValueError, RecursionError) as error:
@@ -232,7 +239,8 @@ def read_origins(folder: PathLike) -> dict[str, Origin]:
     for name in PARTS:
         if (Path(folder) / name / CONFIG).exists():
             config = read_config(Path(folder) / name / CONFIG)
-            known = {key: config[key] for key in asdict(Origin()) if isinstance(config.get(key), str)}
+            texts = {key: config[key] for key in asdict(Origin()) if isinstance(config.get(key), str)}
+            known = {key: text[:200] for key, text in texts.items() if text.isprintable()}
             found[name] = Origin(**known)
     return found
 
@@ -249,7 +257,7 @@ def save_folder(
     It is written beside its place and moved there when it is whole. Raises FileExistsError for a folder that holds
     something, ValueError for a part or a tokenizer that has no form of ours.
     """
-    folder, origins = Path(folder), origins or {}
+    folder, origins = Path(folder).absolute(), origins or {}
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise FileExistsError(f"{folder} is there already and not empty; give another folder")
     text = None if tokenizer is None else tokenizer_json(tokenizer)
@@ -262,9 +270,7 @@ def save_folder(
         if text is not None:
             (new / TOKENIZER).write_text(text, encoding="utf-8")
         (new / "README.md").write_text(model_card(new, origins), encoding="utf-8")
-        if folder.is_dir():
-            folder.rmdir()
-        new.rename(folder)
+        new.replace(folder)  # takes the place of an empty folder too
     return folder
 
 
@@ -272,13 +278,14 @@ def model_card(folder: Path, origins: dict[str, Origin]) -> str:
     """The README.md of a pipeline folder, with the front matter that the Hugging Face hub reads."""
     licences = {origins.get(name, Origin()).licence for name in PARTS if (folder / name).is_dir()}
     licence = licences.pop().lower() if len(licences) == 1 else "other"
+    licence = licence if re.fullmatch(r"[a-z0-9.-]+", licence) else "other"
     rows = []
     for name in PARTS:
         if (folder / name).is_dir():
             origin, model = origins.get(name, Origin()), read_config(folder / name / CONFIG)["model"]
             size = (folder / name / WEIGHTS).stat().st_size
             rows.append(f"| {name} | {model} | {size / 1e6:,.1f} MB | {origin.licence} | {origin.source} |")
-    return CARD.format(licence="other" if licence == "not stated" else licence, rows="\n".join(rows))
+    return CARD.format(licence=licence, rows="\n".join(rows))
 
 
 CARD = """---

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from dall3.text import Tokenizer
 
 
+VISION = ("image_size", "patch_size", "width", "head_width", "layers", "mlp_ratio")
+TEXT = ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio")
+
+
 @dataclass(frozen=True)
 class CLIPConfig:
     """What a CLIP is, by open_clip's names.
@@ -79,6 +83,11 @@ class CLIP(nn.Module):
         from open_clip.model import CLIPTextCfg, CLIPVisionCfg
         from open_clip.tokenizer import SimpleTokenizer
 
+        # Other settings of open_clip's name models elsewhere, which it would fetch.
+        for part, known in ((config.vision_cfg, VISION), (config.text_cfg, TEXT)):
+            odd = [name for name, value in part.items() if name not in known or isinstance(value, str | dict)]
+            if odd:
+                raise ValueError(f"CLIP has the setting {odd[0]}; expected some of {', '.join(known)}")
         text = CLIPTextCfg(**config.text_cfg)
         if config.tokenizer == "clip":
             tokenize: Any = SimpleTokenizer(context_length=text.context_length)
