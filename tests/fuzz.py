@@ -1,7 +1,8 @@
-"""Feeds `read_archive` broken and hostile files for as long as it is told to: `python tests/fuzz.py MINUTES [SEED]`.
+"""Feeds the readers broken and hostile files for as long as it is told to: `python tests/fuzz.py MINUTES [SEED]`.
 
-Every file must be read or be refused by one CheckpointError, in little time and memory, without a process, a socket or
-a file written. A file that does otherwise is kept in the folder `fuzz-found`, to become a test.
+Checkpoints, tokenizers, folders of parts, weights.toml and taming's YAML: every file must be read or be refused by one
+error, in little time and memory, without a process, a socket or a file written. A file that does otherwise is kept in
+the folder `fuzz-found`, to become a test; the last one tried is there too, should the process die of it.
 """
 
 from __future__ import annotations
@@ -10,16 +11,20 @@ import collections
 import encodings.cp437
 import encodings.raw_unicode_escape  # noqa: F401
 import json
+import os
 import pickle
 import random
+import re
 import resource
+import shutil
 import signal
 import struct
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +32,21 @@ import torch
 from safetensors.torch import save_file
 
 from dall3.archive import CheckpointError, Placeholder, module_tensors, read_archive
+from dall3.checkpoints import read_taming_config
+from dall3.models.unet import UNetConfig
+from dall3.registry import own_file, read_registry
+from dall3.text import load_tokenizer
+from dall3.weights import BUNDLED, load_part
 from test_archive import ATTACKS, CONTAINERS, Net, Unknown, contain, save, script, tensor, touch
+
+from originals import GOLDEN
 
 OPCODES = [code for code in vars(pickle).values() if isinstance(code, bytes) and len(code) == 1]
 MEMO = (b"h", b"j", b"r", b"q", b"\x94")
 EXTREMES = (0, 1, -1, 127, 128, 255, 256, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63 - 1, -(2**63))
-WATCHED = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.", "exec", "compile")
+CHANGES = "exec fork link mkdir posix_spawn remove rename rmdir symlink system truncate"
+WATCHED = tuple(f"os.{name}" for name in CHANGES.split())
+WATCHED += ("subprocess.Popen", "socket.", "exec", "compile")
 SECONDS, MEMORY = 5, 256 << 20
 
 
@@ -46,7 +60,8 @@ watching = False
 def watch(event: str, args: tuple[Any, ...]) -> None:
     if not watching:
         return
-    writes = event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+")
+    flags = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+    writes = event == "open" and (set(args[1] or "") & set("wax+") or (isinstance(args[2], int) and args[2] & flags))
     if writes or event.startswith(WATCHED) or (event == "import" and args[0] in ("antigravity", "this", "pdb")):
         raise Forbidden(f"{event} {args}")
 
@@ -97,7 +112,7 @@ def mutate(data: bytes, others: list[bytes], draw: random.Random) -> bytes:
         elif kind == 6:
             changed[at:at] = draw.choice(MEMO) + struct.pack("<i", draw.choice((0, 1, 2**31 - 1)))
         else:
-            changed[at:] = changed[at:] if draw.random() < 0.5 else b""
+            changed[at:] = b""
     return bytes(changed)
 
 
@@ -106,21 +121,68 @@ def fits(number: int, form: str) -> bool:
     return (0 <= number < 2**bits) if form.isupper() else (-(2 ** (bits - 1)) <= number < 2 ** (bits - 1))
 
 
-def try_file(path: Path) -> str:
+def read_checkpoint(path: Path) -> None:
+    found = read_archive(path)
+    touch(found)
+    if isinstance(found, Placeholder):
+        touch(module_tensors(found))
+
+
+def read_tokenizer(path: Path) -> None:
+    tokenizer = load_tokenizer(path)
+    ids = tokenizer.encode("a cube made of cloud, ▁ünd 日本 </w>")
+    tokenizer.decode([i for i in ids if i > 0])
+
+
+def read_part(path: Path) -> None:
+    """The file as the config.json of a part, or as its model.safetensors."""
+    folder = path.parent / "part"
+    shutil.copytree(BUNDLED / "vqgan", folder, dirs_exist_ok=True)
+    shutil.copy(path, folder / ("config.json" if path.read_bytes()[:1] in (b"{", b"[") else "model.safetensors"))
+    load_part(folder)
+
+
+def text_readers() -> list[tuple[Callable[[Path], Any], list[bytes]]]:
+    """Readers of files that are text, and files to start from."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2, "ü": 3, "üa": 4}, "merges": [["a", "b"], ["ü", "a"]]}
+    plain = {"version": "1.0", "added_tokens": [], "pre_tokenizer": byte_level, "decoder": byte_level, "model": model}
+    lower = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}
+    yttm = (GOLDEN / "tokenizer/bpe.model").read_bytes()
+    tokenizers = [yttm, json.dumps(plain | {"normalizer": lower}, ensure_ascii=False).encode()]
+    tokenizers.append("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cube", "##s", "猫"]).encode())
+    configs = [(BUNDLED / name / "config.json").read_bytes() for name in ("vqgan", "transformer", "clip")]
+    configs.append(json.dumps({"model": "UNet", **asdict(UNetConfig(32, (1, 2), 1, (1,), 64))}).encode())
+    return [
+        (read_tokenizer, tokenizers),
+        (read_part, configs),
+        (read_registry, [own_file().read_bytes()]),
+        (read_taming_config, [(GOLDEN / "gumbel_vq/model.yaml").read_bytes()]),
+    ]
+
+
+def change_number(data: bytes, draw: random.Random) -> bytes:
+    """A text in which a number, if it has one, is another."""
+    numbers = list(re.finditer(rb"\d+", data))
+    if not numbers:
+        return data
+    place, number = draw.choice(numbers), draw.choice((*EXTREMES, 3.5, 1e300, "null", '"x"', "[1]", "{}"))
+    return data[: place.start()] + str(number).encode() + data[place.end() :]
+
+
+def try_file(path: Path, read: Callable[[Path], Any] = read_checkpoint) -> str:
     """Read a file and everything in it: "read" or "refused". Raises what must not be."""
     global watching
-    watching = True
+    watching = read is read_checkpoint  # the others import libraries, and write what they read
     signal.alarm(SECONDS)
     try:
-        found = read_archive(path)
-        touch(found)
-        if isinstance(found, Placeholder):
-            touch(module_tensors(found))
+        read(path)
         return "read"
-    except CheckpointError as error:
+    except ValueError as error:
         line = str(error)
-        if not line.isprintable() or len(line) > 1100 + len(str(path)) or "MemoryError" in line or "allocate" in line:
-            raise Forbidden(line) from error
+        odd = not line.isprintable() or len(line) > 1500 + len(str(path)) or "MemoryError" in line or "allocate" in line
+        if odd or (read is read_checkpoint and not isinstance(error, CheckpointError)):
+            raise Forbidden(f"{type(error).__name__}: {line}") from error
         return "refused"
     finally:
         signal.alarm(0)
@@ -136,31 +198,38 @@ def fuzz(minutes: float, seed: int, report: Callable[[str], None] = print) -> in
     draw, counts, bad = random.Random(seed), collections.Counter[str](), 0
     sys.addaudithook(watch)
     signal.signal(signal.SIGALRM, too_long)
-    with tempfile.TemporaryDirectory() as folder:
-        whole, inside, path = files(Path(folder)), pickles(), Path(folder) / "file.pt"
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
-        end = time.monotonic() + 60 * minutes
-        while time.monotonic() < end:
-            if draw.random() < 0.3:
-                path.write_bytes(mutate(draw.choice(whole), whole, draw))
-            else:
-                contain(
-                    path,
-                    mutate(draw.choice(inside), inside, draw),
-                    draw.choice(CONTAINERS),
-                    bytes(draw.choice((0, 16))),
-                )
-            try:
-                counts[try_file(path)] += 1
-            except BaseException as error:
-                if isinstance(error, KeyboardInterrupt):
-                    raise
-                bad += 1
-                kept = Path("fuzz-found") / f"{seed}-{bad}"
-                kept.parent.mkdir(exist_ok=True)
-                kept.write_bytes(path.read_bytes())
-                report(f"{kept}: {type(error).__name__}: {' '.join(traceback.format_exception_only(error))[:300]}")
+    found = Path("fuzz-found")
+    found.mkdir(exist_ok=True)
+    path, readers = found / f"last-{seed}", text_readers()
+    whole, inside = files(found), pickles()
+    for read, starts in readers:
+        for start in starts:
+            path.write_bytes(start)
+            with suppress(CheckpointError):  # settings without their weights
+                read(path)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    end = time.monotonic() + 60 * minutes
+    while time.monotonic() < end:
+        read: Callable[[Path], Any] = read_checkpoint
+        kind = draw.random()
+        if kind < 0.2:
+            path.write_bytes(mutate(draw.choice(whole), whole, draw))
+        elif kind < 0.7:
+            contain(path, mutate(draw.choice(inside), inside, draw), draw.choice(CONTAINERS))
+        else:
+            read, starts = draw.choice(readers)
+            start = draw.choice(starts)
+            path.write_bytes(change_number(start, draw) if draw.random() < 0.5 else mutate(start, starts, draw))
+        try:
+            counts[f"{read.__name__}: {try_file(path, read)}"] += 1
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            bad += 1
+            kept = found / f"{seed}-{bad}-{read.__name__}"
+            kept.write_bytes(path.read_bytes())
+            report(f"{kept}: {' '.join(traceback.format_exception_only(error))[:300]}")
     report(json.dumps(dict(counts) | {"bad": bad, "seed": seed, "minutes": minutes}))
     return bad
 

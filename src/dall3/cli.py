@@ -84,6 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--bpe_path", help="its tokenizer, of any kind (default: CLIP's)")
     add("--vqgan_model_path", help="the VQGAN's .ckpt, or a DiscreteVAE's .pt")
     add("--vqgan_config_path", help="the VQGAN's .yaml")
+    add("--openai_vae", nargs=2, metavar=("ENCODER", "DECODER"), help="OpenAI's encoder.pkl and decoder.pkl")
     add("--diffusion_path", help="guided-diffusion's checkpoint")
     add("--model_config", metavar="JSON", help="guided-diffusion's flags, for a UNet of an unusual size")
     add("--super_resolution_path", help="guided-diffusion's super-resolution checkpoint")
@@ -187,7 +188,7 @@ def generate(args: argparse.Namespace) -> None:
         require(bool(fits), f"--{flag} needs a --bpe_path that begins with {begin.decode()}: JSON, or BERT's vocab.txt")
     device, dtype = placement(args)
     if from_folder:
-        pipe = Dall3Pipeline.from_pretrained(args.weights)
+        pipe = Dall3Pipeline.from_pretrained(args.weights, device=device, dtype=dtype)
         require(pipe.text_encoder is not None, f"{args.weights} holds no transformer with its tokenizer")
         to_refine = pipe.upsampler is not None
     else:
@@ -299,7 +300,7 @@ def convert(args: argparse.Namespace) -> None:
     files = {
         "dalle": args.dalle_path,
         "bpe": args.bpe_path,
-        "vqgan": args.vqgan_model_path,
+        "vqgan": args.openai_vae or args.vqgan_model_path,
         "vqgan_config": args.vqgan_config_path,
         "diffusion": args.diffusion_path,
         "diffusion_config": args.model_config,
@@ -340,7 +341,7 @@ def upsample(args: argparse.Namespace) -> None:
     if args.weights is not None:
         for name in ("model_path", "model_config", "model_size", "vae_path", "vqgan_config_path"):
             require(getattr(args, name) is None, f"--{name} and --weights are two places for the same; give one")
-        pipe = Dall3Pipeline.from_pretrained(args.weights)
+        pipe = Dall3Pipeline.from_pretrained(args.weights, device=device, dtype=dtype)
         pipe.upsampler = pipe.upsampler or pipe.super_resolution
         require(pipe.upsampler is not None, f"{args.weights} holds no upsampler")
     else:
