@@ -254,6 +254,22 @@ def test_a_trained_model_can_be_trained_on(pictures: Path, tmp_path: Path) -> No
     assert on[0] > log[-1] - 1 > log[0]
 
 
+def test_the_decoder_alone_learns_while_the_codes_stay(pictures: Path, tmp_path: Path) -> None:
+    config = small_config(pictures, steps=4)
+    train(small_task(), config, tmp_path / "first", tmp_path / "vqgan", progress=False)
+    before = load_part(tmp_path / "vqgan")
+    task = small_task(decoder_only=True, discriminator_from=0)
+    with pytest.raises(ValueError, match="decoder_only paints the codes of a trained VQGAN"):
+        train(task, config, tmp_path / "none", tmp_path / "none", progress=False)
+    task.start_from(before)
+    train(task, replace(config, steps=20), tmp_path / "second", tmp_path / "sharper", progress=False)
+    after, images = load_part(tmp_path / "sharper"), torch.rand(2, 3, 32, 32)
+    assert torch.equal(after.encode(images), before.encode(images)) and torch.equal(after.codebook, before.codebook)
+    plain = torch.stack([Mixture(config.data, 32)[i][0] for i in range(3)]).float() / 255
+    errors = [(vqgan.decode(vqgan.encode(plain)) - plain).abs().mean() for vqgan in (before, after)]
+    assert errors[1] < errors[0]
+
+
 def test_training_leaves_the_callers_random_state_alone(pictures: Path, tmp_path: Path) -> None:
     task = small_task()
     torch.manual_seed(5)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.data import Dataset
 
+from dall3.errors import require
 from dall3.models.vqgan import GumbelVQ, VQGANConfig
 from dall3.output import make_grid, to_pil
-from dall3.training.loop import Task
+from dall3.training.loop import Task, TrainingConfig
 from dall3.weights import save_part
 
 
@@ -26,8 +29,9 @@ class VQGANTraining:
     (arXiv 1611.01144), whose temperature falls from 1 to `gumbel_temperature` over `gumbel_steps` and whose KL to even
     use of the codes counts `kl_weight`. quantize_from: the first step with codes; before it the autoencoder trains
     without. crop: pixels a side of the random crops, `crops` from each picture, that are trained on in `crop_share` of
-    the steps; the others take whole pictures. discriminator_from: the first step in which the patch discriminator
-    counts, `discriminator_weight` against the reconstruction.
+    the steps; the others take whole pictures. decoder_only: train the decoder alone, so that a trained VQGAN's codes
+    mean what they meant to what was trained on them. discriminator_from: the first step in which the patch
+    discriminator counts, `discriminator_weight` against the reconstruction.
     """
 
     quantizer: str = "nearest"
@@ -45,6 +49,7 @@ class VQGANTraining:
     crop: int = 64
     crops: int = 2
     crop_share: float = 0.0
+    decoder_only: bool = False
 
     def __post_init__(self) -> None:
         if self.quantizer not in ("nearest", "gumbel"):
@@ -96,7 +101,10 @@ class VQGANTask(Task):
         self.settings, self.model = training, GumbelVQ(config)
         self.discriminator = PatchDiscriminator(training.discriminator_channels)
         self.register_buffer("has_codes", torch.tensor(False))
-        if training.quantizer == "nearest":
+        if training.decoder_only:
+            for part in (self.model.encoder, self.model.quant_conv, self.model.quantize):
+                part.requires_grad_(False)
+        elif training.quantizer == "nearest":
             self.model.quantize.requires_grad_(False)  # set from the moving averages at the end
             self.nearest = VectorQuantize(
                 dim=config.embed_dim,
@@ -111,12 +119,19 @@ class VQGANTask(Task):
     def start_from(self, model: nn.Module) -> None:
         super().start_from(model)
         self.has_codes.fill_(True)
-        if self.settings.quantizer == "nearest":
+        if hasattr(self, "nearest"):
             book = self.nearest._codebook
             book.embed.copy_(self.model.codebook)
             book.embed_avg.copy_(self.model.codebook)
             book.cluster_size.fill_(1)  # of how much a code was used, the file tells nothing
             book.initted.fill_(True)
+
+    def make_data(self, config: TrainingConfig, folder: Path, device: torch.device, progress: bool) -> Dataset[Any]:
+        require(
+            not self.settings.decoder_only or bool(self.has_codes),
+            "decoder_only paints the codes of a trained VQGAN; name its folder as `initial`",
+        )
+        return super().make_data(config, folder, device, progress)
 
     def quantize(self, features: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Features (batch, embed_dim, h, w) to what is decoded, the quantiser's loss, and ids (batch, h, w)."""
@@ -140,7 +155,9 @@ class VQGANTask(Task):
         images = images * 2 - 1
         features = model.quant_conv(model.encoder(images))
         quantizer_loss, used = features.new_zeros(()), features.new_zeros(())
-        if step >= s.quantize_from:
+        if s.decoder_only:
+            features = model.embed(model.choose(features).flatten(1))
+        elif step >= s.quantize_from:
             self.has_codes.fill_(True)
             features, quantizer_loss, ids = self.quantize(features, step)
             used = torch.zeros(model.num_tokens, device=ids.device).index_fill(0, ids.flatten(), 1).sum()
@@ -166,7 +183,7 @@ class VQGANTask(Task):
 
         |h - e|² = |h|² - 2 h·e + |e|²: a 1×1 convolution with weight 2 e and bias -|e|² ranks the codes alike.
         """
-        if self.settings.quantizer == "nearest":
+        if hasattr(self, "nearest"):
             codebook = self.nearest.codebook.detach().float()
             state = {
                 "proj.weight": 2 * codebook[:, :, None, None],
