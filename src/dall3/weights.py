@@ -110,8 +110,11 @@ def load_part(
     return fill(model, state, folder / WEIGHTS, dtype).to(device, dtype)
 
 
-LAYERS = ("depth", "layers", "num_layers", "num_res_blocks", "num_resnet_blocks", "n_blk_per_group", "group_count")
-LENGTHS = ("text_seq_len", "context_length", "image_size")
+LIMITS = {  # above any network's; of other numbers 2**20
+    **dict.fromkeys(("num_res_blocks", "num_resnet_blocks", "num_layers", "n_blk_per_group", "group_count"), 16),
+    **{"depth": 256, "layers": 128, "heads": 256, "grid_size": 128},
+    **dict.fromkeys(("text_seq_len", "context_length", "image_size"), 8192),
+}
 MOST_POSITIONS = 5000  # of a transformer, whose patterns of attention take 28 bytes for each pair while it is built
 
 
@@ -129,7 +132,7 @@ def check_limits(settings: Any, name: str = "") -> None:
         for value in settings:
             check_limits(value, name)
     elif isinstance(settings, int | float):
-        most = 256 if name in (*LAYERS, "heads") else 128 if name == "grid_size" else 8192 if name in LENGTHS else 2**20
+        most = LIMITS.get(name, 2**20)
         if not -most <= settings <= most:
             raise ValueError(f"{name}={settings:.6g}; {most} is the most")
 
