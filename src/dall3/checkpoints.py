@@ -7,13 +7,15 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from dall3.archive import CheckpointError, Placeholder, module_tensors, one_line, read_archive
 from dall3.errors import FetchError
@@ -87,6 +89,22 @@ def read_state(path: PathLike, kind: str) -> tuple[State, dict[str, Any]]:
     if kind_of(tensors) != kind:
         raise one_line(path, f"looks like {kind_of(tensors)}; expected {kind}")
     return tensors, found
+
+
+class WithoutInit(TorchFunctionMode):
+    """Leaves parameters as they are made; drawing random numbers on the meta device would import torch's compiler."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Modules made here have shapes and no memory, until `fill` gives them tensors."""
+    with torch.device("meta"), WithoutInit():
+        yield
 
 
 def fill(model: Model, state: State, path: object, dtype: torch.dtype = torch.float32) -> Model:
@@ -201,7 +219,7 @@ def load_transformer(path: PathLike, release: str | None = None) -> DalleTransfo
         share_input_output_emb=share,
         loss_img_weight=float(hparams.get("loss_img_weight", 7)),
     )
-    with torch.device("meta"):
+    with without_weights():
         model = DalleTransformer(config)
     if angles is not None:
         model.set_rotary_angles(angles)
@@ -236,7 +254,7 @@ def load_vqgan(checkpoint: PathLike, config: PathLike | None = None) -> VQModel:
     )
     if config is not None:
         check_vqgan_config(found, config, checkpoint)
-    with torch.device("meta"):
+    with without_weights():
         model = GumbelVQ(found) if gumbel else VQModel(found)
     return fill(model, state, checkpoint)
 
@@ -304,7 +322,7 @@ def load_discrete_vae(path: PathLike) -> DiscreteVAE:
     for name in ("num_layers", "num_resnet_blocks"):
         if hparams.get(name, getattr(config, name)) != getattr(config, name):
             raise one_line(path, f"its hparams say {name}={hparams[name]}, its tensors {getattr(config, name)}")
-    with torch.device("meta"):
+    with without_weights():
         model = DiscreteVAE(config)
     return fill(model, state, path)
 
@@ -320,7 +338,7 @@ def load_openai_dvae(encoder: PathLike, decoder: PathLike) -> OpenAIDiscreteVAE:
         vocab_size=len(halves["encoder"]["blocks.output.conv.w"]),
         group_count=count(halves["encoder"], r"blocks\.group_(\d+)\."),
     )
-    with torch.device("meta"):
+    with without_weights():
         model = OpenAIDiscreteVAE(config)
     state: State = {}
     for half, tensors in halves.items():
@@ -409,7 +427,7 @@ def load_unet(path: PathLike, config: PathLike | dict[str, Any] | None = None) -
         diffusion=diffusion,
     )
     check_unet_flags(unet_config, flags, path)
-    with torch.device("meta"):
+    with without_weights():
         model = UNet(unet_config)
     return fill(model, state, path)
 
@@ -459,7 +477,7 @@ def load_clip(path_or_name: PathLike) -> CLIP:
     state, _ = read_state(path_or_name, OPENAI_CLIP)
     sizes = ("input_resolution", "context_length", "vocab_size")
     state = {f"model.{key}": value for key, value in state.items() if key not in sizes}
-    with torch.device("meta"):
+    with without_weights():
         model = CLIP.from_config(clip_config_of(state))
     return fill(model, state, path_or_name)
 

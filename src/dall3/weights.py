@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from dall3.archive import CheckpointError, one_line
-from dall3.checkpoints import PathLike, fill, load_clip, load_transformer, load_unet, load_vae
+from dall3.checkpoints import PathLike, fill, load_clip, load_transformer, load_unet, load_vae, without_weights
 from dall3.models.clip import CLIP, CLIPConfig
 from dall3.models.discrete_vae import DiscreteVAE, DiscreteVAEConfig, OpenAIDiscreteVAE, OpenAIDiscreteVAEConfig
 from dall3.models.transformer import DalleTransformer, TransformerConfig
@@ -101,7 +101,7 @@ def load_part(
     try:
         check_limits(settings)
         config = from_json(config_class, settings)
-        with torch.device("meta"):
+        with without_weights():
             model = CLIP.from_config(config, tokenizer) if model_class is CLIP else model_class(config)
     except Exception as error:  # whatever odd settings trip a network over is one thing to their reader
         raise one_line(folder / CONFIG, f"makes no {name}: {type(error).__name__}: {error}") from None

@@ -90,13 +90,14 @@ def rotary_table(config: TransformerConfig) -> Tensor:
     from rotary_embedding_torch import RotaryEmbedding
 
     part, image_length = config.dim_head // 3, config.image_seq_len
-    sequence, pixel = RotaryEmbedding(dim=part), RotaryEmbedding(dim=part, freqs_for="pixel")
-    place = torch.cat((torch.arange(config.text_length).float(), torch.full((image_length,), 8192.0)))
-    axis = torch.linspace(-1, 1, steps=config.grid_size)
-    outside = torch.full((config.text_length,), -10.0)
-    row = torch.cat((outside, axis.repeat_interleave(config.grid_size)))
-    column = torch.cat((outside, axis.repeat(config.grid_size)))
-    return torch.cat((sequence(place), pixel(row), pixel(column)), dim=-1).detach()
+    with torch.device("cpu"):  # real on a meta model too
+        sequence, pixel = RotaryEmbedding(dim=part), RotaryEmbedding(dim=part, freqs_for="pixel")
+        place = torch.cat((torch.arange(config.text_length).float(), torch.full((image_length,), 8192.0)))
+        axis = torch.linspace(-1, 1, steps=config.grid_size)
+        outside = torch.full((config.text_length,), -10.0)
+        row = torch.cat((outside, axis.repeat_interleave(config.grid_size)))
+        column = torch.cat((outside, axis.repeat(config.grid_size)))
+        return torch.cat((sequence(place), pixel(row), pixel(column)), dim=-1).detach()
 
 
 class FeedForward(nn.Module):
