@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +151,24 @@ def test_the_bundled_pipeline_draws_what_is_asked_offline(offline: None) -> None
         middle, corner = pictures[:, 56:80, 56:80].mean((1, 2)), pictures[:, :12, :12].mean((1, 2))
         assert corner.min() > 0.75, f"the background of {colour} is not white: {corner.tolist()}"
         assert middle.argmax() == channel, f"the middle of {colour} is {middle.tolist()}"
+
+
+LATE = """
+import sys
+import torch
+from dall3 import Dall3Pipeline
+
+pipe = Dall3Pipeline.from_pretrained().to("cpu")
+pipe.decode_tokens(pipe.generate_tokens("a red cube", seed=0, progress=False))
+assert not {"open_clip", "torch._dynamo", "diffusers"} & sys.modules.keys()
+assert len(pipe.rank(torch.rand(1, 3, 64, 64), "a red cube", progress=False).scores) == 1
+assert "open_clip" in sys.modules and pipe.clip is pipe.clip
+"""
+
+
+def test_the_bundled_clip_is_loaded_when_it_is_needed() -> None:
+    done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_bundled_clip_knows_which_picture_is_which(offline: None) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -48,6 +49,14 @@ from dall3.weights import BUNDLED, PARTS, Origin, load_files, load_folder, read_
 Weighted = Sequence[tuple[Any, float]]  # texts or pictures, and how much each counts
 
 
+LOADING = threading.RLock()  # one at a time, whoever asks first
+
+
+def is_loader(clip: Any) -> bool:
+    """Whether it is not a CLIP yet, but a function that loads one."""
+    return callable(clip) and not hasattr(clip, "embed_text")
+
+
 class Ranking(NamedTuple):
     """Pictures in CLIP's order, best first."""
 
@@ -58,6 +67,8 @@ class Ranking(NamedTuple):
 class Dall3Pipeline:
     """Text to picture on DALL-3's checkpoints. Each part can be replaced, or left out (None) where it is not used.
 
+    clip: a CLIP, or a function that loads one when it is first needed.
+
     >>> pipe = Dall3Pipeline.from_checkpoints(dalle="dalle-latest.pt", bpe="bpe.model", vqgan="last.ckpt")
     >>> out = pipe("a cube made of cloud", num_images=4, seed=0)
     >>> out.save("outputs")
@@ -65,13 +76,15 @@ class Dall3Pipeline:
     Raises ValueError for parts that do not fit each other.
     """
 
+    _clip: Any  # a CLIP, or a function that loads one
+
     def __init__(
         self,
         *,
         text_encoder: TextEncoder | None = None,
         transformer: DalleTransformer | None = None,
         vqgan: VQModel | DiscreteVAE | OpenAIDiscreteVAE | None = None,
-        clip: CLIP | None = None,
+        clip: CLIP | Callable[[], CLIP] | None = None,
         upsampler: UNet | None = None,
         super_resolution: UNet | None = None,
     ) -> None:
@@ -85,13 +98,26 @@ class Dall3Pipeline:
             raise ValueError("the upsampler is conditioned on code embeddings, and OpenAI's dVAE has none")
         if super_resolution is not None:
             require(super_resolution.config.super_resolution, "super_resolution takes no low-resolution picture")
-        self.text_encoder, self.transformer, self.vqgan, self.clip = text_encoder, transformer, vqgan, clip
+        self.text_encoder, self.transformer, self.vqgan = text_encoder, transformer, vqgan
+        self.clip = clip
         self.upsampler, self.super_resolution = upsampler, super_resolution
         self.origins: dict[str, Origin] = {}  # licence and source of the parts, where they are known
 
     @property
+    def clip(self) -> CLIP | None:
+        """The CLIP that ranks and guides, loaded now where a function that loads it was given."""
+        with LOADING:
+            if is_loader(self._clip):
+                self._clip = self._clip()
+        return self._clip
+
+    @clip.setter
+    def clip(self, clip: CLIP | Callable[[], CLIP] | None) -> None:
+        self._clip = clip
+
+    @property
     def _parts(self) -> list[nn.Module]:
-        parts = (self.transformer, self.vqgan, self.clip, self.upsampler, self.super_resolution)
+        parts = (self.transformer, self.vqgan, self._clip, self.upsampler, self.super_resolution)
         return [part for part in parts if isinstance(part, nn.Module)]
 
     @property
@@ -218,6 +244,9 @@ class Dall3Pipeline:
         layout = torch.contiguous_format if torch.device(device).type == "cpu" else torch.channels_last
         for part in self._parts:
             part.to(device, dtype).to(memory_format=layout)  # type: ignore[call-overload]
+        if is_loader(self._clip):
+            load = self._clip
+            self._clip = lambda: load().to(device, dtype).to(memory_format=layout)
         return self
 
     def __call__(
@@ -253,13 +282,13 @@ class Dall3Pipeline:
         check_counts(batch_size=batch_size, refine_batch_size=refine_batch_size)
         require(num_candidates >= num_images, f"num_candidates={num_candidates} is less than num_images={num_images}")
         sampling = Sampling(**{k: settings.pop(k) for k in Sampling.__dataclass_fields__ if k in settings})
-        if self.clip is not None and self.upsampler is not None:
+        if self._clip is not None and self.upsampler is not None:
             settings.setdefault("clip_guidance_scale", 1000.0)
         refinement = Refinement(**settings)
         self._need("text_encoder", "reading text")(prompt, truncate)
         self._need("vqgan", "making pictures of tokens")
         if num_candidates > num_images:
-            self._need("clip", f"choosing {num_images} of {num_candidates} candidates")
+            self._require("clip", f"choosing {num_images} of {num_candidates} candidates")
         texts = parse_prompts(guidance_prompt) if guidance_prompt else [(prompt, 1.0)]
         if self.upsampler is not None or (refinement.clip_guidance_scale and output_size is None):
             self._check_refinement("upsampler", refinement, texts)
@@ -267,11 +296,13 @@ class Dall3Pipeline:
             self._check_refinement("super_resolution", refinement, texts, output_size)
         seed = choose_seed(seed, generator)
         how: dict[str, Any] = dict(seed=seed, batch_size=batch_size, progress=progress)
+        if is_loader(self._clip):  # while the tokens are drawn
+            threading.Thread(target=lambda: self.clip, daemon=True).start()
 
         tokens = self.generate_tokens(prompt, num_candidates, truncate=truncate, **how, **asdict(sampling))
         coarse = self.decode_tokens(tokens, batch_size=batch_size)
         candidates, scores = torch.arange(num_candidates), None
-        if self.clip is not None:
+        if self._clip is not None:
             candidates, scores = self.rank(coarse, prompt, batch_size=batch_size, progress=progress)
             candidates, scores = candidates[:num_images].cpu(), scores[:num_images].cpu()
         tokens, coarse = tokens[candidates.to(tokens.device)], coarse[candidates.to(coarse.device)]
@@ -423,9 +454,13 @@ class Dall3Pipeline:
         # The prompt itself stays as it was written: decoding would lose the characters that the tokenizer lacks.
         return prompt + encode.decode(ids)[len(encode.decode(given)) :]
 
+    def _require(self, part: str, purpose: str) -> None:
+        """Raise ValueError where a part is missing; a CLIP that is still to be loaded is not."""
+        held = self._clip if part == "clip" else getattr(self, part)
+        require(held is not None, f"this pipeline has no {part}, which {purpose} needs; give one when making it")
+
     def _need(self, part: str, purpose: str) -> Any:
-        if getattr(self, part) is None:
-            raise ValueError(f"this pipeline has no {part}, which {purpose} needs; give one when making it")
+        self._require(part, purpose)
         return getattr(self, part)
 
     def _check_tokens(self, tokens: Tensor | np.ndarray) -> Tensor:
@@ -451,7 +486,7 @@ class Dall3Pipeline:
         check_counts(output_size=side)
         require(side % step == 0, f"output_size={side}; expected a multiple of {step}")
         if refinement.clip_guidance_scale:
-            self._need("clip", f"clip_guidance_scale={refinement.clip_guidance_scale}")
+            self._require("clip", f"clip_guidance_scale={refinement.clip_guidance_scale}")
             require(bool(prompts), "clip_guidance_scale needs a prompt or image_prompts to look for")
             total = sum(weight for _, weight in prompts)
             fits = 1e-3 < abs(total) < math.inf
