@@ -352,6 +352,17 @@ def test_any_mixture_ends_well_or_with_an_error(serve: Callable[..., Server], tm
     assert ended == {"well", "error"}
 
 
+def test_a_host_that_turns_in_circles_is_left(
+    serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "PIECE", 1 << 14)
+    server = serve(bytes(len(DATA)))  # other bytes than those that are wanted, never in one piece
+    server.behaviours = ["truncate", "good"] * 20
+    with pytest.raises(FetchError, match="5 times"):
+        fetch_file(want(tmp_path, server.url + "/model.pt"), progress=False)
+    assert len(server.requests) < 20
+
+
 def test_the_next_place_is_tried(serve: Callable[..., Server], tmp_path: Path) -> None:
     bad, good = serve(), serve()
     bad.behaviours = ["truncate", "wrong"]

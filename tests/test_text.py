@@ -264,6 +264,8 @@ def test_decode_leaves_both_paddings_out(yttm: Tokenizer) -> None:
 
 BPE = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}
 REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aaaa"}
+NOTHING = {"type": "Replace", "pattern": {"Regex": "(?=.)"}, "content": "a"}
+HIDDEN = {"type": "Sequence", "normalizers": [], "pretokenizers": [{"type": "FixedLength", "length": 0}]}
 SELF = "\n".join(["1 40", "97 4", *(f"{4 + i} {4 + i} {5 + i}" for i in range(40)), "1 0 2 3"])
 
 
@@ -274,6 +276,12 @@ SELF = "\n".join(["1 40", "97 4", *(f"{4 + i} {4 + i} {5 + i}" for i in range(40
         (json.dumps({"model": BPE, "normalizer": {"type": "Precompiled"}}), "Precompiled"),
         (json.dumps({"model": BPE, "normalizer": {"type": "Sequence", "normalizers": [REPLACE] * 4}}), "64 times"),
         (json.dumps({"model": BPE, "pre_tokenizer": {"type": "FixedLength", "length": 0}}), "FixedLength"),
+        (json.dumps({"model": BPE, "pre_tokenizer": HIDDEN}), "FixedLength"),
+        (json.dumps({"model": BPE, "normalizer": {"type": "Sequence", "normalizers": [NOTHING] * 7}}), "64 times"),
+        (
+            json.dumps({"model": BPE, "normalizer": {"type": "Prepend", "prepend": "a" * 99, "content": "x"}}),
+            "64 times",
+        ),
         (json.dumps({"model": {"type": "Unknown"}}), "its model is a Unknown"),
         (json.dumps({"model": 3}), "its model is no object"),
         (json.dumps({"model": BPE | {"merges": ["a q"]}}), "damaged or not a tokenizer"),
@@ -296,3 +304,11 @@ def test_padding_and_truncation_of_a_json_are_left_out(tmp_path):
     padding["pad_to_multiple_of"] = None
     (tmp_path / "tokenizer.json").write_text(json.dumps(plain | {"padding": padding, "truncation": cut}))
     assert load_tokenizer(tmp_path / "tokenizer.json").encode("abab") == [2, 2]
+
+
+def test_a_word_that_a_tokenizer_cannot_encode_is_a_value_error(tmp_path):
+    words = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[UNK]"}
+    text = {"version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": None, "decoder": None}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(text | {"model": words}))
+    with pytest.raises(ValueError, match="the tokenizer encodes no such text"):
+        load_tokenizer(tmp_path / "tokenizer.json").encode("zebra")

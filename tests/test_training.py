@@ -464,7 +464,7 @@ def test_what_cannot_be_trained_is_said_before_any_work(
 
 def test_the_settings_of_the_bundled_weights_are_there_and_make_their_models() -> None:
     names = {path.stem for path in SETTINGS.glob("*.toml")}
-    assert names == {*TRAINABLE, "vqgan_decoder"}
+    assert names == {*TRAINABLE}
     for name in names:
         settings = read_settings(SETTINGS / f"{name}.toml")
         assert settings["model"] and settings["train"]["data"] and from_json(TrainingConfig, settings["train"])

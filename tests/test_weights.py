@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import socket
 import subprocess
 import sys
@@ -164,6 +165,13 @@ assert not {"open_clip", "torch._dynamo", "diffusers"} & sys.modules.keys()
 assert len(pipe.rank(torch.rand(1, 3, 64, 64), "a red cube", progress=False).scores) == 1
 assert "open_clip" in sys.modules and pipe.clip is pipe.clip
 """
+
+
+def test_a_pipeline_can_be_copied_and_guide_wherever_its_clip_was_loaded() -> None:
+    pipe = pickle.loads(pickle.dumps(Dall3Pipeline.from_pretrained()))
+    with torch.inference_mode():
+        pipe.rank(torch.rand(1, 3, 64, 64), "a red cube", progress=False)
+    assert not any(parameter.is_inference() for parameter in pipe.clip.parameters())
 
 
 def test_the_bundled_clip_is_loaded_when_it_is_needed() -> None:

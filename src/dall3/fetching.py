@@ -243,17 +243,20 @@ def fetch_from(place: Place, wanted: Wanted, progress: bool) -> None:
     """
     target, expected = wanted.target, wanted.sha256_at(place)
     partial = beside(target, ".part")
-    url, headers = address(place)
-    failures, problem = 0, Unlucky("not tried")
+    try:
+        url, headers = address(place)
+    except ValueError as error:
+        raise Refused(reason(error)) from None
+    failures, problem, most = 0, Unlucky("not tried"), size_of(partial)
     while failures < ATTEMPTS:
         if failures:
             time.sleep(min(max(problem.wait, BACK_OFF * 2 ** (failures - 1)), LONGEST_WAIT))
-        before = size_of(partial)
         try:
             fresh = transfer(url, headers, partial, place.size, expected, wanted.name, progress)
             found, sha256 = partial.stat(), sha256_of(partial)
             if expected in (None, sha256):
                 break
+            most = max(most, size_of(partial))
             forget(partial)
             if fresh:
                 pinned = "" if place.sha256 else f", as {wanted.pins_at} says"
@@ -261,7 +264,8 @@ def fetch_from(place: Place, wanted: Wanted, progress: bool) -> None:
             problem, failures = Unlucky("the parts of two attempts did not fit each other"), failures + 1
         except Unlucky as error:
             # A host that breaks off again and again, but brings something each time, gets there in the end.
-            problem, failures = error, 1 if size_of(partial) > before + PIECE else failures + 1
+            further = size_of(partial) > most + PIECE  # than ever before, so that this ends
+            problem, failures, most = error, 1 if further else failures + 1, max(most, size_of(partial))
             logger.info("%s: %s (attempt %d of %d)", wanted.name, error, failures, ATTEMPTS)
     else:
         raise Refused(f"{problem}, {ATTEMPTS} times")
@@ -316,13 +320,14 @@ def transfer(
     except Exception as error:  # an address that no library can read is as good as none
         raise Refused(f"no answer ({reason(error)})") from None
     with response:
-        if response.status_code == 416 and response.headers.get("Content-Range") == f"bytes */{offset}":
-            return False  # it was whole, and what came after it was interrupted
-        offset, total = read_head(response, url, offset, tag, partial)
+        whole = response.headers.get("Content-Range") == f"bytes */{offset}"
+        if offset and response.status_code == 416 and whole:
+            return False  # and what came after it was interrupted
+        offset, total = read_head(response, url, offset, state if tag else {}, partial)
         if size is not None and total not in (None, size):
             raise Refused(f"has {total:,} bytes; expected {size:,}")
         total = size if total is None else total
-        chunked = response.headers.get("Transfer-Encoding") == "chunked"
+        chunked = response.headers.get("Transfer-Encoding", "").lower() == "chunked"
         if expected is None and total is None and not chunked:
             raise Refused("does not say how long the file is, whose SHA-256 nobody knows")
         if not offset:
@@ -332,7 +337,10 @@ def transfer(
             raise Refused(f"has {total:,} bytes, as it says, for which there is no room")
         if not room:
             raise FetchError(room_message(partial, (total or 0) - offset, name))
-        write_json(beside(partial, ".json"), {"url": url, "validator": validator_of(response), "sha256": expected})
+        write_json(
+            beside(partial, ".json"),
+            {"url": url, "validator": validator_of(response), "total": total, "sha256": expected},
+        )
         bar = tqdm(total=total, initial=offset, desc=name, unit="B", unit_scale=True, disable=not progress)
         with bar, partial.open("ab" if offset else "wb") as file:
             for piece in pieces(response):
@@ -360,8 +368,9 @@ def validator_of(response: Any) -> str | None:
     return response.headers.get("Last-Modified") if not tag or tag.startswith("W/") else tag
 
 
-def read_head(response: Any, url: str, offset: int, tag: str | None, partial: Path) -> tuple[int, int | None]:
-    """Where the bytes that come belong, and the file's size, None where the host does not say.
+def read_head(response: Any, url: str, offset: int, state: dict[str, Any], partial: Path) -> tuple[int, int | None]:
+    """Where the bytes that come belong, and the file's size, None where the host does not say. state: what it said of
+    the file when the first of them came.
 
     Raises Unlucky or Refused where none come, or not those that were asked for.
     """
@@ -382,7 +391,9 @@ def read_head(response: Any, url: str, offset: int, tag: str | None, partial: Pa
     if status == 200:
         return 0, length
     said = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", headers.get("Content-Range", ""), re.ASCII)
-    changed = tag is not None and validator_of(response) not in (None, tag)
+    tags = {response.headers.get("ETag"), response.headers.get("Last-Modified")} - {None}
+    changed = bool(tags) and state.get("validator") not in (None, *tags)
+    changed = changed or (said is not None and state.get("total") not in (None, int(said[3])))
     if not offset or said is None or int(said[1]) != offset or changed:
         forget(partial)
         raise Unlucky("answers 206 with another part than the rest of the same file")
@@ -458,7 +469,7 @@ def look_at(path: Path, wanted: Wanted) -> None:
         read_taming_config(path)
     elif suffix == ".json":
         settings = read_flags(path)
-        if not settings.keys() & {"model", "image_size", "large_size", "num_channels"}:
+        if not settings.keys() & {"model", "image_size", "large_size", "num_channels", "num_heads", "noise_schedule"}:
             raise ValueError("no settings of a model")
     elif suffix == ".safetensors":
         read_archive(path)

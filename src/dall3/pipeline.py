@@ -11,6 +11,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -55,6 +56,11 @@ LOADING = threading.RLock()  # one at a time, whoever asks first
 def is_loader(clip: Any) -> bool:
     """Whether it is not a CLIP yet, but a function that loads one."""
     return callable(clip) and not hasattr(clip, "embed_text")
+
+
+def load_and_move(load: Callable[[], CLIP], device: Any, dtype: Any, layout: Any) -> Any:
+    moved: Any = load().to(device, dtype)
+    return moved.to(memory_format=layout)
 
 
 class Ranking(NamedTuple):
@@ -106,7 +112,7 @@ class Dall3Pipeline:
     @property
     def clip(self) -> CLIP | None:
         """The CLIP that ranks and guides, loaded now where a function that loads it was given."""
-        with LOADING:
+        with LOADING, torch.inference_mode(False):  # guidance needs gradients later, whoever asks first
             if is_loader(self._clip):
                 self._clip = self._clip()
         return self._clip
@@ -114,6 +120,10 @@ class Dall3Pipeline:
     @clip.setter
     def clip(self, clip: CLIP | Callable[[], CLIP] | None) -> None:
         self._clip = clip
+
+    def _load_clip_early(self) -> None:
+        with suppress(Exception):  # said where it is needed
+            self.clip  # noqa: B018
 
     @property
     def _parts(self) -> list[nn.Module]:
@@ -245,8 +255,7 @@ class Dall3Pipeline:
         for part in self._parts:
             part.to(device, dtype).to(memory_format=layout)  # type: ignore[call-overload]
         if is_loader(self._clip):
-            load = self._clip
-            self._clip = lambda: load().to(device, dtype).to(memory_format=layout)
+            self._clip = partial(load_and_move, self._clip, device, dtype, layout)
         return self
 
     def __call__(
@@ -297,7 +306,7 @@ class Dall3Pipeline:
         seed = choose_seed(seed, generator)
         how: dict[str, Any] = dict(seed=seed, batch_size=batch_size, progress=progress)
         if is_loader(self._clip):  # while the tokens are drawn
-            threading.Thread(target=lambda: self.clip, daemon=True).start()
+            threading.Thread(target=self._load_clip_early, daemon=True).start()
 
         tokens = self.generate_tokens(prompt, num_candidates, truncate=truncate, **how, **asdict(sampling))
         coarse = self.decode_tokens(tokens, batch_size=batch_size)

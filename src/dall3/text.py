@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -182,22 +183,24 @@ _PARTS = {  # of a tokenizer of `tokenizers`: the kinds that neither panic nor f
 def _vetted(text: str) -> str:
     """A tokenizer's JSON without what DALLE-pytorch does not use. Raises ValueError for parts that are a trap."""
     found = json.loads(text)
-    growth = 1
+    growth, lists = 1, {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
 
     def check(place: str, part: Any) -> None:
         nonlocal growth
         if not isinstance(part, dict):
             raise ValueError(f"its {place} is no object")
         kind = part.get("type", "BPE" if place == "model" else None)
-        if kind == "Sequence" and place != "model":
-            for inner in next((part[key] for key in ("normalizers", "pretokenizers", "decoders") if key in part), []):
+        if kind == "Sequence" and place in lists:
+            for inner in part[lists[place]]:
                 check(place, inner)
         elif kind not in _PARTS[place]:
             raise ValueError(f"its {place} is a {kind}; expected some of {', '.join(_PARTS[place])}")
-        if place == "normalizer":
-            growth *= max(len(part.get("content") or part.get("prepend") or ""), 1)
+        added = max(len(part.get(key) or "") for key in ("content", "prepend"))
+        if added:  # for a character, or, where the pattern may match nothing, beside it
+            one = isinstance(part.get("pattern"), dict) and bool(part["pattern"].get("String"))
+            growth *= added if one else 1 + added
         if growth > 64:
-            raise ValueError("its normalizer makes texts more than 64 times as long")
+            raise ValueError("it makes texts more than 64 times as long")
 
     for place in _PARTS:
         if found.get(place) is not None or place == "model":
@@ -206,6 +209,17 @@ def _vetted(text: str) -> str:
         raise ValueError("its BPE has a continuing_subword_prefix, which takes characters apart")
     # Ids are cut and padded by the text encoder, and no start or end is added.
     return json.dumps(found | {"truncation": None, "padding": None, "post_processor": None}, ensure_ascii=False)
+
+
+@contextmanager
+def _as_value_error(does: str) -> Iterator[None]:
+    """`tokenizers` raises nothing more precise than Exception, and panics as no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the tokenizer {does} no such text: {' '.join(str(error).split())[:500]}") from error
 
 
 class _HuggingFaceTokenizer:
@@ -220,10 +234,13 @@ class _HuggingFaceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         # DALLE-pytorch replaces the file's post-processor, which may add start and end tokens, by one that adds none.
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        with _as_value_error("encodes"):
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self.tokenizer.decode(_without_padding(ids, self.vocab_size))
+        kept = _without_padding(ids, self.vocab_size)
+        with _as_value_error("decodes"):
+            return self.tokenizer.decode(kept)
 
     def to_json(self) -> str:
         return self.json

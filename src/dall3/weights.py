@@ -62,7 +62,6 @@ def save_part(
         raise ValueError("this CLIP is more than pictures and text of one width; keep naming it by open_clip's name")
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     again, state = shared_names(model), {}
     for name, tensor in model.state_dict().items():
         if name not in again:
@@ -70,7 +69,10 @@ def save_part(
             if not bool(state[name].isfinite().all()) and bool(tensor.isfinite().all()):
                 raise ValueError(f"{name} has values that {dtype} cannot hold; save as it is")
     config = {"model": type(model).__name__, **(asdict(origin) if origin else {}), **asdict(model.config)}
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(config, indent=2) + "\n"
+    check_limits(json.loads(text))  # what could not be read again is not written
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(text, encoding="utf-8")
     save_file(state, folder / WEIGHTS)
 
 
@@ -116,7 +118,7 @@ LIMITS = {  # above any network's; of other numbers 2**20
     **{"depth": 256, "layers": 128, "heads": 256, "grid_size": 128},
     **dict.fromkeys(("text_seq_len", "context_length", "image_size"), 8192),
 }
-MOST_POSITIONS = 5000  # of a transformer, whose patterns of attention take 28 bytes for each pair while it is built
+MOST_POSITIONS = 6000  # of a transformer, whose patterns of attention take 28 bytes for each pair while it is built
 
 
 def check_limits(settings: Any, name: str = "") -> None:
@@ -128,8 +130,9 @@ def check_limits(settings: Any, name: str = "") -> None:
         if "text_seq_len" in settings and text + grid**2 > MOST_POSITIONS:
             raise ValueError(f"{text + grid**2} positions; {MOST_POSITIONS} are the most")
     elif isinstance(settings, list):
-        if len(settings) > 16:
-            raise ValueError(f"{name} has {len(settings)} entries; 16 are the most")
+        most = LIMITS["depth"] if name in ("attn_types", "shared_attn_ids", "shared_ff_ids") else 16
+        if len(settings) > most:
+            raise ValueError(f"{name} has {len(settings)} entries; {most} are the most")
         for value in settings:
             check_limits(value, name)
     elif isinstance(settings, int | float):
