@@ -490,6 +490,26 @@ def test_a_copy_that_is_not_whole_is_neither_used_nor_pinned(
         fetch_file(wanted)
 
 
+def test_a_copy_by_hand_may_be_the_one_of_the_place_without_a_hash(
+    serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = f'[own.upsampler]\nfile = "model.pt"\nsha256 = "{SHA256}"\n'
+    text += 'places = ["http://127.0.0.1:1/a", { url = "http://127.0.0.1:1/b" }]\n'
+    (tmp_path / "weights.toml").write_text(text)
+    wanted = files_of(find_set("own", tmp_path / "weights.toml"))[0]
+    wanted.target.parent.mkdir(parents=True)
+    monkeypatch.setenv("DALL3_OFFLINE", "1")
+    wanted.target.write_bytes(UNET[:-9])
+    with pytest.raises(FetchError, match="is not the file"):
+        fetch_file(wanted)
+    wanted.target.write_bytes(UNET)
+    assert fetch_file(wanted) == wanted.target
+    assert wanted.pins.hashes == {"http://127.0.0.1:1/b": hashlib.sha256(UNET).hexdigest()}
+    wanted.target.write_bytes(saved(2.0))
+    with pytest.raises(FetchError, match="has SHA-256"):
+        fetch_file(wanted)
+
+
 def test_removing_what_is_being_fetched_is_an_error(serve: Callable[..., Server], tmp_path: Path) -> None:
     server = serve()
     server.pause = 0.02

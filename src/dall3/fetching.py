@@ -157,10 +157,13 @@ def check_here(wanted: Wanted, path: Path, thorough: bool = False) -> str | None
     if not in_cache and not known and not thorough:  # the user's own, of which nothing is known
         return None
     sha256 = sha256_of(path)
-    if known and sha256 not in known:
+    # A copy that nothing was known of may come from the place whose hash nobody knows.
+    unknown = next((place for place in wanted.file.places if wanted.sha256_at(place) is None), None)
+    first = not pins.sha256 and unknown is not None
+    if known and sha256 not in known and not first:
         pinned = "" if any(place.sha256 for place in wanted.file.places) else f" ({wanted.pins_at} says)"
         return f"has SHA-256 {sha256}; expected {' or '.join(sorted(known))}{pinned}"
-    if not known:
+    if sha256 not in known:
         try:
             look_at(path, wanted)
         except Exception as error:
@@ -169,7 +172,9 @@ def check_here(wanted: Wanted, path: Path, thorough: bool = False) -> str | None
     if (now.st_size, now.st_mtime_ns) != (found.st_size, found.st_mtime_ns):
         return "changes while it is read"
     if known or in_cache:
-        key = next((key_of(place) for place in wanted.file.places if wanted.sha256_at(place) == sha256), SAME)
+        known_at = (place for place in wanted.file.places if wanted.sha256_at(place) == sha256)
+        place = next(known_at, unknown)
+        key = SAME if place is None else key_of(place)
         with suppress(OSError):  # a cache that cannot be written to is good for reading
             wanted.set_pin(sha256, key, found)
     return None
@@ -471,7 +476,7 @@ def look_at(path: Path, wanted: Wanted) -> None:
         settings = read_flags(path)
         if not settings.keys() & {"model", "image_size", "large_size", "num_channels", "num_heads", "noise_schedule"}:
             raise ValueError("no settings of a model")
-    elif suffix == ".safetensors":
+    elif suffix == ".safetensors" and part.config is not None:  # a part that save_pretrained wrote
         read_archive(path)
     else:
         if zipfile.is_zipfile(path):

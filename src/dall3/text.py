@@ -123,11 +123,13 @@ class _YttmTokenizer:
         tokens = {i: chr(code) for code, i in islice(zip(entries, entries, strict=False), num_characters)}
         self.alphabet = set(tokens.values())
         self.merges: list[tuple[str, str]] = []
+        size = 0
         for left, right, new in zip(entries, entries, entries, strict=True):
             self.merges.append((tokens[left], tokens[right]))
             tokens[new] = tokens[left] + tokens[right]
-            if len(tokens[new]) > _LONGEST:  # of tokens that double, a few lines would fill all memory
-                raise ValueError(f"it has tokens of more than {_LONGEST} characters")
+            size += len(tokens[new])
+            if len(tokens[new]) > _LONGEST or size > _MOST_BYTES:  # tokens that double would soon fill all memory
+                raise ValueError(f"it has tokens of more than {_LONGEST} characters, or too many long ones")
         special = {self.unknown: "<UNK>", pad: "<PAD>", bos: "<BOS>", eos: "<EOS>"}
         self.names = tokens | {i: name for i, name in special.items() if i >= 0}
         self.vocab_size = len(self.names)
