@@ -1,5 +1,7 @@
 import pytest
 
+from dall3 import Dall3Pipeline
+
 from originals import GOLDEN, Golden, close, save_dalle, save_seedset, save_vqgan  # noqa: F401
 
 
@@ -12,3 +14,17 @@ def golden():
 def seedset(tmp_path_factory):
     """A folder of the seed's files, small."""
     return save_seedset(tmp_path_factory.mktemp("seedset"))
+
+
+def load_seedset(folder, **changes) -> Dall3Pipeline:
+    """The pipeline of such a folder, with some of its files changed."""
+    files = dict(
+        dalle=folder / "dalle-latest.pt",
+        bpe=folder / "bpe.model",
+        vqgan=folder / "vqgan_gumbel_f8/last.ckpt",
+        vqgan_config=folder / "vqgan_gumbel_f8/model.yaml",
+        diffusion=folder / "model-latest.pt",
+        diffusion_config=folder / "model-latest.json",
+        clip=folder / "ViT-B-16.pt",
+    )
+    return Dall3Pipeline.from_checkpoints(**files | changes)

@@ -11,27 +11,15 @@ from dall3 import Dall3Output, Dall3Pipeline
 from dall3.models.unet import UNet, UNetConfig
 from dall3.pipeline import parse_prompts
 
+from conftest import load_seedset
 from originals import Golden, save_seedset
 
 PROMPT = "a cube made of cloud"
 
 
-def load(folder, **changes) -> Dall3Pipeline:
-    files = dict(
-        dalle=folder / "dalle-latest.pt",
-        bpe=folder / "bpe.model",
-        vqgan=folder / "vqgan_gumbel_f8/last.ckpt",
-        vqgan_config=folder / "vqgan_gumbel_f8/model.yaml",
-        diffusion=folder / "model-latest.pt",
-        diffusion_config=folder / "model-latest.json",
-        clip=folder / "ViT-B-16.pt",
-    )
-    return Dall3Pipeline.from_checkpoints(**files | changes)
-
-
 @pytest.fixture(scope="module")
 def pipe(seedset):
-    return load(seedset)
+    return load_seedset(seedset)
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +244,7 @@ def test_every_scheduler_ends_in_a_picture_and_stops_early_when_asked(pipe, out,
 
 
 def test_missing_parts_are_left_out_and_named_when_asked_for(seedset, pipe):
-    coarse_only = load(seedset, diffusion=None, clip=None)
+    coarse_only = load_seedset(seedset, diffusion=None, clip=None)
     out = coarse_only(PROMPT, seed=0, progress=False)
     assert out.images == out.coarse_images and out.clip_scores is None
     for call, part in (
@@ -266,7 +254,7 @@ def test_missing_parts_are_left_out_and_named_when_asked_for(seedset, pipe):
         (lambda: coarse_only(PROMPT, clip_guidance_scale=100), "no upsampler"),
         (lambda: Dall3Pipeline(clip=pipe.clip).upsample(image=out.images), "no upsampler"),
         (lambda: coarse_only(PROMPT, output_size=256), "no super_resolution"),
-        (lambda: load(seedset, clip=None)(PROMPT, clip_guidance_scale=100), "no clip"),
+        (lambda: load_seedset(seedset, clip=None)(PROMPT, clip_guidance_scale=100), "no clip"),
         (lambda: Dall3Pipeline().generate_tokens(PROMPT), "no transformer"),
         (lambda: Dall3Pipeline(upsampler=pipe.upsampler).upsample(out.tokens), "no vqgan"),
     ):
@@ -282,7 +270,7 @@ def test_parts_that_do_not_fit_each_other_are_refused(pipe, seedset, tmp_path):
         {"hparams": Golden("discrete_vae").about, "weights": Golden("discrete_vae").weights()}, tmp_path / "vae.pt"
     )
     with pytest.raises(ValueError, match="draws 256 codes, the vqgan has 96"):
-        load(seedset, vqgan=tmp_path / "vae.pt", vqgan_config=None)
+        load_seedset(seedset, vqgan=tmp_path / "vae.pt", vqgan_config=None)
 
 
 @pytest.mark.parametrize(
@@ -404,7 +392,7 @@ def test_complete_text_goes_on_from_the_prompt(pipe):
 
 
 def test_half_precision_draws_and_refines(seedset):
-    pipe = load(seedset).to("cpu", torch.bfloat16)
+    pipe = load_seedset(seedset).to("cpu", torch.bfloat16)
     out = pipe(PROMPT, num_candidates=2, num_inference_steps=2, seed=0, progress=False)
     assert out.tokens.shape == (1, 256) and np.isfinite(np.array(out.images[0])).all()
 

@@ -26,7 +26,7 @@ from dall3.models.transformer import DalleTransformer, TransformerConfig
 from dall3.text import load_tokenizer, tokenizer_json
 from dall3.weights import load_part, save_part
 
-from conftest import GOLDEN, Golden, save_dalle, save_vqgan
+from conftest import GOLDEN, Golden, load_seedset, save_dalle, save_vqgan
 
 TRANSFORMERS = sorted(folder.name for folder in GOLDEN.glob("dalle_*"))
 UNETS = sorted(folder.name for folder in GOLDEN.glob("unet_*"))
@@ -96,14 +96,7 @@ PROMPT = "a cube made of cloud"
 
 @pytest.fixture(scope="module")
 def from_2021(seedset: Path) -> Dall3Pipeline:
-    return Dall3Pipeline.from_checkpoints(
-        dalle=seedset / "dalle-latest.pt",
-        bpe=seedset / "bpe.model",
-        vqgan=seedset / "vqgan_gumbel_f8/last.ckpt",
-        diffusion=seedset / "model-latest.pt",
-        diffusion_config=seedset / "model-latest.json",
-        clip=seedset / "ViT-B-16.pt",
-    )
+    return load_seedset(seedset)
 
 
 @pytest.fixture(scope="module")

@@ -26,9 +26,8 @@ from dall3.models.discrete_vae import DiscreteVAE, DiscreteVAEConfig, OpenAIDisc
 from dall3.models.transformer import DalleTransformer, TransformerConfig
 from dall3.models.unet import DiffusionConfig, UNet, UNetConfig
 from dall3.models.vqgan import GumbelVQ, VQGANConfig, VQModel
-from dall3.registry import read_settings_text
+from dall3.registry import PathLike, read_settings_text
 
-PathLike = str | Path
 State = dict[str, Tensor]
 Model = TypeVar("Model", bound=nn.Module)
 Load = TypeVar("Load", bound=Callable[..., Any])

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+MODEL_PATH, VAE_PATH = "./models/model-latest.pt", "./models/vqgan_gumbel_f8/checkpoints/last.ckpt"  # sample.py's
+
+
 def add_refinement(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model_config", metavar="JSON", help="guided-diffusion's flags, for a UNet of an unusual size")
@@ -118,10 +121,9 @@ def make_parser() -> argparse.ArgumentParser:
     add = upsample_parser.add_argument
     add("--input", required=True, help="a picture, or a .npy of image tokens")
     add("--weights", metavar="NAME", help="a set of weights, in place of the files below")
-    add("--model_path", help="guided-diffusion's checkpoint, of any kind (default: ./models/model-latest.pt)")
+    add("--model_path", help=f"guided-diffusion's checkpoint, of any kind (default: {MODEL_PATH})")
     add("--model_size", type=int, choices=(512, 256, 128, 64), help="whose settings, if not its own")
-    vae_path = "./models/vqgan_gumbel_f8/checkpoints/last.ckpt"
-    add("--vae_path", help=f"the VQGAN or DiscreteVAE (default: {vae_path})")
+    add("--vae_path", help=f"the VQGAN or DiscreteVAE (default: {VAE_PATH})")
     add("--vqgan_config_path", help="the VQGAN's .yaml")
     add("--dvae_mode", action="store_true", help="the VAE must be a DiscreteVAE")
     add("--text", help="what CLIP guides to; several separated with |, weighted as in 'a cube:2|a cloud'")
@@ -293,10 +295,9 @@ def convert(args: argparse.Namespace) -> None:
 
     from dall3.errors import require
     from dall3.pipeline import Dall3Pipeline
+    from dall3.weights import check_empty
 
-    out = Path(args.out)
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise FileExistsError(f"{out} is there already and not empty; give another folder")
+    check_empty(Path(args.out))  # before anything is fetched or loaded
     files = {
         "dalle": args.dalle_path,
         "bpe": args.bpe_path,
@@ -313,7 +314,7 @@ def convert(args: argparse.Namespace) -> None:
         pipe = Dall3Pipeline.from_checkpoints(**given)
     else:
         pipe = Dall3Pipeline.from_pretrained(args.name, registry=args.registry)
-    print(f'wrote "{pipe.save_pretrained(out, torch.float16 if args.half else None)}"')
+    print(f'wrote "{pipe.save_pretrained(args.out, torch.float16 if args.half else None)}"')
 
 
 def upsample(args: argparse.Namespace) -> None:
@@ -346,15 +347,14 @@ def upsample(args: argparse.Namespace) -> None:
         require(pipe.upsampler is not None, f"{args.weights} holds no upsampler")
     else:
         pipe = Dall3Pipeline.from_checkpoints(
-            diffusion=args.model_path or "./models/model-latest.pt",
+            diffusion=args.model_path or MODEL_PATH,
             diffusion_config=args.model_config or ({"image_size": args.model_size} if args.model_size else None),
             clip=args.clip_path if args.clip_guidance else None,
         )
     assert pipe.upsampler is not None
     config = pipe.upsampler.config
     if args.weights is None and (config.embedding_dims or is_tokens):
-        vae_path = args.vae_path or "./models/vqgan_gumbel_f8/checkpoints/last.ckpt"
-        pipe.vqgan = load_vae(vae_path, args.vqgan_config_path)
+        pipe.vqgan = load_vae(args.vae_path or VAE_PATH, args.vqgan_config_path)
     given = args.weights or args.vae_path
     require(not args.dvae_mode or isinstance(pipe.vqgan, DiscreteVAE), f"--dvae_mode: {given} is no DiscreteVAE")
     size = args.output_size or (512 if config.super_resolution else config.image_size)

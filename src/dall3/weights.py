@@ -24,11 +24,11 @@ from dall3.models.discrete_vae import DiscreteVAE, DiscreteVAEConfig, OpenAIDisc
 from dall3.models.transformer import DalleTransformer, TransformerConfig
 from dall3.models.unet import DiffusionConfig, UNet, UNetConfig
 from dall3.models.vqgan import GumbelVQ, VQGANConfig, VQModel
-from dall3.registry import read_settings_text
+from dall3.registry import PART_NAMES, read_settings_text
 from dall3.text import Tokenizer, load_tokenizer, tokenizer_json
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
-PARTS = ("transformer", "vqgan", "clip", "upsampler", "super_resolution")
+PARTS = PART_NAMES[1:]  # the tokenizer is a file, not a model
 BUNDLED = Path(__file__).parent / "mini"
 MODELS: dict[str, tuple[Any, Any]] = {
     "DalleTransformer": (DalleTransformer, TransformerConfig),
@@ -270,8 +270,7 @@ def save_folder(
     something, ValueError for a part or a tokenizer that has no form of ours.
     """
     folder, origins = Path(folder).absolute(), origins or {}
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is there already and not empty; give another folder")
+    check_empty(folder)
     text = None if tokenizer is None else tokenizer_json(tokenizer)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
@@ -284,6 +283,12 @@ def save_folder(
         (new / "README.md").write_text(model_card(new, origins), encoding="utf-8")
         new.replace(folder)  # takes the place of an empty folder too
     return folder
+
+
+def check_empty(folder: Path) -> None:
+    """Raise FileExistsError for a folder that holds something, or a file in its place."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is there already and not empty; give another folder")
 
 
 def model_card(folder: Path, origins: dict[str, Origin]) -> str:
