@@ -65,8 +65,9 @@ class Positions:
     masks: dict[str, Tensor]  # attention type -> bool (n, visible) or (heads, n, visible)
     cos: Tensor | None  # (n, dim_head), rotary: of each channel itself
     sin: Tensor | None  # and of the other one of its pair, with its sign
-    neighbours: Tensor  # int64 (2 n,), above and left of each: whom the first and the second quarter of the channels
-    # come from, counted in quarters of the cache
+    # Whom the first and the second quarter of the channels come from, as quarters of the rows: 2 · place for the
+    # one above, 2 · place + 1 for the one to the left.
+    neighbours: Tensor  # int64 (2 n,)
     has_left: Tensor  # bool (n, 1), whether there is one to the left
     text_length: int  # the image's rows of `grid_size` begin there
     grid_size: int
