@@ -29,6 +29,7 @@ from dall3.diffusion import Refinement
 from dall3.sampling import Sampling
 from dall3.scenes import BACKGROUNDS, MATERIALS, SHAPES, Scene, describe, is_held_out, random_scene, render
 from dall3.scenes.emoji import Emoji, draw_emoji, list_emoji, random_placement, with_article
+from dall3.weights import check_defaults
 
 FINE = 2 * SIDE  # pixels a side of true and refined pictures; coarse ones have SIDE
 COUNTS = {"composition": 200, "upsampler": 100, "guidance": 24, "steps": 4, "sampling": 24}
@@ -326,13 +327,8 @@ def read_arguments() -> tuple[argparse.Namespace, Bench]:
         parser.error(f"no judge at {args.judge}; train one: python benchmarks/judge.py --out {args.judge}")
     if not isinstance(args.settings, dict):
         parser.error(f'--settings {args.settings}; expected names and values, such as {{"top_p": 0.9}}')
-    names = (Sampling.__dataclass_fields__, Refinement.__dataclass_fields__)
-    sampling_settings, refinement = ({k: v for k, v in args.settings.items() if k in part} for part in names)
-    if unknown := set(args.settings) - {*sampling_settings, *refinement}:
-        parser.error(f"no setting {', '.join(unknown)}; there are those of Sampling and Refinement")
-    refinement = {"clip_guidance_scale": 1000.0} | refinement  # what the pipeline's one call does
     try:
-        Sampling(**sampling_settings), Refinement(**refinement)
+        check_defaults(args.settings)
         emoji, judge = list_emoji(args.emoji), load_judge(args.judge)
         pipe = Dall3Pipeline.from_pretrained(args.weights)
     except (OSError, ValueError, TypeError) as error:
@@ -342,6 +338,11 @@ def read_arguments() -> tuple[argparse.Namespace, Bench]:
         parser.error(f"the weights have no {', '.join(missing)}")
     if judge.hexcodes != [drawing.hexcode for drawing in emoji]:
         parser.error(f"the judge at {args.judge} knows other emoji than {args.emoji} holds; train it on them")
+    settings = {"clip_guidance_scale": 1000.0} | pipe.defaults | args.settings  # what the pipeline's one call does
+    sampling_settings, refinement = (
+        {name: value for name, value in settings.items() if name in kind.__dataclass_fields__}
+        for kind in (Sampling, Refinement)
+    )
     pipe.to(args.device, getattr(torch, args.dtype))
     return args, Bench(pipe, judge.to(args.device), emoji, sampling_settings, refinement, args.fine)
 

@@ -1,14 +1,19 @@
 """The one call, on small checkpoints in the seed's formats: what it returns, repeats and refuses."""
 
+import copy
 import json
+import pickle
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from dall3 import Dall3Output, Dall3Pipeline
+from dall3 import CheckpointError, Dall3Output, Dall3Pipeline, StopGeneration
 from dall3.models.unet import UNet, UNetConfig
+from dall3.output import to_pil
 from dall3.pipeline import parse_prompts
 
 from conftest import load_seedset
@@ -224,6 +229,55 @@ def test_an_unconditional_unet_starts_from_the_picture_noised_by_strength():
     assert distance(0.02) < 0.02 < distance(0.2) < distance(0.9)
 
 
+def test_a_unet_on_codes_starts_from_the_enlarged_coarse_picture_where_strength_is_given(seedset):
+    pipe = load_seedset(seedset)
+    for parameter in pipe.upsampler.out.parameters():
+        parameter.zero_()
+    tokens = torch.arange(256)[None] % pipe.vqgan.num_tokens
+    coarse = pipe.decode_tokens(tokens)
+    enlarged = torch.nn.functional.interpolate(coarse, (64, 64), mode="bicubic", antialias=True).clamp(0, 1)
+
+    def distance(strength, **start):
+        settings = dict(num_inference_steps=50, strength=strength, seed=0, progress=False)
+        return float((pipe.upsample(**start, **settings) - enlarged).abs().mean())
+
+    assert distance(0.02, tokens=tokens) < 0.02 < distance(0.2, tokens=tokens) < distance(None, tokens=tokens)
+    assert distance(0.02, tokens=tokens, image=coarse) == distance(0.02, tokens=tokens)
+    assert distance(1.0, tokens=tokens) == distance(None, tokens=tokens)
+
+
+def test_weights_have_settings_of_their_own_which_a_call_overrides(seedset, tmp_path):
+    pipe = load_seedset(seedset)
+    pipe.defaults = {"top_p": 0.5, "temperature": 0.8, "num_inference_steps": 3, "clip_guidance_scale": 50.0}
+    given = dict(top_p=0.5, temperature=0.8, num_inference_steps=3, clip_guidance_scale=50.0)
+    plain = load_seedset(seedset)
+    pipe.save_pretrained(tmp_path / "weights")
+    for own in (pipe, Dall3Pipeline.from_pretrained(tmp_path / "weights")):
+        out, expected = own(PROMPT, seed=1, progress=False), plain(PROMPT, seed=1, progress=False, **given)
+        assert torch.equal(out.tokens, expected.tokens) and out.images == expected.images
+        assert {name: out.settings[name] for name in given} == given
+    other = pipe(PROMPT, seed=1, progress=False, top_k=0.9, clip_guidance_scale=0)
+    expected = plain(PROMPT, seed=1, progress=False, **given | dict(top_k=0.9, top_p=None, clip_guidance_scale=0))
+    assert torch.equal(other.tokens, expected.tokens) and other.images == expected.images
+    assert pipe(PROMPT, seed=1, progress=False, top_p=None).settings["top_p"] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"top_p": 2}', r"top_p=2; expected a probability"),
+        ('{"strength": "half"}', "settings of another type"),
+        ('{"colour": 1}', "unknown setting colour"),
+        ("[]", "holds list; expected an object"),
+    ],
+)
+def test_settings_of_weights_that_are_wrong_are_said(seedset, tmp_path, text, words):
+    load_seedset(seedset).save_pretrained(tmp_path / "weights")
+    (tmp_path / "weights/generation_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=words):
+        Dall3Pipeline.from_pretrained(tmp_path / "weights")
+
+
 def test_a_picture_can_stand_in_for_tokens(pipe, out):
     """The middle square of a picture, reduced by area to the VQGAN's size and encoded."""
     tokens = pipe.vqgan.encode(torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0)))
@@ -429,3 +483,150 @@ def test_an_openai_vae_and_a_vae_inside_the_checkpoint(tmp_path):
 def test_the_files_are_the_seeds_own_formats(tmp_path):
     names = {str(path.relative_to(tmp_path)) for path in save_seedset(tmp_path).rglob("*") if path.is_file()}
     assert names >= {"bpe.model", "dalle-latest.pt", "vqgan_gumbel_f8/last.ckpt", "model-latest.pt", "ViT-B-16.pt"}
+
+
+def test_a_stream_shows_the_rows_the_choice_and_the_refinement(pipe):
+    settings = dict(num_images=2, num_candidates=3, num_inference_steps=4, seed=3, batch_size=2, progress=False)
+    previews, seen = [], {}
+    for preview in pipe.stream(PROMPT, every=2, **settings):
+        previews.append((preview.stage, preview.step, preview.total))
+        seen[previews[-1]] = preview.images
+    drawing = [(step, total) for stage, step, total in previews if stage == "drawing"]
+    assert drawing == [(32 * row, 768) for row in range(1, 17)] + [(512 + 16 * row, 768) for row in range(1, 17)]
+    assert [place for place in previews if place[0] == "refining"] == [("refining", 2, 4), ("refining", 4, 4)]
+    assert previews[-1][0] == "done"
+    expected = pipe(PROMPT, **settings)
+    assert preview.output.images == expected.images and torch.equal(preview.output.tokens, expected.tokens)
+    assert seen[("ranking", 1, 1)] == expected.coarse_images
+    half = np.array(seen[("drawing", 256, 768)][0])
+    assert (half[64:] == 128).all() and (half[:48] != 128).any()  # below the eight rows that are drawn
+
+
+def test_leaving_a_stream_ends_the_work_and_the_pipeline_goes_on(pipe, monkeypatch):
+    for preview in pipe.stream(PROMPT, seed=0, progress=False):
+        if preview.stage == "drawing" and preview.step == 32:
+            break
+    monkeypatch.setattr(pipe.upsampler, "forward", lambda *args, **kwargs: pytest.fail("work went on"))
+    assert len(pipe.generate_tokens(PROMPT, seed=0, progress=False)) == 1
+
+
+def test_a_callback_sees_every_step_and_can_end_the_call(pipe):
+    seen = []
+
+    def look(pipe, step, timestep, tensors):
+        seen.append((step, timestep))
+        assert tensors["x"].shape == tensors["pred_xstart"].shape == (1, 3, 64, 64)
+        if step == 1:
+            raise StopGeneration
+
+    settings = dict(seed=0, num_inference_steps=4, progress=False)
+    out = pipe(PROMPT, callback_on_step_end=look, **settings)
+    assert seen == [(0, 999), (1, 666)]
+    assert out.images == pipe(PROMPT, stop_at=2, **settings).images
+    two = pipe(PROMPT, num_images=2, refine_batch_size=1, callback_on_step_end=look, **settings)
+    assert len(two) == len(two.coarse_images) == len(two.tokens) == 1
+
+    def blacken(pipe, step, timestep, tensors):
+        tensors["x"].zero_()
+
+    assert pipe(PROMPT, callback_on_step_end=blacken, **settings).images != pipe(PROMPT, **settings).images
+
+
+def test_several_prompts_give_what_each_gives_alone(pipe, monkeypatch):
+    settings = dict(seed=1, num_inference_steps=2, progress=False)
+    outs = pipe([PROMPT, "a cloud"], **settings)
+    assert [out.prompt for out in outs] == [PROMPT, "a cloud"]
+    assert outs[1].images == pipe("a cloud", **settings).images
+    monkeypatch.setattr(pipe.transformer, "run", lambda *args, **kwargs: pytest.fail("work began"))
+    with pytest.raises(ValueError, match="empty"):
+        pipe([PROMPT, " "], **settings)
+    with pytest.raises(ValueError, match="an empty list of prompts"):
+        pipe([], **settings)
+
+
+def test_a_picture_carries_its_recipe_and_is_made_again_to_the_byte(pipe, out, tmp_path):
+    out.save(tmp_path / "first")
+    loaded = Dall3Output.load(tmp_path / "first/1.png")
+    assert loaded.prompt == PROMPT and loaded.images == [out.images[1]] and torch.equal(loaded.tokens, out.tokens[1:])
+    assert loaded.settings["seed"] == 3 and torch.allclose(loaded.clip_scores, out.clip_scores[1:])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = pipe.repeat(tmp_path / "first/1.png", progress=False)
+    again.save(tmp_path / "second")
+    assert (tmp_path / "second/0.png").read_bytes() == (tmp_path / "first/1.png").read_bytes()
+
+
+def test_a_recipe_of_other_weights_names_what_differs(seedset, out, tmp_path):
+    out.save(tmp_path / "first")
+    other = load_seedset(seedset)
+    with torch.no_grad():
+        other.transformer.to_logits.bias[-1] += 1.0
+    with pytest.warns(UserWarning, match="the transformer is another: [0-9a-f]{16} here, [0-9a-f]{16} made") as told:
+        other.repeat(tmp_path / "first/0.png", progress=False)
+    assert len(told) == 1
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    with pytest.raises(ValueError, match="carries no recipe"):
+        other.repeat(tmp_path / "plain.png")
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(ValueError, match="not a picture"):
+        other.repeat(tmp_path / "text.png")
+    with pytest.raises(ValueError, match="2 pictures"):
+        other.repeat(out)
+
+
+def test_an_output_is_taken_apart_and_travels(out):
+    assert out[1].images == [out.images[1]] and torch.equal(out[1].clip_scores, out.clip_scores[1:])
+    assert out[-1].coarse_images == [out.coarse_images[1]] and len(out[:5]) == 2
+    assert [one.images[0] for one in out] == out.images
+    with pytest.raises(IndexError):
+        out[2]
+    assert out.to_numpy().shape == (2, 64, 64, 3) and (out.to_numpy()[1] == np.array(out.images[1])).all()
+    for twin in (copy.deepcopy(out), pickle.loads(pickle.dumps(out))):
+        assert twin.images == out.images and torch.equal(twin.tokens, out.tokens) and twin.settings == out.settings
+    assert f"{out.clip_scores[0]:.3f}, seed 3, draw {out.candidates[0]}" == out.captions()[0]
+
+
+def test_eight_threads_get_what_one_gets(pipe):
+    prompts = [PROMPT, "a cloud", "a cube"]
+    calls = [(prompts[k % 3], dict(seed=k % 5, num_inference_steps=2, top_p=0.9, progress=False)) for k in range(40)]
+    expected = {(prompt, how["seed"]): pipe(prompt, **how).images for prompt, how in calls}
+    with ThreadPoolExecutor(8) as pool:
+        outs = list(pool.map(lambda call: pipe(call[0], **call[1]), calls))
+    for (prompt, how), out in zip(calls, outs, strict=True):
+        assert out.images == expected[(prompt, how["seed"])]
+
+
+def test_a_picture_primes_the_first_rows_and_a_rectangle_is_drawn_anew(pipe):
+    first = pipe.generate_tokens(PROMPT, seed=0, progress=False)[0]
+    primed = pipe.generate_tokens(PROMPT, 2, init_image=first, seed=1, progress=False)
+    assert torch.equal(primed[:, :112], first[:112].expand(2, -1))
+    assert not torch.equal(primed[0, 112:], first[112:]) and not torch.equal(primed[0], primed[1])
+    again = pipe.generate_tokens(PROMPT, init_image=first, keep_rows=15, seed=0, progress=False)
+    assert torch.equal(again[0], first)  # the same seed draws the last row as before
+
+    picture = to_pil(pipe.decode_tokens(first))[0]
+    tokens = pipe.vqgan.encode(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255)[0]
+    out = pipe(PROMPT, init_image=picture, redraw=(4, 2, 8, 10), seed=2, num_inference_steps=2, progress=False)
+    inside = torch.zeros(16, 16, dtype=torch.bool)
+    inside[4:12, 2:12] = True
+    assert torch.equal(out.tokens[0][~inside.flatten()], tokens[~inside.flatten()])
+    assert not torch.equal(out.tokens[0], tokens)
+    assert pipe.repeat(out, progress=False).images == out.images
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (dict(keep_rows=3), "give one"),
+        (dict(keep_rows=3, redraw=(0, 0, 1, 1), init_image=[]), "choose one"),
+        (dict(keep_rows=16, init_image=torch.zeros(256, dtype=torch.int64)), r"keep_rows=16; .* \[1, 15\]"),
+        (dict(redraw=(8, 8, 9, 1), init_image=torch.zeros(256, dtype=torch.int64)), "does not lie on the 16×16"),
+        (dict(redraw=(8, 8), init_image=torch.zeros(256, dtype=torch.int64)), "expected .top, left, height, width."),
+        (dict(init_image=torch.zeros(64, dtype=torch.int64)), r"init_image has tokens \(1, 64\); expected \(256,\)"),
+        (dict(init_image="a.png"), "expected PIL pictures or a tensor, not str"),
+    ],
+)
+def test_what_cannot_stay_is_said(pipe, monkeypatch, settings, words):
+    monkeypatch.setattr(pipe.transformer, "run", lambda *args, **kwargs: pytest.fail("work began"))
+    with pytest.raises(ValueError, match=words):
+        pipe(PROMPT, progress=False, **settings)

@@ -13,6 +13,7 @@ from dall3.sampling import (
     draw_text_tokens,
     filter_top_k,
     filter_top_p,
+    image_token_steps,
 )
 
 from originals import GOLDEN, Golden, close, save_dalle
@@ -146,9 +147,10 @@ def test_the_text_is_run_once_and_every_token_once(transformer, text, monkeypatc
     monkeypatch.setattr(transformer, "run", spy)
     uniforms = candidate_uniforms(0, range(4), 256)
     settings = Sampling(cond_scale=cond_scale)
-    draw_image_tokens(transformer, text, uniforms, settings, on_token=heard.append)
+    for _, batch, count in image_token_steps(transformer, text, uniforms, settings):
+        heard.append((batch, count))
     assert fed == [(prompts, 25)] + [(prompts * 4, 1)] * 255
-    assert len(heard) == 256
+    assert heard == [(range(4), count) for count in range(1, 257)]
 
 
 def test_a_text_is_completed_up_to_its_first_padding(transformer):

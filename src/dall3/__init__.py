@@ -7,12 +7,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dall3.archive import CheckpointError
     from dall3.output import Dall3Output
-    from dall3.pipeline import Dall3Pipeline
+    from dall3.pipeline import Dall3Pipeline, StopGeneration
 
 __version__ = "0.1.0"
-__all__ = ["CheckpointError", "Dall3Output", "Dall3Pipeline", "__version__"]
+__all__ = ["CheckpointError", "Dall3Output", "Dall3Pipeline", "StopGeneration", "__version__"]
 
-_PLACES = {"CheckpointError": "archive", "Dall3Output": "output", "Dall3Pipeline": "pipeline"}
+_PLACES = {
+    "CheckpointError": "archive",
+    "Dall3Output": "output",
+    "Dall3Pipeline": "pipeline",
+    "StopGeneration": "pipeline",
+}
 
 
 def __getattr__(name: str) -> Any:

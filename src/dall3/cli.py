@@ -22,13 +22,13 @@ def add_refinement(parser: argparse.ArgumentParser) -> None:
     add("--clip_path", default="ViT-B-16/openai", help="CLIP: a file, or a name of open_clip's (default: %(default)s)")
     add("--clip_guidance", action="store_true", help="let CLIP pull the picture towards the text")
     add("--clip_guidance_scale", type=float, default=1000, help="how hard (default: %(default)s)")
-    add("--guidance_share", type=float, default=1.0, help="share of the steps that are guided, from the first on")
-    add("--tv_scale", type=float, default=0, help="smoothness of the result")
-    add("--range_scale", type=float, default=0, help="how strictly colours stay in range")
-    add("--cutn", type=int, default=16, help="cut-outs that CLIP looks at (default: %(default)s)")
-    add("--timestep_respacing", "--num_inference_steps", default="25", help="steps: 25, '10,10,5' or ddim25")
-    add("--scheduler", default="ddim", help="ddim, ddpm (ancestral, the seed's) or dpm-solver++ (default: %(default)s)")
-    add("--strength", type=float, default=0.5, help="how far an unconditional UNet noises its picture, in (0, 1]")
+    add("--guidance_share", type=float, help="share of the steps that are guided, from the first on (default: 1)")
+    add("--tv_scale", type=float, help="smoothness of the result (default: 0)")
+    add("--range_scale", type=float, help="how strictly colours stay in range (default: 0)")
+    add("--cutn", type=int, help="cut-outs that CLIP looks at (default: 16)")
+    add("--timestep_respacing", "--num_inference_steps", help="steps: 25, '10,10,5' or ddim25 (default: 25)")
+    add("--scheduler", help="ddim, ddpm (ancestral, the seed's) or dpm-solver++ (default: ddim)")
+    add("--strength", type=float, help="how far the picture that it starts from is noised, in (0, 1]")
     add("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     add("--device", help="cuda, cpu, … (default: cuda where there is one)")
     add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="default: %(default)s")
@@ -60,8 +60,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, default=4, help="default: %(default)s")
     add("--top_k", type=float, help="share of the vocabulary to drop, in [0, 1)")
     add("--top_p", type=float, help="probability to keep, in (0, 1] (default: 0.9 without --top_k)")
-    add("--temperature", type=float, default=1.0, help="default: %(default)s")
-    add("--cond_scale", type=float, default=1.0, help="classifier-free guidance (default: %(default)s, none)")
+    add("--temperature", type=float, help="default: 1")
+    add("--cond_scale", type=float, help="classifier-free guidance (default: 1, none)")
     add("--clip_sort", action="store_true", help="sort by CLIP's similarity, best first")
     add("--output_npy", action="store_true", help="write the image tokens too")
     add("--gentxt", action="store_true", help="let the transformer write the prompt to its end first")
@@ -149,10 +149,17 @@ def placement(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def refinement(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
-    names = ("guidance_share", "tv_scale", "range_scale", "cutn", "scheduler", "strength")
-    steps = int(args.timestep_respacing) if args.timestep_respacing.isdigit() else args.timestep_respacing
-    more |= {"num_inference_steps": steps, "clip_guidance_scale": args.clip_guidance_scale if args.clip_guidance else 0}
-    return {name: getattr(args, name) for name in names} | more
+    """The settings that were given; the weights have their own for the others."""
+    steps = args.timestep_respacing
+    if steps is not None:
+        more["num_inference_steps"] = int(steps) if steps.isdigit() else steps
+    more["clip_guidance_scale"] = args.clip_guidance_scale if args.clip_guidance else 0
+    return given(args, "guidance_share", "tv_scale", "range_scale", "cutn", "scheduler", "strength") | more
+
+
+def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Those of the options that were given."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 def folder_of(prompt: str, args: argparse.Namespace) -> Path:
@@ -172,8 +179,7 @@ def generate(args: argparse.Namespace) -> None:
     candidates = args.num_images if args.num_candidates is None else args.num_candidates
     prompts = (args.text or args.prompt or "").lower().split("|")
     require(args.gentxt or all(prompt.strip() for prompt in prompts), "an empty prompt; give text around every '|'")
-    top_p = 0.9 if args.top_k is None and args.top_p is None else args.top_p
-    how = dict(temperature=args.temperature, top_k=args.top_k, top_p=top_p, cond_scale=args.cond_scale)
+    how = given(args, "temperature", "top_k", "top_p", "cond_scale")
     from_folder = args.dalle_path is None
     for name in ("bpe_path", "vqgan_model_path", "vqgan_config_path", "openai_vae", "diffusion_path", "model_config"):
         alone = from_folder and getattr(args, name) is not None
@@ -207,9 +213,11 @@ def generate(args: argparse.Namespace) -> None:
     missing = f"{args.dalle_path or args.weights} holds no VAE; give --taming and --vqgan_model_path, or --openai_vae"
     require(pipe.vqgan is not None, missing)
     pipe.to(device, dtype)
+    if not {"top_k", "top_p"} & {*how, *pipe.defaults}:
+        how["top_p"] = 0.9
     require(not args.taming or isinstance(pipe.vqgan, VQModel), f"--taming: {args.vqgan_model_path} is no VQGAN")
     if args.gentxt:
-        write = dict(seed=args.seed, temperature=args.temperature, top_k=0.5 if args.top_k is None else args.top_k)
+        write = {"seed": args.seed, "top_k": 0.5} | given(args, "temperature", "top_k")
         prompts = [pipe.complete_text(prompt, truncate=args.truncate, **write) for prompt in prompts]
     truncate = args.truncate or args.gentxt
     for prompt in prompts:  # one that does not fit is said before the first is drawn
@@ -369,8 +377,7 @@ def train(args: argparse.Namespace) -> None:
         from dall3.training.run import train_model
     except ImportError as error:
         raise ValueError(f"training needs {error.name}; run pip install 'dall3[train]'") from None
-    names = ("steps", "batch_size", "workers", "seed", "every")
-    overrides = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    overrides = given(args, "steps", "batch_size", "workers", "seed", "every")
     train_model(args.model, args.out, args.config, args.data, args.resume, args.initial, **overrides)
     print(f'trained the {args.model} in "{args.out}"')
 

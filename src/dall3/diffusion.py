@@ -261,16 +261,17 @@ class Refinement:
     """How a picture is refined: what `Dall3Pipeline.upsample` and its call take.
 
     num_inference_steps: a number, or guided-diffusion's respacing ("10,10,5", "ddim25"). scheduler: "ddim", "ddpm"
-    (ancestral), "dpm-solver++", or a diffusers scheduler. strength: in (0, 1], how far an unconditional UNet noises
-    the picture that it starts from. stop_at: stop after so many steps. clip_guidance_scale: how hard CLIP pulls
-    towards the prompt, looking at `cutn` cut-outs; 0 computes nothing of CLIP. tv_scale, range_scale: penalties for
-    unsmoothness and for colours out of range. guidance_share: in [0, 1], the share of the steps, from the noisiest on,
-    that are guided.
+    (ancestral), "dpm-solver++", or a diffusers scheduler. strength: in (0, 1], how far the picture that it starts from
+    is noised, the coarse one enlarged where the UNet is conditioned on codes; None for 0.5 of an unconditional UNet,
+    and for pure noise, as the seed has it, of one that is conditioned. stop_at: stop after so many steps.
+    clip_guidance_scale: how hard CLIP pulls towards the prompt, looking at `cutn` cut-outs; 0 computes nothing of
+    CLIP. tv_scale, range_scale: penalties for unsmoothness and for colours out of range. guidance_share: in [0, 1],
+    the share of the steps, from the noisiest on, that are guided.
     """
 
     num_inference_steps: int | str = 25
     scheduler: Any = "ddim"
-    strength: float = 0.5
+    strength: float | None = None
     stop_at: int | None = None
     clip_guidance_scale: float = 0.0
     tv_scale: float = 0.0
@@ -283,7 +284,8 @@ class Refinement:
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)}; expected a number from 0")
         check_counts(cutn=self.cutn, stop_at=1 if self.stop_at is None else self.stop_at)
         require(0 <= self.guidance_share <= 1, f"guidance_share={self.guidance_share}; expected a share in [0, 1]")
-        require(0 < self.strength <= 1, f"strength={self.strength}; expected a share of the noise, in (0, 1]")
+        in_range = self.strength is None or 0 < self.strength <= 1
+        require(in_range, f"strength={self.strength}; expected a share of the noise, in (0, 1]")
         by_name, names = isinstance(self.scheduler, str), ", ".join(f"'{name}'" for name in SAMPLERS)
         # Of diffusers' schedulers, those that can be put on the noise schedule that the UNet was trained on.
         known = self.scheduler in SAMPLERS if by_name else "trained_betas" in getattr(self.scheduler, "config", {})
@@ -293,7 +295,25 @@ class Refinement:
         require(counted, f"a diffusers scheduler takes a number of steps, not {self.num_inference_steps!r}")
 
 
-def denoise(
+@dataclass(frozen=True)
+class Step:
+    """One step of the denoising loop, done. x is what the next step starts from: changed in place, it goes on so."""
+
+    number: int  # from 0
+    total: int
+    timestep: int  # of the training's steps
+    x: Tensor  # float32 (batch, 3, height, width)
+    pred_xstart: Tensor  # the picture that it aims at, about [-1, 1]
+
+
+def denoise(*args: Any, **kwargs: Any) -> Tensor:
+    """The last predicted x_0 of `denoising_steps`, whose arguments it takes: float32 (batch, 3, height, width)."""
+    for step in denoising_steps(*args, **kwargs):  # noqa: B007
+        pass
+    return step.pred_xstart
+
+
+def denoising_steps(
     unet: UNet,
     shape: tuple[int, ...],
     generators: Generators,
@@ -302,11 +322,11 @@ def denoise(
     picture: Tensor | None = None,
     guide: Guide | None = None,
     progress: bool = False,
-) -> Tensor:
+) -> Iterator[Step]:
     """The denoising loop: from noise, or from `picture` noised `strength` of the way, to the predicted x_0.
 
     shape: of one picture. generators: one a picture, on the device where the work is done. picture: float (batch, 3,
-    height, width) in [-1, 1]. guide: wraps `predict`. Returns float32 (batch, 3, height, width), about [-1, 1].
+    height, width) in [-1, 1]. guide: wraps `predict`.
     """
     device, scheduler = generators[0].device, settings.scheduler
 
@@ -324,7 +344,7 @@ def denoise(
         steps = [round(step) for step in scheduler.timesteps.tolist()]
     x, first = start if by_name else start * scheduler.init_noise_sigma, 0
     if picture is not None:
-        first = len(steps) - max(round(len(steps) * settings.strength), 1)
+        first = len(steps) - max(round(len(steps) * (settings.strength or 0.5)), 1)
         if by_name:
             x = diffusion.add_noise(picture, steps_like(x, steps[first]), start)
         else:
@@ -342,6 +362,6 @@ def denoise(
     else:
         walk = sample_with_scheduler(predict, diffusion, x, steps, scheduler, generators)
     total = min(len(steps), settings.stop_at or len(steps))
-    for _, x_start in tqdm(islice(walk, total), total=total, desc="refining", disable=not progress):  # noqa: B007
-        pass
-    return x_start
+    bar = tqdm(islice(walk, total), total=total, desc=f"refining {len(generators)}", disable=not progress)
+    for number, (x, x_start) in enumerate(bar):
+        yield Step(number, total, diffusion.timestep_map[steps[number]], x, x_start)

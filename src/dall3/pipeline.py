@@ -10,22 +10,25 @@ import math
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from dall3 import checkpoints
 from dall3.checkpoints import PathLike
-from dall3.diffusion import Guide, Refinement, denoise, space_timesteps
+from dall3.diffusion import Guide, Refinement, Step, denoising_steps, space_timesteps
 from dall3.errors import require
 from dall3.fetching import fetch_set, find_weights
 from dall3.guidance import clip_loss, cut_out, draw_cutouts, guided, with_penalties
@@ -34,18 +37,28 @@ from dall3.models.discrete_vae import DiscreteVAE, OpenAIDiscreteVAE
 from dall3.models.transformer import DalleTransformer
 from dall3.models.unet import UNet
 from dall3.models.vqgan import VQModel
-from dall3.output import Dall3Output, to_pil, to_tensor
+from dall3.output import Dall3Output, Preview, to_pil, to_tensor
 from dall3.registry import WeightsSet
 from dall3.sampling import (
     Sampling,
     candidate_uniforms,
     check_counts,
-    draw_image_tokens,
     draw_text_tokens,
+    image_token_steps,
     make_generator,
 )
 from dall3.text import TextEncoder, Tokenizer, load_tokenizer, tokenizer_json
-from dall3.weights import BUNDLED, PARTS, Origin, load_files, load_folder, read_origins, save_folder
+from dall3.weights import (
+    BUNDLED,
+    PARTS,
+    Origin,
+    check_defaults,
+    load_files,
+    load_folder,
+    read_defaults,
+    read_origins,
+    save_folder,
+)
 
 Weighted = Sequence[tuple[Any, float]]  # texts or pictures, and how much each counts
 
@@ -63,6 +76,36 @@ def load_and_move(load: Callable[[], CLIP], device: Any, dtype: Any, layout: Any
     return moved.to(memory_format=layout)
 
 
+class StopGeneration(Exception):
+    """Raised by a `callback_on_step_end` to end the call, which then returns what is there.
+
+    >>> def after_two(pipe, step, timestep, tensors):
+    ...     if step == 1:
+    ...         raise StopGeneration
+    >>> out = Dall3Pipeline.from_pretrained()("a cube", seed=0, progress=False, callback_on_step_end=after_two)
+    >>> len(out)
+    1
+    """
+
+
+Callback = Callable[["Dall3Pipeline", int, int, dict[str, Tensor]], object]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call is to do, checked. recipe: the other arguments, of plain values."""
+
+    prompt: str
+    texts: Weighted  # that CLIP guides to
+    num_images: int
+    sampling: Sampling
+    refinement: Refinement
+    kept: Tensor | None  # int64 (image tokens,), -1 where they are drawn
+    recipe: dict[str, Any]
+    progress: bool
+    callback: Callback | None
+
+
 class Ranking(NamedTuple):
     """Pictures in CLIP's order, best first."""
 
@@ -75,9 +118,10 @@ class Dall3Pipeline:
 
     clip: a CLIP, or a function that loads one when it is first needed.
 
-    >>> pipe = Dall3Pipeline.from_checkpoints(dalle="dalle-latest.pt", bpe="bpe.model", vqgan="last.ckpt")
-    >>> out = pipe("a cube made of cloud", num_images=4, seed=0)
-    >>> out.save("outputs")
+    >>> pipe = Dall3Pipeline.from_pretrained()
+    >>> out = pipe("a cube made of cloud", num_images=2, seed=0, num_inference_steps=2, progress=False)
+    >>> sorted(path.name for path in out.save("outputs").glob("*.npy"))
+    ['0.npy', '1.npy']
 
     Raises ValueError for parts that do not fit each other.
     """
@@ -108,6 +152,8 @@ class Dall3Pipeline:
         self.clip = clip
         self.upsampler, self.super_resolution = upsampler, super_resolution
         self.origins: dict[str, Origin] = {}  # licence and source of the parts, where they are known
+        self._hashes: dict[str, tuple[list[tuple[int, int]], str]] = {}
+        self.defaults: dict[str, Any] = {}  # settings of `Sampling` and `Refinement` that suit these weights
 
     @property
     def clip(self) -> CLIP | None:
@@ -158,29 +204,36 @@ class Dall3Pipeline:
         """
         found = find_weights(BUNDLED if name is None else name, registry)
         if isinstance(found, WeightsSet):
+            defaults = check_defaults(found.defaults)
             parts = load_files(fetch_set(found, progress), device, dtype)
             origins = {part.name: Origin(part.licence, part.source) for part in found.parts}
         else:
             parts, origins = load_folder(found, device, dtype), read_origins(found)
+            defaults = read_defaults(found)
         tokenizer, transformer = parts.pop("tokenizer", None), parts.get("transformer")
         if tokenizer is not None and transformer is not None:
             config = transformer.config
             parts["text_encoder"] = TextEncoder(tokenizer, config.text_seq_len, config.num_text_tokens)
         pipe = cls(**parts)
-        pipe.origins = origins
+        pipe.origins, pipe.defaults = origins, defaults
         return pipe.to(device)
 
     def save_pretrained(self, folder: PathLike, dtype: torch.dtype | None = None) -> Path:
         """Write every part to a folder that `from_pretrained` reads, and return its path.
 
-        For each part config.json and model.safetensors; tokenizer.json; and a model card, README.md. dtype: of the
+        For each part config.json and model.safetensors; tokenizer.json; generation_config.json, the settings that suit
+        the weights (`defaults`); and a model card, README.md. dtype: of the
         floats in the files, torch.float16 for half the size; as they are if None.
 
         Raises FileExistsError for a folder that holds something; nothing is written then.
+
+        >>> folder = Dall3Pipeline.from_pretrained().save_pretrained("my-weights", torch.float16)
+        >>> Dall3Pipeline.from_pretrained(folder).vqgan.num_tokens
+        2048
         """
         parts = {name: getattr(self, name) for name in PARTS if getattr(self, name) is not None}
         require(bool(parts), "the pipeline has no parts to save")
-        return save_folder(parts, self._tokenizer, folder, dtype, self.origins)
+        return save_folder(parts, self._tokenizer, folder, dtype, self.origins, self.defaults)
 
     def push_to_hub(
         self, repository: str, dtype: torch.dtype | None = None, private: bool = False, token: str | None = None
@@ -250,7 +303,11 @@ class Dall3Pipeline:
         )
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Dall3Pipeline:
-        """Move every part to a device, and to a precision if given: float32, float16, bfloat16. Returns itself."""
+        """Move every part to a device, and to a precision if given: float32, float16, bfloat16. Returns itself.
+
+        >>> Dall3Pipeline.from_pretrained().to("cpu", torch.bfloat16).device
+        device(type='cpu')
+        """
         layout = torch.contiguous_format if torch.device(device).type == "cpu" else torch.channels_last
         for part in self._parts:
             part.to(device, dtype).to(memory_format=layout)  # type: ignore[call-overload]
@@ -260,10 +317,13 @@ class Dall3Pipeline:
 
     def __call__(
         self,
-        prompt: str,
+        prompt: str | Sequence[str],
         num_images: int = 1,
         num_candidates: int | None = None,
         *,
+        init_image: Any = None,
+        keep_rows: int | None = None,
+        redraw: Sequence[int] | None = None,
         guidance_prompt: str | None = None,
         output_size: int | None = None,
         seed: int | None = None,
@@ -272,30 +332,139 @@ class Dall3Pipeline:
         refine_batch_size: int = 4,
         truncate: bool = False,
         progress: bool = True,
+        callback_on_step_end: Callback | None = None,
         **settings: Any,
-    ) -> Dall3Output:
+    ) -> Any:
         """Draw `num_candidates` token grids for a prompt, keep the `num_images` that CLIP likes best, refine them.
 
-        num_candidates: num_images if not given. guidance_prompt: what CLIP guides to, if not the prompt, and weighted
+        prompt: a text, for a `Dall3Output`; or a list of texts, for a list of them, each as if it were alone.
+        num_candidates: num_images if not given. init_image, keep_rows, redraw: as `generate_tokens` has them.
+        guidance_prompt: what CLIP guides to, if not the prompt, and weighted
         if you like: "a cube:2|a cloud". output_size: with a super_resolution part, pixels a side of the final
         pictures. batch_size: candidates at a time; refine_batch_size: pictures refined at a time. The results do not
         depend on them in float32 on a CPU, and only by rounding elsewhere. truncate: cut a prompt that is too long.
-        settings: those of `Sampling` and `Refinement`; clip_guidance_scale, if not given, is 1000 where there are a
-        CLIP and an upsampler.
+        settings: those of `Sampling` and `Refinement`; where not given, what `defaults` has for these weights.
+        clip_guidance_scale, if neither says, is 1000 where there are a CLIP and an upsampler.
+        callback_on_step_end(pipe, step, timestep, tensors): called after each denoising step with "x" and
+        "pred_xstart", float32 (batch, 3, height, width) about [-1, 1]; x changed in place goes on so. Where it raises
+        StopGeneration the call ends and returns what is there.
+
+        >>> pipe = Dall3Pipeline.from_pretrained()
+        >>> out = pipe("a red cube", num_images=2, seed=0, num_inference_steps=2, progress=False)
+        >>> len(out), out.coarse_images[0].size, out.tokens.shape
+        (2, (128, 128), torch.Size([2, 256]))
 
         Raises ValueError for a setting out of range, or one that asks for a part that this pipeline does not have,
         and TypeError for an unknown one, before any work.
         """
+        settings = dict(
+            num_images=num_images,
+            num_candidates=num_candidates,
+            init_image=init_image,
+            keep_rows=keep_rows,
+            redraw=redraw,
+            guidance_prompt=guidance_prompt,
+            output_size=output_size,
+            generator=generator,
+            batch_size=batch_size,
+            refine_batch_size=refine_batch_size,
+            truncate=truncate,
+            progress=progress,
+            callback_on_step_end=callback_on_step_end,
+            **settings,
+        )
+        plans = [self._plan(one, seed=seed, **settings) for one in ([prompt] if isinstance(prompt, str) else prompt)]
+        require(bool(plans), "an empty list of prompts")
+        outputs = [drain(self._run(plan)) for plan in plans]
+        return outputs[0] if isinstance(prompt, str) else outputs
+
+    def stream(self, prompt: str, num_images: int = 1, *, every: int = 5, **settings: Any) -> Iterator[Preview]:
+        """The one call as it goes: previews after each row of tokens, after ranking, and every few denoising steps.
+
+        every: denoising steps from one preview to the next. settings: those of the call. The last preview has the
+        stage "done" and the `output` that the call would return. Leaving the loop ends the work; what is there is in
+        the preview at hand. Pictures are made when a preview is asked for them.
+
+        >>> pipe = Dall3Pipeline.from_pretrained()
+        >>> for preview in pipe.stream("a red cube", seed=0, num_inference_steps=2, progress=False):
+        ...     if preview.stage == "drawing" and preview.step == 128:
+        ...         half = preview.images[0]
+        >>> half.size, preview.stage, len(preview.output)
+        ((128, 128), 'done', 1)
+
+        Raises ValueError as the call does, before any work.
+        """
+        check_counts(every=every)
+        plan = self._plan(prompt, num_images, **settings)
+
+        def steps() -> Iterator[Preview]:
+            output = yield from self._run(plan, every)
+            yield Preview("done", 1, 1, lambda: output.images, output)
+
+        return steps()
+
+    def repeat(self, source: PathLike | Dall3Output, progress: bool = True) -> Dall3Output:
+        """Make a picture again from the recipe that its PNG carries, or from an output of one picture.
+
+        The same machine and weights give the same picture to the bit. Warns where the weights differ, naming them.
+
+        >>> pipe = Dall3Pipeline.from_pretrained()
+        >>> out = pipe("a red cube", seed=3, num_inference_steps=2, progress=False)
+        >>> pipe.repeat(out, progress=False).images == out.images
+        True
+
+        Raises ValueError for a picture without a recipe, or one that needs a part that this pipeline does not have.
+        """
+        found = source if isinstance(source, Dall3Output) else Dall3Output.load(source)
+        require(len(found) == 1, f"an output of {len(found)} pictures; give one of them, such as out[0]")
+        recipe = found.recipe(0)
+        settings = dict(recipe["settings"])
+        kept = settings.pop("kept", None)
+        weights, here = settings.pop("weights", {}), self._fingerprints()
+        for part in sorted(weights.keys() | here.keys()):
+            if weights.get(part) != here.get(part):
+                held, was = ("none" if one is None else one for one in (here.get(part), weights.get(part)))
+                warnings.warn(f"the {part} is another: {held} here, {was} made the picture", stacklevel=2)
+        try:
+            plan = self._plan(recipe["prompt"], progress=progress, **settings)
+            if kept is not None:
+                plan = replace(plan, kept=torch.tensor(kept, device=self.device), recipe=plan.recipe | {"kept": kept})
+            return drain(self._run(plan))[recipe["place"]]  # type: ignore[no-any-return]
+        except (TypeError, IndexError) as error:
+            raise ValueError(f"the recipe does not fit this version of dall3: {error}") from None
+
+    def _plan(
+        self,
+        prompt: str,
+        num_images: int = 1,
+        num_candidates: int | None = None,
+        init_image: Any = None,
+        keep_rows: int | None = None,
+        redraw: Sequence[int] | None = None,
+        guidance_prompt: str | None = None,
+        output_size: int | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        batch_size: int = 32,
+        refine_batch_size: int = 4,
+        truncate: bool = False,
+        progress: bool = True,
+        callback_on_step_end: Callback | None = None,
+        **settings: Any,
+    ) -> Plan:
+        """The call's arguments, checked."""
         num_candidates = num_images if num_candidates is None else num_candidates
         check_counts(num_images=num_images, num_candidates=num_candidates)
         check_counts(batch_size=batch_size, refine_batch_size=refine_batch_size)
         require(num_candidates >= num_images, f"num_candidates={num_candidates} is less than num_images={num_images}")
-        sampling = Sampling(**{k: settings.pop(k) for k in Sampling.__dataclass_fields__ if k in settings})
-        if self._clip is not None and self.upsampler is not None:
-            settings.setdefault("clip_guidance_scale", 1000.0)
-        refinement = Refinement(**settings)
+        given = {k: settings.pop(k) for k in Sampling.__dataclass_fields__ if k in settings}
+        sampling = Sampling(**self._with_defaults(Sampling, given))
+        guide = self._clip is not None and self.upsampler is not None
+        scale = self.defaults.get("clip_guidance_scale", 1000.0) if guide else 0.0
+        refinement = Refinement(**self._with_defaults(Refinement, {"clip_guidance_scale": scale} | settings))
         self._need("text_encoder", "reading text")(prompt, truncate)
-        self._need("vqgan", "making pictures of tokens")
+        self._require("transformer", "drawing tokens")
+        self._require("vqgan", "making pictures of tokens")
         if num_candidates > num_images:
             self._require("clip", f"choosing {num_images} of {num_candidates} candidates")
         texts = parse_prompts(guidance_prompt) if guidance_prompt else [(prompt, 1.0)]
@@ -303,29 +472,63 @@ class Dall3Pipeline:
             self._check_refinement("upsampler", refinement, texts)
         if output_size is not None:
             self._check_refinement("super_resolution", refinement, texts, output_size)
-        seed = choose_seed(seed, generator)
-        how: dict[str, Any] = dict(seed=seed, batch_size=batch_size, progress=progress)
+        kept = self._kept_tokens(init_image, keep_rows, redraw)
+        return Plan(
+            prompt=prompt,
+            texts=texts,
+            num_images=num_images,
+            sampling=sampling,
+            refinement=refinement,
+            kept=kept,
+            recipe=dict(
+                num_images=num_images,
+                num_candidates=num_candidates,
+                kept=None if kept is None else kept.tolist(),
+                guidance_prompt=guidance_prompt,
+                output_size=output_size,
+                seed=choose_seed(seed, generator),
+                batch_size=batch_size,
+                refine_batch_size=refine_batch_size,
+                truncate=truncate,
+            ),
+            progress=progress,
+            callback=callback_on_step_end,
+        )
+
+    def _run(self, plan: Plan, every: int = 1) -> Generator[Preview, None, Dall3Output]:
+        """The four stages in order, with a preview where there is something new to see; returns the output."""
         if is_loader(self._clip):  # while the tokens are drawn
             threading.Thread(target=self._load_clip_early, daemon=True).start()
+        how, batch_size, count = plan.recipe, plan.recipe["batch_size"], plan.num_images
+        candidates, refinement = torch.arange(how["num_candidates"]), plan.refinement
+        draw: dict[str, Any] = dict(seed=how["seed"], batch_size=batch_size, truncate=how["truncate"])
+        draw |= dict(progress=plan.progress, kept=plan.kept)
+        side = self._need("transformer", "drawing tokens").config.grid_size
+        for tokens, batch, drawn in self._token_steps(plan.prompt, len(candidates), plan.sampling, **draw):
+            if drawn % side == 0:
+                rows = tokens[batch.start : min(batch.start + count, batch.stop)].clone()
+                done = batch.start * side**2 + len(batch) * drawn
+                yield Preview("drawing", done, tokens.numel(), partial(self._show_rows, rows, drawn // side))
 
-        tokens = self.generate_tokens(prompt, num_candidates, truncate=truncate, **how, **asdict(sampling))
-        coarse = self.decode_tokens(tokens, batch_size=batch_size)
-        candidates, scores = torch.arange(num_candidates), None
+        coarse, scores = self.decode_tokens(tokens, batch_size=batch_size), None
         if self._clip is not None:
-            candidates, scores = self.rank(coarse, prompt, batch_size=batch_size, progress=progress)
-            candidates, scores = candidates[:num_images].cpu(), scores[:num_images].cpu()
+            candidates, scores = self.rank(coarse, plan.prompt, batch_size=batch_size, progress=plan.progress)
+            candidates, scores = candidates[:count].cpu(), scores[:count].cpu()
         tokens, coarse = tokens[candidates.to(tokens.device)], coarse[candidates.to(coarse.device)]
-        fine, how = coarse, how | vars(refinement) | {"prompt": texts, "batch_size": refine_batch_size}
+        yield Preview("ranking", 1, 1, partial(to_pil, coarse))
+
+        fine, refine = coarse, {"prompt": plan.texts, "seed": how["seed"], "batch_size": how["refine_batch_size"]}
+        refine |= {"settings": refinement, "progress": plan.progress, "callback": plan.callback}
         if self.upsampler is not None:
-            fine = self.upsample(tokens, coarse, **how)
-        if output_size is not None:
-            fine = self.upsample(image=fine, stage="super_resolution", output_size=output_size, **how)
+            fine = yield from previews_of(self._refine("upsampler", tokens, coarse, **refine), every)
+        if how["output_size"] is not None:
+            steps = self._refine("super_resolution", None, fine, output_size=how["output_size"], **refine)
+            fine = yield from previews_of(steps, every)
         coarse_images = to_pil(coarse)
         name = refinement.scheduler if isinstance(refinement.scheduler, str) else type(refinement.scheduler).__name__
-        recipe: dict[str, Any] = dict(seed=seed, num_candidates=num_candidates, guidance_prompt=guidance_prompt)
-        recipe |= dict(output_size=output_size, **asdict(sampling), **vars(refinement)) | {"scheduler": name}
-        return Dall3Output(
-            prompt=prompt,
+        recipe = how | asdict(plan.sampling) | vars(refinement) | {"scheduler": name, "weights": self._fingerprints()}
+        out = Dall3Output(
+            prompt=plan.prompt,
             images=coarse_images if fine is coarse else to_pil(fine),
             coarse_images=coarse_images,
             tokens=tokens.cpu(),
@@ -333,6 +536,54 @@ class Dall3Pipeline:
             candidates=candidates,
             settings=recipe,
         )
+        return out if len(fine) == count else out[: len(fine)]
+
+    def _kept_tokens(self, init_image: Any, keep_rows: int | None, redraw: Sequence[int] | None) -> Tensor | None:
+        """The tokens that are not drawn, int64 (image tokens,), -1 for those that are; None where all are drawn."""
+        if init_image is None:
+            none = keep_rows is None and redraw is None
+            require(none, "keep_rows and redraw say what stays of an init_image; give one")
+            return None
+        require(keep_rows is None or redraw is None, "both keep_rows and redraw are given; choose one")
+        side = self._need("transformer", "drawing tokens").config.grid_size
+        drawn = torch.zeros(side, side, dtype=torch.bool)
+        if redraw is not None:
+            fits = len(redraw) == 4 and all(isinstance(value, int | np.integer) and value >= 0 for value in redraw)
+            require(fits, f"redraw={redraw}; expected (top, left, height, width) in tokens")
+            top, left, height, width = redraw
+            fits = height > 0 and width > 0 and top + height <= side and left + width <= side
+            require(fits, f"redraw={redraw}; the rectangle does not lie on the {side}×{side} tokens")
+            drawn[top : top + height, left : left + width] = True
+        else:
+            keep_rows = int(0.4375 * side) if keep_rows is None else keep_rows
+            fits = isinstance(keep_rows, int | np.integer) and 0 < keep_rows < side
+            require(fits, f"keep_rows={keep_rows}; expected a whole number of rows in [1, {side - 1}]")
+            drawn[keep_rows:] = True
+        if isinstance(init_image, np.ndarray | Tensor) and init_image.ndim < 3:
+            tokens = self._check_tokens(init_image)
+        else:
+            picture = enlarge(center_crop(to_tensor(init_image)), side * self._need("vqgan", "priming").downsampling)
+            tokens = self._encode(picture.to(self.device))
+        require(tokens.shape == (1, side**2), f"init_image has tokens {tuple(tokens.shape)}; expected ({side**2},)")
+        return torch.where(drawn.flatten().to(self.device), -1, tokens[0])
+
+    def _show_rows(self, tokens: Tensor, rows: int) -> list[Image.Image]:
+        """Tokens of which so many rows are drawn, as pictures; the rest is grey."""
+        pictures = self.decode_tokens(tokens)
+        pictures[:, :, rows * pictures.shape[-2] // math.isqrt(tokens.shape[1]) :] = 0.5
+        return to_pil(pictures)
+
+    def _fingerprints(self) -> dict[str, str]:
+        """A short hash of each part's weights, by the part's name; made anew only where the weights changed."""
+        found = {}
+        for name in PARTS:
+            part = self._clip if name == "clip" else getattr(self, name)
+            if isinstance(part, nn.Module):
+                version = [(id(p), p._version) for p in part.parameters()]
+                if name not in self._hashes or self._hashes[name][0] != version:
+                    self._hashes[name] = (version, fingerprint(part))
+                found[name] = self._hashes[name][1]
+        return found
 
     @torch.no_grad()
     def generate_tokens(
@@ -340,6 +591,9 @@ class Dall3Pipeline:
         prompt: str,
         num_candidates: int = 1,
         *,
+        init_image: Any = None,
+        keep_rows: int | None = None,
+        redraw: Sequence[int] | None = None,
         seed: int | None = None,
         generator: torch.Generator | None = None,
         batch_size: int = 32,
@@ -349,24 +603,61 @@ class Dall3Pipeline:
     ) -> Tensor:
         """Draw image tokens for a prompt: int64 (num_candidates, image tokens).
 
+        init_image: a picture, or tokens, int64 (image tokens,), of which some stay: the first keep_rows rows (0.4375 of
+        them if not said, as DALLE-pytorch primes), or all but the rectangle `redraw`, (top, left, height, width) in
+        tokens. What is drawn sees what stands before it, row by row, and nothing after it.
         seed: any integer from 0; drawn if neither it nor `generator` is given. truncate: cut a prompt that is too
-        long. settings: those of `Sampling`. Raises ValueError for a setting out of range, a prompt that does not fit,
-        or a missing transformer.
+        long. settings: those of `Sampling`; where not given, what `defaults` has for these weights. Raises ValueError
+        for a setting out of range, a prompt that does not fit, or a missing transformer.
+
+        >>> pipe = Dall3Pipeline.from_pretrained()
+        >>> tokens = pipe.generate_tokens("a red cube", 2, seed=0, progress=False)
+        >>> tokens.shape
+        torch.Size([2, 256])
+        >>> other = pipe.generate_tokens("a blue cube", init_image=tokens[0], redraw=(8, 0, 8, 16), progress=False)
+        >>> torch.equal(other[0, :128], tokens[0, :128])
+        True
         """
-        sampling = Sampling(**settings)
+        sampling = Sampling(**self._with_defaults(Sampling, settings))
         check_counts(num_candidates=num_candidates, batch_size=batch_size)
+        kept = self._kept_tokens(init_image, keep_rows, redraw)
+        how: dict[str, Any] = dict(batch_size=batch_size, truncate=truncate, progress=progress, kept=kept)
+        for drawn, _, _ in self._token_steps(  # noqa: B007
+            prompt, num_candidates, sampling, choose_seed(seed, generator), **how
+        ):
+            pass
+        return drawn
+
+    def _token_steps(
+        self,
+        prompt: str,
+        num_candidates: int,
+        sampling: Sampling,
+        seed: int,
+        batch_size: int,
+        kept: Tensor | None,
+        truncate: bool,
+        progress: bool,
+    ) -> Iterator[tuple[Tensor, range, int]]:
+        """`image_token_steps` for a prompt, with a progress bar."""
         transformer: DalleTransformer = self._need("transformer", "drawing tokens")
         text_ids = self._need("text_encoder", "reading text")(prompt, truncate=truncate).to(self.device)
-        seed, length = choose_seed(seed, generator), transformer.config.image_seq_len
+        length = transformer.config.image_seq_len
         uniforms = candidate_uniforms(seed, range(num_candidates), length).to(self.device)
-        with tqdm(total=uniforms.numel(), desc=f"drawing {num_candidates}", disable=not progress) as bar:
-            return draw_image_tokens(transformer, text_ids, uniforms, sampling, batch_size, bar.update)
+        desc = f"drawing {num_candidates} candidate{'s' * (num_candidates > 1)}"
+        with tqdm(total=uniforms.numel(), desc=desc, disable=not progress) as bar:
+            for step in image_token_steps(transformer, text_ids, uniforms, sampling, batch_size, kept):
+                bar.update(len(step[1]))
+                yield step
 
     @torch.no_grad()
     def decode_tokens(self, tokens: Tensor | np.ndarray, batch_size: int = 32) -> Tensor:
         """Tokens, int64 (n, side²) or (side²,), to coarse pictures, float32 (n, 3, height, width) in [0, 1].
 
         Raises ValueError for tokens of another shape or outside the vocabulary, or without a vqgan.
+
+        >>> Dall3Pipeline.from_pretrained().decode_tokens(torch.zeros(256, dtype=torch.int64)).shape
+        torch.Size([1, 3, 128, 128])
         """
         check_counts(batch_size=batch_size)
         vqgan, tokens = self._need("vqgan", "making pictures of tokens"), self._check_tokens(tokens)
@@ -377,6 +668,10 @@ class Dall3Pipeline:
         """Sort pictures (PIL's, or float (n, 3, height, width) in [0, 1]) by CLIP's similarity to a prompt, best first.
 
         Raises ValueError for other pictures, or without a clip.
+
+        >>> red, blue = (Image.new("RGB", (128, 128), colour) for colour in ("red", "blue"))
+        >>> Dall3Pipeline.from_pretrained().rank([blue, red], "a red cube", progress=False).indices.shape
+        torch.Size([2])
         """
         check_counts(batch_size=batch_size)
         clip: CLIP = self._need("clip", "ranking")
@@ -387,8 +682,6 @@ class Dall3Pipeline:
         scores, indices = scores.sort(descending=True, stable=True)
         return Ranking(indices, scores)
 
-    @torch.inference_mode(False)  # guidance needs gradients, whatever the caller does not
-    @torch.no_grad()
     def upsample(
         self,
         tokens: Tensor | np.ndarray | None = None,
@@ -402,45 +695,85 @@ class Dall3Pipeline:
         generator: torch.Generator | None = None,
         batch_size: int = 4,
         progress: bool = True,
+        callback_on_step_end: Callback | None = None,
         **settings: Any,
     ) -> Tensor:
         """Coarse to fine by diffusion: float32 (n, 3, side, side) in [0, 1].
 
-        What it starts from depends on the UNet. On code embeddings: `tokens` (n, side²), or `image`, encoded to them.
-        Unconditional: `image`, noised to a step. Super-resolution: `image`, reduced to a quarter of `output_size`.
+        What it starts from depends on the UNet. On code embeddings: `tokens` (n, side²), or `image`, encoded to them;
+        with a `strength` below 1 also the coarse picture, decoded if not given, enlarged and noised. Unconditional:
+        `image`, noised to a step. Super-resolution: `image`, reduced to a quarter of `output_size`.
         image: PIL's, or float (n, 3, height, width) in [0, 1]; its middle square.
 
         prompt: what CLIP guides to; "a cube:2|a cloud" weighs two, as pairs [("a cube", 2), ("a cloud", 1)] do.
         image_prompts: pairs of a picture and a weight. output_size: pixels a side; if not given, what the UNet was
         trained on; tokens have their own. stage: "upsampler" or "super_resolution", the part that does it. settings:
-        those of `Refinement`.
+        those of `Refinement`; where not given, what `defaults` has for these weights, but for clip_guidance_scale.
         Raises ValueError for a setting out of range or a missing part, before any work.
+
+        >>> pipe, blue = Dall3Pipeline.from_pretrained(), Image.new("RGB", (256, 256), "blue")
+        >>> pipe.upsample(image=blue, num_inference_steps=2, seed=0, progress=False).shape
+        torch.Size([1, 3, 256, 256])
         """
-        refinement = Refinement(**settings)
+        refinement = Refinement(**self._with_defaults(Refinement, {"clip_guidance_scale": 0.0} | settings))
         texts = parse_prompts(prompt) if isinstance(prompt, str) else list(prompt or ())
-        unet = self._check_refinement(stage, refinement, [*texts, *image_prompts], output_size)
+        self._check_refinement(stage, refinement, [*texts, *image_prompts], output_size)
         check_counts(batch_size=batch_size)
-        picture, conditioning, side = self._starting_point(unet, tokens, image, output_size)
-        count = len(next(iter(conditioning.values()), picture))  # type: ignore[arg-type]
         seed = choose_seed(seed, generator)
-        if refinement.clip_guidance_scale:
-            targets, weights = self._guidance_targets(texts, image_prompts, refinement.cutn, side, seed)
+        how: dict[str, Any] = dict(image_prompts=image_prompts, output_size=output_size, callback=callback_on_step_end)
+        how |= dict(settings=refinement, seed=seed, batch_size=batch_size, progress=progress)
+        fine: Tensor = drain(self._refine(stage, tokens, image, texts, **how))
+        return fine
+
+    @torch.inference_mode(False)  # guidance needs gradients, whatever the caller does not
+    @torch.no_grad()
+    def _refine(
+        self,
+        stage: str,
+        tokens: Tensor | np.ndarray | None,
+        image: Any,
+        prompt: Weighted,
+        *,
+        settings: Refinement,
+        seed: int,
+        batch_size: int,
+        progress: bool,
+        callback: Callback | None,
+        image_prompts: Weighted = (),
+        output_size: int | None = None,
+    ) -> Generator[Step, None, Tensor]:
+        """The denoising steps of `upsample`, batch after batch; returns the fine pictures."""
+        unet: UNet = self._need(stage, "refining")
+        picture, conditioning, side = self._starting_point(unet, tokens, image, output_size, settings.strength)
+        count = len(next(iter(conditioning.values()), picture))  # type: ignore[arg-type]
+        if settings.clip_guidance_scale:
+            targets, weights = self._guidance_targets(prompt, image_prompts, settings.cutn, side, seed)
 
         def guide() -> Guide | None:
             pull = None
-            if refinement.clip_guidance_scale:  # a new generator for every batch: all see the same cut-outs
+            if settings.clip_guidance_scale:  # a new generator for every batch: all see the same cut-outs
                 cutouts, clip = make_generator(self.device, seed, "cutouts"), self._need("clip", "guidance")
-                pull = clip_loss(clip, targets, weights, refinement.clip_guidance_scale, refinement.cutn, cutouts)
-            elif not refinement.tv_scale and not refinement.range_scale:
+                pull = clip_loss(clip, targets, weights, settings.clip_guidance_scale, settings.cutn, cutouts)
+            elif not settings.tv_scale and not settings.range_scale:
                 return None
-            return partial(guided, loss=with_penalties(pull, refinement.tv_scale, refinement.range_scale))
+            return partial(guided, loss=with_penalties(pull, settings.tv_scale, settings.range_scale))
 
-        fine = []
+        fine, stopped = [], False
         for batch in batches(count, batch_size):
             generators = [make_generator(self.device, seed, "noise", k) for k in batch]
             part = {name: value[batch.start : batch.stop] for name, value in conditioning.items()}
             start = None if picture is None else picture[batch.start : batch.stop]
-            fine.append(denoise(unet, (3, side, side), generators, part, refinement, start, guide(), progress))
+            for step in denoising_steps(unet, (3, side, side), generators, part, settings, start, guide(), progress):
+                if callback is not None:
+                    try:
+                        callback(self, step.number, step.timestep, {"x": step.x, "pred_xstart": step.pred_xstart})
+                    except StopGeneration:
+                        stopped = True
+                        break
+                yield step
+            fine.append(step.pred_xstart)
+            if stopped:
+                break
         return (torch.cat(fine).clamp(-1, 1) + 1) / 2
 
     @torch.no_grad()
@@ -451,6 +784,9 @@ class Dall3Pipeline:
 
         truncate: cut a prompt that is too long. settings: those of `Sampling`, but cond_scale. Raises ValueError as
         `generate_tokens` does.
+
+        >>> Dall3Pipeline.from_pretrained().complete_text("a red cube", seed=0).startswith("a red cube")
+        True
         """
         sampling = Sampling(**settings)
         require(sampling.cond_scale == 1, "cond_scale guides pictures by a text; there is none to guide a text by")
@@ -462,6 +798,19 @@ class Dall3Pipeline:
         ids = draw_text_tokens(transformer, given.to(self.device), uniforms, sampling)
         # The prompt itself stays as it was written: decoding would lose the characters that the tokenizer lacks.
         return prompt + encode.decode(ids)[len(encode.decode(given)) :]
+
+    def _with_defaults(self, kind: Any, given: dict[str, Any]) -> dict[str, Any]:
+        """The settings of `kind` (Sampling or Refinement) that are given, and the weights' own where they are not."""
+        filters = {"top_k", "top_p"}
+        unwanted = filters if any(given.get(name) is not None for name in filters) else set()
+        own = {k: v for k, v in self.defaults.items() if k in kind.__dataclass_fields__ and k not in unwanted}
+        return own | given
+
+    @torch.no_grad()
+    def _encode(self, pictures: Tensor) -> Tensor:
+        vqgan: Any = self._need("vqgan", "encoding pictures")
+        tokens: Tensor = vqgan.encode(pictures.to(next(vqgan.parameters()).dtype))
+        return tokens
 
     def _require(self, part: str, purpose: str) -> None:
         """Raise ValueError where a part is missing; a CLIP that is still to be loaded is not."""
@@ -503,7 +852,12 @@ class Dall3Pipeline:
         return unet
 
     def _starting_point(
-        self, unet: UNet, tokens: Tensor | np.ndarray | None, image: Any, output_size: int | None
+        self,
+        unet: UNet,
+        tokens: Tensor | np.ndarray | None,
+        image: Any,
+        output_size: int | None,
+        strength: float | None,
     ) -> tuple[Tensor | None, dict[str, Tensor], int]:
         """The picture to noise, if any, in [-1, 1]; what the UNet is conditioned on; the side of the result."""
         config, step, dtype = unet.config, unet.config.downsampling, next(unet.parameters()).dtype
@@ -519,17 +873,20 @@ class Dall3Pipeline:
             low_res = F.interpolate(image, side // 4, mode="area") * 2 - 1
             return None, {"low_res": low_res.to(dtype)}, side
         if not config.embedding_dims:
-            picture = F.interpolate(image, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
-            return picture * 2 - 1, {}, side
+            return enlarge(image, side) * 2 - 1, {}, side
         vqgan, wanted = self._need("vqgan", "conditioning on code embeddings"), config.embedding_dims[0]
         require(not isinstance(vqgan, OpenAIDiscreteVAE), "OpenAI's dVAE has no code embeddings to condition on")
         if tokens is None:  # the middle block's side is half the codes'
             small = F.interpolate(image, 2 * side // step * vqgan.downsampling, mode="area")
-            tokens = vqgan.encode(small.to(next(vqgan.parameters()).dtype))
+            tokens = self._encode(small)
         embeddings = vqgan.embed(tokens)
         require(embeddings.shape[-1] % 2 == 0, f"{tokens.shape[1]} tokens; expected a square with an even side")
         require(embeddings.shape[1] == wanted, f"code embeddings have {embeddings.shape[1]} channels, not {wanted}")
-        return None, {"image_embeds": embeddings.to(dtype)}, embeddings.shape[-1] // 2 * step
+        side = embeddings.shape[-1] // 2 * step
+        picture = None
+        if strength is not None and strength < 1:
+            picture = enlarge(self.decode_tokens(tokens) if image is None else image, side) * 2 - 1
+        return picture, {"image_embeds": embeddings.to(dtype)}, side
 
     def _guidance_targets(
         self, texts: Weighted, image_prompts: Weighted, cutn: int, side: int, seed: int
@@ -541,12 +898,46 @@ class Dall3Pipeline:
         for picture, weight in image_prompts:
             square = center_crop(to_tensor(picture)).to(self.device)
             if square.shape[-1] > side:
-                square = F.interpolate(square, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+                square = enlarge(square, side)
             generator = make_generator(self.device, seed, "cutouts")
             cutouts = draw_cutouts(square.shape[-1], clip.image_size, cutn, generator)
             targets.append(clip.embed_images(cut_out(square, cutouts, clip.image_size)))
             weights += [weight / len(targets[-1])] * len(targets[-1])
         return torch.cat(targets), torch.tensor(weights, device=self.device) / abs(sum(weights))
+
+
+def drain(steps: Generator[Any, None, Any]) -> Any:
+    """What a generator returns, after all that it yields."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+def previews_of(steps: Generator[Step, None, Tensor], every: int) -> Generator[Preview, None, Tensor]:
+    """A preview of every so many denoising steps, and of the last; returns what they return."""
+    while True:
+        try:
+            step = next(steps)
+        except StopIteration as end:
+            fine: Tensor = end.value
+            return fine
+        if (step.number + 1) % every == 0 or step.number + 1 == step.total:
+            yield Preview("refining", step.number + 1, step.total, partial(show_estimate, step.pred_xstart))
+
+
+def show_estimate(pred_xstart: Tensor) -> list[Image.Image]:
+    return to_pil((pred_xstart + 1) / 2)
+
+
+def fingerprint(part: nn.Module) -> str:
+    """Sixteen hexadecimal digits that follow from a network's tensors."""
+    digest = blake2b(digest_size=8)
+    for name, tensor in sorted(part.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def parse_prompts(text: str) -> list[tuple[str, float]]:
@@ -567,6 +958,11 @@ def parse_prompts(text: str) -> list[tuple[str, float]]:
 
 def batches(count: int, size: int) -> list[range]:
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def enlarge(images: Tensor, side: int) -> Tensor:
+    """Square pictures (n, 3, …) in [0, 1], bicubic to `side` pixels."""
+    return F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
 
 
 def center_crop(images: Tensor) -> Tensor:

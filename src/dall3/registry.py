@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -63,9 +63,12 @@ class Part:
 
 @dataclass(frozen=True)
 class WeightsSet:
+    """defaults: settings of `Sampling` and `Refinement` that suit the weights, as they are written."""
+
     name: str
     about: str
     parts: tuple[Part, ...]
+    defaults: dict[str, Any] = field(default_factory=dict)
 
 
 def read_settings_text(path: PathLike) -> str:
@@ -127,12 +130,14 @@ def parse_registry(path: Path) -> dict[str, WeightsSet]:
         require(bool(NAME.fullmatch(name)), f"{where}: a set's name has letters, digits, '.', '_' and '-'")
         require(name not in RESERVED, f"{where}: no set may be called {' or '.join(RESERVED)}")
         require(isinstance(table, dict), f"{where}: expected a table")
+        defaults = table.pop("defaults", {})
+        require(isinstance(defaults, dict), f"{where}: defaults is a table of settings")
         parts = {key: value for key, value in table.items() if isinstance(value, dict)}
         unknown = [key for key in table if key not in {"about", *PART_NAMES} or (key != "about" and key not in parts)]
         require(not unknown, f"{where}: {', '.join(unknown)} is no part; expected tables {', '.join(PART_NAMES)}")
         require(bool(parts), f"{where}: has no part; expected tables {', '.join(PART_NAMES)}")
         made = tuple(parse_part(key, parts[key], path, name) for key in PART_NAMES if key in parts)
-        sets[name] = WeightsSet(name, text_of(table, "about", where, ""), made)
+        sets[name] = WeightsSet(name, text_of(table, "about", where, ""), made, defaults)
     return sets
 
 

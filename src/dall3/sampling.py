@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,27 +113,30 @@ class Sampling:
 
 
 @torch.no_grad()
-def draw_image_tokens(
+def image_token_steps(
     transformer: DalleTransformer,
     text_ids: Tensor,
     uniforms: Tensor,
     settings: Sampling,
     batch_size: int | None = None,
-    on_token: Callable[[int], object] = lambda count: None,
-) -> Tensor:
-    """Draw image tokens, int64 (candidates, grid_size²), for one text, which is run once for all of them.
+    kept: Tensor | None = None,
+) -> Iterator[tuple[Tensor, range, int]]:
+    """Draw image tokens for one text, which is run once for all candidates, and tell of each step.
 
     text_ids: int64 (text_seq_len,). uniforms: (candidates, grid_size²) in [0, 1), on the transformer's device.
-    batch_size: candidates at a time; None for all. on_token: called with the number of tokens after each is drawn.
+    batch_size: candidates at a time; None for all. kept: int64 (grid_size²,), tokens that stay as they are, -1 where
+    they are drawn. Yields the tokens, int64 (candidates, grid_size²), the same tensor each time, which candidates are
+    being drawn, and how many tokens they have.
     """
     config, device = transformer.config, text_ids.device
     prompts = text_ids[None] if settings.cond_scale == 1 else torch.stack((text_ids, torch.zeros_like(text_ids)))
     text_caches, index = transformer.make_caches(), torch.arange(config.seq_len, device=device)
     text = transformer.embed_text(prompts)
     last = transformer.run(text, index[: config.text_length], config.text_length, text_caches)[:, -1:]
-    drawn = []
-    for batch in uniforms.split(batch_size or len(uniforms)):
-        tokens = torch.zeros(batch.shape, dtype=torch.int64, device=device)
+    drawn = torch.zeros(uniforms.shape, dtype=torch.int64, device=device)
+    size = batch_size or len(uniforms)
+    for start in range(0, len(uniforms), size):
+        batch, tokens = uniforms[start : start + size], drawn[start : start + size]
         hidden = last.repeat_interleave(len(batch), dim=0)
         caches = [cache.repeat(len(batch)) for cache in text_caches]
         for i in range(config.image_seq_len):
@@ -145,10 +148,18 @@ def draw_image_tokens(
             if settings.cond_scale != 1:
                 with_text, without_text = logits.chunk(2)
                 logits = without_text + (with_text - without_text) * settings.cond_scale
-            tokens[:, i] = settings.choose(logits, batch[:, i], config.text_vocabulary + config.num_image_tokens)
-            on_token(len(batch))
-        drawn.append(tokens)
-    return torch.cat(drawn)
+            chosen = settings.choose(logits, batch[:, i], config.text_vocabulary + config.num_image_tokens)
+            tokens[:, i] = chosen if kept is None else torch.where(kept[i] < 0, chosen, kept[i])
+            yield drawn, range(start, start + len(batch)), i + 1
+
+
+def draw_image_tokens(
+    transformer: DalleTransformer, text_ids: Tensor, uniforms: Tensor, settings: Sampling, batch_size: int | None = None
+) -> Tensor:
+    """The tokens, int64 (candidates, grid_size²), after all of `image_token_steps`."""
+    for drawn, _, _ in image_token_steps(transformer, text_ids, uniforms, settings, batch_size):  # noqa: B007
+        pass
+    return drawn
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Weights as a folder: for every part of a pipeline a safetensors file and a `config.json`, and one `tokenizer.json`.
 
 README.md                                  the model card
+generation_config.json                     settings that suit the weights, where there are any
 tokenizer.json                             of Hugging Face's `tokenizers`
 transformer/ vqgan/ clip/ upsampler/ …     config.json, model.safetensors
 """
@@ -19,15 +20,19 @@ import torch
 
 from dall3.archive import CheckpointError, one_line
 from dall3.checkpoints import PathLike, fill, load_clip, load_transformer, load_unet, load_vae, without_weights
+from dall3.diffusion import Refinement
+from dall3.errors import require
 from dall3.models.clip import CLIP, CLIPConfig
 from dall3.models.discrete_vae import DiscreteVAE, DiscreteVAEConfig, OpenAIDiscreteVAE, OpenAIDiscreteVAEConfig
 from dall3.models.transformer import DalleTransformer, TransformerConfig
 from dall3.models.unet import DiffusionConfig, UNet, UNetConfig
 from dall3.models.vqgan import GumbelVQ, VQGANConfig, VQModel
 from dall3.registry import PART_NAMES, read_settings_text
+from dall3.sampling import Sampling
 from dall3.text import Tokenizer, load_tokenizer, tokenizer_json
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
+DEFAULTS = "generation_config.json"
 PARTS = PART_NAMES[1:]  # the tokenizer is a file, not a model
 BUNDLED = Path(__file__).parent / "mini"
 MODELS: dict[str, tuple[Any, Any]] = {
@@ -257,12 +262,40 @@ def read_origins(folder: PathLike) -> dict[str, Origin]:
     return found
 
 
+def check_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings as they are. Raises ValueError for one that `Sampling` and `Refinement` lack or do not take."""
+    kinds = (Sampling, Refinement)
+    try:
+        for kind in kinds:
+            kind(**{name: value for name, value in settings.items() if name in kind.__dataclass_fields__})
+    except TypeError as error:
+        raise ValueError(f"settings of another type ({error})") from None
+    unknown = [name for name in settings if all(name not in kind.__dataclass_fields__ for kind in kinds)]
+    require(not unknown, f"unknown setting {', '.join(unknown)}; expected those of Sampling and Refinement")
+    return settings
+
+
+def read_defaults(folder: PathLike) -> dict[str, Any]:
+    """The settings of `Sampling` and `Refinement` that suit the weights of a pipeline folder; none without the file.
+
+    Raises CheckpointError for a file that holds others.
+    """
+    path = Path(folder) / DEFAULTS
+    if not path.exists():
+        return {}
+    try:
+        return check_defaults(read_config(path))
+    except ValueError as error:
+        raise error if isinstance(error, CheckpointError) else one_line(path, str(error)) from None
+
+
 def save_folder(
     parts: dict[str, Any],
     tokenizer: Tokenizer | None,
     folder: PathLike,
     dtype: torch.dtype | None = None,
     origins: dict[str, Origin] | None = None,
+    defaults: dict[str, Any] | None = None,
 ) -> Path:
     """Write parts, by name, to a folder that is not there yet or is empty, with a model card, and return its path.
 
@@ -280,6 +313,8 @@ def save_folder(
             save_part(part, new / name, dtype, origins.get(name, Origin()))
         if text is not None:
             (new / TOKENIZER).write_text(text, encoding="utf-8")
+        if defaults:
+            (new / DEFAULTS).write_text(json.dumps(check_defaults(defaults), indent=2) + "\n", encoding="utf-8")
         (new / "README.md").write_text(model_card(new, origins), encoding="utf-8")
         new.replace(folder)  # takes the place of an empty folder too
     return folder

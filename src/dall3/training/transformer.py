@@ -109,7 +109,7 @@ class TransformerTask(Task):
         text_ids = [self.encode_text(caption, truncate=True).to(images.device) for caption in captions[:8]]
         uniforms = candidate_uniforms(0, range(2), model.config.image_seq_len).to(images.device)
         settings = Sampling(top_p=0.9)
-        drawn = [draw_image_tokens(model, ids, uniforms, settings, 2, lambda n: None) for ids in text_ids]
+        drawn = [draw_image_tokens(model, ids, uniforms, settings) for ids in text_ids]
         rows = [images[:8], vqgan.decode(vqgan.encode(images[:8]))]
         rows += [vqgan.decode(torch.stack(tokens)) for tokens in zip(*drawn, strict=True)]
         return make_grid([to_pil(row) for row in rows], images.shape[-1])
