@@ -268,6 +268,7 @@ def test_weights_have_settings_of_their_own_which_a_call_overrides(seedset, tmp_
         ('{"top_p": 2}', r"top_p=2; expected a probability"),
         ('{"strength": "half"}', "settings of another type"),
         ('{"colour": 1}', "unknown setting colour"),
+        ('{"cutn": 100000000}', "cutn=1e.08; 1024 is the most"),
         ("[]", "holds list; expected an object"),
     ],
 )
@@ -525,6 +526,13 @@ def test_a_callback_sees_every_step_and_can_end_the_call(pipe):
     assert out.images == pipe(PROMPT, stop_at=2, **settings).images
     two = pipe(PROMPT, num_images=2, refine_batch_size=1, callback_on_step_end=look, **settings)
     assert len(two) == len(two.coarse_images) == len(two.tokens) == 1
+
+    def interrupt(pipe, step, timestep, tensors):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipe(PROMPT, callback_on_step_end=interrupt, **settings)
+    assert pipe(PROMPT, stop_at=2, **settings).images == out.images
 
     def blacken(pipe, step, timestep, tensors):
         tensors["x"].zero_()

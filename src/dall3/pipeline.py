@@ -152,7 +152,7 @@ class Dall3Pipeline:
         self.clip = clip
         self.upsampler, self.super_resolution = upsampler, super_resolution
         self.origins: dict[str, Origin] = {}  # licence and source of the parts, where they are known
-        self._hashes: dict[str, tuple[list[tuple[int, int]], str]] = {}
+        self._hashes: dict[str, tuple[Any, str]] = {}  # of the parts, with what tells that they are still the same
         self.defaults: dict[str, Any] = {}  # settings of `Sampling` and `Refinement` that suit these weights
 
     @property
@@ -341,8 +341,8 @@ class Dall3Pipeline:
         num_candidates: num_images if not given. init_image, keep_rows, redraw: as `generate_tokens` has them.
         guidance_prompt: what CLIP guides to, if not the prompt, and weighted
         if you like: "a cube:2|a cloud". output_size: with a super_resolution part, pixels a side of the final
-        pictures. batch_size: candidates at a time; refine_batch_size: pictures refined at a time. The results do not
-        depend on them in float32 on a CPU, and only by rounding elsewhere. truncate: cut a prompt that is too long.
+        pictures. batch_size: candidates at a time; refine_batch_size: pictures refined at a time. The results depend on
+        them by rounding only. truncate: cut a prompt that is too long.
         settings: those of `Sampling` and `Refinement`; where not given, what `defaults` has for these weights.
         clip_guidance_scale, if neither says, is 1000 where there are a CLIP and an upsampler.
         callback_on_step_end(pipe, step, timestep, tensors): called after each denoising step with "x" and
@@ -420,7 +420,7 @@ class Dall3Pipeline:
         recipe = found.recipe(0)
         settings = dict(recipe["settings"])
         kept = settings.pop("kept", None)
-        weights, here = settings.pop("weights", {}), self._fingerprints()
+        weights, here = dict(settings.pop("weights", {})), self._fingerprints()
         for part in sorted(weights.keys() | here.keys()):
             if weights.get(part) != here.get(part):
                 held, was = ("none" if one is None else one for one in (here.get(part), weights.get(part)))
@@ -428,7 +428,9 @@ class Dall3Pipeline:
         try:
             plan = self._plan(recipe["prompt"], progress=progress, **settings)
             if kept is not None:
-                plan = replace(plan, kept=torch.tensor(kept, device=self.device), recipe=plan.recipe | {"kept": kept})
+                stay = torch.tensor(kept, device=self.device)
+                self._check_tokens(stay.clamp(min=0))
+                plan = replace(plan, kept=stay, recipe=plan.recipe | {"kept": kept})
             return drain(self._run(plan))[recipe["place"]]  # type: ignore[no-any-return]
         except (TypeError, IndexError) as error:
             raise ValueError(f"the recipe does not fit this version of dall3: {error}") from None
@@ -579,7 +581,7 @@ class Dall3Pipeline:
         for name in PARTS:
             part = self._clip if name == "clip" else getattr(self, name)
             if isinstance(part, nn.Module):
-                version = [(id(p), p._version) for p in part.parameters()]
+                version = [(p.data_ptr(), p.dtype, p._version) for p in part.parameters()]
                 if name not in self._hashes or self._hashes[name][0] != version:
                     self._hashes[name] = (version, fingerprint(part))
                 found[name] = self._hashes[name][1]

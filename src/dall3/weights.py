@@ -120,7 +120,7 @@ def load_part(
 
 LIMITS = {  # above any network's; of other numbers 2**20
     **dict.fromkeys(("num_res_blocks", "num_resnet_blocks", "num_layers", "n_blk_per_group", "group_count"), 16),
-    **{"depth": 256, "layers": 128, "heads": 256, "grid_size": 128},
+    **{"depth": 256, "layers": 128, "heads": 256, "grid_size": 128, "cutn": 1024},
     **dict.fromkeys(("text_seq_len", "context_length", "image_size"), 8192),
 }
 MOST_POSITIONS = 6000  # of a transformer, whose patterns of attention take 28 bytes for each pair while it is built
@@ -265,6 +265,7 @@ def read_origins(folder: PathLike) -> dict[str, Origin]:
 def check_defaults(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings as they are. Raises ValueError for one that `Sampling` and `Refinement` lack or do not take."""
     kinds = (Sampling, Refinement)
+    check_limits(settings)
     try:
         for kind in kinds:
             kind(**{name: value for name, value in settings.items() if name in kind.__dataclass_fields__})
