@@ -50,6 +50,11 @@ def test_one_call_gives_ranked_pictures_and_what_made_them(pipe, out):
     candidates = pipe.generate_tokens(PROMPT, 5, top_p=0.85, seed=3, progress=False)
     ranking = pipe.rank(pipe.decode_tokens(candidates), PROMPT, progress=False)
     assert torch.equal(candidates[ranking.indices[:2]], out.tokens)
+    assert torch.equal(ranking.indices[:2], out.candidates)
+    by_two = pipe(
+        PROMPT, num_images=2, num_candidates=5, top_p=0.85, num_inference_steps=1, seed=3, batch_size=2, progress=False
+    )
+    assert torch.equal(by_two.candidates, out.candidates) and by_two.coarse_images == out.coarse_images
     assert torch.allclose(ranking.scores[:2], out.clip_scores)
     fine = pipe.upsample(
         out.tokens, prompt=PROMPT, clip_guidance_scale=1000, num_inference_steps=4, seed=3, progress=False

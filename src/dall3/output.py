@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -119,18 +120,13 @@ class Preview:
 
     def show(self) -> None:
         """Show the pictures: in a notebook in place of those before, elsewhere in the system's viewer."""
-        try:
-            from IPython.core.getipython import get_ipython
-        except ImportError:
-            get_ipython = None
-        if get_ipython is None or get_ipython() is None:
+        ipython = sys.modules.get("IPython")  # there already, where a notebook runs
+        if ipython is None or ipython.get_ipython() is None:
             images = self.images
             make_grid([images], images[0].width).show()
-            return
-        from IPython.display import clear_output, display
-
-        clear_output(wait=True)
-        display(self)
+        else:
+            ipython.display.clear_output(wait=True)
+            ipython.display.display(self)
 
 
 def png_bytes(image: Image.Image) -> bytes:

@@ -502,21 +502,18 @@ class Dall3Pipeline:
         if is_loader(self._clip):  # while the tokens are drawn
             threading.Thread(target=self._load_clip_early, daemon=True).start()
         how, batch_size, count = plan.recipe, plan.recipe["batch_size"], plan.num_images
-        candidates, refinement = torch.arange(how["num_candidates"]), plan.refinement
+        refinement = plan.refinement
         draw: dict[str, Any] = dict(seed=how["seed"], batch_size=batch_size, truncate=how["truncate"])
         draw |= dict(progress=plan.progress, kept=plan.kept)
         side = self._need("transformer", "drawing tokens").config.grid_size
-        for tokens, batch, drawn in self._token_steps(plan.prompt, len(candidates), plan.sampling, **draw):
+        for tokens, batch, drawn in self._token_steps(plan.prompt, how["num_candidates"], plan.sampling, **draw):
             if drawn % side == 0:
                 rows = tokens[batch.start : min(batch.start + count, batch.stop)].clone()
                 done = batch.start * side**2 + len(batch) * drawn
                 yield Preview("drawing", done, tokens.numel(), partial(self._show_rows, rows, drawn // side))
 
-        coarse, scores = self.decode_tokens(tokens, batch_size=batch_size), None
-        if self._clip is not None:
-            candidates, scores = self.rank(coarse, plan.prompt, batch_size=batch_size, progress=plan.progress)
-            candidates, scores = candidates[:count].cpu(), scores[:count].cpu()
-        tokens, coarse = tokens[candidates.to(tokens.device)], coarse[candidates.to(coarse.device)]
+        candidates, scores, coarse = self._choose(tokens, plan.prompt, count, batch_size, plan.progress)
+        tokens = tokens[candidates]
         yield Preview("ranking", 1, 1, partial(to_pil, coarse))
 
         fine, refine = coarse, {"prompt": plan.texts, "seed": how["seed"], "batch_size": how["refine_batch_size"]}
@@ -534,11 +531,36 @@ class Dall3Pipeline:
             images=coarse_images if fine is coarse else to_pil(fine),
             coarse_images=coarse_images,
             tokens=tokens.cpu(),
-            clip_scores=scores,
-            candidates=candidates,
+            clip_scores=None if scores is None else scores.cpu(),
+            candidates=candidates.cpu(),
             settings=recipe,
         )
         return out if len(fine) == count else out[: len(fine)]
+
+    @torch.no_grad()
+    def _choose(
+        self, tokens: Tensor, prompt: str, count: int, batch_size: int, progress: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The numbers of the `count` candidates that CLIP likes best, best first, their scores and their pictures.
+
+        Batch after batch: of the others' pictures none is kept. Without a clip it is the first ones, and no scores.
+        """
+        numbers = torch.arange(len(tokens), device=tokens.device)
+        if self._clip is None:
+            return numbers[:count], None, self.decode_tokens(tokens[:count], batch_size)
+        clip: CLIP = self._need("clip", "ranking")
+        text, best = clip.embed_text([prompt]), None
+        bar = tqdm(numbers.split(batch_size), desc=f"ranking {len(tokens)}", disable=not progress)
+        for batch in bar:
+            pictures = self.decode_tokens(tokens[batch], batch_size)
+            found = (batch, clip.score(center_crop(pictures), text), pictures)
+            if best is not None:
+                found = tuple(torch.cat(pair) for pair in zip(best, found, strict=True))  # type: ignore[assignment]
+            # Stable, so that equal pictures keep the order in which they were drawn.
+            order = found[1].sort(descending=True, stable=True).indices[:count]
+            best = (found[0][order], found[1][order], found[2][order])
+        assert best is not None
+        return best
 
     def _kept_tokens(self, init_image: Any, keep_rows: int | None, redraw: Sequence[int] | None) -> Tensor | None:
         """The tokens that are not drawn, int64 (image tokens,), -1 for those that are; None where all are drawn."""
