@@ -643,3 +643,27 @@ def test_what_cannot_stay_is_said(pipe, monkeypatch, settings, words):
     monkeypatch.setattr(pipe.transformer, "run", lambda *args, **kwargs: pytest.fail("work began"))
     with pytest.raises(ValueError, match=words):
         pipe(PROMPT, progress=False, **settings)
+
+
+def test_a_batch_that_the_memory_does_not_hold_is_halved(pipe, out, monkeypatch):
+    run, forward, sizes = pipe.transformer.run, pipe.upsampler.forward, []
+
+    def small(function, most):
+        def checked(x, *arguments, **more):
+            if len(x) > most:
+                raise torch.cuda.OutOfMemoryError("too large")
+            sizes.append(len(x))
+            return function(x, *arguments, **more)
+
+        return checked
+
+    monkeypatch.setattr(pipe.transformer, "run", small(run, 2))
+    monkeypatch.setattr(pipe.upsampler, "forward", small(forward, 1))
+    settings = dict(num_images=2, num_candidates=5, top_p=0.85, num_inference_steps=4, seed=3, progress=False)
+    halved = pipe(PROMPT, **settings)
+    assert torch.equal(halved.tokens, out.tokens) and set(sizes) == {1, 2}
+    apart = [np.abs(np.array(a, int) - np.array(b, int)).max() for a, b in zip(halved.images, out.images, strict=True)]
+    assert max(apart) <= 1
+    monkeypatch.setattr(pipe.transformer, "run", small(run, 0))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        pipe(PROMPT, **settings)

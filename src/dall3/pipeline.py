@@ -41,6 +41,7 @@ from dall3.output import Dall3Output, Preview, to_pil, to_tensor
 from dall3.registry import WeightsSet
 from dall3.sampling import (
     Sampling,
+    batches_that_fit,
     candidate_uniforms,
     check_counts,
     draw_text_tokens,
@@ -339,10 +340,10 @@ class Dall3Pipeline:
 
         prompt: a text, for a `Dall3Output`; or a list of texts, for a list of them, each as if it were alone.
         num_candidates: num_images if not given. init_image, keep_rows, redraw: as `generate_tokens` has them.
-        guidance_prompt: what CLIP guides to, if not the prompt, and weighted
-        if you like: "a cube:2|a cloud". output_size: with a super_resolution part, pixels a side of the final
-        pictures. batch_size: candidates at a time; refine_batch_size: pictures refined at a time. The results depend on
-        them by rounding only. truncate: cut a prompt that is too long.
+        guidance_prompt: what CLIP guides to, if not the prompt, and weighted if you like: "a cube:2|a cloud".
+        output_size: with a super_resolution part, pixels a side of the final pictures. batch_size: candidates
+        at a time; refine_batch_size: pictures refined at a time; both are halved where the device's memory does
+        not hold them. The results depend on them by rounding only. truncate: cut a prompt that is too long.
         settings: those of `Sampling` and `Refinement`; where not given, what `defaults` has for these weights.
         clip_guidance_scale, if neither says, is 1000 where there are a CLIP and an upsampler.
         callback_on_step_end(pipe, step, timestep, tensors): called after each denoising step with "x" and
@@ -671,7 +672,7 @@ class Dall3Pipeline:
         desc = f"drawing {num_candidates} candidate{'s' * (num_candidates > 1)}"
         with tqdm(total=uniforms.numel(), desc=desc, disable=not progress) as bar:
             for step in image_token_steps(transformer, text_ids, uniforms, sampling, batch_size, kept):
-                bar.update(len(step[1]))
+                bar.update(step[1].start * length + len(step[1]) * step[2] - bar.n)
                 yield step
 
     @torch.no_grad()
@@ -782,23 +783,22 @@ class Dall3Pipeline:
                 return None
             return partial(guided, loss=with_penalties(pull, settings.tv_scale, settings.range_scale))
 
-        fine, stopped = [], False
-        for batch in batches(count, batch_size):
+        def work(batch: range) -> Iterator[Step]:
             generators = [make_generator(self.device, seed, "noise", k) for k in batch]
             part = {name: value[batch.start : batch.stop] for name, value in conditioning.items()}
             start = None if picture is None else picture[batch.start : batch.stop]
-            for step in denoising_steps(unet, (3, side, side), generators, part, settings, start, guide(), progress):
-                if callback is not None:
-                    try:
-                        callback(self, step.number, step.timestep, {"x": step.x, "pred_xstart": step.pred_xstart})
-                    except StopGeneration:
-                        stopped = True
-                        break
-                yield step
-            fine.append(step.pred_xstart)
-            if stopped:
-                break
-        return (torch.cat(fine).clamp(-1, 1) + 1) / 2
+            return denoising_steps(unet, (3, side, side), generators, part, settings, start, guide(), progress)
+
+        fine = {}  # by the number of a batch's first picture, of each the last step's
+        for batch, step in batches_that_fit(count, batch_size, work):
+            fine[batch.start] = step.pred_xstart
+            if callback is not None:
+                try:
+                    callback(self, step.number, step.timestep, {"x": step.x, "pred_xstart": step.pred_xstart})
+                except StopGeneration:
+                    break
+            yield step
+        return (torch.cat(list(fine.values())).clamp(-1, 1) + 1) / 2
 
     @torch.no_grad()
     def complete_text(
@@ -978,10 +978,6 @@ def parse_prompts(text: str) -> list[tuple[str, float]]:
             prompts.append((part.strip(), 1.0))
     require(all(prompt for prompt, _ in prompts), f"an empty prompt in {text!r}; expected text around every '|'")
     return prompts
-
-
-def batches(count: int, size: int) -> list[range]:
-    return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def enlarge(images: Tensor, side: int) -> Tensor:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -112,6 +112,31 @@ class Sampling:
         return choose(logits / self.temperature, uniforms)
 
 
+T = TypeVar("T")
+
+
+def batches_that_fit(count: int, size: int, work: Callable[[range], Iterator[T]]) -> Iterator[tuple[range, T]]:
+    """What `work` yields on ranges of `size` numbers, one after the other, up to `count`, each with its range.
+
+    Where the device's memory does not hold a batch, half of it is tried from its beginning.
+    """
+    start = 0
+    while start < count:
+        batch, fits = range(start, min(start + size, count)), True
+        try:
+            for step in work(batch):
+                yield batch, step
+        except torch.cuda.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+            fits = False
+        if fits:
+            start = batch.stop
+        else:  # outside of the handler, whose traceback holds on to the batch's tensors
+            size = len(batch) // 2
+            torch.cuda.empty_cache()
+
+
 @torch.no_grad()
 def image_token_steps(
     transformer: DalleTransformer,
@@ -124,9 +149,9 @@ def image_token_steps(
     """Draw image tokens for one text, which is run once for all candidates, and tell of each step.
 
     text_ids: int64 (text_seq_len,). uniforms: (candidates, grid_size²) in [0, 1), on the transformer's device.
-    batch_size: candidates at a time; None for all. kept: int64 (grid_size²,), tokens that stay as they are, -1 where
-    they are drawn. Yields the tokens, int64 (candidates, grid_size²), the same tensor each time, which candidates are
-    being drawn, and how many tokens they have.
+    batch_size: candidates at a time, fewer where the device's memory does not hold them; None for all. kept: int64
+    (grid_size²,), tokens that stay as they are, -1 where they are drawn. Yields the tokens, int64 (candidates,
+    grid_size²), the same tensor each time, which candidates are being drawn, and how many tokens they have.
     """
     config, device = transformer.config, text_ids.device
     prompts = text_ids[None] if settings.cond_scale == 1 else torch.stack((text_ids, torch.zeros_like(text_ids)))
@@ -134,9 +159,9 @@ def image_token_steps(
     text = transformer.embed_text(prompts)
     last = transformer.run(text, index[: config.text_length], config.text_length, text_caches)[:, -1:]
     drawn = torch.zeros(uniforms.shape, dtype=torch.int64, device=device)
-    size = batch_size or len(uniforms)
-    for start in range(0, len(uniforms), size):
-        batch, tokens = uniforms[start : start + size], drawn[start : start + size]
+
+    def draw(batch: range) -> Iterator[int]:
+        tokens, rows = drawn[batch.start : batch.stop], uniforms[batch.start : batch.stop]
         hidden = last.repeat_interleave(len(batch), dim=0)
         caches = [cache.repeat(len(batch)) for cache in text_caches]
         for i in range(config.image_seq_len):
@@ -148,9 +173,12 @@ def image_token_steps(
             if settings.cond_scale != 1:
                 with_text, without_text = logits.chunk(2)
                 logits = without_text + (with_text - without_text) * settings.cond_scale
-            chosen = settings.choose(logits, batch[:, i], config.text_vocabulary + config.num_image_tokens)
+            chosen = settings.choose(logits, rows[:, i], config.text_vocabulary + config.num_image_tokens)
             tokens[:, i] = chosen if kept is None else torch.where(kept[i] < 0, chosen, kept[i])
-            yield drawn, range(start, start + len(batch)), i + 1
+            yield i + 1
+
+    for batch, count in batches_that_fit(len(uniforms), batch_size or len(uniforms), draw):
+        yield drawn, batch, count
 
 
 def draw_image_tokens(
