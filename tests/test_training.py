@@ -332,19 +332,38 @@ def test_the_variational_bound_is_0_for_the_posterior_and_a_distribution_at_the_
     assert float((2**-bits).sum()) == pytest.approx(1, abs=1e-4)  # over all levels of a pixel
 
 
+class Averages(torch.nn.Module):
+    """A stand-in for a VQGAN whose codes are a place's mean brightness."""
+
+    downsampling = 8
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        return (torch.nn.functional.avg_pool2d(images.mean(1), 8) * 1000).long().flatten(1)
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        side = round(ids.shape[1] ** 0.5)
+        return ids.view(-1, 1, side, side).expand(-1, 4, -1, -1).float() / 1000
+
+
+def test_max_strength_is_the_share_of_the_noise_schedule_that_is_trained_on() -> None:
+    config = UNetConfig(32, (1, 1, 1, 1, 1, 1), 1, (), 256, embedding_dims=(4, 32))
+    training = UpsamplerTraining(crop=64, crops=50, max_strength=0.3)
+    task, seen = UpsamplerTask(config, training, Averages()), []  # type: ignore[arg-type]
+
+    def look(x: torch.Tensor, t: torch.Tensor, image_embeds: torch.Tensor) -> torch.Tensor:
+        seen.append(t)
+        return torch.zeros(len(x), 6, *x.shape[2:])
+
+    task.run = look  # type: ignore[assignment]
+    torch.manual_seed(0)
+    task(torch.rand(2, 3, 256, 256), ["", ""], 0)
+    assert len(seen[0]) == 100 and seen[0].min() < 20 and 280 < seen[0].max() < 300
+    for share in (0, 1.5):
+        with pytest.raises(ValueError, match=f"max_strength={share}; expected a share"):
+            UpsamplerTraining(max_strength=share)
+
+
 def test_crops_of_a_picture_keep_their_own_codes(pictures: Path) -> None:
-    class Averages(torch.nn.Module):
-        """A stand-in for a VQGAN whose codes are a place's mean brightness."""
-
-        downsampling = 8
-
-        def encode(self, images: torch.Tensor) -> torch.Tensor:
-            return (torch.nn.functional.avg_pool2d(images.mean(1), 8) * 1000).long().flatten(1)
-
-        def embed(self, ids: torch.Tensor) -> torch.Tensor:
-            side = round(ids.shape[1] ** 0.5)
-            return ids.view(-1, 1, side, side).expand(-1, 4, -1, -1).float() / 1000
-
     config = UNetConfig(
         32, (1, 1, 1, 1, 1, 1), 1, (), 256, embedding_dims=(4, 32), diffusion=DiffusionConfig(predict_xstart=True)
     )

@@ -27,9 +27,9 @@ class UpsamplerTraining:
     """crop: pixels a side of the random crops, `crops` from each picture, that are trained on in `crop_share` of the
     steps; a multiple of twice what a code stands for in the fine picture. snr_limits: bounds of the signal-to-noise
     ratio that weighs a step's error in the predicted picture (arXiv 2202.00512, section 4); the error in the noise is
-    weighed by 1. vlb_weight: of the variational bound that trains the variance, against the error. timestep_power: the
-    steps trained on are the noise schedule's length times u ** timestep_power, u uniform in [0, 1); above 1 the less
-    noisy steps come more often, for weights that refine an enlarged coarse picture (`strength` below 1).
+    weighed by 1. vlb_weight: of the variational bound that trains the variance, against the error. max_strength:
+    the share of the noise schedule that is trained on, from its least noisy end: below 1 the weights can refine an
+    enlarged coarse picture with a `strength` up to that, and cannot start from pure noise.
     """
 
     crop: int = 128
@@ -37,11 +37,11 @@ class UpsamplerTraining:
     crop_share: float = 1.0
     snr_limits: tuple[float, float] = (1.0, 5.0)
     vlb_weight: float = 1e-3
-    timestep_power: float = 1.0
+    max_strength: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.timestep_power <= 0:
-            raise ValueError(f"timestep_power={self.timestep_power}; expected a number above 0")
+        if not 0 < self.max_strength <= 1:
+            raise ValueError(f"max_strength={self.max_strength}; expected a share of the noise schedule, in (0, 1]")
 
 
 class UpsamplerTask(Task):
@@ -72,7 +72,8 @@ class UpsamplerTask(Task):
             images = torch.cat([crop_at(images, place, unit, s.crop) for place in places])
             embeddings = torch.cat([crop_at(embeddings, place, 2, 2 * s.crop // unit) for place in places])
         x_start = images * 2 - 1
-        t = (torch.rand(len(x_start), device=x_start.device) ** s.timestep_power * len(diffusion)).long()
+        steps = max(round(s.max_strength * len(diffusion)), 1)
+        t = torch.randint(steps, (len(x_start),), device=x_start.device)
         noise = torch.randn_like(x_start)
         x = diffusion.add_noise(x_start, t, noise)
         output = self.run(x, diffusion.at("timestep", t), image_embeds=embeddings).float()
@@ -96,10 +97,14 @@ class UpsamplerTask(Task):
         vqgan, side = self.frozen[0], images.shape[-1]
         embeddings = self.conditioning(images)
         generators = [torch.Generator(images.device).manual_seed(k) for k in range(len(images))]
-        settings = Refinement(num_inference_steps=25)
-        fine = denoise(self.model, (3, side, side), generators, {"image_embeds": embeddings}, settings)
         small = F.interpolate(images, side // 2, mode="area")
-        rows = [images, vqgan.decode(vqgan.encode(small)), (fine + 1) / 2]
+        coarse = vqgan.decode(vqgan.encode(small))
+        start, strength = None, self.settings.max_strength
+        if strength < 1:
+            start = F.interpolate(coarse, side, mode="bicubic", antialias=True).clamp(0, 1) * 2 - 1
+        settings = Refinement(num_inference_steps=25, strength=strength)
+        fine = denoise(self.model, (3, side, side), generators, {"image_embeds": embeddings}, settings, start)
+        rows = [images, coarse, (fine + 1) / 2]
         return make_grid([to_pil(row) for row in rows], side)
 
     def export(self, folder: Path) -> None:
