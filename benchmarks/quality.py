@@ -338,9 +338,9 @@ def read_arguments() -> tuple[argparse.Namespace, Bench]:
         parser.error(f"the weights have no {', '.join(missing)}")
     if judge.hexcodes != [drawing.hexcode for drawing in emoji]:
         parser.error(f"the judge at {args.judge} knows other emoji than {args.emoji} holds; train it on them")
-    settings = {"clip_guidance_scale": 1000.0} | pipe.defaults | args.settings  # what the pipeline's one call does
+    pipe.defaults = {"clip_guidance_scale": 1000.0} | pipe.defaults  # what the one call does
     sampling_settings, refinement = (
-        {name: value for name, value in settings.items() if name in kind.__dataclass_fields__}
+        pipe.with_defaults(kind, {k: v for k, v in args.settings.items() if k in kind.__dataclass_fields__})
         for kind in (Sampling, Refinement)
     )
     pipe.to(args.device, getattr(torch, args.dtype))

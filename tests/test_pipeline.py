@@ -1,6 +1,7 @@
 """The one call, on small checkpoints in the seed's formats: what it returns, repeats and refuses."""
 
 import copy
+import dataclasses
 import json
 import pickle
 import warnings
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from dall3 import CheckpointError, Dall3Output, Dall3Pipeline, StopGeneration
 from dall3.models.unet import UNet, UNetConfig
@@ -509,11 +511,36 @@ def test_a_stream_shows_the_rows_the_choice_and_the_refinement(pipe):
 
 
 def test_leaving_a_stream_ends_the_work_and_the_pipeline_goes_on(pipe, monkeypatch):
-    for preview in pipe.stream(PROMPT, seed=0, progress=False):
-        if preview.stage == "drawing" and preview.step == 32:
+    run, calls = pipe.transformer.run, []
+    monkeypatch.setattr(pipe.transformer, "run", lambda *args: calls.append(1) or run(*args))
+    previews = pipe.stream(PROMPT, seed=0, progress=False)
+    assert not calls  # nothing is done before the first preview is asked for
+    for preview in previews:
+        if preview.step == 32:
             break
-    monkeypatch.setattr(pipe.upsampler, "forward", lambda *args, **kwargs: pytest.fail("work went on"))
+    previews.close()
+    assert len(calls) == 32 and torch.is_grad_enabled()
+    assert list(previews) == [] and len(calls) == 32
     assert len(pipe.generate_tokens(PROMPT, seed=0, progress=False)) == 1
+
+
+def test_a_callback_that_ends_the_call_ends_both_stages(pipe):
+    low_res = make_unet(super_resolution=True, image_size=64)
+    both = Dall3Pipeline(
+        text_encoder=pipe.text_encoder,
+        transformer=pipe.transformer,
+        vqgan=pipe.vqgan,
+        upsampler=pipe.upsampler,
+        super_resolution=low_res,
+    )
+    seen = []
+
+    def once(pipe, step, timestep, tensors):
+        seen.append(step)
+        raise StopGeneration
+
+    out = both(PROMPT, output_size=128, num_inference_steps=3, seed=0, progress=False, callback_on_step_end=once)
+    assert seen == [0] and out.images[0].size == (64, 64)
 
 
 def test_a_callback_sees_every_step_and_can_end_the_call(pipe):
@@ -574,9 +601,11 @@ def test_a_recipe_of_other_weights_names_what_differs(seedset, out, tmp_path):
     other = load_seedset(seedset)
     with torch.no_grad():
         other.transformer.to_logits.bias[-1] += 1.0
-    with pytest.warns(UserWarning, match="the transformer is another: [0-9a-f]{16} here, [0-9a-f]{16} made") as told:
+    with pytest.warns(
+        UserWarning, match="the transformer is another: '[0-9a-f]{16}' here, '[0-9a-f]{16}' made"
+    ) as told:
         other.repeat(tmp_path / "first/0.png", progress=False)
-    assert len(told) == 1
+    assert {str(warning.message).split()[1] for warning in told} <= {"transformer", "tokens"}
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     with pytest.raises(ValueError, match="carries no recipe"):
         other.repeat(tmp_path / "plain.png")
@@ -585,6 +614,43 @@ def test_a_recipe_of_other_weights_names_what_differs(seedset, out, tmp_path):
         other.repeat(tmp_path / "text.png")
     with pytest.raises(ValueError, match="2 pictures"):
         other.repeat(out)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_candidates": 10**9}, "num_candidates is '1000000000', which cannot be"),
+        ({"cutn": 10**9}, "cutn=1e.09; 1024 is the most"),
+        ({"callback_on_step_end": 1, "generator": 2}, "does not know: callback_on_step_end, generator"),
+        ({"scheduler": "EulerDiscreteScheduler"}, "scheduler 'EulerDiscreteScheduler' is not known"),
+        ({"guidance_prompt": 5}, "guidance_prompt is '5'"),
+        ({"weights": 5}, "weights are not named by part"),
+        ({"kept": [[0] * 256]}, "not 256 whole numbers"),
+        ({"kept": [10**6] * 256}, "tokens run from"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_is_refused_before_any_work(pipe, out, monkeypatch, change, words):
+    monkeypatch.setattr(pipe.transformer, "run", lambda *args, **kwargs: pytest.fail("work began"))
+    one = out[0]
+    with pytest.raises(ValueError, match=words):
+        pipe.repeat(dataclasses.replace(one, settings=one.settings | change), progress=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"candidate": float("inf")}, {"tokens": [2**70]}, {"settings": 5}, {"clip_score": "high"}, {"place": None}],
+)
+def test_a_damaged_recipe_is_said(out, tmp_path, change):
+    picture, text = out.images[0].copy(), PngInfo()
+    text.add_itxt("dall3", json.dumps(out.recipe(0) | change))
+    picture.save(tmp_path / "a.png", pnginfo=text)
+    with pytest.raises(ValueError, match="its recipe is damaged"):
+        Dall3Output.load(tmp_path / "a.png")
+
+
+def test_rows_of_tokens_and_pictures_that_do_not_match_are_refused(pipe, out):
+    with pytest.raises(ValueError, match="2 rows of tokens and 1 pictures"):
+        pipe.upsample(out.tokens, out.coarse_images[0], strength=0.5, progress=False)
 
 
 def test_an_output_is_taken_apart_and_travels(out):
@@ -658,10 +724,11 @@ def test_a_batch_that_the_memory_does_not_hold_is_halved(pipe, out, monkeypatch)
         return checked
 
     monkeypatch.setattr(pipe.transformer, "run", small(run, 2))
+    monkeypatch.setattr(pipe.vqgan, "decode", small(pipe.vqgan.decode, 3))
     monkeypatch.setattr(pipe.upsampler, "forward", small(forward, 1))
     settings = dict(num_images=2, num_candidates=5, top_p=0.85, num_inference_steps=4, seed=3, progress=False)
     halved = pipe(PROMPT, **settings)
-    assert torch.equal(halved.tokens, out.tokens) and set(sizes) == {1, 2}
+    assert torch.equal(halved.tokens, out.tokens) and set(sizes) == {1, 2, 3}
     apart = [np.abs(np.array(a, int) - np.array(b, int)).max() for a, b in zip(halved.images, out.images, strict=True)]
     assert max(apart) <= 1
     monkeypatch.setattr(pipe.transformer, "run", small(run, 0))

@@ -397,7 +397,7 @@ def write_small_settings(folder: Path, pictures: Path) -> dict[str, Path]:
         "head_width = 16\nlayers = 1\n[model.text_cfg]\ncontext_length = 16\nwidth = 16\nheads = 1\nlayers = 1\n",
         "upsampler": "[model]\nmodel_channels = 32\nchannel_mult = [1, 1, 1, 1]\nnum_res_blocks = 1\n"
         "attention_levels = [3]\nimage_size = 64\nnum_head_channels = 32\nembedding_dims = [4, 32]\n"
-        "[loss]\ncrop = 32\n",
+        "[loss]\ncrop = 32\nmax_strength = 0.6\n",
     }
     paths = {}
     for name, table in models.items():
@@ -412,6 +412,7 @@ def test_five_commands_make_a_pipeline_of_ones_own(pictures: Path, tmp_path: Pat
     for model in TRAINABLE:
         assert main(["train", model, "--config", str(settings[model]), "--out", str(out)]) == 0
     pipe = Dall3Pipeline.from_pretrained(out)
+    assert pipe.defaults == {"strength": 0.6}  # all that the upsampler was trained on
     result = pipe("a red picture", num_candidates=2, num_inference_steps=2, cutn=2, seed=0, progress=False)
     assert result.images[0].size == (64, 64) and result.clip_scores is not None
     assert result.coarse_images[0].size == (32, 32)

@@ -7,6 +7,7 @@ import pickle
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,15 @@ def test_the_bundled_weights_are_small_and_credited() -> None:
 def test_the_bundled_settings_are_the_same_by_folder_and_by_name(offline: None) -> None:
     own = json.loads((BUNDLED / "generation_config.json").read_text())
     assert Dall3Pipeline.from_pretrained().defaults == Dall3Pipeline.from_pretrained("mini").defaults == own
+
+
+def test_a_picture_of_the_bundled_weights_is_repeated_by_a_pipeline_that_has_not_ranked_yet(tmp_path: Path) -> None:
+    out = Dall3Pipeline.from_pretrained()("a red cube", seed=0, num_inference_steps=5, progress=False)
+    out.save(tmp_path / "out")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = Dall3Pipeline.from_pretrained().repeat(tmp_path / "out/0.png", progress=False)
+    assert again.images == out.images
 
 
 def test_the_bundled_upsampler_refines_and_keeps_the_picture(offline: None) -> None:

@@ -21,13 +21,17 @@ def add_refinement(parser: argparse.ArgumentParser) -> None:
     add("--model_config", metavar="JSON", help="guided-diffusion's flags, for a UNet of an unusual size")
     add("--clip_path", default="ViT-B-16/openai", help="CLIP: a file, or a name of open_clip's (default: %(default)s)")
     add("--clip_guidance", action="store_true", help="let CLIP pull the picture towards the text")
-    add("--clip_guidance_scale", type=float, default=1000, help="how hard (default: %(default)s)")
+    add("--clip_guidance_scale", type=float, help="how hard (default: the weights' own, or 1000)")
     add("--guidance_share", type=float, help="share of the steps that are guided, from the first on (default: 1)")
     add("--tv_scale", type=float, help="smoothness of the result (default: 0)")
     add("--range_scale", type=float, help="how strictly colours stay in range (default: 0)")
     add("--cutn", type=int, help="cut-outs that CLIP looks at (default: 16)")
-    add("--timestep_respacing", "--num_inference_steps", help="steps: 25, '10,10,5' or ddim25 (default: 25)")
-    add("--scheduler", help="ddim, ddpm (ancestral, the seed's) or dpm-solver++ (default: ddim)")
+    add(
+        "--timestep_respacing",
+        "--num_inference_steps",
+        help="steps: 25, '10,10,5' or ddim25 (default: the weights' own, or 25)",
+    )
+    add("--scheduler", help="ddim, ddpm (ancestral, the seed's) or dpm-solver++ (default: the weights' own, or ddim)")
     add("--strength", type=float, help="how far the picture that it starts from is noised, in (0, 1]")
     add("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     add("--device", help="cuda, cpu, … (default: cuda where there is one)")
@@ -59,9 +63,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--num_candidates", type=int, help="pictures to draw, of which CLIP keeps the best (default: num_images)")
     add("--batch_size", type=int, default=4, help="default: %(default)s")
     add("--top_k", type=float, help="share of the vocabulary to drop, in [0, 1)")
-    add("--top_p", type=float, help="probability to keep, in (0, 1] (default: 0.9 without --top_k)")
-    add("--temperature", type=float, help="default: 1")
-    add("--cond_scale", type=float, help="classifier-free guidance (default: 1, none)")
+    add(
+        "--top_p",
+        type=float,
+        help="probability to keep, in (0, 1] (default: the weights' own, or 0.9, without --top_k)",
+    )
+    add("--temperature", type=float, help="default: the weights' own, or 1")
+    add("--cond_scale", type=float, help="classifier-free guidance (default: the weights' own, or 1, none)")
     add("--clip_sort", action="store_true", help="sort by CLIP's similarity, best first")
     add("--output_npy", action="store_true", help="write the image tokens too")
     add("--gentxt", action="store_true", help="let the transformer write the prompt to its end first")
@@ -153,7 +161,10 @@ def refinement(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
     steps = args.timestep_respacing
     if steps is not None:
         more["num_inference_steps"] = int(steps) if steps.isdigit() else steps
-    more["clip_guidance_scale"] = args.clip_guidance_scale if args.clip_guidance else 0
+    if not args.clip_guidance:
+        more["clip_guidance_scale"] = 0
+    elif args.clip_guidance_scale is not None:
+        more["clip_guidance_scale"] = args.clip_guidance_scale
     return given(args, "guidance_share", "tv_scale", "range_scale", "cutn", "scheduler", "strength") | more
 
 
@@ -367,6 +378,8 @@ def upsample(args: argparse.Namespace) -> None:
     require(not args.dvae_mode or isinstance(pipe.vqgan, DiscreteVAE), f"--dvae_mode: {given} is no DiscreteVAE")
     size = args.output_size or (512 if config.super_resolution else config.image_size)
     how = dict(image_prompts=image_prompts, output_size=size, seed=args.seed, batch_size=args.batch_size)
+    if args.clip_guidance:
+        settings = {"clip_guidance_scale": pipe.defaults.get("clip_guidance_scale", 1000)} | settings
     fine = pipe.to(device, dtype).upsample(tokens, image, args.text, **how, **settings)
     write_files(folder, dict(zip(names, to_pil(fine), strict=True)), args.overwrite)
     print(f'created {count} images at "{folder}"')

@@ -232,7 +232,7 @@ class Dall3Output:
                 candidates=torch.tensor([int(recipe["candidate"])]),
                 settings=dict(recipe["settings"]) | {"places": [int(recipe["place"])]},
             )
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError, OverflowError, RuntimeError) as error:
             raise ValueError(f"{path}: its recipe is damaged ({type(error).__name__}: {error})") from None
 
     def grid(self, captions: bool = False) -> Image.Image:

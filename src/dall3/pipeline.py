@@ -13,7 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -89,6 +89,12 @@ class StopGeneration(Exception):
     """
 
 
+# The call's arguments that a recipe holds besides settings, and the most that a stranger's recipe may ask for.
+REPEATABLE: dict[str, Any] = {
+    **dict(num_images=4096, num_candidates=2**20, batch_size=2**16, refine_batch_size=4096, output_size=4096),
+    **dict(seed=2**63, truncate=True, guidance_prompt=str),
+}
+
 Callback = Callable[["Dall3Pipeline", int, int, dict[str, Tensor]], object]
 
 
@@ -105,6 +111,7 @@ class Plan:
     recipe: dict[str, Any]
     progress: bool
     callback: Callback | None
+    stopped: list[bool] = field(default_factory=list)  # non-empty once the callback ended the call
 
 
 class Ranking(NamedTuple):
@@ -414,27 +421,47 @@ class Dall3Pipeline:
         >>> pipe.repeat(out, progress=False).images == out.images
         True
 
-        Raises ValueError for a picture without a recipe, or one that needs a part that this pipeline does not have.
+        A recipe tells nothing of a `callback_on_step_end`, nor of how a scheduler of diffusers was made, which is
+        refused. Raises ValueError for a picture without a recipe, one that does not fit, or one that needs a part that
+        this pipeline does not have.
         """
         found = source if isinstance(source, Dall3Output) else Dall3Output.load(source)
         require(len(found) == 1, f"an output of {len(found)} pictures; give one of them, such as out[0]")
         recipe = found.recipe(0)
-        settings = dict(recipe["settings"])
-        kept = settings.pop("kept", None)
-        weights, here = dict(settings.pop("weights", {})), self._fingerprints()
-        for part in sorted(weights.keys() | here.keys()):
+        plan, weights = self._plan_again(recipe), recipe["settings"].get("weights", {})
+        self.clip  # noqa: B018  loaded, if it is still to be, to be compared
+        here = self._fingerprints()
+        for part in PARTS:
             if weights.get(part) != here.get(part):
-                held, was = ("none" if one is None else one for one in (here.get(part), weights.get(part)))
-                warnings.warn(f"the {part} is another: {held} here, {was} made the picture", stacklevel=2)
-        try:
-            plan = self._plan(recipe["prompt"], progress=progress, **settings)
-            if kept is not None:
-                stay = torch.tensor(kept, device=self.device)
-                self._check_tokens(stay.clamp(min=0))
-                plan = replace(plan, kept=stay, recipe=plan.recipe | {"kept": kept})
-            return drain(self._run(plan))[recipe["place"]]  # type: ignore[no-any-return]
-        except (TypeError, IndexError) as error:
-            raise ValueError(f"the recipe does not fit this version of dall3: {error}") from None
+                held, was = ("none" if one is None else str(one)[:16] for one in (here.get(part), weights.get(part)))
+                warnings.warn(f"the {part} is another: {held!r} here, {was!r} made the picture", stacklevel=2)
+        again: Dall3Output = drain(self._run(replace(plan, progress=progress)))[recipe["place"]]
+        if again.recipe(0)["tokens"] != recipe["tokens"]:
+            warnings.warn("other tokens were drawn than those of the picture", stacklevel=2)
+        return again
+
+    def _plan_again(self, recipe: dict[str, Any]) -> Plan:
+        """The plan of a recipe, which may come from a stranger: what does not fit is a ValueError."""
+        settings = {name: value for name, value in recipe["settings"].items() if name not in ("kept", "weights")}
+        kept, place = recipe["settings"].get("kept"), recipe["place"]
+        known = {*REPEATABLE, *Sampling.__dataclass_fields__, *Refinement.__dataclass_fields__}
+        unknown = sorted(settings.keys() - known)
+        require(not unknown, f"the recipe has settings that this version does not know: {', '.join(unknown)[:200]}")
+        require(isinstance(recipe["settings"].get("weights", {}), dict), "the recipe's weights are not named by part")
+        check_defaults({name: value for name, value in settings.items() if name not in REPEATABLE})
+        for name, most in REPEATABLE.items():
+            value = settings.get(name)
+            fits = value is None or (isinstance(value, str if most is str else int) and (most is str or value <= most))
+            require(fits, f"the recipe's {name} is {str(value)[:40]!r}, which cannot be")
+        plan = self._plan(recipe["prompt"], **settings)
+        require(0 <= place < plan.num_images, f"the recipe's place is {place}, of {plan.num_images} pictures")
+        if kept is None:
+            return plan
+        length = self._need("transformer", "drawing tokens").config.image_seq_len
+        fits = isinstance(kept, list) and len(kept) == length and all(type(token) is int for token in kept)
+        require(fits, f"the recipe keeps tokens that are not {length} whole numbers")
+        self._check_tokens(torch.tensor(kept).clamp(min=0))
+        return replace(plan, kept=torch.tensor(kept, device=self.device), recipe=plan.recipe | {"kept": kept})
 
     def _plan(
         self,
@@ -461,10 +488,10 @@ class Dall3Pipeline:
         check_counts(batch_size=batch_size, refine_batch_size=refine_batch_size)
         require(num_candidates >= num_images, f"num_candidates={num_candidates} is less than num_images={num_images}")
         given = {k: settings.pop(k) for k in Sampling.__dataclass_fields__ if k in settings}
-        sampling = Sampling(**self._with_defaults(Sampling, given))
+        sampling = Sampling(**self.with_defaults(Sampling, given))
         guide = self._clip is not None and self.upsampler is not None
         scale = self.defaults.get("clip_guidance_scale", 1000.0) if guide else 0.0
-        refinement = Refinement(**self._with_defaults(Refinement, {"clip_guidance_scale": scale} | settings))
+        refinement = Refinement(**self.with_defaults(Refinement, {"clip_guidance_scale": scale} | settings))
         self._need("text_encoder", "reading text")(prompt, truncate)
         self._require("transformer", "drawing tokens")
         self._require("vqgan", "making pictures of tokens")
@@ -519,9 +546,10 @@ class Dall3Pipeline:
 
         fine, refine = coarse, {"prompt": plan.texts, "seed": how["seed"], "batch_size": how["refine_batch_size"]}
         refine |= {"settings": refinement, "progress": plan.progress, "callback": plan.callback}
+        refine |= {"stopped": plan.stopped}
         if self.upsampler is not None:
             fine = yield from previews_of(self._refine("upsampler", tokens, coarse, **refine), every)
-        if how["output_size"] is not None:
+        if how["output_size"] is not None and not plan.stopped:
             steps = self._refine("super_resolution", None, fine, output_size=how["output_size"], **refine)
             fine = yield from previews_of(steps, every)
         coarse_images = to_pil(coarse)
@@ -546,22 +574,26 @@ class Dall3Pipeline:
 
         Batch after batch: of the others' pictures none is kept. Without a clip it is the first ones, and no scores.
         """
-        numbers = torch.arange(len(tokens), device=tokens.device)
-        if self._clip is None:
-            return numbers[:count], None, self.decode_tokens(tokens[:count], batch_size)
-        clip: CLIP = self._need("clip", "ranking")
-        text, best = clip.embed_text([prompt]), None
-        bar = tqdm(numbers.split(batch_size), desc=f"ranking {len(tokens)}", disable=not progress)
-        for batch in bar:
-            pictures = self.decode_tokens(tokens[batch], batch_size)
-            found = (batch, clip.score(center_crop(pictures), text), pictures)
-            if best is not None:
-                found = tuple(torch.cat(pair) for pair in zip(best, found, strict=True))  # type: ignore[assignment]
-            # Stable, so that equal pictures keep the order in which they were drawn.
-            order = found[1].sort(descending=True, stable=True).indices[:count]
-            best = (found[0][order], found[1][order], found[2][order])
+        numbers, clip = torch.arange(len(tokens), device=tokens.device), self.clip
+        text = None if clip is None else clip.embed_text([prompt])
+        best: tuple[Tensor, Tensor, Tensor] | None = None
+
+        def look(batch: range) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+            pictures = self.decode_tokens(tokens[batch.start : batch.stop], len(batch))
+            equal = torch.zeros(len(batch), device=tokens.device)
+            scores = equal if clip is None or text is None else clip.score(center_crop(pictures), text)
+            yield numbers[batch.start : batch.stop], scores, pictures
+
+        with tqdm(total=len(tokens), desc=f"ranking {len(tokens)}", disable=not progress or clip is None) as bar:
+            for batch, found in batches_that_fit(len(tokens), batch_size, look):
+                pairs = zip(best or (found[0][:0], found[1][:0], found[2][:0]), found, strict=True)
+                chosen, scores, pictures = (torch.cat(pair) for pair in pairs)
+                # Stable, so that equal pictures keep the order in which they were drawn.
+                order = scores.sort(descending=True, stable=True).indices[:count]
+                best = (chosen[order], scores[order], pictures[order])
+                bar.update(len(batch))
         assert best is not None
-        return best
+        return best[0], None if clip is None else best[1], best[2]
 
     def _kept_tokens(self, init_image: Any, keep_rows: int | None, redraw: Sequence[int] | None) -> Tensor | None:
         """The tokens that are not drawn, int64 (image tokens,), -1 for those that are; None where all are drawn."""
@@ -604,7 +636,8 @@ class Dall3Pipeline:
         for name in PARTS:
             part = self._clip if name == "clip" else getattr(self, name)
             if isinstance(part, nn.Module):
-                version = [(p.data_ptr(), p.dtype, p._version) for p in part.parameters()]
+                tensors = part.state_dict().values()
+                version = [(t.data_ptr(), t.dtype, None if t.is_inference() else t._version) for t in tensors]
                 if name not in self._hashes or self._hashes[name][0] != version:
                     self._hashes[name] = (version, fingerprint(part))
                 found[name] = self._hashes[name][1]
@@ -643,7 +676,7 @@ class Dall3Pipeline:
         >>> torch.equal(other[0, :128], tokens[0, :128])
         True
         """
-        sampling = Sampling(**self._with_defaults(Sampling, settings))
+        sampling = Sampling(**self.with_defaults(Sampling, settings))
         check_counts(num_candidates=num_candidates, batch_size=batch_size)
         kept = self._kept_tokens(init_image, keep_rows, redraw)
         how: dict[str, Any] = dict(batch_size=batch_size, truncate=truncate, progress=progress, kept=kept)
@@ -740,7 +773,7 @@ class Dall3Pipeline:
         >>> pipe.upsample(image=blue, num_inference_steps=2, seed=0, progress=False).shape
         torch.Size([1, 3, 256, 256])
         """
-        refinement = Refinement(**self._with_defaults(Refinement, {"clip_guidance_scale": 0.0} | settings))
+        refinement = Refinement(**self.with_defaults(Refinement, {"clip_guidance_scale": 0.0} | settings))
         texts = parse_prompts(prompt) if isinstance(prompt, str) else list(prompt or ())
         self._check_refinement(stage, refinement, [*texts, *image_prompts], output_size)
         check_counts(batch_size=batch_size)
@@ -764,6 +797,7 @@ class Dall3Pipeline:
         batch_size: int,
         progress: bool,
         callback: Callback | None,
+        stopped: list[bool] | None = None,
         image_prompts: Weighted = (),
         output_size: int | None = None,
     ) -> Generator[Step, None, Tensor]:
@@ -796,6 +830,8 @@ class Dall3Pipeline:
                 try:
                     callback(self, step.number, step.timestep, {"x": step.x, "pred_xstart": step.pred_xstart})
                 except StopGeneration:
+                    if stopped is not None:
+                        stopped.append(True)
                     break
             yield step
         return (torch.cat(list(fine.values())).clamp(-1, 1) + 1) / 2
@@ -823,8 +859,14 @@ class Dall3Pipeline:
         # The prompt itself stays as it was written: decoding would lose the characters that the tokenizer lacks.
         return prompt + encode.decode(ids)[len(encode.decode(given)) :]
 
-    def _with_defaults(self, kind: Any, given: dict[str, Any]) -> dict[str, Any]:
-        """The settings of `kind` (Sampling or Refinement) that are given, and the weights' own where they are not."""
+    def with_defaults(self, kind: Any, given: dict[str, Any]) -> dict[str, Any]:
+        """The settings of `kind` (Sampling or Refinement) that are given, and the weights' own where they are not.
+
+        >>> pipe = Dall3Pipeline.from_pretrained()
+        >>> pipe.defaults = {"top_p": 0.9, "cond_scale": 2.0}
+        >>> pipe.with_defaults(Sampling, {"top_k": 0.5})
+        {'cond_scale': 2.0, 'top_k': 0.5}
+        """
         filters = {"top_k", "top_p"}
         unwanted = filters if any(given.get(name) is not None for name in filters) else set()
         own = {k: v for k, v in self.defaults.items() if k in kind.__dataclass_fields__ and k not in unwanted}
@@ -908,6 +950,10 @@ class Dall3Pipeline:
         require(embeddings.shape[1] == wanted, f"code embeddings have {embeddings.shape[1]} channels, not {wanted}")
         side = embeddings.shape[-1] // 2 * step
         picture = None
+        if image is not None and len(image) != len(tokens):
+            raise ValueError(
+                f"{len(tokens)} rows of tokens and {len(image)} pictures; give as many of both, or one of them"
+            )
         if strength is not None and strength < 1:
             picture = enlarge(self.decode_tokens(tokens) if image is None else image, side) * 2 - 1
         return picture, {"image_embeds": embeddings.to(dtype)}, side

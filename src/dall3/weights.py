@@ -290,6 +290,12 @@ def read_defaults(folder: PathLike) -> dict[str, Any]:
         raise error if isinstance(error, CheckpointError) else one_line(path, str(error)) from None
 
 
+def set_default(folder: PathLike, name: str, value: Any) -> None:
+    """Write one more setting that suits the weights of a pipeline folder, or another value of it."""
+    settings = check_defaults(read_defaults(folder) | {name: value})
+    (Path(folder) / DEFAULTS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
 def save_folder(
     parts: dict[str, Any],
     tokenizer: Tokenizer | None,

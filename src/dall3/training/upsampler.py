@@ -19,7 +19,7 @@ from dall3.models.unet import AttentionBlock, ResBlock, UNet, UNetConfig
 from dall3.models.vqgan import VQModel
 from dall3.output import make_grid, to_pil
 from dall3.training.loop import Task
-from dall3.weights import save_part
+from dall3.weights import save_part, set_default
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,8 @@ class UpsamplerTask(Task):
 
     def export(self, folder: Path) -> None:
         save_part(self.model, folder)
+        if self.settings.max_strength < 1:
+            set_default(folder.parent, "strength", self.settings.max_strength)
 
 
 def end_branches_at_zero(unet: UNet) -> None:
