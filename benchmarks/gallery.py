@@ -18,7 +18,7 @@ from dall3.scenes import describe, random_scene
 
 HEADLINE = ("a cube made of cloud", "a cube made of water", "a cube made of porcupine", "an avocado")
 EMOJI = ("a penguin on a blue background", "a red apple", "a fox", "a rocket on a yellow background")
-SIDE, IMAGES, BEST, DRAWN = 160, 4, 8, 64
+SIDE, IMAGES, BEST, DRAWN = 160, 2, 8, 64
 
 
 def label(picture: Image.Image, texts: list[str], height: int) -> Image.Image:
