@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import subprocess
@@ -87,8 +88,11 @@ def test_a_golden_model_is_the_same_from_a_folder(name: str, tmp_path: Path) -> 
     save_part(model, tmp_path / "part", dtype=None)
     again = load_part(tmp_path / "part")
     assert again.config == model.config and type(again) is type(model)
+    state = again.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    # Copied: where a mapped tensor begins in memory decides on some CPUs which kernel runs, and so how it rounds.
     with torch.no_grad():
-        assert torch.equal(numbers(again), numbers(model))
+        assert torch.equal(numbers(copy.deepcopy(again)), numbers(copy.deepcopy(model)))
 
 
 PROMPT = "a cube made of cloud"
