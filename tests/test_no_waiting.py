@@ -97,13 +97,13 @@ def test_the_token_step_is_one_graph_and_the_same_for_every_token():
 
     def step(token, place, position):
         x = transformer.embed_image(token, place)
-        return transformer.image_logits(transformer.run(x, position, config.seq_len, caches))
+        return transformer.image_logits(transformer.run(x, position, None, caches))
 
     caches, index = transformer.make_caches(), torch.arange(config.seq_len)
     text = transformer.embed_text(torch.zeros(2, 8, dtype=torch.int64))
     compiled = torch.compile(step, fullgraph=True, backend=count)
     with torch.no_grad():
-        transformer.run(text, index[: config.text_length], config.seq_len, caches)
+        transformer.run(text, index[: config.text_length], None, caches)
         drawn = torch.randint(40, (2, 15), generator=torch.Generator().manual_seed(0))
         logits = [
             compiled(drawn[:, i : i + 1], index[i : i + 1], index[config.text_length + i :][:1]) for i in range(15)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from dall3 import CheckpointError, Dall3Output, Dall3Pipeline, StopGeneration
+from dall3 import CheckpointError, Dall3Output, Dall3Pipeline, StopGeneration, sampling
 from dall3.models.unet import UNet, UNetConfig
 from dall3.output import to_pil
 from dall3.pipeline import parse_prompts
@@ -734,3 +734,50 @@ def test_a_batch_that_the_memory_does_not_hold_is_halved(pipe, out, monkeypatch)
     monkeypatch.setattr(pipe.transformer, "run", small(run, 0))
     with pytest.raises(torch.cuda.OutOfMemoryError):
         pipe(PROMPT, **settings)
+
+
+def test_faster_draws_are_in_the_recipe_and_repeat(pipe, tmp_path):
+    for name, settings in {"eight": {"quantize": "int8"}, "jacobi": {"jacobi_window": 8}}.items():
+        how = dict(seed=3, num_inference_steps=2, progress=False) | settings
+        out = pipe(PROMPT, num_images=2, **how)
+        assert out.settings.items() >= settings.items()
+        out.save(tmp_path / name)
+        assert pipe.repeat(tmp_path / name / "1.png", progress=False).images == [out.images[1]]
+        assert len(out.tokens.unique(dim=0)) == 2
+    with pytest.raises(ValueError, match="jacobi_window=0; expected a whole number from 1"):
+        pipe.generate_tokens(PROMPT, jacobi_window=0)
+
+
+def test_int8_elsewhere_than_on_a_cpu_is_refused_before_any_work(seedset):
+    other = load_seedset(seedset).to("meta")
+    with pytest.raises(ValueError, match="quantize='int8' is for a CPU, and this pipeline is on meta"):
+        other(PROMPT, quantize="int8")
+
+
+def test_the_batch_is_what_the_free_memory_holds(pipe, monkeypatch):
+    c = pipe.transformer.config
+    each = c.depth * (2 * c.heads * c.dim_head + c.dim) * (c.seq_len + 1) * 4
+    sizes = {}
+    for room in (0.5, 11, 1000):
+        monkeypatch.setattr(sampling, "free_memory", lambda device, room=room: int(2 * each * room))
+        sizes[room] = pipe(PROMPT, num_inference_steps=1, seed=0, progress=False, stop_at=1).settings["batch_size"]
+    assert sizes == {0.5: 1, 11: 8, 1000: 32}
+
+
+def test_offloaded_parts_are_on_the_device_only_while_they_work(seedset, monkeypatch):
+    other, moves, there = load_seedset(seedset), [], set()
+    expected = other(PROMPT, num_candidates=2, num_inference_steps=2, seed=3, progress=False)
+    other.enable_model_offload("cuda")
+    assert other.device == torch.device("cuda")
+    other._offload_device = torch.device("cpu", 0)  # stands for a GPU: what goes there is heard of below
+    for name in ("transformer", "vqgan", "clip", "upsampler"):
+
+        def move(device, name=name):
+            (there.discard if device == "cpu" else there.add)(name)
+            moves.append(frozenset(there))
+
+        monkeypatch.setattr(getattr(other, name), "to", move)
+    out = other(PROMPT, num_candidates=2, num_inference_steps=2, seed=3, progress=False)
+    assert out.images == expected.images and there == set()
+    assert frozenset({"transformer"}) in moves and frozenset({"vqgan", "clip", "upsampler"}) in moves
+    assert not any("transformer" in at_once and len(at_once) > 1 for at_once in moves)

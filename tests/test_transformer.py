@@ -116,8 +116,7 @@ def test_decoding_with_caches_is_the_same(case, first_chunk, static):
     first = c.text_length if first_chunk == "text" else 1
     caches, hidden = case.model.make_caches(), []
     for start, end in zip([0, *range(first, c.seq_len)], range(first, c.seq_len + 1), strict=True):
-        visible = c.seq_len if static else end
-        hidden.append(case.model.run(x[:, start:end], torch.arange(start, end), visible, caches))
+        hidden.append(case.model.run(x[:, start:end], torch.arange(start, end), None if static else end, caches))
     assert close(torch.cat(hidden, dim=1), at_once, 1e-4)
 
 

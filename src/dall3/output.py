@@ -218,7 +218,8 @@ class Dall3Output:
                 image, text = picture.convert("RGB"), picture.info.get(RECIPE)
         except UnidentifiedImageError:
             raise ValueError(f"{path}: not a picture that Pillow can read") from None
-        require(isinstance(text, str), f"{path}: carries no recipe; expected a PNG that dall3 saved")
+        if not isinstance(text, str):
+            raise ValueError(f"{path}: carries no recipe; expected a PNG that dall3 saved")
         image.info = {}
         try:
             recipe = json.loads(text)

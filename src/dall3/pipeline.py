@@ -45,9 +45,11 @@ from dall3.sampling import (
     candidate_uniforms,
     check_counts,
     draw_text_tokens,
+    fitting_batch_size,
     image_token_steps,
     make_generator,
 )
+from dall3.speculative import speculative_token_steps
 from dall3.text import TextEncoder, Tokenizer, load_tokenizer, tokenizer_json
 from dall3.weights import (
     BUNDLED,
@@ -64,6 +66,9 @@ from dall3.weights import (
 Weighted = Sequence[tuple[Any, float]]  # texts or pictures, and how much each counts
 
 
+NETWORKS = ("transformer", "vqgan", "clip", "upsampler", "super_resolution")
+# What works together, and is on the device at the same time when parts are moved there only to work.
+STAGES = ({"transformer"}, {"vqgan", "clip", "upsampler"}, {"clip", "super_resolution"})
 LOADING = threading.RLock()  # one at a time, whoever asks first
 
 
@@ -162,6 +167,7 @@ class Dall3Pipeline:
         self.origins: dict[str, Origin] = {}  # licence and source of the parts, where they are known
         self._hashes: dict[str, tuple[Any, str]] = {}  # of the parts, with what tells that they are still the same
         self.defaults: dict[str, Any] = {}  # settings of `Sampling` and `Refinement` that suit these weights
+        self._offload_device: torch.device | None = None  # where parts work that otherwise wait on the CPU
 
     @property
     def clip(self) -> CLIP | None:
@@ -186,7 +192,9 @@ class Dall3Pipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where the parts are; those that replace others must be there too."""
+        """Where the parts are, or work; those that replace others must be there too."""
+        if self._offload_device is not None:
+            return self._offload_device
         return next((parameter.device for part in self._parts for parameter in part.parameters()), torch.device("cpu"))
 
     @classmethod
@@ -316,11 +324,41 @@ class Dall3Pipeline:
         >>> Dall3Pipeline.from_pretrained().to("cpu", torch.bfloat16).device
         device(type='cpu')
         """
+        self._offload_device = None
         layout = torch.contiguous_format if torch.device(device).type == "cpu" else torch.channels_last
         for part in self._parts:
             part.to(device, dtype).to(memory_format=layout)  # type: ignore[call-overload]
         if is_loader(self._clip):
             self._clip = partial(load_and_move, self._clip, device, dtype, layout)
+        return self
+
+    def enable_model_offload(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Dall3Pipeline:
+        """Keep the parts on the CPU, and move each to a device only while it works: the device's memory need only hold
+        the largest stage. dtype: as `to` has it. `to` ends it. Returns itself.
+
+        >>> pipe = Dall3Pipeline.from_pretrained().enable_model_offload("cpu")  # "cuda", where there is a GPU
+        >>> pipe("a red cube", seed=0, num_inference_steps=2, progress=False).images[0].size
+        (256, 256)
+        """
+        self.to("cpu", dtype)
+        self._offload_device = torch.device(device)
+        return self
+
+    def compile(self, **options: Any) -> Dall3Pipeline:
+        """Compile the token step and the denoising step with torch.compile when they are first run, a graph each.
+
+        options: of torch.compile, such as mode="max-autotune". Compiling takes a minute or so, and pays where many
+        pictures follow; a new batch size or picture size is compiled anew. Returns itself.
+
+        >>> pipe = Dall3Pipeline.from_pretrained().compile(backend="eager")
+        >>> pipe.generate_tokens("a red cube", seed=0, progress=False).shape
+        torch.Size([1, 256])
+        """
+        if self.transformer is not None:
+            self.transformer.compile(**options)
+        for unet in (self.upsampler, self.super_resolution):
+            if unet is not None:
+                unet.compile(**{"fullgraph": True, "dynamic": False} | options)
         return self
 
     def __call__(
@@ -336,7 +374,7 @@ class Dall3Pipeline:
         output_size: int | None = None,
         seed: int | None = None,
         generator: torch.Generator | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         refine_batch_size: int = 4,
         truncate: bool = False,
         progress: bool = True,
@@ -349,9 +387,10 @@ class Dall3Pipeline:
         num_candidates: num_images if not given. init_image, keep_rows, redraw: as `generate_tokens` has them.
         guidance_prompt: what CLIP guides to, if not the prompt, and weighted if you like: "a cube:2|a cloud".
         output_size: with a super_resolution part, pixels a side of the final pictures. batch_size: candidates
-        at a time; refine_batch_size: pictures refined at a time; both are halved where the device's memory does
-        not hold them. The results depend on them by rounding only. truncate: cut a prompt that is too long.
-        settings: those of `Sampling` and `Refinement`; where not given, what `defaults` has for these weights.
+        at a time, chosen from the free memory if not given; refine_batch_size: pictures refined at a time; both are
+        halved where the device's memory does not hold them. The results depend on them by rounding only. truncate: cut
+        a prompt that is too long. settings: those of `Sampling` and `Refinement`; where not given, what `defaults` has
+        for these weights.
         clip_guidance_scale, if neither says, is 1000 where there are a CLIP and an upsampler.
         callback_on_step_end(pipe, step, timestep, tensors): called after each denoising step with "x" and
         "pred_xstart", float32 (batch, 3, height, width) about [-1, 1]; x changed in place goes on so. Where it raises
@@ -457,7 +496,7 @@ class Dall3Pipeline:
         require(0 <= place < plan.num_images, f"the recipe's place is {place}, of {plan.num_images} pictures")
         if kept is None:
             return plan
-        length = self._need("transformer", "drawing tokens").config.image_seq_len
+        length = self._require("transformer", "drawing tokens").config.image_seq_len
         fits = isinstance(kept, list) and len(kept) == length and all(type(token) is int for token in kept)
         require(fits, f"the recipe keeps tokens that are not {length} whole numbers")
         self._check_tokens(torch.tensor(kept).clamp(min=0))
@@ -475,7 +514,7 @@ class Dall3Pipeline:
         output_size: int | None = None,
         seed: int | None = None,
         generator: torch.Generator | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         refine_batch_size: int = 4,
         truncate: bool = False,
         progress: bool = True,
@@ -485,15 +524,13 @@ class Dall3Pipeline:
         """The call's arguments, checked."""
         num_candidates = num_images if num_candidates is None else num_candidates
         check_counts(num_images=num_images, num_candidates=num_candidates)
-        check_counts(batch_size=batch_size, refine_batch_size=refine_batch_size)
+        check_counts(refine_batch_size=refine_batch_size)
         require(num_candidates >= num_images, f"num_candidates={num_candidates} is less than num_images={num_images}")
-        given = {k: settings.pop(k) for k in Sampling.__dataclass_fields__ if k in settings}
-        sampling = Sampling(**self.with_defaults(Sampling, given))
+        sampling = self._sampling({k: settings.pop(k) for k in Sampling.__dataclass_fields__ if k in settings})
         guide = self._clip is not None and self.upsampler is not None
         scale = self.defaults.get("clip_guidance_scale", 1000.0) if guide else 0.0
         refinement = Refinement(**self.with_defaults(Refinement, {"clip_guidance_scale": scale} | settings))
-        self._need("text_encoder", "reading text")(prompt, truncate)
-        self._require("transformer", "drawing tokens")
+        self._require("text_encoder", "reading text")(prompt, truncate)
         self._require("vqgan", "making pictures of tokens")
         if num_candidates > num_images:
             self._require("clip", f"choosing {num_images} of {num_candidates} candidates")
@@ -517,7 +554,7 @@ class Dall3Pipeline:
                 guidance_prompt=guidance_prompt,
                 output_size=output_size,
                 seed=choose_seed(seed, generator),
-                batch_size=batch_size,
+                batch_size=self._batch_size(batch_size, sampling),
                 refine_batch_size=refine_batch_size,
                 truncate=truncate,
             ),
@@ -533,7 +570,7 @@ class Dall3Pipeline:
         refinement = plan.refinement
         draw: dict[str, Any] = dict(seed=how["seed"], batch_size=batch_size, truncate=how["truncate"])
         draw |= dict(progress=plan.progress, kept=plan.kept)
-        side = self._need("transformer", "drawing tokens").config.grid_size
+        side = self._require("transformer", "drawing tokens").config.grid_size
         for tokens, batch, drawn in self._token_steps(plan.prompt, how["num_candidates"], plan.sampling, **draw):
             if drawn % side == 0:
                 rows = tokens[batch.start : min(batch.start + count, batch.stop)].clone()
@@ -555,6 +592,8 @@ class Dall3Pipeline:
         coarse_images = to_pil(coarse)
         name = refinement.scheduler if isinstance(refinement.scheduler, str) else type(refinement.scheduler).__name__
         recipe = how | asdict(plan.sampling) | vars(refinement) | {"scheduler": name, "weights": self._fingerprints()}
+        if self._offload_device is not None:
+            self._put_back(*NETWORKS)
         out = Dall3Output(
             prompt=plan.prompt,
             images=coarse_images if fine is coarse else to_pil(fine),
@@ -574,7 +613,8 @@ class Dall3Pipeline:
 
         Batch after batch: of the others' pictures none is kept. Without a clip it is the first ones, and no scores.
         """
-        numbers, clip = torch.arange(len(tokens), device=tokens.device), self.clip
+        numbers = torch.arange(len(tokens), device=tokens.device)
+        clip = None if self._clip is None else self._need("clip", "ranking")
         text = None if clip is None else clip.embed_text([prompt])
         best: tuple[Tensor, Tensor, Tensor] | None = None
 
@@ -602,7 +642,7 @@ class Dall3Pipeline:
             require(none, "keep_rows and redraw say what stays of an init_image; give one")
             return None
         require(keep_rows is None or redraw is None, "both keep_rows and redraw are given; choose one")
-        side = self._need("transformer", "drawing tokens").config.grid_size
+        side = self._require("transformer", "drawing tokens").config.grid_size
         drawn = torch.zeros(side, side, dtype=torch.bool)
         if redraw is not None:
             fits = len(redraw) == 4 and all(isinstance(value, int | np.integer) and value >= 0 for value in redraw)
@@ -619,7 +659,7 @@ class Dall3Pipeline:
         if isinstance(init_image, np.ndarray | Tensor) and init_image.ndim < 3:
             tokens = self._check_tokens(init_image)
         else:
-            picture = enlarge(center_crop(to_tensor(init_image)), side * self._need("vqgan", "priming").downsampling)
+            picture = enlarge(center_crop(to_tensor(init_image)), side * self._require("vqgan", "priming").downsampling)
             tokens = self._encode(picture.to(self.device))
         require(tokens.shape == (1, side**2), f"init_image has tokens {tuple(tokens.shape)}; expected ({side**2},)")
         return torch.where(drawn.flatten().to(self.device), -1, tokens[0])
@@ -654,7 +694,7 @@ class Dall3Pipeline:
         redraw: Sequence[int] | None = None,
         seed: int | None = None,
         generator: torch.Generator | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         truncate: bool = False,
         progress: bool = True,
         **settings: Any,
@@ -664,8 +704,9 @@ class Dall3Pipeline:
         init_image: a picture, or tokens, int64 (image tokens,), of which some stay: the first keep_rows rows (0.4375 of
         them if not said, as DALLE-pytorch primes), or all but the rectangle `redraw`, (top, left, height, width) in
         tokens. What is drawn sees what stands before it, row by row, and nothing after it.
-        seed: any integer from 0; drawn if neither it nor `generator` is given. truncate: cut a prompt that is too
-        long. settings: those of `Sampling`; where not given, what `defaults` has for these weights. Raises ValueError
+        seed: any integer from 0; drawn if neither it nor `generator` is given. batch_size: candidates at a time,
+        chosen from the free memory if not given. truncate: cut a prompt that is too long. settings: those of
+        `Sampling`; where not given, what `defaults` has for these weights. Raises ValueError
         for a setting out of range, a prompt that does not fit, or a missing transformer.
 
         >>> pipe = Dall3Pipeline.from_pretrained()
@@ -676,8 +717,9 @@ class Dall3Pipeline:
         >>> torch.equal(other[0, :128], tokens[0, :128])
         True
         """
-        sampling = Sampling(**self.with_defaults(Sampling, settings))
-        check_counts(num_candidates=num_candidates, batch_size=batch_size)
+        sampling = self._sampling(settings)
+        check_counts(num_candidates=num_candidates)
+        batch_size = self._batch_size(batch_size, sampling)
         kept = self._kept_tokens(init_image, keep_rows, redraw)
         how: dict[str, Any] = dict(batch_size=batch_size, truncate=truncate, progress=progress, kept=kept)
         for drawn, _, _ in self._token_steps(  # noqa: B007
@@ -700,11 +742,16 @@ class Dall3Pipeline:
         """`image_token_steps` for a prompt, with a progress bar."""
         transformer: DalleTransformer = self._need("transformer", "drawing tokens")
         text_ids = self._need("text_encoder", "reading text")(prompt, truncate=truncate).to(self.device)
-        length = transformer.config.image_seq_len
-        uniforms = candidate_uniforms(seed, range(num_candidates), length).to(self.device)
+        length, numbers = transformer.config.image_seq_len, range(num_candidates)
+        if sampling.jacobi_window is not None:
+            generators = [make_generator("cpu", seed, "speculation", k) for k in numbers]
+            steps = speculative_token_steps(transformer, text_ids, generators, sampling, kept)
+        else:
+            uniforms = candidate_uniforms(seed, numbers, length).to(self.device)
+            steps = image_token_steps(transformer, text_ids, uniforms, sampling, batch_size, kept)
         desc = f"drawing {num_candidates} candidate{'s' * (num_candidates > 1)}"
-        with tqdm(total=uniforms.numel(), desc=desc, disable=not progress) as bar:
-            for step in image_token_steps(transformer, text_ids, uniforms, sampling, batch_size, kept):
+        with tqdm(total=num_candidates * length, desc=desc, disable=not progress) as bar:
+            for step in steps:
                 bar.update(step[1].start * length + len(step[1]) * step[2] - bar.n)
                 yield step
 
@@ -878,19 +925,46 @@ class Dall3Pipeline:
         tokens: Tensor = vqgan.encode(pictures.to(next(vqgan.parameters()).dtype))
         return tokens
 
-    def _require(self, part: str, purpose: str) -> None:
-        """Raise ValueError where a part is missing; a CLIP that is still to be loaded is not."""
+    def _sampling(self, given: dict[str, Any]) -> Sampling:
+        """The settings of a draw, those of the weights where none are given, checked."""
+        sampling = Sampling(**self.with_defaults(Sampling, given))
+        on_cpu = sampling.quantize is None or self.device.type == "cpu"
+        require(on_cpu, f"quantize='{sampling.quantize}' is for a CPU, and this pipeline is on {self.device}")
+        return sampling
+
+    def _batch_size(self, given: int | None, sampling: Sampling) -> int:
+        """Candidates at a time: as many as are asked for, or as fit."""
+        if given is None:
+            return fitting_batch_size(self._require("transformer", "drawing tokens"), sampling)
+        check_counts(batch_size=given)
+        return given
+
+    def _require(self, part: str, purpose: str) -> Any:
+        """A part where it is, or the function that loads it. Raises ValueError where there is none."""
         held = self._clip if part == "clip" else getattr(self, part)
         require(held is not None, f"this pipeline has no {part}, which {purpose} needs; give one when making it")
+        return held
 
     def _need(self, part: str, purpose: str) -> Any:
+        """A part, to work with: loaded, and on the device where it works. Raises ValueError where there is none."""
         self._require(part, purpose)
-        return getattr(self, part)
+        found = getattr(self, part)
+        if self._offload_device is not None and isinstance(found, nn.Module):
+            self._put_back(*(other for other in NETWORKS if not any({part, other} <= stage for stage in STAGES)))
+            found.to(self._offload_device)
+        return found
+
+    def _put_back(self, *parts: str) -> None:
+        """Move parts back to the CPU, where they wait."""
+        for name in parts:
+            held = self._clip if name == "clip" else getattr(self, name)
+            if isinstance(held, nn.Module):
+                held.to("cpu")
 
     def _check_tokens(self, tokens: Tensor | np.ndarray) -> Tensor:
         tokens = torch.as_tensor(tokens)
         tokens = tokens[None] if tokens.ndim == 1 else tokens
-        shape, codes = tuple(tokens.shape), self._need("vqgan", "reading tokens").num_tokens
+        shape, codes = tuple(tokens.shape), self._require("vqgan", "reading tokens").num_tokens
         square = len(shape) == 2 and math.isqrt(shape[1]) ** 2 == shape[1] and tokens.numel() > 0
         kind = str(tokens.dtype).removeprefix("torch.")
         require(square and "int" in kind, f"tokens are {kind} {shape}; expected int64 (n, side²), such as (n, 256)")
@@ -903,7 +977,7 @@ class Dall3Pipeline:
     ) -> UNet:
         """The UNet of the stage. Raises ValueError for what it cannot do. prompts: texts and pictures, with weights."""
         require(stage in ("upsampler", "super_resolution"), f"stage '{stage}'; expected upsampler or super_resolution")
-        unet: UNet = self._need(stage, "refining")
+        unet: UNet = self._require(stage, "refining")
         space_timesteps(unet.config.diffusion.diffusion_steps, refinement.num_inference_steps)
         require(not unet.config.num_classes, "the UNet is conditioned on class labels, which a pipeline does not give")
         side, step = unet.config.image_size if output_size is None else output_size, unet.config.downsampling

@@ -61,8 +61,8 @@ class Positions:
     """Where the tokens of one forward stand, and what follows from it alone: looked up once, read by every layer."""
 
     index: Tensor  # int64 (n,), places in the sequence
-    visible: int  # keys at 0 … visible - 1 exist
-    masks: dict[str, Tensor]  # attention type -> bool (n, visible) or (heads, n, visible)
+    visible: int  # keys at 0 … visible - 1 are read
+    masks: dict[str, Tensor | None]  # attention type -> bool (n, visible) or (heads, n, visible); None: sees all
     cos: Tensor | None  # (n, dim_head), rotary: of each channel itself
     sin: Tensor | None  # and of the other one of its pair, with its sign
     # Whom the first and the second quarter of the channels come from, as quarters of the rows: 2 · place for the

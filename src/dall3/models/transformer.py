@@ -6,7 +6,9 @@ padding id a position), then the image vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -128,12 +130,13 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor, at: Positions, cache: LayerCache | None = None) -> Tensor:
         x, gate = F.gelu(self.proj_in(x)).chunk(2, dim=-1)
         gate = remember(cache, "gate", self.norm(gate), at)
-        weight = self.weight[at.index, : at.visible] * at.masks["full"]
+        weight, mask = self.weight[at.index, : at.visible], at.masks["full"]
+        weight = weight if mask is None else weight * mask
         return self.proj_out(x * (weight @ gate + self.bias[at.index, None]))
 
 
 class Sublayer(nn.Module):
-    """Norm, token shift, function, scale (CaiT's LayerScale, arXiv 2103.17239): what is added to the stream."""
+    """Norm, token shift, function: what is added to the stream, times `scale` (CaiT's LayerScale, arXiv 2103.17239)."""
 
     def __init__(self, config: TransformerConfig, function: nn.Module, layer: int) -> None:
         super().__init__()
@@ -148,7 +151,8 @@ class Sublayer(nn.Module):
         x = self.norm(x)
         if self.shift_tokens:
             x = shift_tokens(x, at, cache)
-        return self.norm_out(self.function(x, at, cache)) * self.scale
+        out: Tensor = self.norm_out(self.function(x, at, cache))
+        return out
 
 
 def shift_tokens(x: Tensor, at: Positions, cache: LayerCache | None) -> Tensor:
@@ -178,10 +182,13 @@ class DalleTransformer(nn.Module):
     rotary_cos: Tensor
     rotary_sin: Tensor
     neighbours: Tensor
+    image_head: nn.Module | None  # in place of the image's half of `to_logits`, where there is one
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = c = config
+        self.image_head = None
+        self.compiled_run: Callable[..., Tensor] | None = None
         self.to_logits = nn.Linear(c.dim, c.text_vocabulary + c.num_image_tokens)
         if not c.share_input_output_emb:
             self.text_emb = nn.Embedding(c.text_vocabulary, c.dim)
@@ -210,6 +217,10 @@ class DalleTransformer(nn.Module):
         # The row behind the last position is never written: it is nobody's, and 0.
         above, left = torch.where(has_above, above, c.seq_len), torch.where(left >= 0, left, c.seq_len)
         self.register_buffer("neighbours", torch.stack((2 * above, 2 * left + 1), dim=1), persistent=False)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile what draws a token with torch.compile, whose arguments it takes: one graph, for all tokens."""
+        self.compiled_run = torch.compile(self.run, *args, **{"fullgraph": True, "dynamic": False} | kwargs)
 
     def set_rotary_angles(self, angles: Tensor) -> None:
         """Take the table of angles (positions, channels) of a checkpoint; neighbouring channels share an angle."""
@@ -253,6 +264,9 @@ class DalleTransformer(nn.Module):
 
     def image_logits(self, x: Tensor) -> Tensor:
         """Hidden states (batch, n, dim) from `run` to logits (batch, n, num_image_tokens): half of the head only."""
+        if self.image_head is not None:
+            logits: Tensor = self.image_head(x)
+            return logits
         start = self.config.text_vocabulary
         return F.linear(x, self.to_logits.weight[start:], self.to_logits.bias[start:])
 
@@ -292,27 +306,31 @@ class DalleTransformer(nn.Module):
         """Empty caches for `run`, two a layer; their batch is that of the first tokens fed."""
         return [LayerCache(self.config.seq_len + 1) for _ in range(2 * self.config.depth)]
 
-    def run(self, x: Tensor, index: Tensor, visible: int, caches: list[LayerCache] | None = None) -> Tensor:
+    def run(self, x: Tensor, index: Tensor, end: int | None, caches: list[LayerCache] | None = None) -> Tensor:
         """Embeddings (batch, n, dim) of the positions `index` (n,) to hidden states (batch, n, dim).
 
-        Without caches x holds all `visible` positions; with them, the ones that the caches do not know yet, and keys
-        0 … visible - 1 are read: any number from the last position + 1 up, a constant one keeps the shapes static.
+        end: the last position + 1. Without caches x holds all positions before it; with them, the last ones, which the
+        caches do not know yet, or know otherwise. None, with caches, reads the keys of all positions under a mask: the
+        shapes are then the same for every token.
         """
-        c, at = self.config, self._positions(index, visible)
+        c, at = self.config, self._positions(index, end)
         streams = [x, x] if c.reversible else [x]
         sublayers = [sublayer for pair in self.layers for sublayer in pair.children()]
         for i, sublayer in enumerate(sublayers):
             target, source = (i % 2, 1 - i % 2) if c.reversible else (0, 0)
-            streams[target] = streams[target] + sublayer(streams[source], at, caches[i] if caches else None)
+            out = sublayer(streams[source], at, caches[i] if caches else None)
+            streams[target] = torch.addcmul(streams[target], out, sublayer.scale)
         x = (streams[0] + streams[1]) / 2 if c.reversible else streams[0]
         if c.stable:
             x = x / x.amax(dim=-1, keepdim=True).detach()
         return self.norm_out(x)
 
-    def _positions(self, index: Tensor, visible: int) -> Positions:
-        c = self.config
-        kinds = {"full", *c.attn_types} - {"mlp"}
-        masks = {kind: self.get_buffer(f"{kind}_pattern")[..., index, :visible] for kind in kinds}
+    def _positions(self, index: Tensor, end: int | None) -> Positions:
+        c, visible = self.config, self.config.seq_len if end is None else end
+        masks: dict[str, Tensor | None] = {"full": None}
+        for kind in {"full", *c.attn_types} - {"mlp"}:
+            if kind != "full" or end is None or len(index) > 1:  # the last position sees all before it
+                masks[kind] = self.get_buffer(f"{kind}_pattern")[..., index, :visible]
         cos = sin = None
         if c.rotary_emb:
             cos = self.rotary_cos[index].repeat_interleave(2, dim=-1)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dall3.models.vqgan import upsample
 
@@ -143,6 +144,17 @@ def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
     return F.pad(embedding, (0, dim % 2))
 
 
+def run_block(block: nn.Module, x: Tensor, time: Tensor) -> Tensor:
+    out: Tensor = block(x, time)
+    return out
+
+
+def recomputed(block: nn.Module, x: Tensor, time: Tensor) -> Tensor:
+    """The block's output, of which nothing is kept for the gradient but what went in."""
+    out: Tensor = checkpoint(block, x, time, use_reentrant=False)
+    return out
+
+
 class UNet(nn.Module):
     """Noisy picture and time to the noise in it (and, with learn_sigma, to where its variance lies)."""
 
@@ -191,8 +203,15 @@ class UNet(nn.Module):
                         ResBlock(c, out, out, nn.Upsample(scale_factor=2)) if c.resblock_updown else upsample(out)
                     )
                 self.output_blocks.append(Block(*layers))
+        self.gradient_checkpointing = False
         out_channels = 6 if c.diffusion.learn_sigma else 3
         self.out = nn.Sequential(nn.GroupNorm(32, width), nn.SiLU(), nn.Conv2d(width, out_channels, 3, padding=1))
+
+    def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
+        """Keep only what goes into each block for a gradient, and run the block again for the rest: less memory, more
+        time. CLIP guidance takes a gradient through all of the UNet.
+        """
+        self.gradient_checkpointing = enabled
 
     def forward(
         self,
@@ -221,13 +240,14 @@ class UNet(nn.Module):
         if low_res is not None:
             x = torch.cat((x, F.interpolate(low_res, x.shape[2:], mode="bilinear")), dim=1)
 
+        run = recomputed if self.gradient_checkpointing and torch.is_grad_enabled() else run_block
         skips = []
         for block in self.input_blocks:
-            x = block(x, time)
+            x = run(block, x, time)
             skips.append(x)
         if image_embeds is not None:
             x = torch.cat((x, self.external_block(image_embeds)), dim=1)
-        x = self.get_submodule(self.middle_name)(x, time)
+        x = run(self.get_submodule(self.middle_name), x, time)
         for block in self.output_blocks:
-            x = block(torch.cat((x, skips.pop()), dim=1), time)
+            x = run(block, torch.cat((x, skips.pop()), dim=1), time)
         return self.out(x)

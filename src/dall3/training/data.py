@@ -114,7 +114,8 @@ def shuffled(index: int, length: int) -> int:
 
 def fit_picture(data: bytes, side: int) -> np.ndarray:
     """The middle square of an encoded picture, on white where it is transparent: uint8 (side, side, 3)."""
-    with Image.open(io.BytesIO(data)) as picture:
+    with Image.open(io.BytesIO(data)) as file:
+        picture: Image.Image = file
         if picture.has_transparency_data:
             rgba = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)

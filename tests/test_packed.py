@@ -1,0 +1,98 @@
+"""What draws on a CPU: linear layers laid out anew give the transformer's numbers, eight bits nearly so."""
+
+import pytest
+import torch
+
+from dall3.models.packed import Int8Linear, PackedLinear, can_pack, prepare
+from dall3.models.transformer import DalleTransformer, TransformerConfig
+from dall3.sampling import Sampling, candidate_uniforms, draw_image_tokens
+
+from originals import close
+
+SETTINGS = dict(num_text_tokens=30, num_image_tokens=64, text_seq_len=8, dim=64, depth=3, heads=2, dim_head=32)
+needs_packing = pytest.mark.skipif(not can_pack(torch.zeros(1)), reason="oneDNN has no layout of its own here")
+
+
+def make_transformer(**changes):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = DalleTransformer(TransformerConfig(**SETTINGS | {"grid_size": 4} | changes))
+        for parameter in model.parameters():
+            parameter.data.normal_(0, 0.1)
+    return model.eval().requires_grad_(False)
+
+
+TEXT = torch.tensor([[3, 4, 5, 0, 0, 0, 0, 0]])
+KINDS = {
+    "plain": {},
+    "shared layers": {"shared_attn_ids": (0, 1, 0), "shared_ff_ids": (0, 0, 1)},
+    "gmlp": {"attn_types": ("full", "mlp"), "rotary_emb": False, "share_input_output_emb": True},
+}
+
+
+@needs_packing
+@pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("quantize, tolerance", [(None, 1e-5), ("int8", 0.15)])
+def test_a_prepared_transformer_gives_the_same_logits(changes, quantize, tolerance):
+    model, image = make_transformer(**changes), torch.randint(64, (3, 16), generator=torch.Generator().manual_seed(1))
+    ready, c = prepare(model, quantize), model.config
+    kind = PackedLinear if quantize is None else Int8Linear
+    assert sum(isinstance(module, kind) for module in ready.modules()) > c.depth
+    assert not any(isinstance(module, torch.nn.Linear) for module in ready.layers.modules())
+
+    expected = model(TEXT.expand(3, -1), image)[:, c.text_seq_len :, c.text_vocabulary :]
+    hidden = torch.cat((ready.embed_text(TEXT.expand(3, -1)), ready.embed_image(image, torch.arange(16))), dim=1)
+    hidden = ready.run(hidden[:, : c.seq_len], torch.arange(c.seq_len), c.seq_len)
+    logits = ready.image_logits(hidden[:, c.text_seq_len :])
+    assert close(logits, expected, tolerance * expected.std().item())
+    assert close(logits, expected, 1e-4 * expected.std().item()) == (quantize is None)  # eight bits are seen
+
+
+@needs_packing
+def test_a_prepared_transformer_leaves_the_other_as_it_is_and_shares_its_tensors():
+    model = make_transformer()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ready = prepare(model)
+    assert ready.image_emb.weight.data_ptr() == model.image_emb.weight.data_ptr()
+    assert prepare(ready) is ready
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_eight_bits_are_within_half_a_step_of_the_weights():
+    weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 6)[:, None]
+    layer = Int8Linear(weight, None)
+    step = weight.abs().amax(dim=1, keepdim=True) / 127
+    # The scales are kept in bfloat16, whose eight bits are off by up to 1 in 256.
+    restored = layer.weight.float() * layer.scale.float()[:, None]
+    assert ((restored - weight).abs() <= step * 0.5 + weight.abs() / 256).all()
+    x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1))
+    expected = x @ restored.T
+    assert layer(x).shape == (2, 3, 6)
+    assert ((layer(x) - expected).abs() <= 0.02 * expected.abs().amax(dim=(0, 1))).all()
+
+
+def test_drawing_with_eight_bits_is_near_the_same_and_only_on_a_cpu():
+    model, uniforms = make_transformer(), candidate_uniforms(0, range(40), 16)
+    plain = draw_image_tokens(model, TEXT[0], uniforms, Sampling(temperature=2.0))
+    small = draw_image_tokens(model, TEXT[0], uniforms, Sampling(temperature=2.0, quantize="int8"))
+    assert (plain[:, 0] == small[:, 0]).float().mean() > 0.8  # later ones see other tokens before them
+    with pytest.raises(ValueError, match="quantize='int8' is for a CPU, and the transformer is on meta"):
+        prepare(make_transformer().to("meta"), "int8")
+    with pytest.raises(ValueError, match="quantize='int4' is not known; expected int8 or None"):
+        Sampling(quantize="int4")
+
+
+def test_a_compiled_transformer_draws_the_same_tokens_by_one_graph_for_all_steps():
+    torch._dynamo.reset()
+    model, graphs = make_transformer(attn_types=("full", "axial_row")), []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    uniforms = candidate_uniforms(0, range(3), 16)
+    plain = draw_image_tokens(model, TEXT[0], uniforms, Sampling(top_p=0.9, cond_scale=2.0))
+    model.compile(backend=count)
+    assert torch.equal(draw_image_tokens(model, TEXT[0], uniforms, Sampling(top_p=0.9, cond_scale=2.0)), plain)
+    assert len(graphs) == 1
