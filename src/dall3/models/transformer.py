@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -319,7 +319,7 @@ class DalleTransformer(nn.Module):
         for i, sublayer in enumerate(sublayers):
             target, source = (i % 2, 1 - i % 2) if c.reversible else (0, 0)
             out = sublayer(streams[source], at, caches[i] if caches else None)
-            streams[target] = torch.addcmul(streams[target], out, sublayer.scale)
+            streams[target] = torch.addcmul(streams[target], out, cast(Tensor, sublayer.scale))
         x = (streams[0] + streams[1]) / 2 if c.reversible else streams[0]
         if c.stable:
             x = x / x.amax(dim=-1, keepdim=True).detach()

@@ -1,0 +1,417 @@
+"""How fast, beside the originals and beside the machine's limit: python benchmarks/speed.py
+
+Ours and theirs take turns in one run, on the same weights; figures are medians of the rounds. The originals are
+measured where they are: dalle-pytorch 1.6.6 (`pip install --no-deps dalle-pytorch==1.6.6`; the names that it misses are
+filled in here, and its lost cache argument is mended), and the clones of the seed's two programs that --seed-dalle
+and --seed-diffusion name. Programs without a cache are run at every 16th token, and the rest is read off between.
+
+Sections: tokens, diffusion, growth, steps, start, memory. Each writes its rows to results/speed.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dall3 import Dall3Pipeline
+from dall3.checkpoints import load_transformer, load_unet
+from dall3.diffusion import GaussianDiffusion, Refinement, denoising_steps
+from dall3.guidance import clip_loss, guided, spherical_distance
+from dall3.models.clip import CLIP
+from dall3.models.packed import prepare
+from dall3.models.transformer import DalleTransformer, TransformerConfig
+from dall3.models.unet import UNet, UNetConfig
+from dall3.sampling import Sampling, candidate_uniforms, draw_image_tokens, make_generator
+
+Row = dict[str, Any]
+WORDS, CODES, TEXT, GRID = 8192, 8192, 80, 16
+TOP_K = 0.9
+# As the seed's `--model_size 256`, with 32 channels and code embeddings of 32: guided-diffusion's flags.
+FLAGS: dict[str, Any] = dict(
+    image_size=256,
+    class_cond=False,
+    learn_sigma=True,
+    num_channels=32,
+    num_res_blocks=2,
+    channel_mult="",
+    num_heads=4,
+    num_head_channels=64,
+    num_heads_upsample=-1,
+    attention_resolutions="32,16,8",
+    dropout=0.0,
+    diffusion_steps=1000,
+    noise_schedule="linear",
+    timestep_respacing="1000",
+    use_kl=False,
+    predict_xstart=False,
+    rescale_timesteps=True,
+    rescale_learned_sigmas=False,
+    use_checkpoint=False,
+    use_scale_shift_norm=True,
+    resblock_updown=True,
+    use_fp16=False,
+    use_new_attention_order=False,
+    emb_condition=True,
+    emb_input_dims=32,
+    emb_output_dims=64,
+)
+PROMPT = "a cube made of cloud"
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def in_turn(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """The median seconds of each, all run once a round, after a first round that does not count."""
+    runs: dict[str, list[float]] = {name: [] for name in works}
+    for counted in [False] + [True] * rounds:
+        for name, work in works.items():
+            taken = seconds(work)
+            runs[name] += [taken] * counted
+    return {name: statistics.median(found) for name, found in runs.items()}
+
+
+def fill_in(name: str, **names: Any) -> None:
+    """A module that holds only what an original asks of a package that is not there."""
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        module = ModuleType(name)
+        module.__dict__.update(names)
+        sys.modules[name] = module
+
+
+def load_dalle_pytorch(folder: Path | None = None) -> Any:
+    """DALLE-pytorch, as installed or from a clone; None where it is not."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "dalle_pytorch"]:
+        del sys.modules[name]
+    if folder is not None:
+        sys.path.insert(0, str(folder))
+    release = type("Release", (), {"version": "1.6.6"})
+    fill_in("pkg_resources", get_distribution=lambda name: release, parse_version=lambda version: version)
+    for name in ("youtokentome", "ftfy", "regex", "webdataset", "taming", "taming.models"):
+        fill_in(name)
+    fill_in("transformers", BertTokenizer=None)
+    fill_in("omegaconf", OmegaConf=None)
+    fill_in("axial_positional_embedding", AxialPositionalEmbedding=None)
+    fill_in("taming.models.vqgan", VQModel=None, GumbelVQ=None)
+    try:
+        return importlib.import_module("dalle_pytorch.dalle_pytorch")
+    except ImportError:
+        return None
+    finally:
+        if folder is not None:
+            sys.path.remove(str(folder))
+
+
+def make_dalle(module: Any, depth: int) -> Any:
+    """An original transformer with random weights."""
+    torch.manual_seed(0)
+    vae = module.DiscreteVAE(image_size=8 * GRID, num_tokens=CODES, codebook_dim=64, num_layers=3, hidden_dim=16)
+    sizes = dict(dim=512, depth=depth, heads=8, dim_head=64, num_text_tokens=WORDS, text_seq_len=TEXT)
+    return module.DALLE(vae=vae, **sizes).eval()
+
+
+def load_ours(original: Any, depth: int) -> DalleTransformer:
+    """Our transformer with the original's weights, through a checkpoint; with random ones without an original."""
+    if original is None:
+        torch.manual_seed(0)
+        return DalleTransformer(TransformerConfig(WORDS, CODES, TEXT, 512, depth)).eval().requires_grad_(False)
+    hparams = dict(dim=512, depth=depth, heads=8, dim_head=64, num_text_tokens=WORDS, text_seq_len=TEXT)
+    hparams |= dict(reversible=False, loss_img_weight=7, attn_types=("full",))
+    hparams |= dict(shift_tokens=True, rotary_emb=True)
+    vae = dict(image_size=8 * GRID, num_tokens=CODES, codebook_dim=64, num_layers=3, hidden_dim=16)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "dalle.pt"
+        torch.save({"hparams": hparams, "vae_params": vae, "weights": original.state_dict()}, path)
+        return load_transformer(path)
+
+
+def mended(self: Any, text: Tensor, image: Tensor, cond_scale: float = 1, cache: Any = None) -> Tensor:
+    """`forward_with_cond_scale` of 1.6.6 at a cond_scale of 1, with the cache that it loses."""
+    logits: Tensor = self.forward(text, image, cache=cache)
+    return logits
+
+
+@torch.no_grad()
+def without_cache(dalle: Any, text: Tensor, every: int = 16) -> float:
+    """Seconds of a picture's tokens where every token runs the whole sequence: every 16th token's, times 16."""
+    taken, image = [], torch.zeros(len(text), GRID**2, dtype=torch.int64)
+    dalle(text, image[:, :8])
+    for length in range(every // 2, GRID**2, every):
+        taken.append(seconds(lambda length=length: dalle(text, image[:, :length])))  # type: ignore[misc]
+    return sum(taken) * every
+
+
+def bandwidth() -> tuple[float, float]:
+    """Bytes a second that a sum reads from memory, and that linear layers of a transformer read at batch 1."""
+    block = torch.ones(64 * 2**20)
+    read = block.numel() * 4 / min(seconds(block.sum) for _ in range(5))
+    ready = prepare(load_ours(None, 12))
+    layers = [m for m in [*ready.layers.modules(), ready.image_head] if hasattr(m, "weight") and m is not None]
+    layers = [m for m in layers if isinstance(getattr(m, "weight", None), Tensor) and m.weight.ndim == 2]
+    inputs = {n: torch.randn(1, 1, n) for n in {layer.weight.shape[1] for layer in layers}}
+    size = sum(layer.weight.numel() * 4 for layer in layers)
+    with torch.inference_mode():
+        taken = min(seconds(lambda: [layer(inputs[layer.weight.shape[1]]) for layer in layers]) for _ in range(20))
+    return read, size / taken
+
+
+def arithmetic() -> float:
+    """Float32 operations a second of a matrix product."""
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    return float(2 * 2048**3 / min(seconds(lambda: a @ b) for _ in range(5)))
+
+
+def tokens(args: argparse.Namespace) -> list[Row]:
+    """Image tokens of one text: 512 wide, 256 tokens, top_k 0.9, float32. limit: the weights read once a token."""
+    read, through_linear = bandwidth()
+    flops, rows = arithmetic(), []
+    print(
+        f"memory {read / 1e9:.0f} GB/s, linear layers {through_linear / 1e9:.0f} GB/s, float32 {flops / 1e9:.0f} GF/s"
+    )
+    module, text = load_dalle_pytorch(), torch.zeros(TEXT, dtype=torch.int64)
+    text[:5] = torch.arange(5, 10)
+    for depth in args.depths:
+        original = make_dalle(module, depth) if module is not None else None
+        if module is not None:
+            module.DALLE.forward_with_cond_scale = mended
+        ours = load_ours(original, depth)
+        weights = sum(m.weight.numel() for m in ours.layers.modules() if isinstance(m, torch.nn.Linear))
+        weights += CODES * 512
+        for batch in args.batches if depth == 12 else args.batches[:1]:
+            uniforms = candidate_uniforms(0, range(batch), GRID**2)
+
+            def draw(quantize: str | None, uniforms: Tensor = uniforms, ours: DalleTransformer = ours) -> Tensor:
+                return draw_image_tokens(ours, text, uniforms, Sampling(top_k=TOP_K, quantize=quantize))
+
+            works: dict[str, Callable[[], object]] = {"ours": lambda draw=draw: draw(None)}  # type: ignore[misc]
+            if batch <= 8:
+                works["ours, int8"] = lambda draw=draw: draw("int8")  # type: ignore[misc]
+            if original is not None and batch <= 8:
+                prompts = text.expand(batch, -1)
+                works["dalle-pytorch 1.6.6, cache mended"] = lambda prompts=prompts, original=original: (  # type: ignore[misc]
+                    original.generate_images(prompts, filter_thres=TOP_K, use_cache=True)
+                )
+            found = in_turn(works, args.rounds)
+            for name, taken in found.items():
+                # What a step must at least take: reading the weights, or multiplying with them.
+                bits = 1 if "int8" in name else 4
+                limit = GRID**2 * max(weights * bits / through_linear, 2 * weights * batch / flops)
+                row = {"depth": depth, "batch": batch, "program": name, "seconds": taken}
+                row |= {"tokens/s": batch * GRID**2 / taken, "times as long": taken / found["ours"]}
+                rows.append(row | ({"share of the limit": limit / taken} if "ours" in name else {}))
+                print(rows[-1], flush=True)
+    if args.seed_dalle:
+        seed, ours = (
+            make_dalle(load_dalle_pytorch(args.seed_dalle), 12),
+            {r["batch"]: r for r in rows if r["depth"] == 12 and r["program"] == "ours"},
+        )
+        for batch in (1, 8):
+            taken = without_cache(seed, text.expand(batch, -1))
+            rows.append({"depth": 12, "batch": batch, "program": "the seed's", "seconds": taken})
+            rows[-1] |= {"tokens/s": batch * GRID**2 / taken, "times as long": taken / ours[batch]["seconds"]}
+            print(rows[-1], flush=True)
+    return rows
+
+
+def make_unets(folder: Path | None) -> tuple[Any, Any, UNet]:
+    """The original's UNet and diffusion, with random weights, and ours with the same; None twice without the clone."""
+    if folder is None:
+        torch.manual_seed(0)
+        sizes = dict(num_head_channels=64, embedding_dims=(32, 64))
+        unet = UNet(UNetConfig(32, (1, 1, 2, 2, 4, 4), 2, (3, 4, 5), 256, **sizes))  # type: ignore[arg-type]
+        return None, None, unet.eval().requires_grad_(False)
+    sys.path.insert(0, str(folder))
+    script_util = importlib.import_module("guided_diffusion.script_util")
+    torch.manual_seed(0)
+    model, diffusion = script_util.create_model_and_diffusion(**FLAGS)
+    for parameter in model.parameters():  # those made 0 would leave nothing to guide
+        parameter.data.normal_(0, 0.02)
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "model.pt"
+        torch.save(model.state_dict(), path)
+        for name, parameter in model.eval().named_parameters():  # as sample.py: its attention is always recomputed
+            parameter.requires_grad_(any(part in name for part in ("qkv", "norm", "proj")))
+        return model, diffusion, load_unet(path, FLAGS)
+
+
+def original_step(model: Any, diffusion: Any, clip: CLIP | None, target: Tensor, x: Tensor, embeds: Tensor) -> Tensor:
+    """A step of the seed's sample.py: where it is guided, the UNet runs once for the gradient and once for the step."""
+    i, cutn = 500, 16
+    t, more = torch.full((len(x),), i), {"image_embeds": embeds}
+
+    def gradient(x: Tensor, scaled: Tensor, image_embeds: Tensor | None = None) -> Tensor:
+        assert clip is not None
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            out = diffusion.p_mean_variance(model, x, t, clip_denoised=False, model_kwargs=more)
+            share = float(diffusion.sqrt_one_minus_alphas_cumprod[i])
+            blend = (out["pred_xstart"] * share + x * (1 - share) + 1) / 2
+            parts = []
+            for _ in range(cutn):
+                size = int(torch.rand([]) * (x.shape[-1] - clip.image_size) + clip.image_size)
+                left, top = (int(torch.randint(0, x.shape[-1] - size + 1, ())) for _ in range(2))
+                square = blend[:, :, top : top + size, left : left + size]
+                parts.append(F.adaptive_avg_pool2d(square, clip.image_size))
+            distance = spherical_distance(clip.embed_images(torch.cat(parts)), target)
+            return -torch.autograd.grad(distance.sum() / cutn * 1000, x)[0]
+
+    with torch.no_grad():
+        guide = gradient if clip is not None else None
+        out: dict[str, Tensor] = diffusion.p_sample(model, x, t, clip_denoised=False, cond_fn=guide, model_kwargs=more)
+        return out["sample"]
+
+
+def our_step(unet: UNet, clip: CLIP | None, target: Tensor, x: Tensor, embeds: Tensor) -> None:
+    """A step of ours on the same UNet, with the same cut-outs; ancestral, as the seed's."""
+
+    def guide(predict: Any, diffusion: GaussianDiffusion, lowest: int) -> Any:
+        assert clip is not None
+        pull = clip_loss(clip, target, torch.ones(1), 1000.0, 16, make_generator("cpu", 0, "cutouts"))
+        return guided(predict, diffusion, lowest, pull)
+
+    settings, generators = Refinement(1000, scheduler="ddpm", stop_at=1), [make_generator("cpu", 0, "noise", 1)]
+    how = guide if clip is not None else None
+    with torch.no_grad():
+        for _ in denoising_steps(unet, tuple(x.shape[1:]), generators, {"image_embeds": embeds}, settings, None, how):
+            pass
+
+
+def diffusion(args: argparse.Namespace) -> list[Row]:
+    """One ancestral step of one picture of 256 px, on a UNet of the seed's shape with 32 channels; 16 cut-outs."""
+    model, schedule, unet = make_unets(args.seed_diffusion)
+    pipe = Dall3Pipeline.from_pretrained()
+    assert pipe.clip is not None
+    x, embeds = torch.randn(1, 3, 256, 256), torch.randn(1, 32, 16, 16)
+    target, rows = pipe.clip.embed_text([PROMPT]), []
+    for kind, clip in (("unguided", None), ("guided", pipe.clip)):
+        works: dict[str, Callable[[], object]] = {
+            "ours": lambda clip=clip: our_step(unet, clip, target, x, embeds)  # type: ignore[misc]
+        }
+        if model is not None:
+            works["the seed's"] = lambda clip=clip: (  # type: ignore[misc]
+                original_step(model, schedule, clip, target, x, embeds)
+            )
+        found = in_turn(works, 2 * args.rounds + 1)
+        for name, taken in found.items():
+            row = {"step": kind, "program": name, "seconds": taken}
+            rows.append(row | ({"ours / theirs": found["ours"] / taken} if name != "ours" else {}))
+            print(rows[-1], flush=True)
+    return rows
+
+
+def growth(args: argparse.Namespace) -> list[Row]:
+    """How cost grows with the size of the refined picture: an unguided step of that UNet."""
+    unet, rows = make_unets(None)[2], []
+    for side in (128, 256, 512):
+        x, embeds = torch.randn(1, 3, side, side), torch.randn(1, 32, side // 16, side // 16)
+        work = {"step": lambda x=x, embeds=embeds: our_step(unet, None, embeds, x, embeds)}  # type: ignore[misc]
+        rows.append({"side": side, "seconds a step": in_turn(work, args.rounds)["step"]})
+        rows[-1]["ns a pixel"] = rows[-1]["seconds a step"] / side**2 * 1e9
+        print(rows[-1], flush=True)
+    return rows
+
+
+def steps(args: argparse.Namespace) -> list[Row]:
+    """The bundled weights' whole call, one picture of one candidate: seconds, by steps and guidance."""
+    pipe, rows = Dall3Pipeline.from_pretrained(), []
+    for count in (10, 25, 50):
+        for scale in (0.0, 1000.0):
+            how = dict(num_inference_steps=count, clip_guidance_scale=scale, seed=0, progress=False, strength=1.0)
+            work = {"call": lambda how=how: pipe(PROMPT, **how)}  # type: ignore[misc]
+            rows.append({"steps": count, "guided": bool(scale), "seconds": in_turn(work, args.rounds)["call"]})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def start(args: argparse.Namespace) -> list[Row]:
+    """Fresh processes: seconds after the interpreter's own start."""
+    codes = {
+        "import dall3": "import dall3",
+        "import torch": "import torch",
+        "from dall3 import Dall3Pipeline": "from dall3 import Dall3Pipeline",
+        "the bundled pipeline, after that": "pipe = Dall3Pipeline.from_pretrained()",
+    }
+    rows = []
+    for name, code in codes.items():
+        before = "from dall3 import Dall3Pipeline; " if "pipe =" in code else ""
+        script = f"{before}import time; start = time.perf_counter(); {code}; print(time.perf_counter() - start)"
+        runs = [
+            float(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
+            for _ in range(args.rounds + 2)
+        ]
+        rows.append({"what": name, "seconds": statistics.median(runs[1:])})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def memory(args: argparse.Namespace) -> list[Row]:
+    """Peak memory of a process that draws, ranks and keeps 8, without refining, on the bundled weights."""
+    code = (
+        "import sys, resource; from dall3 import Dall3Pipeline; pipe = Dall3Pipeline.from_pretrained(); "
+        "pipe.upsampler = None; pipe('a cube made of cloud', 8, int(sys.argv[1]), seed=0, progress=False); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+    )
+    rows: list[Row] = []
+    for candidates in (32, 1024):
+        command = [sys.executable, "-c", code, str(candidates)]
+        peak = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        rows.append(
+            {
+                "candidates": candidates,
+                "peak MB": peak,
+                "of that for 32": peak / (rows or [{"peak MB": peak}])[0]["peak MB"],
+            }
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+SECTIONS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
+    section.__name__: section for section in (tokens, diffusion, growth, steps, start, memory)
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sections", default=",".join(SECTIONS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8, 32])
+    parser.add_argument("--depths", type=int, nargs="+", default=[6, 12, 24])
+    parser.add_argument("--seed-dalle", type=Path, help="a clone of Jack000/DALLE-pytorch")
+    parser.add_argument("--seed-diffusion", type=Path, help="a clone of Jack000/guided-diffusion")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results") / "speed.json")
+    args = parser.parse_args()
+    if unknown := set(args.sections.split(",")) - set(SECTIONS):
+        parser.error(f"no section {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
+    for name in args.sections.split(","):
+        print(f"\n## {name}: {SECTIONS[name].__doc__}", flush=True)
+        rows = SECTIONS[name](args)
+        results = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
+        about = {"threads": torch.get_num_threads(), "torch": torch.__version__, "rounds": args.rounds}
+        results[name] = {"settings": about, "rows": rows}
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
