@@ -781,3 +781,38 @@ def test_offloaded_parts_are_on_the_device_only_while_they_work(seedset, monkeyp
     assert out.images == expected.images and there == set()
     assert frozenset({"transformer"}) in moves and frozenset({"vqgan", "clip", "upsampler"}) in moves
     assert not any("transformer" in at_once and len(at_once) > 1 for at_once in moves)
+
+
+def seams(pictures):
+    """How far opposite edges are apart, by how far neighbouring columns and rows are on average."""
+    pictures = torch.cat((pictures, pictures.mT))
+    edges = (pictures[..., 0] - pictures[..., -1]).abs().mean()
+    return (edges / pictures.diff(dim=-1).abs().mean()).item()
+
+
+def test_seamless_pictures_go_on_at_the_opposite_edge():
+    small = Dall3Pipeline.from_pretrained()  # a decoder of noise has no seams
+    tokens = torch.randint(small.vqgan.num_tokens, (2, 256), generator=torch.Generator().manual_seed(0))
+    coarse = [small.decode_tokens(tokens, seamless=seamless) for seamless in (False, True)]
+    assert coarse[1].shape == coarse[0].shape
+    assert seams(coarse[0]) > 3 and seams(coarse[1]) < 1.5
+    how = dict(num_inference_steps=4, strength=0.5, seed=0, progress=False)
+    fine = [small.upsample(tokens, image=coarse[1], seamless=seamless, **how) for seamless in (False, True)]
+    assert seams(fine[0]) > 3 and seams(fine[1]) < 1.5
+    out = small(PROMPT, seamless=True, num_inference_steps=2, seed=0, progress=False)
+    assert out.settings["seamless"] and small.repeat(out, progress=False).images == out.images
+
+
+def test_variations_draw_a_share_of_the_tokens_anew(pipe, out):
+    how = dict(num_inference_steps=1, seed=1, progress=False)
+    some, all_of_them = (pipe.variations(out.tokens[0], PROMPT, 3, change=change, **how) for change in (0.3, 1.0))
+    share = (some.tokens == out.tokens[0]).float().mean()
+    assert 0.65 < share < 0.85 and len(some.tokens.unique(dim=0)) == 3
+    assert torch.equal(all_of_them.tokens, pipe(PROMPT, 3, **how).tokens)
+    assert pipe.repeat(some[0], progress=False).images == some[0].images
+    for settings, words in [
+        ({"change": 0}, "change=0; expected a share"),
+        ({"change": 0.5, "keep_rows": 3}, "choose one"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            pipe.generate_tokens(PROMPT, init_image=out.tokens[0], **settings)

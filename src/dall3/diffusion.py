@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -171,15 +172,35 @@ def steps_like(x: Tensor, i: int) -> Tensor:
     return torch.full((x.shape[0],), i, dtype=torch.int64, device=x.device)
 
 
+def around_the_edges(unet: UNet) -> Callable[..., Tensor]:
+    """The UNet on pictures whose opposite edges meet: it sees what lies beyond an edge, and gives back the middle."""
+
+    def run(x: Tensor, timesteps: Tensor, **conditioning: Tensor) -> Tensor:
+        side, margin = x.shape[-1], unet.config.downsampling
+
+        def widen(part: Tensor) -> Tensor:
+            return F.pad(part, [margin * part.shape[-1] // side] * 4, mode="circular")
+
+        more = {name: widen(part) for name, part in conditioning.items()}
+        out: Tensor = unet(widen(x), timesteps, **more)
+        return out[..., margin : margin + side, margin : margin + side]
+
+    return run
+
+
 def unet_predict(
-    unet: UNet, diffusion: GaussianDiffusion, conditioning: dict[str, Tensor], clip_denoised: bool = False
+    unet: UNet,
+    diffusion: GaussianDiffusion,
+    conditioning: dict[str, Tensor],
+    clip_denoised: bool = False,
+    seamless: bool = False,
 ) -> Predict:
     """The UNet as `predict(x, i)`, in whatever precision its weights have; the statistics are float32."""
-    dtype = next(unet.parameters()).dtype
+    dtype, run = next(unet.parameters()).dtype, around_the_edges(unet) if seamless else unet
 
     def predict(x: Tensor, i: int) -> Prediction:
         t = steps_like(x, i)
-        output = unet(x.to(dtype), diffusion.at("timestep", t), **conditioning).float()
+        output = run(x.to(dtype), diffusion.at("timestep", t), **conditioning).float()
         return diffusion.predict(output, x, t, clip_denoised)
 
     return predict
@@ -266,7 +287,8 @@ class Refinement:
     and for pure noise, as the seed has it, of one that is conditioned. stop_at: stop after so many steps.
     clip_guidance_scale: how hard CLIP pulls towards the prompt, looking at `cutn` cut-outs; 0 computes nothing of
     CLIP. tv_scale, range_scale: penalties for unsmoothness and for colours out of range. guidance_share: in [0, 1],
-    the share of the steps, from the noisiest on, that are guided.
+    the share of the steps, from the noisiest on, that are guided. seamless: opposite edges meet, so that copies of the
+    picture lie side by side without a seam; costs about half as much again.
     """
 
     num_inference_steps: int | str = 25
@@ -278,6 +300,7 @@ class Refinement:
     range_scale: float = 0.0
     cutn: int = 16
     guidance_share: float = 1.0
+    seamless: bool = False
 
     def __post_init__(self) -> None:
         for name in ("clip_guidance_scale", "tv_scale", "range_scale"):
@@ -353,7 +376,7 @@ def denoising_steps(
             x = scheduler.add_noise(picture, start, scheduler.timesteps[first : first + 1])
     steps = steps[first:]
 
-    predict = unet_predict(unet, diffusion, conditioning)
+    predict = unet_predict(unet, diffusion, conditioning, seamless=settings.seamless)
     guided_steps = round(len(steps) * settings.guidance_share)
     if guide is not None and guided_steps:
         predict = guide(predict, diffusion, steps[guided_steps - 1])

@@ -370,6 +370,7 @@ class Dall3Pipeline:
         init_image: Any = None,
         keep_rows: int | None = None,
         redraw: Sequence[int] | None = None,
+        change: float | None = None,
         guidance_prompt: str | None = None,
         output_size: int | None = None,
         seed: int | None = None,
@@ -384,7 +385,7 @@ class Dall3Pipeline:
         """Draw `num_candidates` token grids for a prompt, keep the `num_images` that CLIP likes best, refine them.
 
         prompt: a text, for a `Dall3Output`; or a list of texts, for a list of them, each as if it were alone.
-        num_candidates: num_images if not given. init_image, keep_rows, redraw: as `generate_tokens` has them.
+        num_candidates: num_images if not given. init_image, keep_rows, redraw, change: as `generate_tokens` has them.
         guidance_prompt: what CLIP guides to, if not the prompt, and weighted if you like: "a cube:2|a cloud".
         output_size: with a super_resolution part, pixels a side of the final pictures. batch_size: candidates
         at a time, chosen from the free memory if not given; refine_batch_size: pictures refined at a time; both are
@@ -410,6 +411,7 @@ class Dall3Pipeline:
             init_image=init_image,
             keep_rows=keep_rows,
             redraw=redraw,
+            change=change,
             guidance_prompt=guidance_prompt,
             output_size=output_size,
             generator=generator,
@@ -424,6 +426,21 @@ class Dall3Pipeline:
         require(bool(plans), "an empty list of prompts")
         outputs = [drain(self._run(plan)) for plan in plans]
         return outputs[0] if isinstance(prompt, str) else outputs
+
+    def variations(self, image: Any, prompt: str, num_images: int = 4, change: float = 0.5, **settings: Any) -> Any:
+        """Pictures like a picture: a share `change` of its tokens, in (0, 1], is drawn anew for the prompt.
+
+        image: PIL's, float (3, height, width) in [0, 1], or tokens, int64 (image tokens,). settings: those of the call.
+
+        >>> pipe = Dall3Pipeline.from_pretrained()
+        >>> blue = Image.new("RGB", (128, 128), "blue")
+        >>> out = pipe.variations(blue, "a blue cube", 2, seed=0, num_inference_steps=2, progress=False)
+        >>> len(out), len(set(map(bytes, out.tokens.numpy())))
+        (2, 2)
+
+        Raises ValueError as the call does, before any work.
+        """
+        return self(prompt, num_images, init_image=image, change=change, **settings)
 
     def stream(self, prompt: str, num_images: int = 1, *, every: int = 5, **settings: Any) -> Iterator[Preview]:
         """The one call as it goes: previews after each row of tokens, after ranking, and every few denoising steps.
@@ -510,6 +527,7 @@ class Dall3Pipeline:
         init_image: Any = None,
         keep_rows: int | None = None,
         redraw: Sequence[int] | None = None,
+        change: float | None = None,
         guidance_prompt: str | None = None,
         output_size: int | None = None,
         seed: int | None = None,
@@ -539,7 +557,8 @@ class Dall3Pipeline:
             self._check_refinement("upsampler", refinement, texts)
         if output_size is not None:
             self._check_refinement("super_resolution", refinement, texts, output_size)
-        kept = self._kept_tokens(init_image, keep_rows, redraw)
+        seed = choose_seed(seed, generator)
+        kept = self._kept_tokens(init_image, keep_rows, redraw, change, seed)
         return Plan(
             prompt=prompt,
             texts=texts,
@@ -553,7 +572,7 @@ class Dall3Pipeline:
                 kept=None if kept is None else kept.tolist(),
                 guidance_prompt=guidance_prompt,
                 output_size=output_size,
-                seed=choose_seed(seed, generator),
+                seed=seed,
                 batch_size=self._batch_size(batch_size, sampling),
                 refine_batch_size=refine_batch_size,
                 truncate=truncate,
@@ -577,7 +596,8 @@ class Dall3Pipeline:
                 done = batch.start * side**2 + len(batch) * drawn
                 yield Preview("drawing", done, tokens.numel(), partial(self._show_rows, rows, drawn // side))
 
-        candidates, scores, coarse = self._choose(tokens, plan.prompt, count, batch_size, plan.progress)
+        seamless = refinement.seamless
+        candidates, scores, coarse = self._choose(tokens, plan.prompt, count, batch_size, seamless, plan.progress)
         tokens = tokens[candidates]
         yield Preview("ranking", 1, 1, partial(to_pil, coarse))
 
@@ -607,7 +627,7 @@ class Dall3Pipeline:
 
     @torch.no_grad()
     def _choose(
-        self, tokens: Tensor, prompt: str, count: int, batch_size: int, progress: bool
+        self, tokens: Tensor, prompt: str, count: int, batch_size: int, seamless: bool, progress: bool
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """The numbers of the `count` candidates that CLIP likes best, best first, their scores and their pictures.
 
@@ -619,7 +639,7 @@ class Dall3Pipeline:
         best: tuple[Tensor, Tensor, Tensor] | None = None
 
         def look(batch: range) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-            pictures = self.decode_tokens(tokens[batch.start : batch.stop], len(batch))
+            pictures = self.decode_tokens(tokens[batch.start : batch.stop], len(batch), seamless)
             equal = torch.zeros(len(batch), device=tokens.device)
             scores = equal if clip is None or text is None else clip.score(center_crop(pictures), text)
             yield numbers[batch.start : batch.stop], scores, pictures
@@ -635,13 +655,17 @@ class Dall3Pipeline:
         assert best is not None
         return best[0], None if clip is None else best[1], best[2]
 
-    def _kept_tokens(self, init_image: Any, keep_rows: int | None, redraw: Sequence[int] | None) -> Tensor | None:
+    def _kept_tokens(
+        self, init_image: Any, keep_rows: int | None, redraw: Sequence[int] | None, change: float | None, seed: int
+    ) -> Tensor | None:
         """The tokens that are not drawn, int64 (image tokens,), -1 for those that are; None where all are drawn."""
+        ways = [
+            name for name, way in (("keep_rows", keep_rows), ("redraw", redraw), ("change", change)) if way is not None
+        ]
         if init_image is None:
-            none = keep_rows is None and redraw is None
-            require(none, "keep_rows and redraw say what stays of an init_image; give one")
+            require(not ways, f"{' and '.join(ways)} says what stays of an init_image; give one")
             return None
-        require(keep_rows is None or redraw is None, "both keep_rows and redraw are given; choose one")
+        require(len(ways) < 2, f"{' and '.join(ways)} are both given; choose one")
         side = self._require("transformer", "drawing tokens").config.grid_size
         drawn = torch.zeros(side, side, dtype=torch.bool)
         if redraw is not None:
@@ -651,6 +675,9 @@ class Dall3Pipeline:
             fits = height > 0 and width > 0 and top + height <= side and left + width <= side
             require(fits, f"redraw={redraw}; the rectangle does not lie on the {side}×{side} tokens")
             drawn[top : top + height, left : left + width] = True
+        elif change is not None:
+            require(0 < change <= 1, f"change={change}; expected a share of the tokens to draw anew, in (0, 1]")
+            drawn = torch.rand(side, side, generator=make_generator("cpu", seed, "change")) < change
         else:
             keep_rows = int(0.4375 * side) if keep_rows is None else keep_rows
             fits = isinstance(keep_rows, int | np.integer) and 0 < keep_rows < side
@@ -692,6 +719,7 @@ class Dall3Pipeline:
         init_image: Any = None,
         keep_rows: int | None = None,
         redraw: Sequence[int] | None = None,
+        change: float | None = None,
         seed: int | None = None,
         generator: torch.Generator | None = None,
         batch_size: int | None = None,
@@ -702,8 +730,9 @@ class Dall3Pipeline:
         """Draw image tokens for a prompt: int64 (num_candidates, image tokens).
 
         init_image: a picture, or tokens, int64 (image tokens,), of which some stay: the first keep_rows rows (0.4375 of
-        them if not said, as DALLE-pytorch primes), or all but the rectangle `redraw`, (top, left, height, width) in
-        tokens. What is drawn sees what stands before it, row by row, and nothing after it.
+        them if not said, as DALLE-pytorch primes); or all but the rectangle `redraw`, (top, left, height, width) in
+        tokens; or all but a share `change` of them, in (0, 1], chosen at random. What is drawn sees what stands before
+        it, row by row, and nothing after it.
         seed: any integer from 0; drawn if neither it nor `generator` is given. batch_size: candidates at a time,
         chosen from the free memory if not given. truncate: cut a prompt that is too long. settings: those of
         `Sampling`; where not given, what `defaults` has for these weights. Raises ValueError
@@ -720,10 +749,11 @@ class Dall3Pipeline:
         sampling = self._sampling(settings)
         check_counts(num_candidates=num_candidates)
         batch_size = self._batch_size(batch_size, sampling)
-        kept = self._kept_tokens(init_image, keep_rows, redraw)
+        seed = choose_seed(seed, generator)
+        kept = self._kept_tokens(init_image, keep_rows, redraw, change, seed)
         how: dict[str, Any] = dict(batch_size=batch_size, truncate=truncate, progress=progress, kept=kept)
         for drawn, _, _ in self._token_steps(  # noqa: B007
-            prompt, num_candidates, sampling, choose_seed(seed, generator), **how
+            prompt, num_candidates, sampling, seed, **how
         ):
             pass
         return drawn
@@ -756,17 +786,24 @@ class Dall3Pipeline:
                 yield step
 
     @torch.no_grad()
-    def decode_tokens(self, tokens: Tensor | np.ndarray, batch_size: int = 32) -> Tensor:
+    def decode_tokens(self, tokens: Tensor | np.ndarray, batch_size: int = 32, seamless: bool = False) -> Tensor:
         """Tokens, int64 (n, side²) or (side²,), to coarse pictures, float32 (n, 3, height, width) in [0, 1].
 
-        Raises ValueError for tokens of another shape or outside the vocabulary, or without a vqgan.
+        seamless: the decoder sees beyond each edge what lies at the opposite one. Raises ValueError for tokens of
+        another shape or outside the vocabulary, or without a vqgan.
 
         >>> Dall3Pipeline.from_pretrained().decode_tokens(torch.zeros(256, dtype=torch.int64)).shape
         torch.Size([1, 3, 128, 128])
         """
         check_counts(batch_size=batch_size)
         vqgan, tokens = self._need("vqgan", "making pictures of tokens"), self._check_tokens(tokens)
-        return torch.cat([vqgan.decode(batch).float() for batch in tokens.split(batch_size)])
+        side = math.isqrt(tokens.shape[1])
+        margin = side // 4 if seamless else 0
+        places = torch.arange(-margin, side + margin, device=tokens.device) % side
+        wider = tokens.view(-1, side, side)[:, places][:, :, places].flatten(1)
+        pictures = torch.cat([vqgan.decode(batch).float() for batch in wider.split(batch_size)])
+        edge = margin * pictures.shape[-1] // len(places)
+        return pictures[..., edge : pictures.shape[-2] - edge, edge : pictures.shape[-1] - edge]
 
     @torch.no_grad()
     def rank(self, images: Any, prompt: str, *, batch_size: int = 32, progress: bool = True) -> Ranking:
@@ -850,7 +887,7 @@ class Dall3Pipeline:
     ) -> Generator[Step, None, Tensor]:
         """The denoising steps of `upsample`, batch after batch; returns the fine pictures."""
         unet: UNet = self._need(stage, "refining")
-        picture, conditioning, side = self._starting_point(unet, tokens, image, output_size, settings.strength)
+        picture, conditioning, side = self._starting_point(unet, tokens, image, output_size, settings)
         count = len(next(iter(conditioning.values()), picture))  # type: ignore[arg-type]
         if settings.clip_guidance_scale:
             targets, weights = self._guidance_targets(prompt, image_prompts, settings.cutn, side, seed)
@@ -992,12 +1029,7 @@ class Dall3Pipeline:
         return unet
 
     def _starting_point(
-        self,
-        unet: UNet,
-        tokens: Tensor | np.ndarray | None,
-        image: Any,
-        output_size: int | None,
-        strength: float | None,
+        self, unet: UNet, tokens: Tensor | np.ndarray | None, image: Any, output_size: int | None, settings: Refinement
     ) -> tuple[Tensor | None, dict[str, Tensor], int]:
         """The picture to noise, if any, in [-1, 1]; what the UNet is conditioned on; the side of the result."""
         config, step, dtype = unet.config, unet.config.downsampling, next(unet.parameters()).dtype
@@ -1006,7 +1038,7 @@ class Dall3Pipeline:
         if tokens is not None:
             tokens = self._check_tokens(tokens)
         if image is None and not config.embedding_dims:
-            image = self.decode_tokens(tokens)  # type: ignore[arg-type]
+            image = self.decode_tokens(tokens, seamless=settings.seamless)  # type: ignore[arg-type]
         if image is not None:
             image = center_crop(to_tensor(image)).to(self.device)
         if config.super_resolution:
@@ -1028,8 +1060,9 @@ class Dall3Pipeline:
             raise ValueError(
                 f"{len(tokens)} rows of tokens and {len(image)} pictures; give as many of both, or one of them"
             )
-        if strength is not None and strength < 1:
-            picture = enlarge(self.decode_tokens(tokens) if image is None else image, side) * 2 - 1
+        if settings.strength is not None and settings.strength < 1:
+            coarse = self.decode_tokens(tokens, seamless=settings.seamless) if image is None else image
+            picture = enlarge(coarse, side) * 2 - 1
         return picture, {"image_embeds": embeddings.to(dtype)}, side
 
     def _guidance_targets(

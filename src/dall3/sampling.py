@@ -62,7 +62,7 @@ def choose(logits: Tensor, uniforms: Tensor) -> Tensor:
     return reached.int().argmax(dim=-1)
 
 
-STREAMS = ("tokens", "noise", "cutouts", "speculation")  # of random numbers that follow from one seed
+STREAMS = ("tokens", "noise", "cutouts", "speculation", "change")  # of random numbers that follow from one seed
 
 
 def make_generator(device: torch.device | str, seed: int, stream: str, k: int = 0) -> torch.Generator:
