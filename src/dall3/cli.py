@@ -114,6 +114,21 @@ def make_parser() -> argparse.ArgumentParser:
     for name in ("steps", "batch_size", "workers", "seed", "every"):
         add(f"--{name}", type=int, help="in place of the config's")
 
+    web_parser = commands.add_parser("web", help="a page in the browser to draw pictures with")
+    web_parser.set_defaults(run=web)
+    add = web_parser.add_argument
+    add("--weights", metavar="NAME", help="a set of weights, a folder, or owner/name (default: the bundled weights)")
+    add(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen at; 0.0.0.0 for other machines too (default: %(default)s)",
+    )
+    add("--port", type=int, default=7860, help="default: %(default)s")
+    add("--device", help="cuda, cpu, … (default: cuda where there is one)")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="default: %(default)s")
+    for name, most in (("images", 8), ("candidates", 256), ("steps", 250)):
+        add(f"--max_{name}", type=int, default=most, help=f"the most {name} of a call (default: %(default)s)")
+
     scenes_parser = commands.add_parser("scenes", help="the rendered world that the bundled weights were trained on")
     scenes_parser.set_defaults(run=scenes)
     add = scenes_parser.add_argument
@@ -393,6 +408,21 @@ def train(args: argparse.Namespace) -> None:
     overrides = given(args, "steps", "batch_size", "workers", "seed", "every")
     train_model(args.model, args.out, args.config, args.data, args.resume, args.initial, **overrides)
     print(f'trained the {args.model} in "{args.out}"')
+
+
+def web(args: argparse.Namespace) -> None:
+    try:
+        from dall3.web import Limits, serve
+    except ImportError as error:
+        raise ValueError(f"dall3 web needs {error.name}; run pip install 'dall3[web]'") from None
+    from dall3.pipeline import Dall3Pipeline
+    from dall3.sampling import check_counts
+
+    limits = {name: getattr(args, f"max_{name}") for name in ("images", "candidates", "steps")}
+    check_counts(port=args.port, **limits)
+    device, dtype = placement(args)
+    pipe = Dall3Pipeline.from_pretrained(args.weights, device=device, dtype=dtype)
+    serve(pipe, args.host, args.port, Limits(**limits))
 
 
 def scenes(args: argparse.Namespace) -> None:

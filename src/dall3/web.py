@@ -1,0 +1,211 @@
+"""`dall3 web`: the pipeline as a page in the browser, made of gradio's components."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image, UnidentifiedImageError
+
+from dall3.errors import require
+from dall3.output import Dall3Output, Preview, make_grid
+from dall3.pipeline import Dall3Pipeline
+
+UPLOAD = "8mb"
+THEME = gr.themes.Soft(
+    primary_hue="slate",
+    font=["system-ui", "sans-serif"],  # no font is fetched: the page works without a network
+    font_mono=["ui-monospace", "monospace"],
+)
+CSS = """
+.gradio-container { max-width: 1100px !important; margin: auto; }
+#forming img { image-rendering: auto; }
+#status { min-height: 1.6em; }
+"""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that one visitor may ask for. pixels: of a picture that is uploaded."""
+
+    images: int = 8
+    candidates: int = 256
+    steps: int = 250
+    pixels: int = 4096**2
+
+
+Update = tuple[Any, str, list[Any], Any]  # of the forming picture, the status, the gallery and the downloads
+
+
+def open_picture(path: str, limits: Limits) -> Image.Image:
+    """An uploaded picture. Raises ValueError for a file that is none, or is larger than `limits` allow."""
+    try:
+        with Image.open(path) as file:
+            fits = file.width * file.height <= limits.pixels
+            require(fits, f"the picture has {file.width}×{file.height} pixels; expected at most {limits.pixels:,}")
+            return file.convert("RGB")
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError):
+        raise ValueError("not a picture that can be read; expected a PNG, JPEG or WebP") from None
+
+
+def status_of(preview: Preview) -> str:
+    doing = {"drawing": "drawing tokens", "ranking": "ranking the candidates", "refining": "refining", "done": "done"}
+    return f"{doing[preview.stage]}: {preview.step} of {preview.total}" if preview.total > 1 else doing[preview.stage]
+
+
+def show_output(out: Dall3Output, folder: str) -> tuple[list[tuple[str, str]], list[str]]:
+    """The gallery, each picture before and after, and the files to download, which carry their recipes."""
+    saved = out.save(Path(folder) / "pictures")
+    gallery, files = [], []
+    for i, caption in enumerate(out.captions()):
+        after, before = saved / f"{i}.png", saved / f"{i}-coarse.png"
+        gallery += [(str(before), f"before · {caption}")] * before.exists() + [(str(after), f"after · {caption}")]
+        files.append(str(after))
+    return gallery, files
+
+
+def make_page(pipe: Dall3Pipeline, limits: Limits = Limits()) -> gr.Blocks:
+    """The page of a pipeline, to be launched, or mounted in another application as gradio has it.
+
+    One visitor's picture is made at a time, the others wait in a queue. The cancel button and closing the tab end the
+    work at its next step.
+
+    >>> type(make_page(Dall3Pipeline.from_pretrained())).__name__
+    'Blocks'
+    """
+
+    def draw(
+        prompt: str,
+        seed: float | None,
+        images: float,
+        candidates: float,
+        steps: float,
+        guidance: float,
+        start: str | None,
+        change: float,
+    ) -> Iterator[Update]:
+        settings: dict[str, Any] = dict(num_candidates=int(candidates), seed=None if seed is None else int(seed))
+        settings |= dict(progress=False)
+        if pipe.upsampler is not None:
+            settings |= dict(num_inference_steps=int(steps), clip_guidance_scale=float(guidance))
+        try:
+            require(bool(prompt.strip()), "the prompt is empty; say what to draw")
+            for name, value, most in (
+                ("pictures", images, limits.images),
+                ("candidates", candidates, limits.candidates),
+                ("steps", steps, limits.steps),
+            ):
+                require(value <= most, f"{value:g} {name}; this page allows up to {most}")
+            if start:
+                settings |= dict(init_image=open_picture(start, limits), change=float(change))
+            previews = pipe.stream(prompt.strip(), int(images), **settings)
+            with tempfile.TemporaryDirectory() as folder:
+                for preview in previews:
+                    if preview.output is not None:
+                        gallery, files = show_output(preview.output, folder)
+                        yield None, status_of(preview), gallery, gr.update(value=files, visible=True)
+                    else:
+                        yield make_grid([preview.images], 256), status_of(preview), [], gr.update(visible=False)
+        except (ValueError, TypeError) as error:
+            raise gr.Error(str(error), title="That cannot be drawn", print_exception=False) from None
+
+    def read_recipe(path: str) -> tuple[str, int, int, int, Any, Any]:
+        try:
+            open_picture(path, limits)
+            out = Dall3Output.load(path)
+        except ValueError as error:
+            words = str(error).replace(str(path), Path(path).name)
+            raise gr.Error(words, title="No recipe", print_exception=False) from None
+        how = out.settings
+        steps, scale = how.get("num_inference_steps"), how.get("clip_guidance_scale")
+        kept = [
+            min(int(how.get(name) or 1), most)
+            for name, most in (("num_images", limits.images), ("num_candidates", limits.candidates))
+        ]
+        return (
+            out.prompt,
+            int(how["seed"]),
+            kept[0],
+            kept[1],
+            min(steps, limits.steps) if isinstance(steps, int) else gr.update(),
+            scale if isinstance(scale, int | float) else gr.update(),
+        )
+
+    own, refines = pipe.defaults, pipe.upsampler is not None
+    guides = refines and pipe._clip is not None
+    with gr.Blocks(title="dall3", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+        gr.Markdown("# dall3")
+        with gr.Row(equal_height=False):
+            with gr.Column(min_width=320):
+                prompt = gr.Textbox(label="Prompt", value="a cube made of cloud", lines=2, elem_id="prompt")
+                with gr.Row():
+                    go = gr.Button("Draw", variant="primary", elem_id="draw", min_width=120)
+                    cancel = gr.Button("Cancel", elem_id="cancel", min_width=120)
+                images = gr.Slider(1, limits.images, 2, step=1, label="Pictures")
+                candidates = gr.Slider(
+                    1, limits.candidates, 8, step=1, label="Candidates", info="CLIP keeps the best of so many"
+                )
+                seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, info="the same seed, the same pictures")
+                with gr.Accordion("More", open=False):
+                    steps = gr.Slider(
+                        1,
+                        limits.steps,
+                        min(int(own.get("num_inference_steps", 25)), limits.steps),
+                        step=1,
+                        label="Denoising steps",
+                        visible=refines,
+                    )
+                    guidance = gr.Slider(
+                        0,
+                        5000,
+                        own.get("clip_guidance_scale", 1000) if guides else 0,
+                        step=50,
+                        label="CLIP guidance",
+                        info="how hard the refinement is pulled towards the prompt; 0 is fastest",
+                        visible=guides,
+                    )
+                    start = gr.File(label=f"A picture to vary, up to {UPLOAD}", file_types=["image"], height=110)
+                    change = gr.Slider(0.05, 1, 0.5, step=0.05, label="How much of it is drawn anew")
+                    recipe = gr.File(
+                        label="A picture made here, whose settings to take over", file_types=[".png"], height=110
+                    )
+            with gr.Column(min_width=320):
+                status = gr.Markdown("", elem_id="status")
+                forming = gr.Image(
+                    label="The picture as it forms", interactive=False, elem_id="forming", buttons=[], format="png"
+                )
+                gallery = gr.Gallery(
+                    label="Before and after", columns=2, elem_id="gallery", object_fit="contain", height="auto"
+                )
+                files = gr.File(
+                    label="Download, with the recipe inside", file_count="multiple", visible=False, elem_id="files"
+                )
+        fields = [prompt, seed, images, candidates, steps, guidance]
+        event: dict[str, Any] = dict(inputs=[*fields, start, change], outputs=[forming, status, gallery, files])
+        runs: list[Any] = [trigger(draw, **event, show_progress="hidden") for trigger in (go.click, prompt.submit)]
+        cancel.click(lambda: "cancelled", None, status, cancels=runs, queue=False)
+        recipe.upload(read_recipe, recipe, fields)
+    page.queue(default_concurrency_limit=1, max_size=64)
+    return page
+
+
+def serve(
+    pipe: Dall3Pipeline, host: str = "127.0.0.1", port: int | None = 7860, limits: Limits = Limits(), block: bool = True
+) -> str:
+    """Serve the page of a pipeline, and return its address.
+
+    host: the address to listen at; others than this machine can reach it only where that is not loopback. port: None
+    for the first free one from 7860 on. block: return only when it is stopped. Raises OSError for a port that is taken.
+    """
+    page = make_page(pipe, limits)
+    how: dict[str, Any] = dict(server_name=host, server_port=port, share=False, quiet=True, show_error=True)
+    how |= dict(max_file_size=UPLOAD, footer_links=[], theme=THEME, css=CSS, ssr_mode=False, run_history=False)
+    _, address, _ = page.launch(**how, prevent_thread_lock=True)
+    if block:
+        print(f"dall3 is at {address}", flush=True)
+        page.block_thread()
+    return address
