@@ -38,11 +38,11 @@ def test_a_call_shows_the_picture_as_it_forms_and_then_before_and_after(page, tm
     said = [status for _, status, _, _ in updates]
     assert said[0] == "drawing tokens: 32 of 512" and "ranking the candidates" in said and said[-1] == "done"
     assert any(status.startswith("refining: ") for status in said)
-    assert [forming.size for forming, _, _, _ in updates[:-1]] == [(256, 256)] * (len(updates) - 1)
+    assert [forming["value"].size for forming, _, _, _ in updates[:-1]] == [(256, 256)] * (len(updates) - 1)
     forming, _, gallery, files = updates[-1]
-    assert forming is None and len(files["value"]) == 1
-    assert [caption.split(" · ")[0] for _, caption in gallery] == ["before", "after"]
-    assert "seed 3" in gallery[1][1]
+    assert not forming["visible"] and gallery["visible"] and len(files["value"]) == 1
+    (_, first), (_, second) = gallery["value"]
+    assert first == "before" and second.startswith("after: ") and "seed 3" in second
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_a_picture_made_here_fills_the_fields_and_can_be_varied(page, pipe, tmp_
     fields = handler(page, "read_recipe")(str(tmp_path / "0.png"))
     assert fields == ("a blue cube", 5, 1, 3, 5, 0.0)
     *_, (_, _, gallery, _) = handler(page, "draw")(*fields, str(tmp_path / "0.png"), 0.05)
-    assert len(gallery) == 2
+    assert len(gallery["value"]) == 2
 
 
 def test_a_missing_gradio_and_a_wrong_limit_are_said(monkeypatch, capsys):

@@ -23,7 +23,7 @@ THEME = gr.themes.Soft(
 )
 CSS = """
 .gradio-container { max-width: 1100px !important; margin: auto; }
-#forming img { image-rendering: auto; }
+#gallery .grid-wrap { max-height: none; }
 #status { min-height: 1.6em; }
 """
 
@@ -38,7 +38,7 @@ class Limits:
     pixels: int = 4096**2
 
 
-Update = tuple[Any, str, list[Any], Any]  # of the forming picture, the status, the gallery and the downloads
+Update = tuple[Any, str, Any, Any]  # of the forming picture, the status, the gallery and the downloads
 
 
 def open_picture(path: str, limits: Limits) -> Image.Image:
@@ -63,7 +63,7 @@ def show_output(out: Dall3Output, folder: str) -> tuple[list[tuple[str, str]], l
     gallery, files = [], []
     for i, caption in enumerate(out.captions()):
         after, before = saved / f"{i}.png", saved / f"{i}-coarse.png"
-        gallery += [(str(before), f"before · {caption}")] * before.exists() + [(str(after), f"after · {caption}")]
+        gallery += [(str(before), "before")] * before.exists() + [(str(after), f"after: {caption}")]
         files.append(str(after))
     return gallery, files
 
@@ -77,6 +77,11 @@ def make_page(pipe: Dall3Pipeline, limits: Limits = Limits()) -> gr.Blocks:
     >>> type(make_page(Dall3Pipeline.from_pretrained())).__name__
     'Blocks'
     """
+
+    def shown(value: Any) -> Any:
+        return gr.update(value=value, visible=True)
+
+    gone = gr.update(value=None, visible=False)
 
     def draw(
         prompt: str,
@@ -107,9 +112,9 @@ def make_page(pipe: Dall3Pipeline, limits: Limits = Limits()) -> gr.Blocks:
                 for preview in previews:
                     if preview.output is not None:
                         gallery, files = show_output(preview.output, folder)
-                        yield None, status_of(preview), gallery, gr.update(value=files, visible=True)
+                        yield gone, status_of(preview), shown(gallery), shown(files)
                     else:
-                        yield make_grid([preview.images], 256), status_of(preview), [], gr.update(visible=False)
+                        yield shown(make_grid([preview.images], 256)), status_of(preview), gone, gone
         except (ValueError, TypeError) as error:
             raise gr.Error(str(error), title="That cannot be drawn", print_exception=False) from None
 
@@ -175,19 +180,16 @@ def make_page(pipe: Dall3Pipeline, limits: Limits = Limits()) -> gr.Blocks:
                     )
             with gr.Column(min_width=320):
                 status = gr.Markdown("", elem_id="status")
-                forming = gr.Image(
-                    label="The picture as it forms", interactive=False, elem_id="forming", buttons=[], format="png"
-                )
-                gallery = gr.Gallery(
-                    label="Before and after", columns=2, elem_id="gallery", object_fit="contain", height="auto"
-                )
+                plain: dict[str, Any] = dict(show_label=False, interactive=False, visible=False)
+                forming = gr.Image(elem_id="forming", buttons=[], format="png", **plain)
+                gallery = gr.Gallery(columns=2, elem_id="gallery", object_fit="contain", height="auto", **plain)
                 files = gr.File(
                     label="Download, with the recipe inside", file_count="multiple", visible=False, elem_id="files"
                 )
         fields = [prompt, seed, images, candidates, steps, guidance]
         event: dict[str, Any] = dict(inputs=[*fields, start, change], outputs=[forming, status, gallery, files])
         runs: list[Any] = [trigger(draw, **event, show_progress="hidden") for trigger in (go.click, prompt.submit)]
-        cancel.click(lambda: "cancelled", None, status, cancels=runs, queue=False)
+        cancel.click(lambda: (gone, "cancelled"), None, [forming, status], cancels=runs, queue=False)
         recipe.upload(read_recipe, recipe, fields)
     page.queue(default_concurrency_limit=1, max_size=64)
     return page
