@@ -7,7 +7,8 @@ import socket
 import pytest
 
 import dall3
-from dall3 import output, pipeline
+from dall3 import batch, output, pipeline
+from dall3.batch import prompts
 from dall3.output import Preview
 
 PUBLIC = [getattr(dall3, name) for name in dall3.__all__ if name[0] != "_"] + [Preview]
@@ -25,7 +26,7 @@ def public_functions(owner):
 
 EXAMPLES = {
     test.name: test
-    for module in (output, pipeline)
+    for module in (output, pipeline, batch, prompts)
     for test in doctest.DocTestFinder(exclude_empty=True).find(module)
     if test.examples
 }

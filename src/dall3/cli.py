@@ -6,6 +6,7 @@ import argparse
 import io
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,11 @@ def add_refinement(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model_config", metavar="JSON", help="guided-diffusion's flags, for a UNet of an unusual size")
     add("--clip_path", default="ViT-B-16/openai", help="CLIP: a file, or a name of open_clip's (default: %(default)s)")
+    add_diffusion(add)
+    add("--overwrite", action="store_true", help="replace files of an earlier run")
+
+
+def add_diffusion(add: Callable[..., Any]) -> None:
     add("--clip_guidance", action="store_true", help="let CLIP pull the picture towards the text")
     add("--clip_guidance_scale", type=float, help="how hard (default: the weights' own, or 1000)")
     add("--guidance_share", type=float, help="share of the steps that are guided, from the first on (default: 1)")
@@ -36,7 +42,14 @@ def add_refinement(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     add("--device", help="cuda, cpu, … (default: cuda where there is one)")
     add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="default: %(default)s")
-    add("--overwrite", action="store_true", help="replace files of an earlier run")
+
+
+def add_sampling(add: Callable[..., Any], or_else: str = "none") -> None:
+    add("--top_k", type=float, help="share of the vocabulary to drop, in [0, 1)")
+    own = f"default: the weights' own, or {or_else}, without --top_k"
+    add("--top_p", type=float, help=f"probability to keep, in (0, 1] ({own})")
+    add("--temperature", type=float, help="default: the weights' own, or 1")
+    add("--cond_scale", type=float, help="classifier-free guidance (default: the weights' own, or 1, none)")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -62,20 +75,42 @@ def make_parser() -> argparse.ArgumentParser:
     add("--num_images", type=int, default=12, help="pictures to keep (default: %(default)s)")
     add("--num_candidates", type=int, help="pictures to draw, of which CLIP keeps the best (default: num_images)")
     add("--batch_size", type=int, default=4, help="default: %(default)s")
-    add("--top_k", type=float, help="share of the vocabulary to drop, in [0, 1)")
-    add(
-        "--top_p",
-        type=float,
-        help="probability to keep, in (0, 1] (default: the weights' own, or 0.9, without --top_k)",
-    )
-    add("--temperature", type=float, help="default: the weights' own, or 1")
-    add("--cond_scale", type=float, help="classifier-free guidance (default: the weights' own, or 1, none)")
+    add_sampling(add, "0.9")
     add("--clip_sort", action="store_true", help="sort by CLIP's similarity, best first")
     add("--output_npy", action="store_true", help="write the image tokens too")
     add("--gentxt", action="store_true", help="let the transformer write the prompt to its end first")
     add("--truncate", action="store_true", help="cut a prompt that is too long")
     add("--outputs_dir", default="./outputs", help="default: %(default)s")
     add_refinement(generate_parser)
+
+    batch_parser = commands.add_parser("batch", help="a book of prompts, here or on a Ray cluster")
+    batch_parser.set_defaults(run=batch)
+    add = with_dashes(batch_parser.add_argument)
+    add("prompts", help="a .txt with a prompt a line; a .csv, .jsonl or .parquet with a column 'prompt'")
+    add(
+        "--out",
+        required=True,
+        metavar="FOLDER",
+        help="for shards and index; a run there that was ended is gone on with",
+    )
+    add("--weights", metavar="NAME", help=f"{which} (default: the bundled weights)")
+    add("--num_images", type=int, default=8, help="pictures to keep of each prompt (default: %(default)s)")
+    add("--num_candidates", type=int, default=1024, help="pictures to draw for it (default: %(default)s)")
+    add("--batch_size", type=int, default=32, help="candidates drawn at a time (default: %(default)s)")
+    add("--rank_batch_size", type=int, help="decoded and scored at a time (default: batch_size)")
+    add("--refine_batch_size", type=int, default=4, help="pictures refined at a time (default: %(default)s)")
+    add("--coarse", action="store_true", help="leave diffusion out")
+    add("--truncate", action="store_true", help="cut prompts that are too long")
+    add("--threads", type=int, default=1, help="torch's, in each stage (default: %(default)s)")
+    add("--prompts_per_shard", type=int, default=128, help="default: %(default)s")
+    add("--ray", metavar="ADDRESS", help="a cluster's (auto, host:6379), or local to start one here")
+    each = "one number, or draw=N rank=N refine=N"
+    add("--workers", nargs="+", default=["1"], metavar="N", help=f"on Ray, actors for each stage: {each} (default: 1)")
+    share = "on Ray, for a worker, shared by its three actors; or for an actor, as draw=N rank=N refine=N"
+    add("--num_cpus", nargs="+", metavar="N", help=f"{share} (default: threads)")
+    add("--num_gpus", nargs="+", default=["0"], metavar="N", help=f"{share} (default: 0)")
+    add_sampling(add)
+    add_diffusion(add)
 
     weights_parser = commands.add_parser("weights", help="the sets of weights: what there is, and what of it is here")
     weights_parser.set_defaults(run=weights)
@@ -264,6 +299,43 @@ def generate(args: argparse.Namespace) -> None:
             files |= {f"{i}.npy": tokens} if args.output_npy else {}
         write_files(folder, files, args.overwrite)
         print(f'created {len(out)} images at "{folder}"')
+
+
+def with_dashes(add: Callable[..., Any]) -> Callable[..., Any]:
+    """`add_argument` for which --some_name may be written --some-name."""
+
+    def add_both(*names: str, **how: Any) -> Any:
+        dashed = (name.replace("_", "-") for name in names if name.startswith("--"))
+        return add(*dict.fromkeys([*names, *dashed]), **how)
+
+    return add_both
+
+
+def numbers(name: str, words: list[str] | None, kind: Any) -> Any:
+    """One number, or numbers by stage, from words. Raises ValueError for others."""
+    if words is None:
+        return None
+    try:
+        if len(words) == 1 and "=" not in words[0]:
+            return kind(words[0])
+        return {stage: kind(value) for stage, _, value in (word.partition("=") for word in words)}
+    except ValueError:
+        raise ValueError(f"--{name} {' '.join(words)}; expected a number, or draw=N rank=N refine=N") from None
+
+
+def batch(args: argparse.Namespace) -> None:
+    from dall3.batch import generate
+    from dall3.errors import require
+
+    require(args.ray is None or args.device is None, "--device is for the loop here; on Ray --num_gpus says it")
+    device, _ = placement(args)
+    names = ("num_images", "num_candidates", "weights", "seed", "batch_size", "rank_batch_size", "refine_batch_size")
+    how = {name: getattr(args, name) for name in (*names, "truncate", "threads", "dtype", "prompts_per_shard", "ray")}
+    how["workers"] = numbers("workers", args.workers, int)
+    how |= {name: numbers(name, getattr(args, name), float) for name in ("num_cpus", "num_gpus")}
+    how |= refinement(args) | given(args, "temperature", "top_k", "top_p", "cond_scale")
+    report = generate(args.prompts, args.out, refine=not args.coarse, device=device, **how)
+    print(f'{report.prompts} prompts, {len(report.failed)} failed; index at "{report.index}"')
 
 
 def weights(args: argparse.Namespace) -> None:

@@ -81,12 +81,17 @@ def write_files(folder: Path, files: dict[str, File], overwrite: bool) -> Path:
         elif isinstance(content, np.ndarray):
             np.save(folder / name, content)
         else:
-            text = PngInfo()
-            for key, value in content.info.items():
-                if key in (RECIPE, "Description"):
-                    text.add_itxt(key, value)
-            content.save(folder / name, pnginfo=text)  # which formats other than PNG leave out
+            content.save(folder / name, pnginfo=png_text(content))  # which formats other than PNG leave out
     return folder
+
+
+def png_text(image: Image.Image) -> PngInfo:
+    """The texts that a picture carries into its PNG: the prompt and the recipe."""
+    text = PngInfo()
+    for key, value in image.info.items():
+        if key in (RECIPE, "Description"):
+            text.add_itxt(key, value)
+    return text
 
 
 @dataclass
@@ -131,7 +136,7 @@ class Preview:
 
 def png_bytes(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
+    image.save(buffer, format="PNG", pnginfo=png_text(image))
     return buffer.getvalue()
 
 
@@ -207,6 +212,18 @@ class Dall3Output:
             "settings": {name: value for name, value in self.settings.items() if name != "places"},
         }
 
+    def labelled(self, i: int) -> Image.Image:
+        """Picture i with the prompt and the recipe, which go into its PNG as text.
+
+        >>> one = [Image.new("RGB", (8, 8))]
+        >>> out = Dall3Output("a cube", one, one, torch.zeros(1, 4).long(), None, torch.arange(1))
+        >>> out.labelled(0).info["Description"]
+        'a cube'
+        """
+        image = self.images[i].copy()
+        image.info = {"Description": self.prompt, RECIPE: json.dumps(self.recipe(i))}
+        return image
+
     @classmethod
     def load(cls, path: str | Path) -> Dall3Output:
         """The result that `save` wrote to a PNG: its picture, and what made it, without the coarse picture.
@@ -261,10 +278,8 @@ class Dall3Output:
         scores = None if self.clip_scores is None else self.clip_scores.tolist()
         settings = json.dumps(self.settings | {"prompt": self.prompt, "clip_scores": scores}, indent=2)
         files: dict[str, File] = {"caption.txt": self.prompt, "settings.json": settings}
-        for i, (image, tokens) in enumerate(zip(self.images, self.tokens, strict=True)):
-            labelled = image.copy()
-            labelled.info = {"Description": self.prompt, RECIPE: json.dumps(self.recipe(i))}
-            files |= {f"{i}.png": labelled, f"{i}.npy": tokens.numpy()}
+        for i, tokens in enumerate(self.tokens):
+            files |= {f"{i}.png": self.labelled(i), f"{i}.npy": tokens.numpy()}
         for i, (image, coarse) in enumerate(zip(self.images, self.coarse_images, strict=False)):
             if image is not coarse:
                 files[f"{i}-coarse.png"] = coarse

@@ -1,0 +1,161 @@
+"""`dall3 batch`: a book of prompts, the best few of many draws for each, in one loop here or on a Ray cluster.
+
+prompts ──draw──▶ 256 tokens a candidate ──rank──▶ the best, with scores ──refine──▶ files ──▶ shards and an index
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm.auto import tqdm
+
+from dall3.batch.job import STAGE_NAMES, Job, load_pipeline, make_job
+from dall3.batch.prompts import fingerprint, read_prompts
+from dall3.batch.stages import STAGES, Row, first_row
+from dall3.checkpoints import PathLike
+from dall3.errors import require
+from dall3.pipeline import Dall3Pipeline, choose_seed
+from dall3.sampling import check_counts
+
+if TYPE_CHECKING:
+    from dall3.batch.store import Store
+
+__all__ = ["Report", "generate"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run came to."""
+
+    index: Path  # the Parquet file
+    prompts: int
+    failed: dict[int, str]  # why, by the prompt's number
+
+
+def generate(
+    prompts: PathLike | Sequence[str],
+    out: PathLike,
+    num_images: int = 8,
+    num_candidates: int = 1024,
+    *,
+    weights: PathLike | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+    rank_batch_size: int | None = None,
+    refine_batch_size: int = 4,
+    refine: bool = True,
+    truncate: bool = False,
+    threads: int = 1,
+    dtype: str = "float32",
+    device: str = "cpu",
+    prompts_per_shard: int = 128,
+    ray: str | None = None,
+    workers: int | dict[str, int] = 1,
+    num_cpus: float | dict[str, float] | None = None,
+    num_gpus: float | dict[str, float] = 0,
+    progress: bool = True,
+    **settings: Any,
+) -> Report:
+    """Draw `num_candidates` for every prompt, keep the `num_images` that CLIP likes best, refine them, and write
+    webdataset shards and a Parquet index to the folder `out`.
+
+    prompts: texts, or the path of a .txt (a prompt a line), .csv, .jsonl or .parquet (column "prompt", and "seed" if
+    you like). weights: as `Dall3Pipeline.from_pretrained` has them; on a cluster every machine looks them up.
+    seed: of the run; a prompt's seed follows from it and the prompt's number, a candidate's draws from that and its
+    number, so that nothing depends on the order or the machine. batch_size: candidates drawn at a time,
+    rank_batch_size (batch_size if None) decoded and scored at a time, refine_batch_size refined at a time.
+    refine: False for the coarse pictures. truncate: cut prompts that are too long. threads: torch's, in each stage.
+    dtype: "float32", "float16" or "bfloat16". device: of the loop here; on a cluster a stage with GPUs is on "cuda".
+    settings: those of `Sampling` and `Refinement`; where not given, the weights' own.
+
+    ray: None for a loop here; the address of a cluster ("auto", "host:6379"), or "local" to start one on
+    this machine. workers: so many actors for each stage. num_cpus (threads if None), num_gpus: for a worker, shared
+    by its three actors. Each of the three may be a dict by "draw", "rank" and "refine" instead, for one actor.
+
+    A folder that holds a run with the same settings is gone on with. A prompt that fails is recorded, with the
+    reason, and does not end the run; where the reason is not its text, running again tries it again.
+
+    Raises ValueError for prompts that cannot be read, a setting out of range, a part that is missing, a folder with
+    another run, or a library that is missing, before any work; RuntimeError where Ray cannot go on.
+
+    >>> report = generate(["a cube made of cloud", ""], "book", 1, 2, refine=False, progress=False)
+    >>> report.prompts, report.failed
+    (2, {1: "ValueError: the prompt '' is empty: expected text to draw"})
+    """
+    for module in ["pyarrow"] + ["ray"] * (ray is not None):
+        option = " --ray" if module == "ray" else ""
+        require(find_spec(module) is not None, f"dall3 batch{option} needs {module}; run pip install 'dall3[ray]'")
+    from dall3.batch.store import Store
+
+    check_counts(prompts_per_shard=prompts_per_shard)
+    require(dtype in ("float32", "float16", "bfloat16"), f"dtype '{dtype}'; expected float32, float16 or bfloat16")
+    book = read_prompts(prompts, choose_seed(seed, None))
+    devices = dict.fromkeys(STAGE_NAMES, torch.device(device).type)
+    sizes: dict[str, Any] = {}
+    if ray is not None:
+        from dall3.batch import ray_engine
+
+        sizes = {
+            "workers": ray_engine.per_stage("workers", workers, shared=False),
+            "num_cpus": ray_engine.per_stage("num_cpus", threads if num_cpus is None else num_cpus, shared=True),
+            "num_gpus": ray_engine.per_stage("num_gpus", num_gpus, shared=True),
+        }
+        one_gpu = isinstance(num_gpus, dict) or num_gpus <= 1
+        require(one_gpu, f"num_gpus={num_gpus}; expected at most 1, which is all that a pipeline uses")
+        check_counts(**{f"workers of {stage}": number for stage, number in sizes["workers"].items()})
+        devices = {stage: "cuda" if sizes["num_gpus"][stage] else "cpu" for stage in STAGE_NAMES}
+    with nullcontext() if ray is None else ray_engine.cluster(ray):
+        pipe = load_pipeline(weights, dtype, refine)
+        how = (num_images, num_candidates, batch_size, rank_batch_size, refine_batch_size, truncate, threads, settings)
+        job = make_job(pipe, weights, dtype, devices, *how)
+        about = {"format": 1, "seed": seed, "prompts": len(book), "prompts_hash": fingerprint(book)}
+        with closing(Store(out, book, about | job.settings(), prompts_per_shard)) as store:
+            rows = [first_row(prompt) for prompt in book if not store.is_done(prompt.number)]
+            if ray is None:
+                done = in_a_loop(job, rows, pipe.to(device))
+            else:
+                del pipe
+                done = ray_engine.run_on_ray(job, rows, **sizes)
+            keep(done, store, len(book) - len(rows), len(book), progress)
+            return Report(store.finish(), len(book), store.failures())
+
+
+def keep(done: Iterator[Row], store: Store, before: int, total: int, progress: bool) -> None:
+    """Write what comes of each prompt, and tell of it: prompts a second, the time left, and what failed."""
+    failed = 0
+    with tqdm(total=total, initial=before, unit="prompt", disable=not progress) as bar:
+        for row in done:
+            store.add(row["number"], row["files"], row["error"], row["retry"])
+            if row["error"]:
+                failed += 1
+                bar.set_postfix(failed=failed)
+                if progress:
+                    bar.write(f"prompt {row['number']} failed: {row['error']}", file=sys.stderr)
+            bar.update()
+
+
+def in_a_loop(job: Job, rows: Sequence[Row], pipe: Dall3Pipeline) -> Iterator[Row]:
+    """The rows after all stages, one after the other."""
+    stages = [stage(job, pipe) for stage in STAGES]
+    with torch_threads(job.threads):
+        for row in rows:
+            for stage in stages:
+                row = stage(row)
+            yield row
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

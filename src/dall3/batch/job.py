@@ -1,0 +1,99 @@
+"""What a run does to every prompt, checked once and the same on every machine."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from dall3.checkpoints import PathLike
+from dall3.diffusion import Refinement
+from dall3.errors import require
+from dall3.pipeline import Dall3Pipeline
+from dall3.sampling import Sampling, check_counts
+
+STAGE_NAMES = ("draw", "rank", "refine")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run's settings, of plain values. weights: the name that every machine finds them by."""
+
+    weights: str | None
+    dtype: str
+    threads: int  # of torch, in each stage: another number can tip a draw by rounding
+    devices: dict[str, str]  # by stage
+    refine: bool
+    rank_batch_size: int
+    tokens: int  # of a picture
+    token_type: str  # in which they travel
+    sampling: dict[str, Any]
+    refinement: dict[str, Any]
+    recipe: dict[str, Any]  # what a picture's recipe holds, but for the prompt's seed
+
+    def settings(self) -> dict[str, Any]:
+        """What the pictures depend on, once: where the weights lie is not of it, what is in them is."""
+        repeated = ("weights", "sampling", "refinement")
+        return {name: value for name, value in asdict(self).items() if name not in repeated}
+
+
+def load_pipeline(weights: PathLike | None, dtype: str, refine: bool) -> Dall3Pipeline:
+    """The pipeline of a run, on the CPU. Without `refine` it has no part that goes on from the coarse picture."""
+    pipe = Dall3Pipeline.from_pretrained(weights, dtype=getattr(torch, dtype), progress=False)
+    pipe.super_resolution = None
+    if not refine:
+        pipe.upsampler = None
+    return pipe
+
+
+def make_job(
+    pipe: Dall3Pipeline,
+    weights: PathLike | None,
+    dtype: str,
+    devices: dict[str, str],
+    num_images: int,
+    num_candidates: int,
+    batch_size: int,
+    rank_batch_size: int | None,
+    refine_batch_size: int,
+    truncate: bool,
+    threads: int,
+    settings: dict[str, Any],
+) -> Job:
+    """The job, checked. Raises ValueError for a setting out of range or a part that is missing, TypeError for an
+    unknown setting.
+    """
+    rank_batch_size = batch_size if rank_batch_size is None else rank_batch_size
+    check_counts(rank_batch_size=rank_batch_size, threads=threads)
+    known = {*Sampling.__dataclass_fields__, *Refinement.__dataclass_fields__}
+    unknown = sorted(settings.keys() - known)
+    if unknown:
+        raise TypeError(f"unknown setting {', '.join(unknown)}; expected those of Sampling and Refinement")
+    scheduler = settings.get("scheduler", "")
+    require(isinstance(scheduler, str), "a scheduler of diffusers cannot be written down; name one of dall3's")
+    how: dict[str, Any] = dict(num_images=num_images, num_candidates=num_candidates, batch_size=batch_size)
+    how |= dict(refine_batch_size=refine_batch_size, truncate=truncate, progress=False)
+    plan = pipe._plan("a picture", seed=0, **(how | {"truncate": True}), **settings)
+    pipe.clip  # noqa: B018  loaded, to be among the hashes of the weights
+    assert pipe.transformer is not None
+    config = pipe.transformer.config
+    sampling, refinement = asdict(plan.sampling), dict(vars(plan.refinement))
+    on_cpu = sampling["quantize"] is None or devices["draw"] == "cpu"
+    require(on_cpu, f"quantize='{sampling['quantize']}' is for a CPU, and drawing is on {devices['draw']}")
+    weights_hashes = {"weights": pipe._fingerprints()}
+    recipe = plan.recipe | {"truncate": truncate} | sampling | refinement | weights_hashes
+    del recipe["seed"]
+    return Job(
+        weights=None if weights is None else str(weights),
+        dtype=dtype,
+        threads=threads,
+        devices=devices,
+        refine=pipe.upsampler is not None,
+        rank_batch_size=rank_batch_size,
+        tokens=config.image_seq_len,
+        token_type="int16" if config.num_image_tokens <= 2**15 else "int32",
+        sampling=sampling,
+        refinement=refinement,
+        recipe=recipe,
+    )

@@ -1,0 +1,117 @@
+"""A book of prompts: what is in the file, and the seed of every line."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dall3.errors import require
+
+
+class Prompt(NamedTuple):
+    """One line: its number from 0, its text, and the seed that its draws follow from."""
+
+    number: int
+    text: str
+    seed: int
+
+
+def prompt_seed(seed: int, number: int) -> int:
+    """The seed of a prompt, in [0, 2**63), which follows from the run's seed and the prompt's number alone.
+
+    >>> prompt_seed(0, 7) == prompt_seed(0, 7), prompt_seed(0, 7) == prompt_seed(7, 0)
+    (True, False)
+    """
+    state = np.random.SeedSequence(seed, spawn_key=(number,)).generate_state(1, np.uint64)[0]
+    return int(state >> np.uint64(1))
+
+
+def read_prompts(source: str | Path | Sequence[str], seed: int = 0) -> list[Prompt]:
+    """The prompts of a file or a list of texts, in order; none is left out, so that the number is the line's.
+
+    A .txt has one a line. A .csv, .jsonl or .parquet has them in "prompt", and may have a "seed", a whole number in
+    [0, 2**63), for the lines that are not to have the one that follows from `seed`, the run's.
+
+    Raises ValueError for a file of another kind, without a "prompt", or with one that is no text, before any work.
+
+    >>> [prompt.text for prompt in read_prompts(["a cube", "a cloud"])]
+    ['a cube', 'a cloud']
+    """
+    if isinstance(source, str | Path):
+        kind = Path(source).suffix.lower()
+        known = ", ".join(READERS)
+        require(kind in READERS, f"{source}: a book of prompts is one of {known}, by the end of its name")
+        try:
+            rows, place = list(READERS[kind](Path(source).read_bytes())), str(source)
+        except (ValueError, KeyError, csv.Error) as error:
+            raise ValueError(f"{source}: not a {kind} with a column 'prompt' ({error})") from None
+    else:
+        rows, place = [(text, None) for text in source], "prompts"
+    require(bool(rows), f"{place}: holds no prompt; expected one a line")
+    found = []
+    for number, (text, own) in enumerate(rows):
+        text = "" if text is None else text  # an empty cell is an empty prompt, recorded as such
+        where = f"{place}, prompt {number}"
+        require(isinstance(text, str), f"{where}: the prompt is {type(text).__name__}; expected text")
+        whole = own is None or (isinstance(own, int | np.integer) and not isinstance(own, bool) and 0 <= own < 2**63)
+        require(bool(whole), f"{where}: seed {own!r}; expected a whole number in [0, 2**63), or nothing")
+        found.append(Prompt(number, text, prompt_seed(seed, number) if own is None else int(own)))
+    return found
+
+
+def fingerprint(prompts: Sequence[Prompt]) -> str:
+    """Sixteen hexadecimal digits that follow from the texts and the seeds."""
+    text = json.dumps([(prompt.text, prompt.seed) for prompt in prompts])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+Row = tuple[Any, Any]  # the prompt and its own seed, as the file has them
+
+
+def read_txt(data: bytes) -> Iterable[Row]:
+    return [(line.removesuffix("\r"), None) for line in text_lines(data)]
+
+
+def read_csv(data: bytes) -> Iterable[Row]:
+    reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
+    require("prompt" in (reader.fieldnames or ()), f"its columns are {', '.join(reader.fieldnames or ())}")
+    for row in reader:
+        own = row.get("seed")
+        yield row["prompt"], int(own) if own else None
+
+
+def read_jsonl(data: bytes) -> Iterable[Row]:
+    for i, line in enumerate(text_lines(data)):
+        row = json.loads(line) if line.strip() else {"prompt": ""}
+        require(isinstance(row, dict) and "prompt" in row, f"line {i + 1} is no object with a 'prompt'")
+        yield row["prompt"], row.get("seed")
+
+
+def read_parquet(data: bytes) -> Iterable[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(pa.BufferReader(data))
+    require("prompt" in table.column_names, f"its columns are {', '.join(table.column_names)}")
+    seeds = table["seed"].to_pylist() if "seed" in table.column_names else [None] * len(table)
+    return zip(table["prompt"].to_pylist(), seeds, strict=True)
+
+
+def text_lines(data: bytes) -> list[str]:
+    lines = data.decode("utf-8-sig").split("\n")
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+READERS: dict[str, Callable[[bytes], Iterable[Row]]] = {
+    ".txt": read_txt,
+    ".csv": read_csv,
+    ".jsonl": read_jsonl,
+    ".parquet": read_parquet,
+}

@@ -1,0 +1,176 @@
+"""The three stages that every prompt passes: draw tokens, rank them and keep the best, refine and encode those.
+
+A row is a prompt on its way, of plain values and bytes. Between drawing and ranking a candidate is its tokens, 2 bytes
+each; after ranking only the best are left, with their scores; pictures are made, looked at and dropped inside a stage.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dall3.batch.job import Job, load_pipeline
+from dall3.batch.prompts import Prompt
+from dall3.errors import require
+from dall3.output import Dall3Output, png_bytes, to_pil
+from dall3.pipeline import Dall3Pipeline
+from dall3.sampling import batches_that_fit
+from dall3.weights import PARTS
+
+Row = dict[str, Any]
+ATTEMPTS = 4  # at a stage, before a prompt is given up for this run
+
+
+def first_row(prompt: Prompt) -> Row:
+    """A prompt before the first stage. error: why it failed, if it did; retry: whether it may go better next time."""
+    return {"number": prompt.number, "prompt": prompt.text, "seed": prompt.seed, "error": "", "retry": False}
+
+
+class Stage:
+    """One stage as an actor holds it: called with a row, it returns the row that goes to the next stage.
+
+    pipe: a pipeline that is there already and is shared; None to load one here, with only the parts of this stage.
+    Raises ValueError where the weights of that name are not the run's.
+    """
+
+    name: ClassVar[str]
+    parts: ClassVar[tuple[str, ...]]
+    adds: ClassVar[tuple[str, ...]]  # the row's bytes after it, beside those of `first_row`
+
+    def __init__(self, job: Job, pipe: Dall3Pipeline | None = None) -> None:
+        self.job = job
+        if pipe is None:
+            torch.set_num_threads(job.threads)
+            pipe = load_pipeline(job.weights, job.dtype, job.refine)
+            for name in PARTS:
+                if name not in self.parts:
+                    setattr(pipe, name, None)
+            pipe.clip  # noqa: B018  loaded, to be compared
+            here, expected = pipe._fingerprints(), job.recipe["weights"]
+            other = [name for name in here if here[name] != expected.get(name)]
+            require(
+                not other, f"the weights ({job.weights or 'bundled'}) on this machine have another {', '.join(other)}"
+            )
+            pipe.to(job.devices[self.name])
+        self.pipe = pipe
+
+    def __call__(self, row: Row) -> Row:
+        for _ in range(0 if row["error"] else ATTEMPTS):
+            try:
+                row = row | {"error": "", "retry": False} | self.work(row)
+                break
+            except Exception as error:  # whatever it is, the run goes on with the other prompts
+                row = row | {"error": f"{type(error).__name__}: {error}", "retry": True}
+        kept = {name: row[name] for name in ("number", "prompt", "seed", "error", "retry")}
+        return kept | {name: b"" if row["error"] else row[name] for name in self.adds}
+
+    def work(self, row: Row) -> Row:
+        """The columns that change. An error in them is the prompt's own; what is raised may pass."""
+        raise NotImplementedError
+
+    def tokens(self, row: Row) -> np.ndarray:
+        """The candidates' tokens, (n, image tokens)."""
+        return np.frombuffer(row["tokens"], self.job.token_type).reshape(-1, self.job.tokens)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        return self.pipe.decode_tokens(tokens, self.job.rank_batch_size, self.job.refinement["seamless"])
+
+
+class Draw(Stage):
+    """The prompt's candidates, by the transformer."""
+
+    name, parts, adds = "draw", ("transformer",), ("tokens",)
+
+    def work(self, row: Row) -> Row:
+        recipe = self.job.recipe
+        assert self.pipe.text_encoder is not None
+        try:
+            self.pipe.text_encoder(row["prompt"], recipe["truncate"])
+        except ValueError as error:
+            return {"error": f"ValueError: {error}"}
+        how = {name: recipe[name] for name in ("batch_size", "truncate")} | self.job.sampling
+        count, seed = recipe["num_candidates"], row["seed"]
+        tokens = self.pipe.generate_tokens(row["prompt"], count, seed=seed, progress=False, **how)
+        return {"tokens": tokens.cpu().numpy().astype(self.job.token_type).tobytes()}
+
+
+class Rank(Stage):
+    """The candidates that CLIP likes best: decoded and scored batch after batch, of which only the best are kept."""
+
+    name, parts, adds = "rank", ("vqgan", "clip"), ("tokens", "candidates", "scores")
+
+    def work(self, row: Row) -> Row:
+        tokens, count, clip = self.tokens(row), self.job.recipe["num_images"], self.pipe.clip
+        given = torch.from_numpy(tokens.astype(np.int64)).to(self.pipe.device)
+
+        def look(batch: range) -> Iterator[Tensor]:
+            pictures = self.decode(given[batch.start : batch.stop])
+            if clip is None:
+                yield torch.zeros(len(batch))
+                return
+            ranking = self.pipe.rank(pictures, row["prompt"], batch_size=len(batch), progress=False)
+            yield torch.empty(len(batch)).scatter_(0, ranking.indices.cpu(), ranking.scores.float().cpu())
+
+        candidates, scores = torch.empty(0, dtype=torch.int64), torch.empty(0)
+        for batch, found in batches_that_fit(len(tokens), self.job.rank_batch_size, look):
+            candidates, scores = torch.cat((candidates, torch.tensor(batch))), torch.cat((scores, found))
+            # Stable, so that equal pictures keep the order in which they were drawn.
+            order = scores.sort(descending=True, stable=True).indices[:count]
+            candidates, scores = candidates[order], scores[order]
+        return {
+            "tokens": tokens[candidates].tobytes(),
+            "candidates": candidates.numpy().astype(np.int32).tobytes(),
+            "scores": b"" if clip is None else scores.numpy().tobytes(),
+        }
+
+
+class Refine(Stage):
+    """The best candidates as files in a tar: refined, if the run does that, and encoded."""
+
+    name, parts, adds = "refine", ("vqgan", "clip", "upsampler"), ("files",)
+
+    def work(self, row: Row) -> Row:
+        recipe, prompt, seed = self.job.recipe, row["prompt"], row["seed"]
+        tokens = torch.from_numpy(self.tokens(row).astype(np.int64))
+        fine = coarse = self.decode(tokens)
+        if self.job.refine:
+            how = dict(seed=seed, batch_size=recipe["refine_batch_size"], progress=False) | self.job.refinement
+            fine = self.pipe.upsample(tokens, coarse, [(prompt, 1.0)], **how)
+        coarse_images = to_pil(coarse)
+        scores = torch.from_numpy(np.frombuffer(row["scores"], np.float32).copy()) if row["scores"] else None
+        out = Dall3Output(
+            prompt=prompt,
+            images=to_pil(fine) if self.job.refine else coarse_images,
+            coarse_images=coarse_images,
+            tokens=tokens,
+            clip_scores=scores,
+            candidates=torch.from_numpy(np.frombuffer(row["candidates"], np.int32).astype(np.int64)),
+            settings=recipe | {"seed": seed},
+        )
+        return {"files": pack(out, row["number"])}
+
+
+STAGES: tuple[type[Stage], ...] = (Draw, Rank, Refine)
+
+
+def pack(out: Dall3Output, number: int) -> bytes:
+    """A tar of a prompt's pictures as webdataset has them: files of one picture share a name before the first dot."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for i in range(len(out)):
+            files = {"png": png_bytes(out.labelled(i)), "txt": out.prompt.encode()}
+            if out.images is not out.coarse_images:
+                files["coarse.png"] = png_bytes(out.coarse_images[i])
+            files["json"] = json.dumps({"number": number, **out.recipe(i)}).encode()
+            for kind, data in files.items():
+                member = tarfile.TarInfo(f"{number:08}-{i:03}.{kind}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
