@@ -25,7 +25,7 @@ COARSE: dict[str, tuple[Any, ...]] = {
 FINE: dict[str, tuple[Any, ...]] = {
     "strength": (0.1, 0.2, 0.3, 0.4),
     "clip_guidance_scale": (0, 500, 1000, 4000),
-    "num_inference_steps": (10, 25, 50, 250),
+    "num_inference_steps": (10, 25, 50, 100),
 }
 
 
@@ -65,7 +65,7 @@ def main() -> None:
         return to_pil(pictures[pipe.rank(pictures, prompt, progress=False).indices[:1]])[0]
 
     pages = {name: (values, coarse(name)) for name, values in COARSE.items()}
-    pages |= {"num_candidates": ((1, 8, 32, 128), best), "change": ((0.1, 0.3, 0.6, 1.0), redrawn)}
+    pages |= {"num_candidates": ((1, 4, 16, 64), best), "change": ((0.1, 0.3, 0.6, 1.0), redrawn)}
     pages |= {name: (values, fine(name)) for name, values in FINE.items()}
     for name, (values, draw) in pages.items():
         sheet(values, draw).save(args.out / f"{name}.jpg", quality=88)
