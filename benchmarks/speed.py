@@ -100,7 +100,7 @@ def fill_in(name: str, **names: Any) -> None:
 
 
 def load_dalle_pytorch(folder: Path | None = None) -> Any:
-    """DALLE-pytorch, as installed or from a clone; None where it is not."""
+    """DALLE-pytorch, as installed or from a clone; None where it is not installed."""
     for name in [name for name in sys.modules if name.split(".")[0] == "dalle_pytorch"]:
         del sys.modules[name]
     if folder is not None:
@@ -113,9 +113,12 @@ def load_dalle_pytorch(folder: Path | None = None) -> Any:
     fill_in("omegaconf", OmegaConf=None)
     fill_in("axial_positional_embedding", AxialPositionalEmbedding=None)
     fill_in("taming.models.vqgan", VQModel=None, GumbelVQ=None)
+    fill_in("g_mlp_pytorch", gMLPBlock=None)
     try:
         return importlib.import_module("dalle_pytorch.dalle_pytorch")
     except ImportError:
+        if folder is not None:
+            raise
         return None
     finally:
         if folder is not None:
