@@ -578,7 +578,10 @@ def test_killed_at_twenty_moments_and_run_again(serve: Callable[..., Server], tm
     assert resumed > 5
 
 
-def test_two_processes_fetch_a_file_once(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_two_processes_fetch_a_file_once(
+    serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "TIMEOUT", (10.0, 30.0))  # a slow answer is not asked for again
     server = serve()
     server.pause = 0.005
     wanted = want(tmp_path, server.url + "/model.pt")

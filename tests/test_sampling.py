@@ -174,3 +174,18 @@ def test_a_text_without_padding_fills_its_place(transformer):
     assert (text > 0).all()
     full = draw_text_tokens(transformer, text, torch.full((1, 24), 0.9), Sampling())
     assert close(full, text, 0)  # nothing left to draw
+
+
+@pytest.mark.parametrize("threshold", [0.1, 0.5, 0.9, 0.99, 1.0])
+def test_top_p_of_peaked_and_flat_logits_is_that_of_a_whole_sort(threshold):
+    generator = torch.Generator().manual_seed(0)
+    for scale in (0.1, 1.0, 3.0, 10.0):
+        logits = torch.randn(4, 512, generator=generator, dtype=torch.float64) * scale
+        values, indices = logits.sort(descending=True)
+        before = values.softmax(dim=-1).cumsum(dim=-1) - values.softmax(dim=-1)
+        expected = [{*row[b <= threshold].tolist()} for row, b in zip(indices, before, strict=True)]
+        kept = filter_top_p(logits, threshold).isfinite()
+        if threshold < 1:
+            assert [{*row.nonzero().flatten().tolist()} for row in kept] == expected
+        else:
+            assert kept.float().mean() > 0.9  # all but for rounding

@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -114,7 +117,7 @@ def test_an_item_is_the_same_whatever_came_before(pictures: Path) -> None:
 
 
 def test_processes_share_a_step_out_among_themselves() -> None:
-    parts = [list(StepSampler(2, 5, 4, process, 3)) for process in range(3)]
+    parts = [list(StepSampler(3, 4, process, 3, first_item=24)) for process in range(3)]
     for step, shares in enumerate(zip(*parts, strict=True), 2):
         assert [i for share in shares for i in share] == list(range(12 * step, 12 * step + 12))
 
@@ -206,7 +209,7 @@ def test_training_learns_and_what_it_writes_is_a_gumbel_vq_with_the_nearest_code
     config = small_config(pictures, steps=80, learning_rate=3e-3, ema_decay=0.9, every=10)
     task = train(small_task(quantize_from=30), config, tmp_path / "run", tmp_path / "vqgan", progress=False)
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert lines[-1]["psnr"] > lines[0]["psnr"] + 5 and lines[-1]["step"] == 80
+    assert lines[-1]["psnr"] > lines[0]["psnr"] + 3 and lines[-1]["step"] == 80
     assert (tmp_path / "run/loss.png").exists() and len(list((tmp_path / "run/samples").iterdir())) == 8
     model = load_part(tmp_path / "vqgan")
     images = torch.stack([Mixture(config.data, 32)[i][0] for i in range(3)]).float() / 255
@@ -354,7 +357,7 @@ def test_max_strength_is_the_share_of_the_noise_schedule_that_is_trained_on() ->
         seen.append(t)
         return torch.zeros(len(x), 6, *x.shape[2:])
 
-    task.run = look  # type: ignore[assignment]
+    task.run, task.items = look, range(2)  # type: ignore[assignment]
     torch.manual_seed(0)
     task(torch.rand(2, 3, 256, 256), ["", ""], 0)
     assert len(seen[0]) == 100 and seen[0].min() < 20 and 280 < seen[0].max() < 300
@@ -374,7 +377,7 @@ def test_crops_of_a_picture_keep_their_own_codes(pictures: Path) -> None:
         seen.update(x=x, embeddings=image_embeds)
         return torch.zeros(len(x), 6, *x.shape[2:])
 
-    task.run = look  # type: ignore[assignment]
+    task.run, task.items = look, range(2)  # type: ignore[assignment]
     task.diffusion.add_noise = lambda x_start, t, noise: x_start  # type: ignore[method-assign]
     for seed in range(4):
         torch.manual_seed(seed)
@@ -385,9 +388,9 @@ def test_crops_of_a_picture_keep_their_own_codes(pictures: Path) -> None:
         torch.testing.assert_close(seen["embeddings"][:, 0], means, rtol=0, atol=2e-3)
 
 
-def write_small_settings(folder: Path, pictures: Path) -> dict[str, Path]:
-    """Settings with which every part trains within seconds."""
-    train_table = f'[train]\nsteps = 2\nbatch_size = 2\nside = 32\nevery = 2\ndata = ["folder:{pictures}"]\n'
+def write_small_settings(folder: Path, pictures: Path, more: str = "", **losses: str) -> dict[str, Path]:
+    """Settings with which every part trains within seconds; more lines of [train], and of a model's [loss]."""
+    train_table = f'[train]\nsteps = 2\nbatch_size = 2\nside = 32\nevery = 2\ndata = ["folder:{pictures}"]\n{more}'
     models = {
         "tokenizer": "[model]\nvocab_size = 270\n",
         "vqgan": "[model]\nch = 32\nch_mult = [1, 1]\nnum_res_blocks = 1\nattn_levels = []\nz_channels = 4\n"
@@ -399,6 +402,8 @@ def write_small_settings(folder: Path, pictures: Path) -> dict[str, Path]:
         "attention_levels = [3]\nimage_size = 64\nnum_head_channels = 32\nembedding_dims = [4, 32]\n"
         "[loss]\ncrop = 32\nmax_strength = 0.6\n",
     }
+    for name, lines in losses.items():
+        models[name] += lines if "[loss]" in models[name] else f"[loss]\n{lines}"
     paths = {}
     for name, table in models.items():
         paths[name] = folder / f"{name}.toml"
@@ -499,3 +504,60 @@ def test_scenes_render_writes_what_the_folder_source_reads(tmp_path: Path) -> No
     assert main(["scenes", "sheet", "--size", "16", "--out", str(tmp_path / "sheet.png")]) == 0
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > 10 * 16 and sheet.height > 22 * 16
+
+
+TOGETHER = """
+import sys
+from dall3.training import loop
+from dall3.training.run import train_model
+loop.save_samples = lambda *args: None
+out, settings, steps, batch_size, *models = sys.argv[1:]
+for model in models:
+    sizes = dict(steps=int(steps), batch_size=int(batch_size), every=10)
+    place = f"{out}/apart" if model == "vqgan" else out  # the others read the one in `out`
+    train_model(model, place, f"{settings}/{model}.toml", resume=True, progress=False, **sizes)
+"""
+
+
+def launch(processes: int, *arguments: object) -> None:
+    """Train models in a folder, up to a step, on so many processes."""
+    script = Path(str(arguments[0])) / "together.py"
+    script.write_text(TOGETHER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += [str(script), *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}  # one GPU is not enough for two
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[:6000]
+
+
+def test_two_processes_train_as_one_does_with_twice_the_batch_and_one_goes_on_from_two(
+    pictures: Path, tmp_path: Path
+) -> None:
+    losses = {
+        "transformer": "null_text = 0.5\n",
+        "clip": "decoded = 0.4\n",
+        "upsampler": "crops = 2\ncrop_share = 0.5\n",
+        "vqgan": 'quantizer = "gumbel"\ndiscriminator_from = 5\ncrop = 16\ncrop_share = 0.5\n',
+    }
+    settings = write_small_settings(tmp_path, pictures, "warmup = 0\ndecay = 0.0\n", **losses)
+    start = tmp_path / "start"
+    for model in ("tokenizer", "vqgan"):
+        train_model(model, start, settings[model], progress=False)
+    shutil.rmtree(start / "runs")
+    one, two = (shutil.copytree(start, tmp_path / name) for name in ("one", "two"))
+    launch(1, one, tmp_path, 30, 4, *losses)
+    launch(2, two, tmp_path, 20, 2, *losses)
+    launch(1, two, tmp_path, 30, 4, *losses)
+    for model in losses:
+        runs = [folder / ("apart" if model == "vqgan" else "") / "runs" / model for folder in (one, two)]
+        logs = [(run / "log.jsonl").read_text().splitlines() for run in runs]
+        mine, theirs = ([json.loads(line)["loss"] for line in log] for log in logs)
+        assert len(mine) == len({*mine}) == 3  # means of ten steps each
+        # Rounding tips a code of the VQGAN here and there.
+        assert mine == pytest.approx(theirs, rel=0, abs=2e-3 if model == "vqgan" else 1e-5)
+        ends = [torch.load(run / "checkpoint.pt", weights_only=True) for run in runs]
+        assert [(end["step"], end["seen"]) for end in ends] == [(30, 120)] * 2
+        if model == "transformer":  # the others have biases that do nothing, which rounding alone moves
+            for part in ("task", "averaged"):
+                for name, value in ends[0][part].items():
+                    torch.testing.assert_close(value, ends[1][part][name], rtol=0, atol=1e-5, msg=name)

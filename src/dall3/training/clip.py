@@ -22,7 +22,7 @@ from dall3.weights import save_part
 
 @dataclass(frozen=True)
 class CLIPTraining:
-    """decoded: the share of a batch that is seen as the VQGAN decodes it, since such pictures are to be ranked.
+    """decoded: the share of pictures that are seen as the VQGAN decodes them, since such pictures are to be ranked.
     cut_out: the smallest share of a picture's side that a batch is cut to, since guidance looks at cut-outs. noise:
     the largest standard deviation of noise added.
     """
@@ -36,12 +36,15 @@ class CLIPTask(Task):
     def __init__(
         self, config: CLIPConfig, training: CLIPTraining, tokenizer: Tokenizer, vqgan: VQModel | None = None
     ) -> None:
+        from accelerate import PartialState
         from open_clip.loss import ClipLoss
 
         super().__init__()
         self.settings, self.model = training, CLIP.from_config(config, tokenizer)
         self.model.model.requires_grad_(True)
-        self.contrast = ClipLoss()
+        state = PartialState()
+        # Every process sees the pictures and captions of all, so that the loss is that of the whole batch.
+        self.contrast = ClipLoss(gather_with_grad=True, rank=state.process_index, world_size=state.num_processes)
         self.frozen = [vqgan]
 
     def forward(self, images: Tensor, captions: list[str], step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -49,21 +52,25 @@ class CLIPTask(Task):
         vqgan = self.frozen[0].to(images.device) if self.frozen[0] is not None else None
         with torch.no_grad():
             if vqgan is not None:
-                count = round(s.decoded * len(images))
-                parts = [vqgan.decode(vqgan.encode(part)) for part in images[:count].split(16) if len(part)]
-                images = torch.cat([*parts, images[count:]])
+                chosen = [i for i, n in enumerate(self.items) if int((n + 1) * s.decoded) > int(n * s.decoded)]
+                images = images.clone()
+                for i in range(0, len(chosen), 16):
+                    part = chosen[i : i + 16]
+                    images[part] = vqgan.decode(vqgan.encode(images[part])).to(images.dtype)
             cut = round(side * (s.cut_out + (1 - s.cut_out) * float(torch.rand(()).sqrt())))
             top, left = (int(torch.randint(side - cut + 1, ())) for _ in range(2))
             images = images[..., top : top + cut, left : left + cut]
             images = F.interpolate(images, self.model.image_size, mode="bilinear", antialias=True)
-            images = images + torch.randn_like(images) * (s.noise * torch.rand((), device=images.device))
+            device, shape = images.device, images.shape[1:]
+            noise = self.per_item(lambda generator: torch.randn(shape, generator=generator, device=device), device)
+            images = images + noise * (s.noise * torch.rand(()).to(device))
         # On a CPU the fused attention's backward costs twice that of the plain one at so few positions.
         with sdpa_kernel(SDPBackend.MATH) if images.device.type == "cpu" else nullcontext():
             picture = F.normalize(self.model.embed_images(images), dim=-1)
             text = F.normalize(self.model.embed_text(captions), dim=-1)
         scale = self.model.model.logit_scale.exp()
         loss = self.contrast(picture, text, scale)
-        places = torch.arange(len(images), device=images.device)
+        places = torch.arange(len(images), device=device)
         right = (picture @ text.T).argmax(dim=1) == places
         return loss, {"accuracy": right.float().mean()}
 

@@ -173,19 +173,24 @@ class Mixture(Dataset[tuple[Tensor, str]]):
 
 
 class StepSampler(Sampler[list[int]]):
-    """The item numbers of each step from `first` up to `steps`: this process's share of the global batch."""
+    """The numbers of this process's items in each of so many steps, from `first_item` on: the processes share out
+    what each step takes, and none has what another has.
+    """
 
-    def __init__(self, first: int, steps: int, batch_size: int, process: int = 0, processes: int = 1) -> None:
-        self.first, self.steps, self.batch_size = first, steps, batch_size
+    def __init__(self, steps: int, batch_size: int, process: int = 0, processes: int = 1, first_item: int = 0) -> None:
+        self.steps, self.batch_size, self.first_item = steps, batch_size, first_item
         self.process, self.processes = process, processes
 
+    def ranges(self) -> Iterator[range]:
+        for step in range(self.steps):
+            start = self.first_item + (step * self.processes + self.process) * self.batch_size
+            yield range(start, start + self.batch_size)
+
     def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.first, self.steps):
-            start = (step * self.processes + self.process) * self.batch_size
-            yield list(range(start, start + self.batch_size))
+        return map(list, self.ranges())
 
     def __len__(self) -> int:
-        return self.steps - self.first
+        return self.steps
 
 
 def loader(data: Dataset[Any], sampler: StepSampler, workers: int) -> DataLoader[Any]:

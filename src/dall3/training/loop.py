@@ -2,6 +2,9 @@
 
 A `Task` is a module whose `forward` is the loss; its parameters are what is trained. The run lives in a folder:
 `log.jsonl`, `loss.png`, `samples/` and `checkpoint.pt`; at its end, or when it is stopped, the model is exported.
+
+Under `accelerate launch` the processes share out the items of each step, and random numbers belong to a step or to an
+item, never to a process: two processes train as one does with twice the batch.
 """
 
 from __future__ import annotations
@@ -12,10 +15,11 @@ import signal
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
@@ -72,7 +76,13 @@ class TrainingConfig:
 
 
 class Task(nn.Module, ABC):
-    """What is trained and how its loss is made; one file a model beside this one."""
+    """What is trained and how its loss is made; one file a model beside this one.
+
+    items: the numbers of the items that `forward` is given, of all that the run sees. seed: the run's.
+    """
+
+    items: range = range(0)
+    seed: int = 0
 
     @abstractmethod
     def forward(self, images: Tensor, captions: list[str], step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -92,6 +102,14 @@ class Task(nn.Module, ABC):
         """
         return Mixture(config.data, config.side, config.seed)
 
+    def per_item(self, draw: Callable[[torch.Generator], Tensor], device: torch.device) -> Tensor:
+        """Random numbers for each of the items, one below the other: the same for an item whichever process has it.
+
+        torch's own generator is alike on all processes: for what is chosen once for a whole step.
+        """
+        generator = torch.Generator(device)
+        return torch.stack([draw(generator.manual_seed(seed_of(self.seed, "item", number))) for number in self.items])
+
     def start_from(self, model: nn.Module) -> None:
         """Take over the weights of a trained model."""
         self.get_submodule("model").load_state_dict(model.state_dict())
@@ -101,6 +119,11 @@ class Task(nn.Module, ABC):
 
     def after_step(self) -> None:
         """What happens between steps without gradients; nothing unless a task says so."""
+
+
+def seed_of(*what: object) -> int:
+    """A generator's seed that follows from what it is for."""
+    return int.from_bytes(sha256(repr(what).encode()).digest()[:8], "little") >> 1
 
 
 @dataclass
@@ -143,14 +166,17 @@ def moving_average(decay: float, average: Tensor, value: Tensor, count: Tensor) 
 
 
 @contextmanager
-def stop_on_interrupt() -> Iterator[list[bool]]:
-    """A list that is non-empty once Ctrl-C was pressed; a second one interrupts at once."""
-    pressed: list[bool] = []
+def stop_on_interrupt() -> Iterator[list[float]]:
+    """A list that is non-empty once Ctrl-C was pressed; a second one interrupts at once.
+
+    A second signal within a second is the first one, which `accelerate launch` passes on to processes that have it.
+    """
+    pressed: list[float] = []
 
     def press(number: int, frame: Any) -> None:
-        if pressed:
+        if pressed and time.monotonic() - pressed[0] > 1:
             raise KeyboardInterrupt
-        pressed.append(True)
+        pressed.append(time.monotonic())
 
     if threading.current_thread() is not threading.main_thread():  # only that one may listen to signals
         yield pressed
@@ -165,8 +191,9 @@ def stop_on_interrupt() -> Iterator[list[bool]]:
 def train(task: Task, config: TrainingConfig, folder: Path, model_folder: Path, progress: bool = True) -> Task:
     """Train until `config.steps`, from the folder's checkpoint where there is one, and export the averaged model.
 
-    Every step seeds torch's generator from (seed, step, process), so that a run that resumes goes on with the same
-    losses; the caller's generator is put back. Ctrl-C ends the step, writes the checkpoint and the model, and returns.
+    Every step seeds torch's generator, so that a run that resumes goes on with the same losses, on any number of
+    processes; the caller's generator is put back. Ctrl-C ends the step, writes the checkpoint and the model, and
+    returns.
     """
     from accelerate import Accelerator
 
@@ -177,7 +204,7 @@ def train(task: Task, config: TrainingConfig, folder: Path, model_folder: Path, 
     averaged = AveragedModel(task, avg_fn=partial(moving_average, config.ema_decay))
     optimizers = make_optimizers(task, config)
     best = cast(Task, averaged.module)
-    first = load_checkpoint(folder, task, averaged, optimizers)
+    first, seen = load_checkpoint(folder, task, averaged, optimizers)
     averaged.to(accelerator.device)
     wrapped = accelerator.prepare(task)
     optimizers.parts = [accelerator.prepare(part) for part in optimizers.parts]
@@ -186,20 +213,21 @@ def train(task: Task, config: TrainingConfig, folder: Path, model_folder: Path, 
 
     with accelerator.main_process_first():
         data = task.make_data(config, folder, accelerator.device, progress and main)
-    accumulate = config.gradient_accumulation
+    batches = range(first * config.gradient_accumulation, config.steps * config.gradient_accumulation)
     sampler = StepSampler(
-        first * accumulate,
-        config.steps * accumulate,
-        config.batch_size,
-        accelerator.process_index,
-        accelerator.num_processes,
+        len(batches), config.batch_size, accelerator.process_index, accelerator.num_processes, first_item=seen
     )
+    task.seed = config.seed
     shown = [Mixture(config.data, config.side, config.seed + 1)[i] for i in range(16)] if main else []
     step, started, pending = first, time.time(), []
     with torch.random.fork_rng(), stop_on_interrupt() as interrupted:
         bar = tqdm(total=config.steps, initial=first, desc=str(folder), disable=not (progress and main))
-        for number, (images, captions) in enumerate(loader(data, sampler, config.workers), first * accumulate):
-            torch.manual_seed(hash((config.seed, number, accelerator.process_index)) % 2**63)
+        for number, items, (images, captions) in zip(
+            batches, sampler.ranges(), loader(data, sampler, config.workers), strict=True
+        ):
+            torch.manual_seed(seed_of(config.seed, "step", number))
+            task.items = items
+            seen += config.batch_size * accelerator.num_processes
             optimizers.set_rate(config.rate(step))
             with accelerator.accumulate(wrapped):
                 with accelerator.autocast():
@@ -219,17 +247,25 @@ def train(task: Task, config: TrainingConfig, folder: Path, model_folder: Path, 
             averaged.update_parameters(task)
             pending.append({"loss": loss.detach(), **figures})
             bar.update()
-            done = step == config.steps or bool(interrupted)
-            if step % min(config.every, 50) == 0 or done:
+            look = step % min(config.every, 50) == 0 or step == config.steps
+            stop = bool(interrupted)
+            if accelerator.num_processes > 1 and (look or accelerator.device.type == "cpu"):
+                # All end after the same step: one that went on would wait for the others for ever.
+                stop = bool(accelerator.reduce(torch.tensor(float(stop), device=accelerator.device)) > 0)
+            elif accelerator.num_processes > 1:
+                stop = False
+            done = step == config.steps or stop
+            if look or done:
                 # Read together: a look at each step's figures would make the device wait.
-                means = {name: float(torch.stack([p[name].float() for p in pending]).mean()) for name in pending[0]}
+                figures = {name: torch.stack([p[name].float() for p in pending]).mean() for name in pending[0]}
+                means = {name: float(accelerator.reduce(value, "mean")) for name, value in figures.items()}
                 bar.set_postfix({name: f"{value:.4g}" for name, value in means.items()})
                 if main:
                     spent = time.time() - started
                     write_log(folder, {"step": step, "rate": config.rate(step), "seconds": round(spent, 1), **means})
                 pending = []
             if main and (step % config.every == 0 or done):
-                save_checkpoint(folder, step, task, averaged, optimizers)
+                save_checkpoint(folder, step, seen, task, averaged, optimizers)
                 save_samples(folder, step, best, shown, accelerator.device)
                 plot_log(folder)
             if done:
@@ -240,18 +276,25 @@ def train(task: Task, config: TrainingConfig, folder: Path, model_folder: Path, 
     return best
 
 
-def save_checkpoint(folder: Path, step: int, task: nn.Module, averaged: nn.Module, optimizers: Optimizers) -> None:
-    """Written beside and moved into place: a run that is killed meanwhile keeps the one before."""
-    state = {"step": step, "task": task.state_dict(), "averaged": averaged.state_dict()}
+def save_checkpoint(
+    folder: Path, step: int, seen: int, task: nn.Module, averaged: nn.Module, optimizers: Optimizers
+) -> None:
+    """Written beside and moved into place: a run that is killed meanwhile keeps the one before.
+
+    seen: so many items all processes together have trained on.
+    """
+    state = {"step": step, "seen": seen, "task": task.state_dict(), "averaged": averaged.state_dict()}
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(state | {"optimizers": [part.state_dict() for part in optimizers.parts]}, folder / "checkpoint.new")
     os.replace(folder / "checkpoint.new", folder / "checkpoint.pt")
 
 
-def load_checkpoint(folder: Path, task: nn.Module, averaged: nn.Module, optimizers: Optimizers) -> int:
-    """The step that the folder's checkpoint was written after, its state put into place; 0 without one."""
+def load_checkpoint(folder: Path, task: nn.Module, averaged: nn.Module, optimizers: Optimizers) -> tuple[int, int]:
+    """The step that the folder's checkpoint was written after and how many items were seen, its state put into place;
+    0 and 0 without one.
+    """
     if not (folder / "checkpoint.pt").exists():
-        return 0
+        return 0, 0
     state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
     task.load_state_dict(state["task"])
     averaged.load_state_dict(state["averaged"])
@@ -261,7 +304,7 @@ def load_checkpoint(folder: Path, task: nn.Module, averaged: nn.Module, optimize
     # A run that was killed may have logged steps after its checkpoint; they are about to come again.
     lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step] if log.exists() else []
     log.write_text("".join(f"{line}\n" for line in lines))
-    return step
+    return step, int(state["seen"])
 
 
 def write_log(folder: Path, line: dict[str, float]) -> None:

@@ -6,8 +6,10 @@ pipeline folder at any time. What a run needs to go on lies beside them in `runs
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,17 @@ def need_tokenizer(folder: Path) -> Tokenizer:
     return load_tokenizer(folder / TOKENIZER)
 
 
+def join_processes() -> None:
+    """Join those that a launcher started, before a model is made: some parts ask whether there are others.
+
+    They wait for each other as long as making a pool of codes may take.
+    """
+    from accelerate import PartialState
+
+    on_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    PartialState(cpu=on_cpu, timeout=timedelta(hours=12))
+
+
 def read_settings(path: str | Path) -> dict[str, dict[str, Any]]:
     """The tables [model], [loss] and [train] of a TOML file. Raises ValueError for another file."""
     found = read_toml(path)
@@ -125,6 +138,7 @@ def train_model(
             folder.mkdir(parents=True, exist_ok=True)
             target.write_text(text, encoding="utf-8")
             return
+        join_processes()
         with torch.random.fork_rng():
             torch.manual_seed(training.seed)
             task = MAKERS[model](settings["model"], settings["loss"], folder)

@@ -60,7 +60,7 @@ def encode_pool(data: Dataset[Any], count: int, vqgan: VQModel, path: Path, work
         with np.load(path) as found:
             if str(found["made_by"]) == made_by and len(found["codes"]) == count:
                 return CodePool(found["codes"], json.loads(str(found["captions"])))
-    batches = loader(data, StepSampler(0, -(-count // POOL_BATCH), POOL_BATCH), workers)
+    batches = loader(data, StepSampler(-(-count // POOL_BATCH), POOL_BATCH), workers)
     codes, captions = [], []
     for images, texts in tqdm(batches, desc="encoding the pool", disable=not progress):
         with torch.no_grad():
@@ -68,9 +68,10 @@ def encode_pool(data: Dataset[Any], count: int, vqgan: VQModel, path: Path, work
         captions += texts
     pool = CodePool(np.concatenate(codes)[:count], list(captions)[:count])
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{path}.new", "wb") as file:
+    new = path.with_suffix(f".{os.getpid()}")
+    with new.open("wb") as file:
         np.savez(file, codes=pool.codes, captions=json.dumps(pool.captions), made_by=made_by)
-    os.replace(f"{path}.new", path)
+    new.replace(path)
     return pool
 
 
@@ -99,7 +100,9 @@ class TransformerTask(Task):
             is_codes = images.dtype == torch.int16
             image_ids = images.long() if is_codes else self.frozen[0].to(images.device).encode(images)
         text_ids = torch.stack([self.encode_text(caption, truncate=True) for caption in captions]).to(images.device)
-        dropped = torch.rand(len(text_ids), 1, device=images.device) < self.settings.null_text
+        device = images.device
+        chance = self.per_item(lambda generator: torch.rand(1, generator=generator, device=device), device)
+        dropped = chance < self.settings.null_text
         loss = self.loss(text_ids.masked_fill(dropped, 0), image_ids)
         return loss, {}
 

@@ -72,9 +72,17 @@ class UpsamplerTask(Task):
             images = torch.cat([crop_at(images, place, unit, s.crop) for place in places])
             embeddings = torch.cat([crop_at(embeddings, place, 2, 2 * s.crop // unit) for place in places])
         x_start = images * 2 - 1
-        steps = max(round(s.max_strength * len(diffusion)), 1)
-        t = torch.randint(steps, (len(x_start),), device=x_start.device)
-        noise = torch.randn_like(x_start)
+        steps, device = max(round(s.max_strength * len(diffusion)), 1), x_start.device
+        crops = len(x_start) // len(captions)
+
+        def draw(generator: torch.Generator) -> Tensor:
+            """A time in [0, 1) and noise, side by side, for every crop of one picture."""
+            u = torch.rand(crops, 1, generator=generator, device=device)
+            noise = torch.randn(crops, x_start[0].numel(), generator=generator, device=device)
+            return torch.cat((u, noise), dim=1)
+
+        drawn = self.per_item(draw, device).transpose(0, 1).flatten(0, 1)  # the first crops of all, then the second
+        t, noise = (drawn[:, 0] * steps).long().clamp(max=steps - 1), drawn[:, 1:].view_as(x_start)
         x = diffusion.add_noise(x_start, t, noise)
         output = self.run(x, diffusion.at("timestep", t), image_embeds=embeddings).float()
         prediction = diffusion.predict(output, x, t)

@@ -142,11 +142,21 @@ class VQGANTask(Task):
             return quantized, loss.sum(), ids.view(-1, *features.shape[2:])
         logits = self.model.quantize["proj"](features).float()
         progress = min(step / self.settings.gumbel_steps, 1.0)
-        choice = F.gumbel_softmax(logits, tau=self.settings.gumbel_temperature**progress, dim=1, hard=True)
+        choice = self.gumbel_softmax(logits, tau=self.settings.gumbel_temperature**progress)
         log_share = logits.log_softmax(dim=1)
         kl = (log_share.exp() * (log_share + torch.tensor(float(logits.shape[1])).log())).sum(1).mean()
         quantized = torch.einsum("b n h w, n d -> b d h w", choice, self.model.codebook)
         return quantized, self.settings.kl_weight * kl, choice.argmax(dim=1)
+
+    def gumbel_softmax(self, logits: Tensor, tau: float) -> Tensor:
+        """One code a place, as 0 and 1 in dimension 1, with the gradient of the soft choice; noise by item."""
+        device, crops = logits.device, len(logits) // len(self.items)
+        shape = (crops, *logits.shape[1:])
+        waits = self.per_item(lambda g: torch.empty(shape, device=device).exponential_(generator=g), device)
+        noise = -waits.transpose(0, 1).flatten(0, 1).log()
+        soft = ((logits + noise) / tau).softmax(dim=1)
+        hard = torch.zeros_like(soft).scatter_(1, soft.argmax(dim=1, keepdim=True), 1.0)
+        return hard - soft.detach() + soft
 
     def forward(self, images: Tensor, captions: list[str], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         s, model = self.settings, self.model
