@@ -87,6 +87,7 @@ parser.add_argument("--sections", nargs="+", default=["same", "failures", "speed
 parser.add_argument("--prompts", type=int, default=40)
 parser.add_argument("--candidates", type=int, default=32)
 parser.add_argument("--images", type=int, default=8)
+parser.add_argument("--cond_scale", type=float, help="of the draws; the weights' own if not given")
 parser.add_argument("--memory_prompts", type=int, nargs="+", default=[100, 1000])
 args = parser.parse_args()
 home = Path(tempfile.mkdtemp())
@@ -100,6 +101,7 @@ environment |= {"OMP_NUM_THREADS": "1", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
 def start(name: str, *options: str, script: str = COMMAND, before: tuple[str, ...] = (), cores: int = 0):
     """`dall3 batch` in a process of its own, on so many cores, or on all for 0."""
     settings = ["--num-images", str(args.images), "--num-candidates", str(args.candidates), "--coarse"]
+    settings += [] if args.cond_scale is None else ["--cond-scale", str(args.cond_scale)]
     settings += [] if "--ray" in options else ["--device", "cpu"]
     command = [sys.executable, "-c", script, *before, "batch", str(book), "--out", str(home / name)]
     allowed = sorted(os.sched_getaffinity(0))[: cores or None]

@@ -1,8 +1,9 @@
 """Feeds the readers broken and hostile files for as long as it is told to: `python tests/fuzz.py MINUTES [SEED]`.
 
-Checkpoints, tokenizers, folders of parts, weights.toml and taming's YAML: every file must be read or be refused by one
-error, in little time and memory, without a process, a socket or a file written. A file that does otherwise is kept in
-the folder `fuzz-found`, to become a test; the last one tried is there too, should the process die of it.
+Checkpoints, tokenizers, folders of parts, settings, pictures' recipes, weights.toml and taming's YAML: every file must
+be read or be refused by one error, in little time and memory, without a process, a socket or a file written. A file
+that does otherwise is kept in the folder `fuzz-found`, to become a test; the last one tried is there too, should the
+process die of it.
 """
 
 from __future__ import annotations
@@ -25,18 +26,23 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
+from dall3 import Dall3Output, Dall3Pipeline
 from dall3.archive import CheckpointError, Placeholder, module_tensors, read_archive
 from dall3.checkpoints import read_taming_config
 from dall3.models.unet import UNetConfig
+from dall3.output import RECIPE
 from dall3.registry import own_file, read_registry
 from dall3.text import load_tokenizer
-from dall3.weights import BUNDLED, load_part
+from dall3.weights import BUNDLED, DEFAULTS, load_part, read_defaults
 from test_archive import ATTACKS, CONTAINERS, Net, Unknown, contain, save, script, tensor, touch
 
 from originals import GOLDEN
@@ -142,6 +148,42 @@ def read_part(path: Path) -> None:
     load_part(folder)
 
 
+def read_settings(path: Path) -> None:
+    """The file as the settings that suit a folder's weights."""
+    folder = path.parent / "settings"
+    folder.mkdir(exist_ok=True)
+    shutil.copy(path, folder / DEFAULTS)
+    read_defaults(folder)
+
+
+@cache
+def pipeline() -> Dall3Pipeline:
+    return Dall3Pipeline.from_pretrained()
+
+
+def read_recipe(path: Path) -> None:
+    """The file as the recipe in a picture, up to the work that it asks for."""
+    about, picture = PngInfo(), path.parent / "picture.png"
+    about.add_itxt(RECIPE, path.read_text(encoding="utf-8", errors="replace"))
+    Image.new("RGB", (4, 4)).save(picture, pnginfo=about)
+    found = Dall3Output.load(picture)
+    found.to_numpy(), found.recipe(0)
+    pipeline()._plan_again(found.recipe(0))
+
+
+def recipes() -> list[bytes]:
+    """Recipes to start from, of pictures that were made in some ways."""
+    pipe, found = pipeline(), []
+    for settings in ({"top_k": 0.5}, {"seamless": True, "guidance_prompt": "a cube:2|a cone:-1", "scheduler": "ddpm"}):
+        plan = pipe._plan("a cube", num_images=1, seed=3, **settings)
+        about = plan.recipe | asdict(plan.sampling) | dict(vars(plan.refinement)) | {"weights": {"vqgan": "0" * 64}}
+        recipe = dict(prompt="a cube", tokens=[1] * 256, clip_score=0.5, candidate=0, place=0, settings=about)
+        found.append(json.dumps(recipe).encode())
+        recipe["settings"] = about | {"kept": [-1, 3] * 128}
+        found.append(json.dumps(recipe).encode())
+    return found
+
+
 def text_readers() -> list[tuple[Callable[[Path], Any], list[bytes]]]:
     """Readers of files that are text, and files to start from."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -158,6 +200,8 @@ def text_readers() -> list[tuple[Callable[[Path], Any], list[bytes]]]:
         (read_part, configs),
         (read_registry, [own_file().read_bytes()]),
         (read_taming_config, [(GOLDEN / "gumbel_vq/model.yaml").read_bytes()]),
+        (read_settings, [(BUNDLED / DEFAULTS).read_bytes(), b'{"temperature": 0.9, "top_k": 0.5, "cutn": 4}']),
+        (read_recipe, recipes()),
     ]
 
 

@@ -501,8 +501,8 @@ class Dall3Pipeline:
         settings = {name: value for name, value in recipe["settings"].items() if name not in ("kept", "weights")}
         kept, place = recipe["settings"].get("kept"), recipe["place"]
         known = {*REPEATABLE, *Sampling.__dataclass_fields__, *Refinement.__dataclass_fields__}
-        unknown = sorted(settings.keys() - known)
-        require(not unknown, f"the recipe has settings that this version does not know: {', '.join(unknown)[:200]}")
+        unknown = ", ".join(map(repr, sorted(settings.keys() - known)))
+        require(not unknown, f"the recipe has settings that this version does not know: {unknown[:200]}")
         require(isinstance(recipe["settings"].get("weights", {}), dict), "the recipe's weights are not named by part")
         check_defaults({name: value for name, value in settings.items() if name not in REPEATABLE})
         for name, most in REPEATABLE.items():

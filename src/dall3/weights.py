@@ -123,7 +123,7 @@ LIMITS = {  # above any network's; of other numbers 2**20
     **{"depth": 256, "layers": 128, "heads": 256, "grid_size": 128, "cutn": 1024},
     **dict.fromkeys(("text_seq_len", "context_length", "image_size"), 8192),
 }
-MOST_POSITIONS = 6000  # of a transformer, whose patterns of attention take 28 bytes for each pair while it is built
+MOST_POSITIONS = 5000  # of a transformer, whose patterns of attention take 9 bytes for each pair while it is built
 
 
 def check_limits(settings: Any, name: str = "") -> None:

@@ -24,17 +24,18 @@ def attention_pattern(kind: str, text_length: int, grid_size: int) -> Tensor:
     kind: "full"; "axial_row" and "axial_col" (the same row, the same column); "conv_like" (a 5×5 window around the
     position) and "conv_like_causal" (one that ends at it: DALLE-pytorch from 1.5 on).
     """
-    positions = torch.arange(text_length + grid_size**2, device="cpu")  # real on a meta model too
+    # Real on a meta model too; of 16 bits, since there are pairs of them.
+    positions = torch.arange(text_length + grid_size**2, device="cpu", dtype=torch.int16)
     row, column = (positions - text_length) // grid_size, (positions - text_length) % grid_size
     up, back = row[:, None] - row[None, :], column[:, None] - column[None, :]
     reach = CONV_KERNEL_SIZE // 2
     near = {
-        "full": torch.ones_like(up, dtype=torch.bool),
-        "axial_row": up == 0,
-        "axial_col": back == 0,
-        "conv_like": (up.abs() <= reach) & (back.abs() <= reach),
-        "conv_like_causal": (up >= 0) & (up < CONV_KERNEL_SIZE) & (back >= 0) & (back < CONV_KERNEL_SIZE),
-    }[kind]
+        "full": lambda: torch.ones_like(up, dtype=torch.bool),
+        "axial_row": lambda: up == 0,
+        "axial_col": lambda: back == 0,
+        "conv_like": lambda: (up.abs() <= reach) & (back.abs() <= reach),
+        "conv_like_causal": lambda: (up >= 0) & (up < CONV_KERNEL_SIZE) & (back >= 0) & (back < CONV_KERNEL_SIZE),
+    }[kind]()
     causal = positions[:, None] >= positions[None, :]
     return causal & (near | (positions < text_length)[None, :])
 
