@@ -5,7 +5,8 @@ measured where they are: dalle-pytorch 1.6.6 (`pip install --no-deps dalle-pytor
 filled in here, and its lost cache argument is mended), and the clones of the seed's two programs that --seed-dalle
 and --seed-diffusion name. Programs without a cache are run at every 16th token, and the rest is read off between.
 
-Sections: tokens, diffusion, growth, steps, start, memory. Each writes its rows to results/speed.json.
+Sections: tokens, diffusion, growth, steps, start, memory. Each writes its rows to results/speed.json, and tokens the
+plot docs/speed.png.
 """
 
 from __future__ import annotations
@@ -389,6 +390,33 @@ def memory(args: argparse.Namespace) -> list[Row]:
     return rows
 
 
+def to_markdown(rows: list[Row]) -> str:
+    """Rows as a Markdown table, numbers to three digits."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [names, ["---"] * len(names)]
+    for row in rows:
+        lines.append([f"{v:.3g}" if isinstance(v, float) else str(v) for v in (row.get(name, "") for name in names)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Tokens a second of each program, by how many candidates are drawn at a time, at depth 12."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axis = figure.subplots()
+    for name in dict.fromkeys(row["program"] for row in rows):
+        points = [(row["batch"], row["tokens/s"]) for row in rows if row["program"] == name and row["depth"] == 12]
+        axis.plot(*zip(*points, strict=True), marker="o", label=name)
+    batches = sorted({row["batch"] for row in rows})
+    axis.set(xscale="log", yscale="log", xlabel="candidates at a time", ylabel="image tokens a second", xticks=batches)
+    axis.set_xticklabels(map(str, batches))
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
 SECTIONS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     section.__name__: section for section in (tokens, diffusion, growth, steps, start, memory)
 }
@@ -403,6 +431,7 @@ def main() -> None:
     parser.add_argument("--seed-dalle", type=Path, help="a clone of Jack000/DALLE-pytorch")
     parser.add_argument("--seed-diffusion", type=Path, help="a clone of Jack000/guided-diffusion")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results") / "speed.json")
+    parser.add_argument("--plot", type=Path, default=Path(__file__).parents[1] / "docs" / "speed.png")
     args = parser.parse_args()
     if unknown := set(args.sections.split(",")) - set(SECTIONS):
         parser.error(f"no section {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
@@ -414,6 +443,9 @@ def main() -> None:
         results[name] = {"settings": about, "rows": rows}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        print(f"\n{to_markdown(rows)}", flush=True)
+        if name == "tokens":
+            plot(rows, args.plot)
 
 
 if __name__ == "__main__":

@@ -856,6 +856,11 @@ class Dall3Pipeline:
         >>> pipe, blue = Dall3Pipeline.from_pretrained(), Image.new("RGB", (256, 256), "blue")
         >>> pipe.upsample(image=blue, num_inference_steps=2, seed=0, progress=False).shape
         torch.Size([1, 3, 256, 256])
+
+        A picture of 256 px goes through the same UNet again for one of 512, and that for one of 1,024:
+
+        >>> pipe.upsample(image=blue, output_size=512, num_inference_steps=5, seed=0, progress=False).shape
+        torch.Size([1, 3, 512, 512])
         """
         refinement = Refinement(**self.with_defaults(Refinement, {"clip_guidance_scale": 0.0} | settings))
         texts = parse_prompts(prompt) if isinstance(prompt, str) else list(prompt or ())
