@@ -140,7 +140,7 @@ def png_bytes(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-@dataclass
+@dataclass(repr=False)
 class Dall3Output:
     """What `Dall3Pipeline` returns for a prompt: `num_images` results, best first where CLIP ranked them.
 
@@ -152,6 +152,8 @@ class Dall3Output:
     >>> out = Dall3Output("a cube", both, both, torch.zeros(2, 4).long(), torch.tensor([0.3, 0.2]), torch.arange(2))
     >>> len(out), out[1].images == [white], [float(one.clip_scores[0]) > 0.25 for one in out]
     (2, True, [True, False])
+    >>> out
+    Dall3Output('a cube', 2 of 8×8: 0.300, draw 0; 0.200, draw 1)
     """
 
     prompt: str
@@ -161,6 +163,10 @@ class Dall3Output:
     clip_scores: Tensor | None  # float32 (n,), cosine similarity to the prompt; None without CLIP
     candidates: Tensor  # int64 (n,), the number of the draw that each picture comes from
     settings: dict[str, Any] = field(default_factory=dict)  # what made them, the seed among it
+
+    def __repr__(self) -> str:
+        size = "×".join(str(side) for image in self.images[:1] for side in image.size)
+        return f"Dall3Output({self.prompt!r}, {len(self)} of {size}: {'; '.join(self.captions())})"
 
     def __len__(self) -> int:
         return len(self.images)
