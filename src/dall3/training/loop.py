@@ -10,6 +10,7 @@ item, never to a process: two processes train as one does with twice the batch.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import threading
@@ -31,6 +32,8 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from dall3.training.data import Mixture, StepSampler, loader
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -198,7 +201,7 @@ def train(task: Task, config: TrainingConfig, folder: Path, model_folder: Path, 
     from accelerate import Accelerator
 
     accelerator = Accelerator(
-        mixed_precision=config.precision, gradient_accumulation_steps=config.gradient_accumulation
+        mixed_precision=usable(config.precision), gradient_accumulation_steps=config.gradient_accumulation
     )
     main = accelerator.is_main_process
     averaged = AveragedModel(task, avg_fn=partial(moving_average, config.ema_decay))
@@ -274,6 +277,15 @@ def train(task: Task, config: TrainingConfig, folder: Path, model_folder: Path, 
     if main:
         best.export(model_folder)
     return best
+
+
+def usable(precision: str) -> str:
+    """The precision, but "no" for bfloat16 where all there is is a CPU that would only imitate it, far slower."""
+    imitated = not torch.accelerator.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if precision == "bf16" and imitated:
+        logger.warning("this CPU has no bfloat16 arithmetic; training in float32")
+        return "no"
+    return precision
 
 
 def save_checkpoint(
