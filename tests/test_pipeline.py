@@ -621,7 +621,7 @@ def test_a_recipe_of_other_weights_names_what_differs(seedset, out, tmp_path):
     [
         ({"num_candidates": 10**9}, "num_candidates is '1000000000', which cannot be"),
         ({"cutn": 10**9}, "cutn=1e.09; 1024 is the most"),
-        ({"callback_on_step_end": 1, "generator": 2}, "does not know: callback_on_step_end, generator"),
+        ({"callback_on_step_end": 1, "generator": 2}, "does not know: 'callback_on_step_end', 'generator'"),
         ({"scheduler": "EulerDiscreteScheduler"}, "scheduler 'EulerDiscreteScheduler' is not known"),
         ({"guidance_prompt": 5}, "guidance_prompt is '5'"),
         ({"weights": 5}, "weights are not named by part"),
