@@ -281,8 +281,8 @@ def train(task: Task, config: TrainingConfig, folder: Path, model_folder: Path, 
 
 def usable(precision: str) -> str:
     """The precision, but "no" for bfloat16 where all there is is a CPU that would only imitate it, far slower."""
-    imitated = not torch.accelerator.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if precision == "bf16" and imitated:
+    has_units = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if precision == "bf16" and not has_units and not torch.accelerator.is_available():
         logger.warning("this CPU has no bfloat16 arithmetic; training in float32")
         return "no"
     return precision
