@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from quality import to_markdown
 from torch import Tensor
 
 from dall3 import Dall3Pipeline
@@ -388,15 +389,6 @@ def memory(args: argparse.Namespace) -> list[Row]:
         )
         print(rows[-1], flush=True)
     return rows
-
-
-def to_markdown(rows: list[Row]) -> str:
-    """Rows as a Markdown table, numbers to three digits."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [names, ["---"] * len(names)]
-    for row in rows:
-        lines.append([f"{v:.3g}" if isinstance(v, float) else str(v) for v in (row.get(name, "") for name in names)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def plot(rows: list[Row], path: Path) -> None:
