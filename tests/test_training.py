@@ -206,11 +206,11 @@ def test_a_tokenizer_reads_any_text_back_and_keeps_0_for_padding(tmp_path: Path)
 def test_training_learns_and_what_it_writes_is_a_gumbel_vq_with_the_nearest_code(
     pictures: Path, tmp_path: Path
 ) -> None:
-    config = small_config(pictures, steps=120, learning_rate=3e-3, ema_decay=0.9, every=10)
+    config = small_config(pictures, steps=80, learning_rate=3e-3, ema_decay=0.9, every=10, seed=1)
     task = train(small_task(quantize_from=30), config, tmp_path / "run", tmp_path / "vqgan", progress=False)
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert lines[-1]["psnr"] > lines[0]["psnr"] + 5 and lines[-1]["step"] == 120
-    assert (tmp_path / "run/loss.png").exists() and len(list((tmp_path / "run/samples").iterdir())) == 12
+    assert lines[-1]["psnr"] > lines[0]["psnr"] + 5 and lines[-1]["step"] == 80
+    assert (tmp_path / "run/loss.png").exists() and len(list((tmp_path / "run/samples").iterdir())) == 8
     model = load_part(tmp_path / "vqgan")
     images = torch.stack([Mixture(config.data, 32)[i][0] for i in range(3)]).float() / 255
     assert (model.decode(model.encode(images)) - images).abs().mean() < 0.15
