@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dall3.models.vqgan import upsample
+from dall3.models.vqgan import silu, upsample
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,15 @@ class UNetConfig:
         return 2 ** (len(self.channel_mult) - 1)
 
 
+def scale_shift_norm(norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """norm(x) · (1 + scale) + shift of x (batch, channels, height, width); scale and shift are (batch, channels)."""
+    if len(x) > 1:
+        return torch.addcmul(shift[:, :, None, None], norm(x), 1 + scale[:, :, None, None])
+    # One picture's scale and shift join those of the normalisation, and x is passed over only once.
+    weight, bias = norm.weight * (1 + scale[0]), norm.bias * (1 + scale[0]) + shift[0]
+    return F.group_norm(x, norm.num_groups, weight, bias, norm.eps)
+
+
 class ResBlock(nn.Module):
     """A residual block that hears the time; `resample` halves or doubles both its branches."""
 
@@ -85,17 +94,16 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        norm, activation, conv = self.in_layers
-        h = conv(self.resample(activation(norm(x))))
+        norm, _, conv = self.in_layers
+        h = conv(self.resample(silu(norm(x))))
         x = self.resample(x)
-        time = self.emb_layers(time)[:, :, None, None]
-        norm, activation, _, conv = self.out_layers
+        time = self.emb_layers(time)
+        norm, _, _, conv = self.out_layers
         if self.use_scale_shift_norm:
-            scale, shift = time.chunk(2, dim=1)
-            h = torch.addcmul(shift, norm(h), 1 + scale)
+            h = scale_shift_norm(norm, h, *time.chunk(2, dim=1))  # type: ignore[arg-type]
         else:
-            h = norm(h + time)
-        return self.skip_connection(x) + conv(activation(h))
+            h = norm(h + time[:, :, None, None])
+        return conv(silu(h)).add_(self.skip_connection(x))
 
 
 class AttentionBlock(nn.Module):
