@@ -87,9 +87,10 @@ class Judge(nn.Module):
 
 
 def save_judge(judge: Judge, path: str | Path) -> None:
-    """Write a judge's weights, what its classes are and how good it is to a safetensors file."""
+    """Write a judge's weights, in half precision, what its classes are and how good it is to a safetensors file."""
     about = {name: json.dumps(getattr(judge, name)) for name in ABOUT}
-    save_file({name: tensor.contiguous() for name, tensor in judge.state_dict().items()}, path, about)
+    weights = {k: t.half() if t.is_floating_point() else t for k, t in judge.state_dict().items()}
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path, about)
 
 
 def load_judge(path: str | Path) -> Judge:
@@ -225,7 +226,7 @@ def main() -> None:
         examples = draw_examples(emoji, args.renders, args.rounds, SIDE, args.seed, args.workers)
         if args.pictures:
             torch.save(examples, args.pictures)
-    train(judge, *examples, args.epochs, args.seed, args.bf16)
+    train(judge, *examples, args.epochs, args.seed, args.bf16).half().float()  # as it is saved
     judge.accuracy = evaluate(judge, *draw_examples(emoji, args.fresh, 1, 2 * SIDE, args.seed + 1, args.workers))
     save_judge(judge, args.out)
     print("right on fresh pictures: " + ", ".join(f"{name} {share:.2%}" for name, share in judge.accuracy.items()))

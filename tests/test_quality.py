@@ -44,7 +44,7 @@ def test_scene_tasks_ask_for_pairs_of_one_kind_and_show_them(held_out):
 
 
 def test_judge_survives_saving(tmp_path):
-    judge = Judge(["1f427", "1f680"], {"shape": 0.5}).eval()
+    judge = Judge(["1f427", "1f680"], {"shape": 0.5}).half().float().eval()  # what half precision can hold
     save_judge(judge, tmp_path / "judge.safetensors")
     loaded, pictures = load_judge(tmp_path / "judge.safetensors"), torch.rand(2, 3, 2 * SIDE, 2 * SIDE)
     assert loaded.hexcodes == judge.hexcodes and loaded.accuracy == judge.accuracy
