@@ -5,8 +5,8 @@ measured where they are: dalle-pytorch 1.6.6 (`pip install --no-deps dalle-pytor
 filled in here, and its lost cache argument is mended), and the clones of the seed's two programs that --seed-dalle
 and --seed-diffusion name. Programs without a cache are run at every 16th token, and the rest is read off between.
 
-Sections: tokens, diffusion, growth, steps, start, memory. Each writes its rows to results/speed.json, and tokens the
-plot docs/speed.png.
+Sections: tokens, diffusion, prompt, growth, steps, start, memory. Each writes its rows to results/speed.json, and
+tokens the plot docs/speed.png.
 """
 
 from __future__ import annotations
@@ -286,16 +286,20 @@ def original_step(model: Any, diffusion: Any, clip: CLIP | None, target: Tensor,
         return out["sample"]
 
 
-def our_step(unet: UNet, clip: CLIP | None, target: Tensor, x: Tensor, embeds: Tensor) -> None:
-    """A step of ours on the same UNet, with the same cut-outs; ancestral, as the seed's."""
+ONE_STEP = Refinement(1000, scheduler="ddpm", stop_at=1)  # ancestral, as the seed's
+
+
+def our_steps(
+    unet: UNet, clip: CLIP | None, target: Tensor, x: Tensor, embeds: Tensor, settings: Refinement = ONE_STEP
+) -> None:
+    """Steps of ours on the same UNet, with the same cut-outs."""
 
     def guide(predict: Any, diffusion: GaussianDiffusion, lowest: int) -> Any:
         assert clip is not None
         pull = clip_loss(clip, target, torch.ones(1), 1000.0, 16, make_generator("cpu", 0, "cutouts"))
         return guided(predict, diffusion, lowest, pull)
 
-    settings, generators = Refinement(1000, scheduler="ddpm", stop_at=1), [make_generator("cpu", 0, "noise", 1)]
-    how = guide if clip is not None else None
+    generators, how = [make_generator("cpu", 0, "noise", 1)], guide if clip is not None else None
     with torch.no_grad():
         for _ in denoising_steps(unet, tuple(x.shape[1:]), generators, {"image_embeds": embeds}, settings, None, how):
             pass
@@ -310,7 +314,7 @@ def diffusion(args: argparse.Namespace) -> list[Row]:
     target, rows = pipe.clip.embed_text([PROMPT]), []
     for kind, clip in (("unguided", None), ("guided", pipe.clip)):
         works: dict[str, Callable[[], object]] = {
-            "ours": lambda clip=clip: our_step(unet, clip, target, x, embeds)  # type: ignore[misc]
+            "ours": lambda clip=clip: our_steps(unet, clip, target, x, embeds)  # type: ignore[misc]
         }
         if model is not None:
             works["the seed's"] = lambda clip=clip: (  # type: ignore[misc]
@@ -324,12 +328,41 @@ def diffusion(args: argparse.Namespace) -> list[Row]:
     return rows
 
 
+def prompt(args: argparse.Namespace) -> list[Row]:
+    """A prompt to one guided picture of 256 px, at depth 12: ours in 25 DDIM steps, the seed's two programs in their
+    1,000 (of what that changes, quality.py's section steps tells), read off one guided step and every 16th token.
+    """
+    if args.seed_dalle is None or args.seed_diffusion is None:
+        print("left out: name both clones, --seed-dalle and --seed-diffusion")
+        return []
+    seed = make_dalle(load_dalle_pytorch(args.seed_dalle), 12)
+    transformer, text = load_ours(seed, 12), torch.arange(TEXT)
+    model, schedule, unet = make_unets(args.seed_diffusion)
+    clip = Dall3Pipeline.from_pretrained().clip
+    assert clip is not None
+    x, embeds, uniforms = torch.randn(1, 3, 256, 256), torch.randn(1, 32, 16, 16), candidate_uniforms(0, range(1), 256)
+    target = clip.embed_text([PROMPT])
+
+    def ours() -> None:
+        draw_image_tokens(transformer, text, uniforms, Sampling(top_k=TOP_K))
+        our_steps(unet, clip, target, x, embeds, Refinement(25))
+
+    step = in_turn({"step": lambda: original_step(model, schedule, clip, target, x, embeds)}, args.rounds)["step"]
+    found = {"ours": in_turn({"ours": ours}, args.rounds)["ours"]}
+    found["the seed's"] = without_cache(seed, text[None]) + 1000 * step
+    rows = [
+        {"program": name, "seconds": taken, "times as long": taken / found["ours"]} for name, taken in found.items()
+    ]
+    print(rows, flush=True)
+    return rows
+
+
 def growth(args: argparse.Namespace) -> list[Row]:
     """How cost grows with the size of the refined picture: an unguided step of that UNet."""
     unet, rows = make_unets(None)[2], []
     for side in (128, 256, 512):
         x, embeds = torch.randn(1, 3, side, side), torch.randn(1, 32, side // 16, side // 16)
-        work = {"step": lambda x=x, embeds=embeds: our_step(unet, None, embeds, x, embeds)}  # type: ignore[misc]
+        work = {"step": lambda x=x, embeds=embeds: our_steps(unet, None, embeds, x, embeds)}  # type: ignore[misc]
         rows.append({"side": side, "seconds a step": in_turn(work, args.rounds)["step"]})
         rows[-1]["ns a pixel"] = rows[-1]["seconds a step"] / side**2 * 1e9
         print(rows[-1], flush=True)
@@ -410,7 +443,7 @@ def plot(rows: list[Row], path: Path) -> None:
 
 
 SECTIONS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
-    section.__name__: section for section in (tokens, diffusion, growth, steps, start, memory)
+    section.__name__: section for section in (tokens, diffusion, prompt, growth, steps, start, memory)
 }
 
 
@@ -430,6 +463,8 @@ def main() -> None:
     for name in args.sections.split(","):
         print(f"\n## {name}: {SECTIONS[name].__doc__}", flush=True)
         rows = SECTIONS[name](args)
+        if not rows:
+            continue
         results = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
         about = {"threads": torch.get_num_threads(), "torch": torch.__version__, "rounds": args.rounds}
         results[name] = {"settings": about, "rows": rows}

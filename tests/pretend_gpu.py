@@ -1,0 +1,106 @@
+"""A CUDA device that is not there: tensors on it compute on the CPU, and mixing the two fails as on a GPU.
+
+What a GPU would refuse is found without one: a tensor left on the CPU, a NumPy array made of a tensor of the GPU, a
+generator of the other device.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+CUDA, CPU = torch.device("cuda:0"), torch.device("cpu")
+aten = torch.ops.aten
+
+
+class OnGPU(torch.Tensor):
+    """A tensor of the pretended device. What C++ sees has no data ("meta"), so that it asks no driver for anything."""
+
+    here: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, here: torch.Tensor) -> OnGPU:
+        about = dict(strides=here.stride(), storage_offset=here.storage_offset(), dtype=here.dtype, device="meta")
+        with torch.inference_mode(False):  # what is made in that mode could not be indexed outside of it
+            self = torch.Tensor._make_wrapper_subclass(cls, here.shape, **about)
+        self.here = here
+        return self
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return CUDA
+
+    def tolist(self) -> Any:
+        return self.here.tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return run(function, args, kwargs or {})
+
+
+class Generator(torch.Generator):
+    """A generator that says it is of the device that it was asked for."""
+
+    def __new__(cls, device: torch.device | str = "cpu") -> Generator:
+        self = super().__new__(cls)
+        self.asked_for = CUDA if torch.device(device).type == "cuda" else CPU
+        return self
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self.asked_for
+
+
+def run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    on_gpu = [isinstance(tensor, OnGPU) for tensor in tensors]
+    stays = any(on_gpu)
+    if kwargs.get("device") is not None:
+        stays = torch.device(kwargs["device"]).type in ("cuda", "meta")
+        kwargs = kwargs | {"device": CPU}
+    elif function is aten.copy_.default:
+        stays = on_gpu[0]
+    elif function not in (aten._to_copy.default, aten.index.Tensor):
+        # As on a GPU, a number of the CPU may take part, and a tensor of it may be an index.
+        left = [tuple(t.shape) for t, there in zip(tensors, on_gpu, strict=True) if not there and t.ndim]
+        assert not stays or not left, f"{function} got tensors of both devices; on the CPU lay {left}"
+
+    def bring(x: Any) -> Any:
+        return x.here if isinstance(x, OnGPU) else x
+
+    out = function(*tree_map(bring, args), **tree_map(bring, kwargs))
+    if not stays:
+        return out
+    returned = function._schema.returns
+    if len(returned) == 1 and returned[0].alias_info is not None and returned[0].alias_info.is_write:
+        return kwargs.get("out", args[0])
+    return tree_map(lambda x: OnGPU(x) if isinstance(x, torch.Tensor) else x, out)
+
+
+class Everywhere(TorchDispatchMode):
+    """Brings what is made on "cuda", or moved there, to the pretended device."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return run(function, args, kwargs or {})
+
+
+@contextmanager
+def pretend_gpu(monkeypatch: Any, memory: int = 8 * 2**30) -> Any:
+    """While it lasts, `device="cuda"` is to be had, with so many bytes of free memory."""
+    torch._C._ensureCUDADeviceGuardSet()
+    real_tensor = torch.tensor
+
+    def tensor(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
+        made = real_tensor(*args, **kwargs)
+        return made if device is None else made.to(device)
+
+    monkeypatch.setattr(torch, "tensor", tensor)  # this one does not come by the mode
+    monkeypatch.setattr(torch, "Generator", Generator)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (memory, memory))
+    with Everywhere():
+        yield
