@@ -1,8 +1,19 @@
+import os
+
 import pytest
+import torch
 
 from dall3 import Dall3Pipeline
 
 from originals import GOLDEN, Golden, close, save_dalle, save_seedset, save_vqgan  # noqa: F401
+
+
+def pytest_configure(config):
+    """Workers share the cores: threads that wait for each other's cores take many times as long."""
+    if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+        threads = max((os.cpu_count() or 1) // int(workers), 1)
+        torch.set_num_threads(threads)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # of programs that a test starts
 
 
 @pytest.fixture(scope="session")
