@@ -423,6 +423,23 @@ def test_five_commands_make_a_pipeline_of_ones_own(pictures: Path, tmp_path: Pat
     assert result.coarse_images[0].size == (32, 32)
 
 
+def test_a_convolutional_clip_keeps_the_statistics_of_what_it_saw(pictures: Path, tmp_path: Path) -> None:
+    settings, out = write_small_settings(tmp_path, pictures), tmp_path / "weights"
+    text = settings["clip"].read_text().replace("layers = 1\n", "layers = [1, 1, 1, 1]\n", 1)
+    text = text.replace("batch_size = 2", "batch_size = 3\nlearning_rate = 3e-3\nwarmup = 5\nema_decay = 0.8")
+    settings["clip"].write_text(text)
+    train_model("tokenizer", out, settings["tokenizer"], progress=False)
+    train_model("clip", out, settings["clip"], steps=60, every=60, progress=False)
+    clip = load_part(out / "clip", load_tokenizer(out / "tokenizer.json"))
+    plain = torch.tensor(list(COLOURS.values())).float()[:, :, None, None].expand(3, 3, 32, 32) / 255
+    with torch.no_grad():
+        images = torch.nn.functional.normalize(clip.embed_images(plain), dim=-1)
+        texts = torch.nn.functional.normalize(clip.embed_text([f"a {name} picture" for name in COLOURS]), dim=-1)
+    assert (images @ texts.T).argmax(0).tolist() == [0, 1, 2]
+    alone = torch.cat([clip.embed_images(picture[None]) for picture in plain])
+    torch.testing.assert_close(alone, clip.embed_images(plain), rtol=0, atol=1e-4)
+
+
 def test_a_pool_of_codes_is_what_the_vqgan_makes_of_the_pictures_and_is_made_once(
     pictures: Path, tmp_path: Path
 ) -> None:

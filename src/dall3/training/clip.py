@@ -41,7 +41,8 @@ class CLIPTask(Task):
 
         super().__init__()
         self.settings, self.model = training, CLIP.from_config(config, tokenizer)
-        self.model.model.requires_grad_(True)
+        self.model.model.requires_grad_(True).train()  # a convolutional tower's normalisation gathers its statistics
+        self.model.to(memory_format=torch.channels_last)  # faster convolutions
         state = PartialState()
         # Every process sees the pictures and captions of all, so that the loss is that of the whole batch.
         self.contrast = ClipLoss(gather_with_grad=True, rank=state.process_index, world_size=state.num_processes)
