@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from dall3.models.vqgan import GumbelVQ, VQGANConfig
 from dall3.scenes import is_held_out
 from dall3.scenes.emoji import Emoji, draw_emoji, emoji_caption, list_emoji, random_emoji_picture
 from dall3.text import load_tokenizer
+from dall3.training.clip import CLIPTraining, swap_word
 from dall3.training.data import Mixture, StepSampler, fit_picture, shuffled
 from dall3.training.loop import Task, TrainingConfig, train
 from dall3.training.run import SETTINGS, TRAINABLE, read_settings, train_model
@@ -438,6 +440,41 @@ def test_a_convolutional_clip_keeps_the_statistics_of_what_it_saw(pictures: Path
     assert (images @ texts.T).argmax(0).tolist() == [0, 1, 2]
     alone = torch.cat([clip.embed_images(picture[None]) for picture in plain])
     torch.testing.assert_close(alone, clip.embed_images(plain), rtol=0, atol=1e-4)
+
+
+def test_wrong_captions_differ_in_one_word_of_a_group() -> None:
+    groups = (("cube", "egg", "cone"), ("small", "large"), ("polka dots", "stripes"))
+    text, chance = "a small cube with stripes, a cube with the texture of stripes", random.Random(0)
+    assert {swap_word(text, groups, chance) for _ in range(200)} == {
+        "a small egg with stripes, an egg with the texture of stripes",
+        "a small cone with stripes, a cone with the texture of stripes",
+        "a large cube with stripes, a cube with the texture of stripes",
+        "a small cube with polka dots, a cube with the texture of polka dots",
+    }
+    assert swap_word("cubes on icecone", groups, chance) is None
+    for words, wrong in (("two words or more", {"swaps": (("cube",),)}), ("negatives=0", {"negatives": 0})):
+        with pytest.raises(ValueError, match=words):
+            CLIPTraining(**wrong)
+
+
+def test_a_clip_tells_captions_from_wrong_ones_that_no_other_picture_has(pictures: Path, tmp_path: Path) -> None:
+    for name in ("green", "blue"):  # one picture: other pictures' captions have nothing to teach
+        (pictures / f"{name}.png").unlink()
+    (pictures / "red.txt").write_text("a red cube")
+    settings, out = write_small_settings(tmp_path, pictures), tmp_path / "weights"
+    rates = "batch_size = 3\nlearning_rate = 5e-3\nwarmup = 5\nema_decay = 0.8"
+    swaps = '[loss]\nswaps = [["cube", "cone", "egg"]]\n[train]'
+    text = settings["clip"].read_text().replace("batch_size = 2", rates).replace("[train]", swaps)
+    settings["clip"].write_text(text)
+    train_model("tokenizer", out, settings["tokenizer"], progress=False)
+    train_model("clip", out, settings["clip"], steps=60, every=20, progress=False)
+    log = [json.loads(line) for line in (out / "runs/clip/log.jsonl").read_text().splitlines()]
+    assert log[-1]["told apart"] > 0.9
+    clip = load_part(out / "clip", load_tokenizer(out / "tokenizer.json"))
+    red = torch.tensor(COLOURS["red"])[None, :, None, None].expand(1, 3, 32, 32) / 255
+    with torch.no_grad():
+        scores = torch.cat([clip.score(red, clip.embed_text([f"a red {w}"])) for w in ("cube", "cone", "egg")])
+    assert scores[0] > scores[1:].max() + 0.2
 
 
 def test_a_pool_of_codes_is_what_the_vqgan_makes_of_the_pictures_and_is_made_once(

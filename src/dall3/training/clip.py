@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import re
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dall3.models.clip import CLIP, CLIPConfig
 from dall3.models.vqgan import VQModel
 from dall3.output import make_grid, to_pil
+from dall3.scenes.captions import with_articles
 from dall3.text import Tokenizer
-from dall3.training.loop import Task
+from dall3.training.loop import Task, seed_of
 from dall3.weights import save_part
 
 
@@ -24,12 +28,32 @@ from dall3.weights import save_part
 class CLIPTraining:
     """decoded: the share of pictures that are seen as the VQGAN decodes them, since such pictures are to be ranked.
     cut_out: the smallest share of a picture's side that a batch is cut to, since guidance looks at cut-outs. noise:
-    the largest standard deviation of noise added.
+    the largest standard deviation of noise added. swaps: groups of words; to a caption that has some of them,
+    `negatives` wrong ones are made, each with one exchanged for another of its group, and a picture has to tell its
+    caption from those too (hard negatives: arXiv 2210.01936). Other captions of a batch mostly differ in more.
     """
 
     decoded: float = 0.15
     cut_out: float = 0.6
     noise: float = 0.1
+    swaps: tuple[tuple[str, ...], ...] = ()
+    negatives: int = 2
+
+    def __post_init__(self) -> None:
+        if self.negatives < 1:
+            raise ValueError(f"negatives={self.negatives}; expected a whole number from 1")
+        if odd := [group for group in self.swaps if isinstance(group, str) or len(set(group)) < 2]:
+            raise ValueError(f"swaps has {odd[0]!r}; expected lists of two words or more")
+
+
+def swap_word(text: str, groups: Sequence[Sequence[str]], chance: random.Random) -> str | None:
+    """The text with a word of one group, wherever it stands, exchanged for another; None for a text without any."""
+    found = [(word, group) for group in groups for word in group if re.search(rf"\b{re.escape(word)}\b", text)]
+    if not found:
+        return None
+    word, group = chance.choice(found)
+    other = chance.choice([w for w in group if w != word])
+    return with_articles(re.sub(rf"\b{re.escape(word)}\b", other, text))
 
 
 class CLIPTask(Task):
@@ -67,13 +91,32 @@ class CLIPTask(Task):
             images = images + noise * (s.noise * torch.rand(()).to(device))
         # On a CPU the fused attention's backward costs twice that of the plain one at so few positions.
         with sdpa_kernel(SDPBackend.MATH) if images.device.type == "cpu" else nullcontext():
+            places, wrong = self.hard_negatives(captions)
             picture = F.normalize(self.model.embed_images(images), dim=-1)
-            text = F.normalize(self.model.embed_text(captions), dim=-1)
+            texts = F.normalize(self.model.embed_text([*captions, *wrong]), dim=-1)
+            text, hard = texts.split((len(captions), len(wrong)))
         scale = self.model.model.logit_scale.exp()
         loss = self.contrast(picture, text, scale)
-        places = torch.arange(len(images), device=device)
-        right = (picture @ text.T).argmax(dim=1) == places
-        return loss, {"accuracy": right.float().mean()}
+        right = (picture @ text.T).argmax(dim=1) == torch.arange(len(images), device=device)
+        figures = {"accuracy": right.float().mean()}
+        if s.swaps:
+            choices = torch.cat((text[places, None], hard.unflatten(0, (len(places), s.negatives))), dim=1)
+            logits = scale * (choices @ picture[places, :, None])[..., 0]
+            answers = torch.zeros(len(places), dtype=torch.int64, device=device)
+            loss = loss + F.cross_entropy(logits, answers, reduction="sum") / len(images)
+            figures["told apart"] = (logits.argmax(dim=1) == 0).sum() / max(len(places), 1)
+        return loss, figures
+
+    def hard_negatives(self, captions: list[str]) -> tuple[list[int], list[str]]:
+        """The places of the captions that have words to swap, and so many wrong ones for each, in a row."""
+        places, wrong = [], []
+        for place, (number, text) in enumerate(zip(self.items, captions, strict=True)):
+            chance = random.Random(seed_of(self.seed, "swap", number))
+            swapped = [swap_word(text, self.settings.swaps, chance) for _ in range(self.settings.negatives)]
+            found = [other for other in swapped if other is not None]
+            places += [place] if found else []
+            wrong += found
+        return places, wrong
 
     def after_step(self) -> None:
         with torch.no_grad():
