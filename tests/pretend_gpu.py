@@ -13,6 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from dall3 import sampling
+
 CUDA, CPU = torch.device("cuda:0"), torch.device("cpu")
 aten = torch.ops.aten
 
@@ -101,6 +103,7 @@ def pretend_gpu(monkeypatch: Any, memory: int = 8 * 2**30) -> Any:
     monkeypatch.setattr(torch, "tensor", tensor)  # this one does not come by the mode
     monkeypatch.setattr(torch, "Generator", Generator)
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    monkeypatch.setattr(sampling, "CudaGraph", lambda function, *inputs: function)  # no driver would record anything
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (memory, memory))
     with Everywhere():
         yield

@@ -34,7 +34,7 @@ from dall3.training.run import SETTINGS, TRAINABLE, read_settings, train_model
 from dall3.training.tokenizer import train_tokenizer
 from dall3.training.transformer import encode_pool
 from dall3.training.upsampler import UpsamplerTask, UpsamplerTraining, variational_bound
-from dall3.training.vqgan import VQGANTask, VQGANTraining, rotate_to
+from dall3.training.vqgan import PerceptualDistance, VQGANTask, VQGANTraining, rotate_to
 from dall3.weights import from_json, load_part
 
 SMALL_VQGAN = VQGANConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1, attn_levels=(), z_channels=8, embed_dim=8, n_embed=8)
@@ -425,6 +425,50 @@ def test_five_commands_make_a_pipeline_of_ones_own(pictures: Path, tmp_path: Pat
     assert result.coarse_images[0].size == (32, 32)
 
 
+def test_a_vqgan_looks_through_the_clip_of_its_folder_for_faint_patterns(pictures: Path, tmp_path: Path) -> None:
+    settings, out = write_small_settings(tmp_path, pictures, vqgan="perceptual_weight = 1.0\n"), tmp_path / "weights"
+    train_model("tokenizer", out, settings["tokenizer"], progress=False)
+    with pytest.raises(ValueError, match="holds no clip, in whose features perceptual_weight compares"):
+        train_model("vqgan", out, settings["vqgan"], progress=False)
+    train_model("clip", out, settings["clip"], progress=False)
+    train_model("vqgan", out, settings["vqgan"], progress=False)
+    lines = [json.loads(line) for line in (out / "runs/vqgan/log.jsonl").read_text().splitlines()]
+    assert lines[-1]["perceptual"] > 0 and load_part(out / "vqgan").num_tokens == 8
+
+    clip = Dall3Pipeline.from_pretrained().clip
+    assert clip is not None
+    distance, grey = PerceptualDistance(clip), torch.full((1, 3, 128, 128), 0.5)
+    faint = 0.04 * (torch.arange(128) // 4 % 2 * 2 - 1).expand_as(grey)
+    striped, brighter = (grey + faint).requires_grad_(), grey + 0.04  # as far from grey, pixel by pixel
+    assert distance(grey, grey) == 0 and distance(striped, grey) > 2 * distance(brighter, grey)
+    distance(striped, grey).backward()
+    assert striped.grad is not None and striped.grad.abs().sum() > 0
+
+
+def test_an_upsampler_may_be_shown_the_coarse_picture_in_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    vqgan = small_task().model.eval().requires_grad_(False)
+    config = UNetConfig(32, (1, 1, 1, 1), 1, (), 64, embedding_dims=(8, 32))
+    images, seen = torch.rand(2, 3, 64, 64), []
+    for share in (0.0, 1.0):
+        # Of a schedule of which the first step alone is trained on, refining can only begin there.
+        training = UpsamplerTraining(crop_share=0, max_strength=1e-3, coarse_share=share)
+        task = UpsamplerTask(config, training, vqgan)
+        task.items = range(2)
+
+        def run(x: torch.Tensor, t: torch.Tensor, **_: torch.Tensor) -> torch.Tensor:
+            seen.append(x)
+            return x.new_zeros(2, 6, 64, 64)
+
+        task.run = run
+        loss, _ = task(images, ["", ""], 0)
+        seen.append(loss)
+    fine, loss, coarse, larger_loss = seen
+    assert larger_loss > loss  # what the coarse picture lacks is to be found too
+    decoded = vqgan.decode(vqgan.encode(torch.nn.functional.interpolate(images, 32, mode="area")))
+    enlarged = torch.nn.functional.interpolate(decoded, 64, mode="bicubic", antialias=True).clamp(0, 1)
+    torch.testing.assert_close(coarse - fine, (enlarged - images) * 2, rtol=0, atol=2e-3)
+
+
 def test_a_convolutional_clip_keeps_the_statistics_of_what_it_saw(pictures: Path, tmp_path: Path) -> None:
     settings, out = write_small_settings(tmp_path, pictures), tmp_path / "weights"
     text = settings["clip"].read_text().replace("layers = 1\n", "layers = [1, 1, 1, 1]\n", 1)
@@ -590,7 +634,7 @@ def test_two_processes_train_as_one_does_with_twice_the_batch_and_one_goes_on_fr
     losses = {
         "transformer": "null_text = 0.5\n",
         "clip": "decoded = 0.4\n",
-        "upsampler": "crops = 2\ncrop_share = 0.5\n",
+        "upsampler": "crops = 2\ncrop_share = 0.5\ncoarse_share = 0.5\n",
         "vqgan": 'quantizer = "gumbel"\ndiscriminator_from = 5\ncrop = 16\ncrop_share = 0.5\n',
     }
     settings = write_small_settings(tmp_path, pictures, "warmup = 0\ndecay = 0.0\n", **losses)

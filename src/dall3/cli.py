@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,6 +174,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--count", type=int, default=1000, help="pictures to render (default: %(default)s)")
     add("--size", type=int, help="pixels a side (default: 128 for the sheet, 256 for pictures)")
     add("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes that render (default: one a core)")
     add("--overwrite", action="store_true", help="replace files of an earlier run")
 
     upsample_parser = commands.add_parser("upsample", help="tokens or a picture to a finer picture")
@@ -498,13 +501,13 @@ def web(args: argparse.Namespace) -> None:
 
 
 def scenes(args: argparse.Namespace) -> None:
-    import numpy as np
-    from PIL import Image
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
     from tqdm.auto import tqdm
 
     from dall3.output import check_free
     from dall3.sampling import check_counts
-    from dall3.scenes import caption, random_scene, render
     from dall3.scenes.sheet import write_contact_sheet
 
     out, size = Path(args.out or {"sheet": "sheet.png", "render": "scenes"}[args.what]), args.size
@@ -514,16 +517,28 @@ def scenes(args: argparse.Namespace) -> None:
         write_contact_sheet(out, args.seed, size or 128)
         print(f'drew "{out}"')
         return
-    names = [f"{i:06}" for i in range(args.count)]
-    check_free(out, [] if args.overwrite else [f"{name}.png" for name in names])
+    check_counts(workers=args.workers)
+    check_free(out, [] if args.overwrite else [f"{i:06}.png" for i in range(args.count)])
     out.mkdir(parents=True, exist_ok=True)
-    for i, name in enumerate(tqdm(names, desc="rendering")):
-        rng = np.random.default_rng((args.seed, i))
-        scene = random_scene(rng)
-        captions = "\n".join(caption(scene, rng) for _ in range(4))
-        Image.fromarray(render(scene, size or 256)).save(out / f"{name}.png")
-        (out / f"{name}.txt").write_text(captions + "\n", encoding="utf-8")
+    job = partial(render_scene, out=out, size=size or 256, seed=args.seed)
+    with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
+        for _ in tqdm(pool.map(job, range(args.count), chunksize=8), total=args.count, desc="rendering"):
+            pass
     print(f'rendered {args.count} pictures with captions in "{out}"')
+
+
+def render_scene(index: int, out: Path, size: int, seed: int) -> None:
+    """Write scene number `index` of a seed and four captions, the same whichever process does it."""
+    import numpy as np
+    from PIL import Image
+
+    from dall3.scenes import caption, random_scene, render
+
+    rng = np.random.default_rng((seed, index))
+    scene = random_scene(rng)
+    captions = "\n".join(caption(scene, rng) for _ in range(4))
+    Image.fromarray(render(scene, size)).save(out / f"{index:06}.png")
+    (out / f"{index:06}.txt").write_text(captions + "\n", encoding="utf-8")
 
 
 def read_tokens(path: str) -> Any:

@@ -48,7 +48,8 @@ class CLIPTraining:
 
 def swap_word(text: str, groups: Sequence[Sequence[str]], chance: random.Random) -> str | None:
     """The text with a word of one group, wherever it stands, exchanged for another; None for a text without any."""
-    found = [(word, group) for group in groups for word in group if re.search(rf"\b{re.escape(word)}\b", text)]
+    letters = ((word, group) for group in groups for word in group if word in text)  # few are, and that is soon seen
+    found = [(word, group) for word, group in letters if re.search(rf"\b{re.escape(word)}\b", text)]
     if not found:
         return None
     word, group = chance.choice(found)

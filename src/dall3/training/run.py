@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dall3.models.clip import CLIPConfig
+from dall3.models.clip import CLIP, CLIPConfig
 from dall3.models.transformer import TransformerConfig
 from dall3.models.unet import UNetConfig
 from dall3.models.vqgan import VQGANConfig, VQModel
@@ -34,7 +34,9 @@ SETTINGS = Path(__file__).parent / "settings"  # those of the bundled weights
 
 
 def make_vqgan(model: dict[str, Any], loss: dict[str, Any], folder: Path) -> Task:
-    return VQGANTask(from_json(VQGANConfig, model), from_json(VQGANTraining, loss))
+    training = from_json(VQGANTraining, loss)
+    clip = need_clip(folder) if training.perceptual_weight else None
+    return VQGANTask(from_json(VQGANConfig, model), training, clip)
 
 
 def make_transformer(model: dict[str, Any], loss: dict[str, Any], folder: Path) -> Task:
@@ -70,6 +72,12 @@ def need_vqgan(folder: Path) -> VQModel:
     if not (folder / "vqgan").is_dir():
         raise ValueError(f"{folder} holds no vqgan, on whose codes this is trained; train that first")
     return load_part(folder / "vqgan")
+
+
+def need_clip(folder: Path) -> CLIP:
+    if not (folder / "clip").is_dir():
+        raise ValueError(f"{folder} holds no clip, in whose features perceptual_weight compares; train that first")
+    return load_part(folder / "clip", need_tokenizer(folder))
 
 
 def need_tokenizer(folder: Path) -> Tokenizer:

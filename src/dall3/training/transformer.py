@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,8 @@ class TransformerTask(Task):
         super().__init__()
         self.settings, self.model = training, DalleTransformer(config)
         self.loss = self.model.loss
-        self.encode_text = text_encoder
+        # Training on a pool meets the same captions again and again, and a GPU is not to wait for their words.
+        self.encode_text = lru_cache(maxsize=1 << 18)(partial(text_encoder, truncate=True))
         self.frozen = [vqgan]  # in a list: not a part of what is trained and saved
 
     def compile_parts(self) -> None:
@@ -99,7 +101,7 @@ class TransformerTask(Task):
         with torch.no_grad():
             is_codes = images.dtype == torch.int16
             image_ids = images.long() if is_codes else self.frozen[0].to(images.device).encode(images)
-        text_ids = torch.stack([self.encode_text(caption, truncate=True) for caption in captions]).to(images.device)
+        text_ids = torch.stack([self.encode_text(caption) for caption in captions]).to(images.device)
         device = images.device
         chance = self.per_item(lambda generator: torch.rand(1, generator=generator, device=device), device)
         dropped = chance < self.settings.null_text
@@ -109,7 +111,7 @@ class TransformerTask(Task):
     def sample(self, images: Tensor, captions: list[str]) -> Image:
         """For every caption the picture, its codes decoded, and two draws."""
         vqgan, model = self.frozen[0].to(images.device), self.model
-        text_ids = [self.encode_text(caption, truncate=True).to(images.device) for caption in captions[:8]]
+        text_ids = [self.encode_text(caption).to(images.device) for caption in captions[:8]]
         uniforms = candidate_uniforms(0, range(2), model.config.image_seq_len).to(images.device)
         settings = Sampling(top_p=0.9)
         drawn = [draw_image_tokens(model, ids, uniforms, settings) for ids in text_ids]

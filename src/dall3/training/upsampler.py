@@ -29,7 +29,9 @@ class UpsamplerTraining:
     ratio that weighs a step's error in the predicted picture (arXiv 2202.00512, section 4); the error in the noise is
     weighed by 1. vlb_weight: of the variational bound that trains the variance, against the error. max_strength:
     the share of the noise schedule that is trained on, from its least noisy end: below 1 the weights can refine an
-    enlarged coarse picture with a `strength` up to that, and cannot start from pure noise.
+    enlarged coarse picture with a `strength` up to that, and cannot start from pure noise. coarse_share: the share of
+    the crops that are noised as refining does it, from the enlarged coarse picture at some earlier step; what that one
+    lacks is then a part of the noise that is to be found, so that edges are drawn anew and not kept as they are.
     """
 
     crop: int = 128
@@ -38,6 +40,7 @@ class UpsamplerTraining:
     snr_limits: tuple[float, float] = (1.0, 5.0)
     vlb_weight: float = 1e-3
     max_strength: float = 1.0
+    coarse_share: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.max_strength <= 1:
@@ -55,34 +58,47 @@ class UpsamplerTask(Task):
     def compile_parts(self) -> None:
         self.run = torch.compile(self.model.forward, dynamic=False)
 
-    def conditioning(self, images: Tensor) -> Tensor:
-        """Fine pictures (batch, 3, side, side) in [0, 1] to the embeddings of their coarse ones' codes."""
+    def encode(self, images: Tensor) -> Tensor:
+        """Fine pictures (batch, 3, side, side) in [0, 1] to their coarse ones' codes."""
         vqgan, config = self.frozen[0].to(images.device), self.model.config
         coarse = 2 * images.shape[-1] // config.downsampling * vqgan.downsampling
-        return vqgan.embed(vqgan.encode(F.interpolate(images, coarse, mode="area")))
+        return vqgan.encode(F.interpolate(images, coarse, mode="area"))
+
+    def coarse(self, ids: Tensor, side: int) -> Tensor:
+        """Codes to what refining starts from: coarse pictures enlarged to (batch, 3, side, side), in [0, 1]."""
+        decoded = self.frozen[0].decode(ids)
+        return F.interpolate(decoded, side, mode="bicubic", antialias=True).clamp(0, 1)
 
     def forward(self, images: Tensor, captions: list[str], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         s, diffusion, learn_sigma = self.settings, self.diffusion, self.model.config.diffusion.learn_sigma
         with torch.no_grad():
-            embeddings = self.conditioning(images)
+            ids = self.encode(images)
+            embeddings = self.frozen[0].embed(ids)
+            coarse = self.coarse(ids, images.shape[-1]) if s.coarse_share else images
         if torch.rand(()) < s.crop_share:
             unit = 2 * images.shape[-1] // embeddings.shape[-1]  # the convolution of the embeddings has stride 2
             room = (images.shape[-1] - s.crop) // unit + 1
             places = torch.randint(room, (s.crops, 2)).tolist()
-            images = torch.cat([crop_at(images, place, unit, s.crop) for place in places])
+            images, coarse = (
+                torch.cat([crop_at(x, place, unit, s.crop) for place in places]) for x in (images, coarse)
+            )
             embeddings = torch.cat([crop_at(embeddings, place, 2, 2 * s.crop // unit) for place in places])
         x_start = images * 2 - 1
         steps, device = max(round(s.max_strength * len(diffusion)), 1), x_start.device
         crops = len(x_start) // len(captions)
 
         def draw(generator: torch.Generator) -> Tensor:
-            """A time in [0, 1) and noise, side by side, for every crop of one picture."""
-            u = torch.rand(crops, 1, generator=generator, device=device)
+            """Three shares in [0, 1) and noise, side by side, for every crop of one picture."""
+            u = torch.rand(crops, 3, generator=generator, device=device)
             noise = torch.randn(crops, x_start[0].numel(), generator=generator, device=device)
             return torch.cat((u, noise), dim=1)
 
         drawn = self.per_item(draw, device).transpose(0, 1).flatten(0, 1)  # the first crops of all, then the second
-        t, noise = (drawn[:, 0] * steps).long().clamp(max=steps - 1), drawn[:, 1:].view_as(x_start)
+        t, noise = (drawn[:, 0] * steps).long().clamp(max=steps - 1), drawn[:, 3:].view_as(x_start)
+        first = t + (drawn[:, 1] * (steps - t)).long()  # the step at which refining began
+        ratio = diffusion.at("sqrt_bar", first, x_start) / diffusion.at("sqrt_one_minus_bar", first, x_start)
+        is_coarse = (drawn[:, 2] < s.coarse_share).view(-1, 1, 1, 1)
+        noise = noise + is_coarse * ratio * (coarse * 2 - 1 - x_start)
         x = diffusion.add_noise(x_start, t, noise)
         output = self.run(x, diffusion.at("timestep", t), image_embeds=embeddings).float()
         prediction = diffusion.predict(output, x, t)
@@ -103,15 +119,12 @@ class UpsamplerTask(Task):
         """For every picture itself, its coarse one, and what diffusion makes of the codes."""
         images = images[:6]
         vqgan, side = self.frozen[0], images.shape[-1]
-        embeddings = self.conditioning(images)
+        ids = self.encode(images)
         generators = [torch.Generator(images.device).manual_seed(k) for k in range(len(images))]
-        small = F.interpolate(images, side // 2, mode="area")
-        coarse = vqgan.decode(vqgan.encode(small))
-        start, strength = None, self.settings.max_strength
-        if strength < 1:
-            start = F.interpolate(coarse, side, mode="bicubic", antialias=True).clamp(0, 1) * 2 - 1
+        coarse, strength = self.coarse(ids, side), self.settings.max_strength
+        start = coarse * 2 - 1 if strength < 1 else None
         settings = Refinement(num_inference_steps=25, strength=strength)
-        fine = denoise(self.model, (3, side, side), generators, {"image_embeds": embeddings}, settings, start)
+        fine = denoise(self.model, (3, side, side), generators, {"image_embeds": vqgan.embed(ids)}, settings, start)
         rows = [images, coarse, (fine + 1) / 2]
         return make_grid([to_pil(row) for row in rows], side)
 

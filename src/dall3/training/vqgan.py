@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.utils.data import Dataset
 
 from dall3.errors import require
+from dall3.models.clip import CLIP
 from dall3.models.vqgan import GumbelVQ, VQGANConfig
 from dall3.output import make_grid, to_pil
 from dall3.training.loop import Task, TrainingConfig
@@ -30,8 +31,9 @@ class VQGANTraining:
     use of the codes counts `kl_weight`. quantize_from: the first step with codes; before it the autoencoder trains
     without. crop: pixels a side of the random crops, `crops` from each picture, that are trained on in `crop_share` of
     the steps; the others take whole pictures. decoder_only: train the decoder alone, so that a trained VQGAN's codes
-    mean what they meant to what was trained on them. discriminator_from: the first step in which the patch
-    discriminator counts, `discriminator_weight` against the reconstruction.
+    mean what they meant to what was trained on them. perceptual_weight: of the distance in the features of the folder's
+    CLIP, for which faint patterns that name a material count more than their contrast. discriminator_from: the first
+    step in which the patch discriminator counts, `discriminator_weight` against the reconstruction.
     """
 
     quantizer: str = "nearest"
@@ -43,6 +45,7 @@ class VQGANTraining:
     gumbel_temperature: float = 0.1
     gumbel_steps: int = 10_000
     edge_weight: float = 1.0
+    perceptual_weight: float = 0.0
     discriminator_from: int = 10**9
     discriminator_weight: float = 0.1
     discriminator_channels: int = 32
@@ -72,6 +75,28 @@ class PatchDiscriminator(nn.Sequential):
         )
 
 
+class PerceptualDistance:
+    """How far apart pictures are for a CLIP's image tower: the squared distance of its features at every depth, each
+    of unit length at its place (LPIPS without learned weights: arXiv 1801.03924, section 3).
+    """
+
+    def __init__(self, clip: CLIP) -> None:
+        self.clip = clip
+
+    def __call__(self, images: Tensor, others: Tensor) -> Tensor:
+        """The mean over pictures, float (batch, 3, side, side) in [0, 1]; gradients go to the first."""
+        self.clip.to(images.device)
+        with torch.no_grad():
+            targets = self.features(others)
+        pairs = zip(self.features(images), targets, strict=True)
+        return torch.stack([(a - b).square().sum(dim=1).mean() for a, b in pairs]).mean()
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        inputs = (images - self.clip.mean) / self.clip.std
+        found = self.clip.model.visual.forward_intermediates(inputs, intermediates_only=True)["image_intermediates"]
+        return [F.normalize(layer.float(), dim=1) for layer in found]
+
+
 def edges(images: Tensor) -> Tensor:
     """Differences of neighbouring pixels to the right and below, side by side."""
     return torch.cat((images.diff(dim=-1).flatten(1), images.diff(dim=-2).flatten(1)), dim=1)
@@ -94,12 +119,13 @@ def rotate_to(features: Tensor, entries: Tensor) -> Tensor:
 class VQGANTask(Task):
     has_codes: Tensor  # whether the quantiser has begun
 
-    def __init__(self, config: VQGANConfig, training: VQGANTraining) -> None:
+    def __init__(self, config: VQGANConfig, training: VQGANTraining, clip: CLIP | None = None) -> None:
         from vector_quantize_pytorch import VectorQuantize
 
         super().__init__()
         self.settings, self.model = training, GumbelVQ(config)
         self.discriminator = PatchDiscriminator(training.discriminator_channels)
+        self.perceptual = None if clip is None else PerceptualDistance(clip)
         self.register_buffer("has_codes", torch.tensor(False))
         if training.decoder_only:
             for part in (self.model.encoder, self.model.quant_conv, self.model.quantize):
@@ -176,6 +202,10 @@ class VQGANTask(Task):
         reconstruction = error.abs().mean() + s.edge_weight * (edges(decoded) - edges(images)).abs().mean()
         loss = reconstruction + error.square().mean() + quantizer_loss
         figures = {"psnr": -10 * torch.log10(error.detach().square().mean() / 4), "codes": used.detach()}
+        if self.perceptual is not None:
+            distance = self.perceptual((decoded + 1) / 2, (images + 1) / 2)
+            loss = loss + s.perceptual_weight * distance
+            figures |= {"perceptual": distance.detach()}
         if step >= s.discriminator_from:
             frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}
             fooled = functional_call(self.discriminator, frozen, (decoded,))
