@@ -242,9 +242,12 @@ class DalleTransformer(nn.Module):
         text = F.pad(text, (0, self.config.num_image_tokens), value=lowest)
         return torch.cat((text, F.pad(image, (self.config.text_vocabulary, 0), value=lowest)), dim=1)
 
-    def loss(self, text_ids: Tensor, image_ids: Tensor) -> Tensor:
-        """The next token's mean cross-entropy in nats, text and image weighted 1 : loss_img_weight. Shapes as above."""
-        text, image = self._logits(text_ids, image_ids)
+    def loss(self, text_ids: Tensor, image_ids: Tensor, seen_ids: Tensor | None = None) -> Tensor:
+        """The next token's mean cross-entropy in nats, text and image weighted 1 : loss_img_weight. Shapes as above.
+
+        seen_ids: shown to the transformer in place of image_ids, of which it is to find the next one all the same.
+        """
+        text, image = self._logits(text_ids, image_ids if seen_ids is None else seen_ids)
         text_loss = F.cross_entropy(text.transpose(1, 2), self.pad_text(text_ids))
         image_loss = F.cross_entropy(image.transpose(1, 2), image_ids)
         weight = self.config.loss_img_weight

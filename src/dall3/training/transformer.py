@@ -31,12 +31,16 @@ POOL_BATCH = 64
 
 @dataclass(frozen=True)
 class TransformerTraining:
-    """null_text: the share of captions that are left out, so that classifier-free guidance has its other half. pool:
-    so many pictures are drawn and encoded once, before the first step, and trained on in shuffled epochs, which costs
-    no drawing and no encoding after that; 0 for new pictures in every step.
+    """null_text: the share of captions that are left out, so that classifier-free guidance has its other half.
+    wrong_codes: up to this share of a picture's codes, as much as chance has it, is shown to the transformer as the
+    codes that another picture of the batch has there: when it draws, its own are not all right either, and the text has
+    to outweigh them (scheduled sampling's aim, arXiv 1506.03099, without its draws). pool: so many pictures are drawn
+    and encoded once, before the first step, and trained on in shuffled epochs, which costs no drawing and no encoding
+    after that; 0 for new pictures in every step.
     """
 
     null_text: float = 0.1
+    wrong_codes: float = 0.0
     pool: int = 0
 
 
@@ -105,8 +109,13 @@ class TransformerTask(Task):
         device = images.device
         chance = self.per_item(lambda generator: torch.rand(1, generator=generator, device=device), device)
         dropped = chance < self.settings.null_text
-        loss = self.loss(text_ids.masked_fill(dropped, 0), image_ids)
-        return loss, {}
+        text_ids = text_ids.masked_fill(dropped, 0)
+        if not self.settings.wrong_codes:
+            return self.loss(text_ids, image_ids), {}
+        count = image_ids.shape[1]
+        shares = self.per_item(lambda generator: torch.rand(1 + count, generator=generator, device=device), device)
+        wrong = shares[:, 1:] < shares[:, :1] * self.settings.wrong_codes
+        return self.loss(text_ids, image_ids, torch.where(wrong, image_ids.roll(1, 0), image_ids)), {}
 
     def sample(self, images: Tensor, captions: list[str]) -> Image:
         """For every caption the picture, its codes decoded, and two draws."""

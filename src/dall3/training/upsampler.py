@@ -94,11 +94,12 @@ class UpsamplerTask(Task):
             return torch.cat((u, noise), dim=1)
 
         drawn = self.per_item(draw, device).transpose(0, 1).flatten(0, 1)  # the first crops of all, then the second
-        t, noise = (drawn[:, 0] * steps).long().clamp(max=steps - 1), drawn[:, 3:].view_as(x_start)
-        first = t + (drawn[:, 1] * (steps - t)).long()  # the step at which refining began
+        noise, is_coarse = drawn[:, 3:].view_as(x_start), drawn[:, 2] < s.coarse_share
+        # The step at which refining began: not the last ones, where what is missing would be many times the noise.
+        first = torch.where(is_coarse, ((0.25 + 0.75 * drawn[:, 1]) * steps).long(), steps).clamp(max=steps - 1)
+        t = (drawn[:, 0] * (first + 1)).long()
         ratio = diffusion.at("sqrt_bar", first, x_start) / diffusion.at("sqrt_one_minus_bar", first, x_start)
-        is_coarse = (drawn[:, 2] < s.coarse_share).view(-1, 1, 1, 1)
-        noise = noise + is_coarse * ratio * (coarse * 2 - 1 - x_start)
+        noise = noise + is_coarse.view(-1, 1, 1, 1) * ratio * (coarse * 2 - 1 - x_start)
         x = diffusion.add_noise(x_start, t, noise)
         output = self.run(x, diffusion.at("timestep", t), image_embeds=embeddings).float()
         prediction = diffusion.predict(output, x, t)
