@@ -22,9 +22,10 @@ from PIL import Image
 from dall3 import Dall3Pipeline
 from dall3.cli import main
 from dall3.diffusion import GaussianDiffusion
+from dall3.models.transformer import TransformerConfig
 from dall3.models.unet import DiffusionConfig, UNetConfig
 from dall3.models.vqgan import GumbelVQ, VQGANConfig
-from dall3.scenes import is_held_out
+from dall3.scenes import is_held_out, random_scene, render
 from dall3.scenes.emoji import Emoji, draw_emoji, emoji_caption, list_emoji, random_emoji_picture
 from dall3.text import load_tokenizer
 from dall3.training.clip import CLIPTraining, swap_word
@@ -32,7 +33,7 @@ from dall3.training.data import Mixture, StepSampler, fit_picture, shuffled
 from dall3.training.loop import Task, TrainingConfig, train
 from dall3.training.run import SETTINGS, TRAINABLE, read_settings, train_model
 from dall3.training.tokenizer import train_tokenizer
-from dall3.training.transformer import encode_pool
+from dall3.training.transformer import TransformerTask, TransformerTraining, encode_pool
 from dall3.training.upsampler import UpsamplerTask, UpsamplerTraining, variational_bound
 from dall3.training.vqgan import PerceptualDistance, VQGANTask, VQGANTraining, rotate_to
 from dall3.weights import from_json, load_part
@@ -425,7 +426,7 @@ def test_five_commands_make_a_pipeline_of_ones_own(pictures: Path, tmp_path: Pat
     assert result.coarse_images[0].size == (32, 32)
 
 
-def test_a_vqgan_looks_through_the_clip_of_its_folder_for_faint_patterns(pictures: Path, tmp_path: Path) -> None:
+def test_a_vqgan_looks_through_the_clip_of_its_folder(pictures: Path, tmp_path: Path) -> None:
     settings, out = write_small_settings(tmp_path, pictures, vqgan="perceptual_weight = 1.0\n"), tmp_path / "weights"
     train_model("tokenizer", out, settings["tokenizer"], progress=False)
     with pytest.raises(ValueError, match="holds no clip, in whose features perceptual_weight compares"):
@@ -437,12 +438,18 @@ def test_a_vqgan_looks_through_the_clip_of_its_folder_for_faint_patterns(picture
 
     clip = Dall3Pipeline.from_pretrained().clip
     assert clip is not None
-    distance, grey = PerceptualDistance(clip), torch.full((1, 3, 128, 128), 0.5)
-    faint = 0.04 * (torch.arange(128) // 4 % 2 * 2 - 1).expand_as(grey)
-    striped, brighter = (grey + faint).requires_grad_(), grey + 0.04  # as far from grey, pixel by pixel
-    assert distance(grey, grey) == 0 and distance(striped, grey) > 2 * distance(brighter, grey)
-    distance(striped, grey).backward()
-    assert striped.grad is not None and striped.grad.abs().sum() > 0
+    distance, rng = PerceptualDistance(clip), np.random.default_rng(0)
+    marble = (
+        torch.from_numpy(render(random_scene(rng, "sphere", "marble", held_out=None), 128).copy()).permute(2, 0, 1)[
+            None
+        ]
+        / 255
+    )
+    blurred = torch.nn.functional.avg_pool2d(marble, 5, 1, 2, count_include_pad=False).requires_grad_()
+    noise = torch.randn(marble.shape) * (blurred.detach() - marble).square().mean().sqrt() / 4
+    assert distance(marble, marble) == 0 and distance(blurred, marble) > 2 * distance(marble + noise, marble)
+    distance(blurred, marble).backward()
+    assert blurred.grad is not None and blurred.grad.abs().sum() > 0
 
 
 def test_an_upsampler_may_be_shown_the_coarse_picture_in_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -467,6 +474,32 @@ def test_an_upsampler_may_be_shown_the_coarse_picture_in_the_noise(monkeypatch: 
     decoded = vqgan.decode(vqgan.encode(torch.nn.functional.interpolate(images, 32, mode="area")))
     enlarged = torch.nn.functional.interpolate(decoded, 64, mode="bicubic", antialias=True).clamp(0, 1)
     torch.testing.assert_close(coarse - fine, (enlarged - images) * 2, rtol=0, atol=2e-3)
+
+
+def test_wrong_codes_are_another_pictures_and_the_right_ones_are_asked_for() -> None:
+    def encode(text: str, truncate: bool) -> torch.Tensor:
+        return torch.ones(4, dtype=torch.int64)
+
+    config = TransformerConfig(8, 8, 4, 16, 1, heads=1, dim_head=16, grid_size=16)
+    task = TransformerTask(config, TransformerTraining(0.0, wrong_codes=0.8), small_task().model, encode)
+    task.items, asked = range(6), []
+
+    def look(text_ids: torch.Tensor, image_ids: torch.Tensor, seen_ids: torch.Tensor) -> torch.Tensor:
+        asked.append(image_ids)
+        return seen_ids.float()
+
+    task.loss = look
+    codes = torch.arange(6, dtype=torch.int16)[:, None].expand(6, 256)  # of picture k all are k
+    seen, _ = task(codes, [""] * 6, 0)
+    assert torch.equal(asked[0], codes.long())
+    wrong = seen != codes
+    assert torch.equal(seen[wrong], codes.roll(1, 0)[wrong].float())
+    shares = wrong.float().mean(1)
+    assert 0.2 < shares.mean() < 0.6 and shares.max() < 0.9 and shares.std() > 0.05
+    task.settings, task.loss = TransformerTraining(0.0), task.model.loss
+    task.model.requires_grad_(False)
+    plain = task.model.loss(torch.ones(6, 4, dtype=torch.int64), codes.long())
+    assert torch.equal(task(codes, [""] * 6, 0)[0], plain)
 
 
 def test_a_convolutional_clip_keeps_the_statistics_of_what_it_saw(pictures: Path, tmp_path: Path) -> None:

@@ -32,8 +32,8 @@ class VQGANTraining:
     without. crop: pixels a side of the random crops, `crops` from each picture, that are trained on in `crop_share` of
     the steps; the others take whole pictures. decoder_only: train the decoder alone, so that a trained VQGAN's codes
     mean what they meant to what was trained on them. perceptual_weight: of the distance in the features of the folder's
-    CLIP, for which faint patterns that name a material count more than their contrast. discriminator_from: the first
-    step in which the patch discriminator counts, `discriminator_weight` against the reconstruction.
+    CLIP, which tell a material by what few pixels show. discriminator_from: the first step in which the patch
+    discriminator counts, `discriminator_weight` against the reconstruction.
     """
 
     quantizer: str = "nearest"
