@@ -206,8 +206,6 @@ def tokens(args: argparse.Namespace) -> list[Row]:
         if module is not None:
             module.DALLE.forward_with_cond_scale = mended
         ours = load_ours(original, depth, args.device)
-        compiled = copy.deepcopy(ours)
-        compiled.compile(mode="reduce-overhead")
         weights = sum(m.weight.numel() for m in ours.layers.modules() if isinstance(m, torch.nn.Linear))
         weights += CODES * 512
         for batch in args.batches if depth == 12 else args.batches[:1]:
@@ -220,6 +218,8 @@ def tokens(args: argparse.Namespace) -> list[Row]:
             if batch <= 8 and args.device == "cpu":
                 works["ours, int8"] = lambda draw=draw: draw("int8")  # type: ignore[misc]
             if args.device != "cpu":
+                compiled = copy.deepcopy(ours)
+                compiled.compile(mode="reduce-overhead")
                 works["ours, compiled"] = lambda draw=draw, ours=compiled: draw(None, ours=ours)  # type: ignore[misc]
             if original is not None and batch <= 8:
                 prompts = text.expand(batch, -1)

@@ -17,14 +17,15 @@ class CudaGraph:
 
     def __init__(self, function: Callable[..., Tensor], *inputs: Tensor) -> None:
         self.inputs = [tensor.clone() for tensor in inputs]
-        aside = torch.cuda.Stream()  # the first run, which sets up libraries, may not be on the stream that is recorded
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            function(*self.inputs)
-        torch.cuda.current_stream().wait_stream(aside)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.output = function(*self.inputs)
+        with torch.cuda.device(self.inputs[0].device):  # which need not be the current one
+            aside = torch.cuda.Stream()  # the first run, which sets up libraries, may not be on the recorded stream
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                function(*self.inputs)
+            torch.cuda.current_stream().wait_stream(aside)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.output = function(*self.inputs)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         for place, tensor in zip(self.inputs, inputs, strict=True):

@@ -209,7 +209,7 @@ def train(task: Task, config: TrainingConfig, folder: Path, model_folder: Path, 
     best = cast(Task, averaged.module)
     first, seen = load_checkpoint(folder, task, averaged, optimizers)
     averaged.to(accelerator.device)
-    if accelerator.device.type != "cpu":  # where convolutions are twice as fast so; on a CPU some gradients are slower
+    if accelerator.device.type != "cpu":  # the layout of a GPU's convolutions; on a CPU some gradients are slower so
         task.to(memory_format=torch.channels_last)
     wrapped = accelerator.prepare(task)
     optimizers.parts = [accelerator.prepare(part) for part in optimizers.parts]
@@ -225,7 +225,7 @@ def train(task: Task, config: TrainingConfig, folder: Path, model_folder: Path, 
     task.seed = config.seed
     shown = [Mixture(config.data, config.side, config.seed + 1)[i] for i in range(16)] if main else []
     step, started, pending = first, time.time(), []
-    quick = torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True)
+    quick = torch.backends.cudnn.flags(enabled=True, benchmark=True)
     with torch.random.fork_rng(), quick, stop_on_interrupt() as interrupted:
         bar = tqdm(total=config.steps, initial=first, desc=str(folder), disable=not (progress and main))
         for number, items, (images, captions) in zip(

@@ -18,6 +18,7 @@ from dall3.diffusion import GaussianDiffusion, Refinement, denoise
 from dall3.models.unet import AttentionBlock, ResBlock, UNet, UNetConfig
 from dall3.models.vqgan import VQModel
 from dall3.output import make_grid, to_pil
+from dall3.pipeline import enlarge
 from dall3.training.loop import Task
 from dall3.weights import save_part, set_default
 
@@ -66,8 +67,7 @@ class UpsamplerTask(Task):
 
     def coarse(self, ids: Tensor, side: int) -> Tensor:
         """Codes to what refining starts from: coarse pictures enlarged to (batch, 3, side, side), in [0, 1]."""
-        decoded = self.frozen[0].decode(ids)
-        return F.interpolate(decoded, side, mode="bicubic", antialias=True).clamp(0, 1)
+        return enlarge(self.frozen[0].decode(ids), side)
 
     def forward(self, images: Tensor, captions: list[str], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         s, diffusion, learn_sigma = self.settings, self.diffusion, self.model.config.diffusion.learn_sigma
