@@ -255,19 +255,22 @@ def guidance(bench: Bench, count: int) -> list[Row]:
 
 
 def steps(bench: Bench, count: int) -> list[Row]:
-    """How many steps are enough? Unguided, from the codes of true pictures and the same noise, against all of them."""
+    """How many steps are enough? From the codes of true pictures and the same noise, against all steps; without
+    guidance and with it, whose cut-outs are others in every step, so that PSNR says less there.
+    """
     tasks = both_kinds(bench, count)
     true = torch.stack([task.picture for task in tasks]).to(bench.pipe.device)
     tokens, total = encode(bench, true), bench.pipe.upsampler.config.diffusion.diffusion_steps
     ways = [("ddim", n) for n in (total, 10, 25, 50, 250) if n <= total] + [("dpm-solver++", n) for n in (10, 25, 50)]
-    rows, reference = [], None
-    for scheduler, steps_taken in ways:
-        how = dict(desc=f"{scheduler}, {steps_taken} steps", scheduler=scheduler, num_inference_steps=steps_taken)
+    rows: list[Row] = []
+    references: dict[float, Tensor] = {}
+    for scale, (scheduler, steps_taken) in itertools.product((0, bench.refinement["clip_guidance_scale"]), ways):
+        how = dict(clip_guidance_scale=scale, scheduler=scheduler, num_inference_steps=steps_taken)
         start = time.perf_counter()
-        pictures = refine(bench, tasks, tokens, clip_guidance_scale=0, **how)
+        pictures = refine(bench, tasks, tokens, f"scale {scale:g}, {scheduler}, {steps_taken} steps", **how)
         seconds = (time.perf_counter() - start) / len(tasks)
-        reference = pictures if reference is None else reference
-        row = {"scheduler": scheduler, "steps": steps_taken, "n": len(tasks)}
+        reference = references.setdefault(scale, pictures)
+        row = {"clip_guidance_scale": scale, "scheduler": scheduler, "steps": steps_taken, "n": len(tasks)}
         row[f"PSNR to {total} steps"] = None if pictures is reference else psnr(pictures, reference)
         row["feature distance"] = feature_distance(bench, pictures, true)
         row["CLIP similarity"] = clip_similarity(bench, pictures, tasks)

@@ -13,6 +13,7 @@ import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -258,6 +259,29 @@ def test_a_trained_model_can_be_trained_on(pictures: Path, tmp_path: Path) -> No
     train(task, replace(config, steps=2, learning_rate=1e-5, every=1), tmp_path / "on", tmp_path / "b", progress=False)
     on = [json.loads(line)["psnr"] for line in (tmp_path / "on/log.jsonl").read_text().splitlines()]
     assert on[0] > log[-1] - 1 > log[0]
+
+
+def test_a_share_of_the_weights_that_a_run_starts_from_stays_through_a_resumed_run(
+    pictures: Path, tmp_path: Path
+) -> None:
+    config = small_config(pictures, learning_rate=3e-3, ema_decay=0.5)
+    train(small_task(), config, tmp_path / "first", tmp_path / "vqgan", progress=False)
+    before = load_part(tmp_path / "vqgan")
+
+    def train_on(name: str, **more: Any) -> dict[str, torch.Tensor]:
+        task = small_task()
+        task.start_from(before)
+        train(task, replace(config, **more), tmp_path / name, tmp_path / f"{name}-part", progress=False)
+        return load_part(tmp_path / f"{name}-part").state_dict()
+
+    whole = train_on("none")
+    train_on("kept", initial_share=0.25, steps=3)
+    mixed = train_on("kept", initial_share=0.25)
+    moved = 0.0
+    for name, first in before.decoder.state_dict(prefix="decoder.").items():
+        torch.testing.assert_close(mixed[name], first * 0.25 + whole[name] * 0.75, rtol=0, atol=1e-3, msg=name)
+        moved = max(moved, float((whole[name] - first).abs().max()))
+    assert moved > 0.01
 
 
 def test_the_decoder_alone_learns_while_the_codes_stay(pictures: Path, tmp_path: Path) -> None:
@@ -600,6 +624,8 @@ def test_what_cannot_be_trained_is_said_before_any_work(
     fails("transformer", words="holds no vqgan, on whose codes this is trained; train that first")
     fails("vqgan", "--data", "folder:/nowhere", words="holds no picture")
     fails("vqgan", "--steps", "0", words="steps=0; expected a whole number from 1")
+    with pytest.raises(ValueError, match="initial_share=0.5 needs initial, the part that it is a share of"):
+        train_model("vqgan", out, settings["vqgan"], progress=False, initial_share=0.5)
     good = settings["vqgan"].read_text()
     for line, words in (
         ("chh = 3\n", "unknown setting chh"),

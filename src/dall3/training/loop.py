@@ -18,6 +18,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
@@ -42,8 +43,9 @@ class TrainingConfig:
 
     batch_size: of one process; gradient_accumulation: batches a step. decay: the share of the steps at the end over
     which the learning rate falls to 0. precision: "no", "bf16" or "fp16" (autocast). ema_decay: of the averaged
-    weights, which are what is exported. muon: matrices of the named submodule are trained by Muon at this rate.
-    every: steps between checkpoints and samples.
+    weights, which are what is exported. initial_share: the share in them of the weights that the run started from, if
+    from a trained part: a short training on something new forgets less so (WiSE-FT, arXiv 2109.01903). muon: matrices
+    of the named submodule are trained by Muon at this rate. every: steps between checkpoints and samples.
     """
 
     steps: int = 10_000
@@ -57,6 +59,7 @@ class TrainingConfig:
     decay: float = 0.2
     clip_grad_norm: float = 1.0
     ema_decay: float = 0.999
+    initial_share: float = 0.0
     precision: str = "no"
     compile: bool = False
     seed: int = 0
@@ -69,6 +72,8 @@ class TrainingConfig:
         for name in ("steps", "batch_size", "gradient_accumulation", "every", "side"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; expected a whole number from 1")
+        if not 0 <= self.initial_share < 1:
+            raise ValueError(f"initial_share={self.initial_share}; expected a share from 0 to below 1")
         if self.precision not in ("no", "bf16", "fp16"):
             raise ValueError(f"precision '{self.precision}' is not known; expected no, bf16 or fp16")
 
@@ -204,6 +209,7 @@ def train(task: Task, config: TrainingConfig, folder: Path, model_folder: Path, 
         mixed_precision=usable(config.precision), gradient_accumulation_steps=config.gradient_accumulation
     )
     main = accelerator.is_main_process
+    initial = deepcopy(task) if config.initial_share else None  # a checkpoint that is found replaces the task's weights
     averaged = AveragedModel(task, avg_fn=partial(moving_average, config.ema_decay))
     optimizers = make_optimizers(task, config)
     best = cast(Task, averaged.module)
@@ -278,8 +284,19 @@ def train(task: Task, config: TrainingConfig, folder: Path, model_folder: Path, 
                 break
         bar.close()
     if main:
+        if initial is not None:
+            mix_in(best, initial, config.initial_share)
         best.export(model_folder)
     return best
+
+
+@torch.no_grad()
+def mix_in(model: nn.Module, other: nn.Module, share: float) -> None:
+    """Replace `share` of the model's weights, and of its statistics, by those of another of the same configuration."""
+    theirs = other.state_dict()
+    for name, ours in model.state_dict().items():
+        if ours.is_floating_point():
+            ours.lerp_(theirs[name].to(ours), share)
 
 
 def usable(precision: str) -> str:

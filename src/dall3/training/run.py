@@ -141,6 +141,8 @@ def train_model(
     try:
         training = from_json(TrainingConfig, settings["train"])
         training = replace(training, **({"data": tuple(data)} if data else {}), **overrides)
+        if training.initial_share and initial is None:
+            raise ValueError(f"initial_share={training.initial_share} needs initial, the part that it is a share of")
         if model == "tokenizer":
             text = train_tokenizer(draw_captions(Mixture(training.data, 16), training.steps), **settings["model"])
             folder.mkdir(parents=True, exist_ok=True)
