@@ -8,7 +8,7 @@ pipe = Dall3Pipeline.from_pretrained()
 
 for prompt in sys.argv[1:] or ["a cube made of cloud", "an avocado"]:
     # The best four by CLIP of 32 draws.
-    out = pipe(prompt, num_images=4, num_candidates=32, top_p=0.9, seed=0)
+    out = pipe(prompt, num_images=4, num_candidates=32, seed=0)
     folder = out.save("outputs/" + prompt.replace(" ", "_"), overwrite=True)
     out.grid().save(folder / "grid.png")
     print(f"saved {len(out)} pictures of {out.images[0].size} to {folder}")
