@@ -255,8 +255,9 @@ def guidance(bench: Bench, count: int) -> list[Row]:
 
 
 def steps(bench: Bench, count: int) -> list[Row]:
-    """How many steps are enough? From the codes of true pictures and the same noise, against all steps; without
-    guidance and with it, whose cut-outs are others in every step, so that PSNR says less there.
+    """How many steps are enough? From the codes of true pictures and the same noise, against all of them.
+
+    With guidance, whose cut-outs are others in every step, PSNR says less than without.
     """
     tasks = both_kinds(bench, count)
     true = torch.stack([task.picture for task in tasks]).to(bench.pipe.device)
