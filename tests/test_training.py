@@ -34,7 +34,7 @@ from dall3.training.data import Mixture, StepSampler, fit_picture, shuffled
 from dall3.training.loop import Task, TrainingConfig, train
 from dall3.training.run import SETTINGS, TRAINABLE, read_settings, train_model
 from dall3.training.tokenizer import train_tokenizer
-from dall3.training.transformer import TransformerTask, TransformerTraining, encode_pool
+from dall3.training.transformer import TransformerTask, TransformerTraining, encode_pool, redraw
 from dall3.training.upsampler import UpsamplerTask, UpsamplerTraining, variational_bound
 from dall3.training.vqgan import PerceptualDistance, VQGANTask, VQGANTraining, rotate_to
 from dall3.weights import from_json, load_part
@@ -500,6 +500,29 @@ def test_an_upsampler_may_be_shown_the_coarse_picture_in_the_noise(monkeypatch: 
     torch.testing.assert_close(coarse - fine, (enlarged - images) * 2, rtol=0, atol=2e-3)
 
 
+def test_an_upsampler_may_be_told_what_clip_misses_in_its_pictures() -> None:
+    vqgan, clip = small_task().model.eval().requires_grad_(False), Dall3Pipeline.from_pretrained().clip
+    config = UNetConfig(32, (1, 1, 1, 1), 1, (), 64, embedding_dims=(8, 32))
+    images = torch.rand(2, 3, 64, 64)
+
+    def look(weight: float, is_right: bool) -> tuple[torch.Tensor, float]:
+        settings = UpsamplerTraining(crop_share=0, max_strength=0.3, vlb_weight=0, perceptual_weight=weight)
+        task = UpsamplerTask(config, settings, vqgan, clip)
+        task.items = range(2)
+
+        def run(x: torch.Tensor, t: torch.Tensor, **_: torch.Tensor) -> torch.Tensor:
+            noise = task.diffusion.noise_from_x_start(x, t.long(), images * 2 - 1) if is_right else x
+            return torch.cat((noise, x), dim=1)
+
+        task.run = run
+        loss, figures = task(images, ["", ""], 0)
+        return loss, float(figures["perceptual"])
+
+    assert look(1.0, is_right=True)[1] < 1e-3 < look(1.0, is_right=False)[1]
+    (without, _), (loss, distance) = look(0.0, is_right=False), look(2.0, is_right=False)
+    torch.testing.assert_close(loss - without, torch.tensor(2 * distance))
+
+
 def test_wrong_codes_are_another_pictures_and_the_right_ones_are_asked_for() -> None:
     def encode(text: str, truncate: bool) -> torch.Tensor:
         return torch.ones(4, dtype=torch.int64)
@@ -524,6 +547,38 @@ def test_wrong_codes_are_another_pictures_and_the_right_ones_are_asked_for() -> 
     task.model.requires_grad_(False)
     plain = task.model.loss(torch.ones(6, 4, dtype=torch.int64), codes.long())
     assert torch.equal(task(codes, [""] * 6, 0)[0], plain)
+
+
+def test_own_codes_are_drawn_after_the_ones_shown_and_the_right_ones_are_asked_for() -> None:
+    def encode(text: str, truncate: bool) -> torch.Tensor:
+        return torch.ones(4, dtype=torch.int64)
+
+    config = TransformerConfig(8, 8, 4, 16, 1, heads=1, dim_head=16, grid_size=16)
+    settings = TransformerTraining(0.0, own_codes=1.0, own_passes=2)
+    task = TransformerTask(config, settings, small_task().model, encode)
+    task.items, asked, shown = range(6), [], []
+    codes = torch.randint(0, 7, (6, 256), dtype=torch.int16)
+    with torch.autocast("cpu", torch.bfloat16):  # whose weights, cast for drawing, are not to be trained with
+        loss, _ = task(codes, [""] * 6, 0)
+    loss.backward()
+    assert all(parameter.grad.abs().sum() > 0 for name, parameter in task.named_parameters() if "layers" in name)
+
+    def look(text_ids: torch.Tensor, image_ids: torch.Tensor, seen_ids: torch.Tensor) -> torch.Tensor:
+        asked.append(image_ids)
+        return seen_ids.float()
+
+    def redraw_last(model: torch.nn.Module, text_ids: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        shown.append(others[0])
+        return redraw(model, text_ids, *others)
+
+    task.loss, task.redraw = look, redraw_last
+    task.model.to_logits.bias.data[-1] = 100.0  # whatever comes before, it draws the last of the 8 codes
+    seen, figures = task(codes, [""] * 6, 0)
+    own = seen == 7
+    assert torch.equal(asked[0], codes.long()) and torch.equal(seen[~own], codes[~own].float())
+    assert figures["wrong"] == own.float().mean() and 0.2 < own.float().mean() < 0.8
+    assert torch.equal(shown[0], codes.long())
+    assert torch.equal(shown[1], seen.long())  # the second pass sees what the first one drew
 
 
 def test_a_convolutional_clip_keeps_the_statistics_of_what_it_saw(pictures: Path, tmp_path: Path) -> None:

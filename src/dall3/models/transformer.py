@@ -237,7 +237,7 @@ class DalleTransformer(nn.Module):
         text_ids: int64 (batch, text_seq_len), padded with 0. image_ids: int64 (batch, up to grid_size²) or None.
         There is a position for <bos>, each text and each image token, except the very last one, which nothing follows.
         """
-        text, image = self._logits(text_ids, image_ids)
+        text, image = self.logits(text_ids, image_ids)
         lowest = torch.finfo(text.dtype).min
         text = F.pad(text, (0, self.config.num_image_tokens), value=lowest)
         return torch.cat((text, F.pad(image, (self.config.text_vocabulary, 0), value=lowest)), dim=1)
@@ -247,13 +247,13 @@ class DalleTransformer(nn.Module):
 
         seen_ids: shown to the transformer in place of image_ids, of which it is to find the next one all the same.
         """
-        text, image = self._logits(text_ids, image_ids if seen_ids is None else seen_ids)
+        text, image = self.logits(text_ids, image_ids if seen_ids is None else seen_ids)
         text_loss = F.cross_entropy(text.transpose(1, 2), self.pad_text(text_ids))
         image_loss = F.cross_entropy(image.transpose(1, 2), image_ids)
         weight = self.config.loss_img_weight
         return (text_loss + weight * image_loss) / (weight + 1)
 
-    def _logits(self, text_ids: Tensor, image_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    def logits(self, text_ids: Tensor, image_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         """Text logits of the positions that a text token follows, image logits of the others."""
         c = self.config
         x = self.embed_text(text_ids)

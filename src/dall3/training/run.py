@@ -56,7 +56,9 @@ def make_clip(model: dict[str, Any], loss: dict[str, Any], folder: Path) -> Task
 
 
 def make_upsampler(model: dict[str, Any], loss: dict[str, Any], folder: Path) -> Task:
-    return UpsamplerTask(from_json(UNetConfig, model), from_json(UpsamplerTraining, loss), need_vqgan(folder))
+    training = from_json(UpsamplerTraining, loss)
+    clip = need_clip(folder) if training.perceptual_weight else None
+    return UpsamplerTask(from_json(UNetConfig, model), training, need_vqgan(folder), clip)
 
 
 MAKERS: dict[str, Callable[[dict[str, Any], dict[str, Any], Path], Task]] = {

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from dall3.models.transformer import DalleTransformer, TransformerConfig
 from dall3.models.vqgan import VQModel
 from dall3.output import make_grid, to_pil
-from dall3.sampling import Sampling, candidate_uniforms, draw_image_tokens
+from dall3.sampling import Sampling, candidate_uniforms, choose, draw_image_tokens
 from dall3.text import TextEncoder
 from dall3.training.data import StepSampler, loader, shuffled
 from dall3.training.loop import Task, TrainingConfig
@@ -34,14 +34,22 @@ class TransformerTraining:
     """null_text: the share of captions that are left out, so that classifier-free guidance has its other half.
     wrong_codes: up to this share of a picture's codes, as much as chance has it, is shown to the transformer as the
     codes that another picture of the batch has there: when it draws, its own are not all right either, and the text has
-    to outweigh them (scheduled sampling's aim, arXiv 1506.03099, without its draws). pool: so many pictures are drawn
-    and encoded once, before the first step, and trained on in shuffled epochs, which costs no drawing and no encoding
-    after that; 0 for new pictures in every step.
+    to outweigh them (scheduled sampling's aim, arXiv 1506.03099, without its draws). own_codes: up to this share, after
+    that, is shown as the transformer itself would draw them, all at once, each after the codes that were shown before
+    it, `own_passes` times over: what goes wrong there is what goes wrong when it draws (parallel scheduled sampling,
+    arXiv 1906.04331). pool: so many pictures are drawn and encoded once, before the first step, and trained on in
+    shuffled epochs, which costs no drawing and no encoding after that; 0 for new pictures in every step.
     """
 
     null_text: float = 0.1
     wrong_codes: float = 0.0
+    own_codes: float = 0.0
+    own_passes: int = 1
     pool: int = 0
+
+    def __post_init__(self) -> None:
+        if self.own_passes < 1:
+            raise ValueError(f"own_passes={self.own_passes}; expected a whole number from 1")
 
 
 class CodePool(Dataset[tuple[Tensor, str]]):
@@ -80,19 +88,30 @@ def encode_pool(data: Dataset[Any], count: int, vqgan: VQModel, path: Path, work
     return pool
 
 
+@torch.no_grad()
+def redraw(model: DalleTransformer, text_ids: Tensor, image_ids: Tensor, uniforms: Tensor) -> Tensor:
+    """Every code drawn anew after the text and the codes given before it: int64 like image_ids.
+
+    Shapes as `DalleTransformer.forward` has them; uniforms: a random number in [0, 1) for each code.
+    """
+    _, logits = model.logits(text_ids, image_ids)
+    return choose(logits.flatten(0, 1), uniforms.flatten()).view_as(image_ids)
+
+
 class TransformerTask(Task):
     def __init__(
         self, config: TransformerConfig, training: TransformerTraining, vqgan: VQModel, text_encoder: TextEncoder
     ) -> None:
         super().__init__()
         self.settings, self.model = training, DalleTransformer(config)
-        self.loss = self.model.loss
+        self.loss, self.redraw = self.model.loss, redraw
         # Training on a pool meets the same captions again and again, and a GPU is not to wait for their words.
         self.encode_text = lru_cache(maxsize=1 << 18)(partial(text_encoder, truncate=True))
         self.frozen = [vqgan]  # in a list: not a part of what is trained and saved
 
     def compile_parts(self) -> None:
         self.loss = torch.compile(self.model.loss, dynamic=False)
+        self.redraw = torch.compile(redraw, dynamic=False)
 
     def make_data(self, config: TrainingConfig, folder: Path, device: torch.device, progress: bool) -> Dataset[Any]:
         data, vqgan = super().make_data(config, folder, device, progress), self.frozen[0].to(device)
@@ -106,16 +125,21 @@ class TransformerTask(Task):
             is_codes = images.dtype == torch.int16
             image_ids = images.long() if is_codes else self.frozen[0].to(images.device).encode(images)
         text_ids = torch.stack([self.encode_text(caption) for caption in captions]).to(images.device)
-        device = images.device
-        chance = self.per_item(lambda generator: torch.rand(1, generator=generator, device=device), device)
-        dropped = chance < self.settings.null_text
-        text_ids = text_ids.masked_fill(dropped, 0)
-        if not self.settings.wrong_codes:
+        s, count, device = self.settings, image_ids.shape[1], images.device
+
+        def draw(generator: torch.Generator) -> Tensor:
+            return torch.rand(3 + (2 + s.own_passes) * count, generator=generator, device=device)
+
+        chances, *shares = self.per_item(draw, device).split((3, *[count] * (2 + s.own_passes)), dim=1)
+        text_ids = text_ids.masked_fill(chances[:, :1] < s.null_text, 0)
+        if not s.wrong_codes and not s.own_codes:
             return self.loss(text_ids, image_ids), {}
-        count = image_ids.shape[1]
-        shares = self.per_item(lambda generator: torch.rand(1 + count, generator=generator, device=device), device)
-        wrong = shares[:, 1:] < shares[:, :1] * self.settings.wrong_codes
-        return self.loss(text_ids, image_ids, torch.where(wrong, image_ids.roll(1, 0), image_ids)), {}
+        wrong, own = (shares[i] < chances[:, i + 1, None] * most for i, most in enumerate((s.wrong_codes, s.own_codes)))
+        shown = seen = torch.where(wrong, image_ids.roll(1, 0), image_ids)
+        for uniforms in shares[2:] if s.own_codes else ():
+            seen = torch.where(own, self.redraw(self.model, text_ids, seen, uniforms), shown)
+            torch.clear_autocast_cache()  # weights that were cast without gradients are not to be trained with
+        return self.loss(text_ids, image_ids, seen), {"wrong": (seen != image_ids).float().mean()}
 
     def sample(self, images: Tensor, captions: list[str]) -> Image:
         """For every caption the picture, its codes decoded, and two draws."""

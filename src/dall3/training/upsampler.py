@@ -15,11 +15,13 @@ from PIL.Image import Image
 from torch import Tensor
 
 from dall3.diffusion import GaussianDiffusion, Refinement, denoise
+from dall3.models.clip import CLIP
 from dall3.models.unet import AttentionBlock, ResBlock, UNet, UNetConfig
 from dall3.models.vqgan import VQModel
 from dall3.output import make_grid, to_pil
 from dall3.pipeline import enlarge
 from dall3.training.loop import Task
+from dall3.training.vqgan import PerceptualDistance
 from dall3.weights import save_part, set_default
 
 
@@ -33,6 +35,8 @@ class UpsamplerTraining:
     enlarged coarse picture with a `strength` up to that, and cannot start from pure noise. coarse_share: the share of
     the crops that are noised as refining does it, from the enlarged coarse picture at some earlier step; what that one
     lacks is then a part of the noise that is to be found, so that edges are drawn anew and not kept as they are.
+    perceptual_weight: of the distance between the predicted picture and the true one, both at half size, in the
+    features of the folder's CLIP (arXiv 2401.00110 trains a diffusion model so, on other features).
     """
 
     crop: int = 128
@@ -42,6 +46,7 @@ class UpsamplerTraining:
     vlb_weight: float = 1e-3
     max_strength: float = 1.0
     coarse_share: float = 0.0
+    perceptual_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.max_strength <= 1:
@@ -49,11 +54,14 @@ class UpsamplerTraining:
 
 
 class UpsamplerTask(Task):
-    def __init__(self, config: UNetConfig, training: UpsamplerTraining, vqgan: VQModel) -> None:
+    def __init__(
+        self, config: UNetConfig, training: UpsamplerTraining, vqgan: VQModel, clip: CLIP | None = None
+    ) -> None:
         super().__init__()
         self.settings, self.model, self.frozen = training, UNet(config), [vqgan]
         end_branches_at_zero(self.model)
         self.diffusion = GaussianDiffusion(config.diffusion)
+        self.perceptual = None if clip is None else PerceptualDistance(clip)
         self.run = self.model.forward
 
     def compile_parts(self) -> None:
@@ -110,6 +118,12 @@ class UpsamplerTask(Task):
             error = (output[:, :3] - noise).square().mean(dim=(1, 2, 3))
         loss = error.mean()
         figures = {"error": loss.detach()}
+        if self.perceptual is not None:
+            # CLIP knows whole pictures of the coarse ones' size, which half size is.
+            halves = (F.avg_pool2d((picture + 1) / 2, 2) for picture in (prediction.pred_xstart, x_start))
+            distance = self.perceptual(*halves)
+            loss = loss + s.perceptual_weight * distance
+            figures["perceptual"] = distance.detach()
         if learn_sigma:
             bound = variational_bound(diffusion, prediction.mean.detach(), prediction.log_variance, x_start, x, t)
             loss = loss + s.vlb_weight * len(diffusion) * bound.mean()
