@@ -56,7 +56,9 @@ class Task:
 
 @dataclass(frozen=True)
 class Bench:
-    """What every section works with. fine: how many of each kind composition refines; None for all."""
+    """What every section works with. fine: how many of each kind composition refines; None for all. most_steps: how
+    many the section steps takes at most, and compares with.
+    """
 
     pipe: Dall3Pipeline
     judge: Judge
@@ -64,6 +66,7 @@ class Bench:
     sampling: dict[str, Any]
     refinement: dict[str, Any]
     fine: int | None
+    most_steps: int
 
 
 def to_picture(array: np.ndarray) -> Tensor:
@@ -262,8 +265,8 @@ def steps(bench: Bench, count: int) -> list[Row]:
     """
     tasks = both_kinds(bench, count)
     true = torch.stack([task.picture for task in tasks]).to(bench.pipe.device)
-    tokens, total = encode(bench, true), bench.pipe.upsampler.config.diffusion.diffusion_steps
-    ways = [("ddim", n) for n in (total, 10, 15, 25, 50, 250) if n <= total]
+    tokens, total = encode(bench, true), min(bench.pipe.upsampler.config.diffusion.diffusion_steps, bench.most_steps)
+    ways = [("ddim", n) for n in (total, *(n for n in (10, 15, 25, 50, 250) if n < total))]
     ways += [("dpm-solver++", n) for n in (10, 25, 50)]
     rows: list[Row] = []
     references: dict[float, Tensor] = {}
@@ -345,6 +348,7 @@ def read_arguments() -> tuple[argparse.Namespace, Bench]:
     parser.add_argument("--sections", default=",".join(SECTIONS))
     parser.add_argument("--prompts", type=int, help=f"how many of each kind; if not given, by section: {COUNTS}")
     parser.add_argument("--fine", type=int, help="composition refines only the first so many of each kind")
+    parser.add_argument("--most-steps", type=int, default=1000, help="steps takes no more, and compares with so many")
     parser.add_argument("--settings", type=json.loads, default={}, help='such as \'{"top_p": 0.9, "cond_scale": 2}\'')
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
@@ -376,7 +380,7 @@ def read_arguments() -> tuple[argparse.Namespace, Bench]:
         for kind in (Sampling, Refinement)
     )
     pipe.to(args.device, getattr(torch, args.dtype))
-    return args, Bench(pipe, judge.to(args.device), emoji, sampling_settings, refinement, args.fine)
+    return args, Bench(pipe, judge.to(args.device), emoji, sampling_settings, refinement, args.fine, args.most_steps)
 
 
 @torch.no_grad()
