@@ -450,15 +450,18 @@ def test_five_commands_make_a_pipeline_of_ones_own(pictures: Path, tmp_path: Pat
     assert result.coarse_images[0].size == (32, 32)
 
 
-def test_a_vqgan_looks_through_the_clip_of_its_folder(pictures: Path, tmp_path: Path) -> None:
-    settings, out = write_small_settings(tmp_path, pictures, vqgan="perceptual_weight = 1.0\n"), tmp_path / "weights"
+def test_vqgan_and_upsampler_look_through_the_clip_of_their_folder(pictures: Path, tmp_path: Path) -> None:
+    weight, out = "perceptual_weight = 1.0\n", tmp_path / "weights"
+    settings = write_small_settings(tmp_path, pictures, vqgan=f"{weight}crop = 16\n", upsampler=weight)
     train_model("tokenizer", out, settings["tokenizer"], progress=False)
     with pytest.raises(ValueError, match="holds no clip, in whose features perceptual_weight compares"):
         train_model("vqgan", out, settings["vqgan"], progress=False)
     train_model("clip", out, settings["clip"], progress=False)
-    train_model("vqgan", out, settings["vqgan"], progress=False)
-    lines = [json.loads(line) for line in (out / "runs/vqgan/log.jsonl").read_text().splitlines()]
-    assert lines[-1]["perceptual"] > 0 and load_part(out / "vqgan").num_tokens == 8
+    for model in ("vqgan", "upsampler"):  # on crops, of which this CLIP, a ViT, takes none as they are
+        train_model(model, out, settings[model], progress=False)
+        lines = [json.loads(line) for line in (out / f"runs/{model}/log.jsonl").read_text().splitlines()]
+        assert lines[-1]["perceptual"] > 0
+    assert load_part(out / "vqgan").num_tokens == 8
 
     clip = Dall3Pipeline.from_pretrained().clip
     assert clip is not None

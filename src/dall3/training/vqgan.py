@@ -92,6 +92,8 @@ class PerceptualDistance:
         return torch.stack([(a - b).square().sum(dim=1).mean() for a, b in pairs]).mean()
 
     def features(self, images: Tensor) -> list[Tensor]:
+        if hasattr(self.clip.model.visual, "positional_embedding"):  # a ViT takes pictures of its own size alone
+            images = F.interpolate(images, self.clip.image_size, mode="bilinear", antialias=True)
         inputs = (images - self.clip.mean) / self.clip.std
         found = self.clip.model.visual.forward_intermediates(inputs, intermediates_only=True)["image_intermediates"]
         return [F.normalize(layer.float(), dim=1) for layer in found]
