@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -33,7 +34,7 @@ def first_row(prompt: Prompt) -> Row:
     return {"number": prompt.number, "prompt": prompt.text, "seed": prompt.seed, "error": "", "retry": False}
 
 
-class Stage:
+class Stage(ABC):
     """One stage as an actor holds it: called with a row, it returns the row that goes to the next stage.
 
     pipe: a pipeline that is there already and is shared; None to load one here, with only the parts of this stage.
@@ -71,9 +72,9 @@ class Stage:
         kept = {name: row[name] for name in ("number", "prompt", "seed", "error", "retry")}
         return kept | {name: b"" if row["error"] else row[name] for name in self.adds}
 
+    @abstractmethod
     def work(self, row: Row) -> Row:
         """The columns that change. An error in them is the prompt's own; what is raised may pass."""
-        raise NotImplementedError
 
     def tokens(self, row: Row) -> np.ndarray:
         """The candidates' tokens, (n, image tokens)."""
