@@ -37,19 +37,25 @@ class TransformerTraining:
     to outweigh them (scheduled sampling's aim, arXiv 1506.03099, without its draws). own_codes: up to this share, after
     that, is shown as the transformer itself would draw them, all at once, each after the codes that were shown before
     it, `own_passes` times over: what goes wrong there is what goes wrong when it draws (parallel scheduled sampling,
-    arXiv 1906.04331). pool: so many pictures are drawn and encoded once, before the first step, and trained on in
-    shuffled epochs, which costs no drawing and no encoding after that; 0 for new pictures in every step.
+    arXiv 1906.04331). true_codes: so many of a picture's first codes are always shown as they are. Where the text
+    leaves a choice open, such as the background, the first codes make it; a transformer to which they were shown drawn,
+    each for itself, would learn to make nothing of them. pool: so many pictures are drawn and encoded once, before the
+    first step, and trained on in shuffled epochs, which costs no drawing and no encoding after that; 0 for new pictures
+    in every step.
     """
 
     null_text: float = 0.1
     wrong_codes: float = 0.0
     own_codes: float = 0.0
     own_passes: int = 1
+    true_codes: int = 0
     pool: int = 0
 
     def __post_init__(self) -> None:
         if self.own_passes < 1:
             raise ValueError(f"own_passes={self.own_passes}; expected a whole number from 1")
+        if self.true_codes < 0:
+            raise ValueError(f"true_codes={self.true_codes}; expected a whole number from 0")
 
 
 class CodePool(Dataset[tuple[Tensor, str]]):
@@ -134,7 +140,10 @@ class TransformerTask(Task):
         text_ids = text_ids.masked_fill(chances[:, :1] < s.null_text, 0)
         if not s.wrong_codes and not s.own_codes:
             return self.loss(text_ids, image_ids), {}
-        wrong, own = (shares[i] < chances[:, i + 1, None] * most for i, most in enumerate((s.wrong_codes, s.own_codes)))
+        later = torch.arange(count, device=device) >= s.true_codes
+        wrong, own = (
+            (shares[i] < chances[:, i + 1, None] * most) & later for i, most in enumerate((s.wrong_codes, s.own_codes))
+        )
         shown = seen = torch.where(wrong, image_ids.roll(1, 0), image_ids)
         for uniforms in shares[2:] if s.own_codes else ():
             seen = torch.where(own, self.redraw(self.model, text_ids, seen, uniforms), shown)
