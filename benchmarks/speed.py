@@ -176,7 +176,7 @@ def bandwidth(device: str) -> tuple[float, float]:
     """Bytes a second that a sum reads from memory, and that linear layers of a transformer read at batch 1."""
     block = torch.ones(64 * 2**20, device=device)
     read = block.numel() * 4 / min(seconds(block.sum) for _ in range(5))
-    ready = prepare(load_ours(None, 12, device))
+    ready = prepare(load_ours(None, 12, device), rows=1)
     layers = [m for m in [*ready.layers.modules(), ready.image_head] if hasattr(m, "weight") and m is not None]
     layers = [m for m in layers if isinstance(getattr(m, "weight", None), Tensor) and m.weight.ndim == 2]
     inputs = {n: torch.randn(1, 1, n, device=device) for n in {layer.weight.shape[1] for layer in layers}}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dall3.models.packed import Int8Linear, PackedLinear, can_pack, prepare
+from dall3.models.packed import Int8Linear, PackedLinear, RowLinear, can_pack, prepare
 from dall3.models.transformer import DalleTransformer, TransformerConfig
 from dall3.sampling import Sampling, candidate_uniforms, draw_image_tokens
 
@@ -32,11 +32,14 @@ KINDS = {
 
 @needs_packing
 @pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
-@pytest.mark.parametrize("quantize, tolerance", [(None, 1e-5), ("int8", 0.15)])
-def test_a_prepared_transformer_gives_the_same_logits(changes, quantize, tolerance):
+@pytest.mark.parametrize(
+    "quantize, rows, kind, tolerance",
+    [(None, None, PackedLinear, 1e-5), (None, 1, RowLinear, 1e-5), ("int8", 1, Int8Linear, 0.15)],
+)
+def test_a_prepared_transformer_gives_the_same_logits(changes, quantize, rows, kind, tolerance, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     model, image = make_transformer(**changes), torch.randint(64, (3, 16), generator=torch.Generator().manual_seed(1))
-    ready, c = prepare(model, quantize), model.config
-    kind = PackedLinear if quantize is None else Int8Linear
+    ready, c = prepare(model, quantize, rows), model.config
     assert sum(isinstance(module, kind) for module in ready.modules()) > c.depth
     assert not any(isinstance(module, torch.nn.Linear) for module in ready.layers.modules())
 

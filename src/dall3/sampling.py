@@ -232,7 +232,9 @@ def image_token_steps(
     """
     config, device, compiled = transformer.config, text_ids.device, transformer.compiled_run
     if compiled is None or settings.quantize is not None:
-        transformer, compiled = prepare(transformer, settings.quantize), None
+        prompts = 1 if settings.cond_scale == 1 else 2
+        at_a_time = prompts * min(batch_size or len(uniforms), len(uniforms))
+        transformer, compiled = prepare(transformer, settings.quantize, at_a_time), None
     last, text_caches = run_text(transformer, text_ids, settings)
     index = torch.arange(config.seq_len, device=device)
     with torch.inference_mode(False):  # the result may go where gradients are taken
