@@ -9,7 +9,7 @@ import torch
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 from judge import SIDE, Judge, augment, load_judge, save_judge
-from quality import frechet_distance, psnr, scene_tasks, to_markdown
+from quality import FINE, crops, frechet_distance, psnr, scene_tasks, to_markdown
 
 from dall3.scenes import MATERIALS, SHAPES, is_held_out
 
@@ -26,6 +26,13 @@ def test_frechet_distance_of_fewer_points_than_dimensions():
     points = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
     assert frechet_distance(points, points) == pytest.approx(0, abs=1e-9)
     assert frechet_distance(points, points + 1) == pytest.approx(32, rel=1e-6)
+
+
+def test_crops_are_squares_of_the_picture_at_its_full_size():
+    pictures = torch.rand(2, 3, FINE, FINE, generator=torch.Generator().manual_seed(0))
+    found = crops(pictures).unflatten(0, (2, 9))
+    for i, (top, left) in {0: (0, 0), 1: (0, 64), 3: (64, 0), 8: (128, 128)}.items():
+        assert torch.equal(found[:, i], pictures[:, :, top : top + SIDE, left : left + SIDE])
 
 
 def test_psnr_is_the_mean_over_pictures():
