@@ -132,6 +132,8 @@ def test_a_pipeline_draws_the_same_from_a_folder(from_2021: Dall3Pipeline, folde
     assert {path.name for path in folder.iterdir()} == {
         *("README.md", "tokenizer.json", "transformer", "vqgan", "clip", "upsampler")
     }
+    modes = {path.stat().st_mode for path in folder.rglob("*") if path.is_file()}
+    assert len(modes) == 1  # whoever may read the card may read the weights
 
 
 def test_a_folder_is_made_whole_or_not_at_all(

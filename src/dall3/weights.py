@@ -79,6 +79,8 @@ def save_part(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(text, encoding="utf-8")
     save_file(state, folder / WEIGHTS)
+    # safetensors writes for the owner alone; whoever may read the configuration is to read the weights too.
+    (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)
 
 
 def shared_names(model: torch.nn.Module) -> dict[str, str]:
