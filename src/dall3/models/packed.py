@@ -66,7 +66,7 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).bfloat16()
         out = torch._weight_int8pack_mm(rows, self.weight, self.scale).view(*x.shape[:-1], -1)
-        return out.to(x.dtype) if self.bias is None else out + self.bias  # of the bias's type, which is that of x
+        return (out if self.bias is None else out + self.bias).to(x.dtype)
 
 
 def can_pack(weight: Tensor) -> bool:
