@@ -34,9 +34,8 @@ class PackedLinear(nn.Module):
 class RowLinear(nn.Module):
     """A linear layer for one row at a time, its weights' longer side contiguous: the same numbers but for rounding.
 
-    BLAS's product of a matrix and a vector reads them so on one core as fast as oneDNN's layout on two, and a call costs
-    3 µs in place of 26. Where they were compared, in turn, that was a quarter of a picture's time on one core, and some
-    percent on two.
+    BLAS's product of a matrix and a vector reads them so on one core as fast as oneDNN's layout on two, and a call
+    costs 3 µs in place of 26: of a picture's time that was a quarter on one core and 4 to 9 % on two.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
