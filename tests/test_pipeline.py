@@ -557,7 +557,7 @@ def test_a_callback_sees_every_step_and_can_end_the_call(pipe):
     out = pipe(PROMPT, callback_on_step_end=look, **settings)
     assert seen == [(0, 999), (1, 666)]
     assert out.images == pipe(PROMPT, stop_at=2, **settings).images
-    two = pipe(PROMPT, num_images=2, refine_batch_size=1, callback_on_step_end=look, **settings)
+    two = pipe(PROMPT, num_images=2, callback_on_step_end=look, **settings)  # one after the other on a CPU
     assert len(two) == len(two.coarse_images) == len(two.tokens) == 1
 
     def interrupt(pipe, step, timestep, tensors):
