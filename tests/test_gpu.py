@@ -29,7 +29,9 @@ def assert_same(out, expected):
 
 
 def test_the_call_gives_the_pictures_of_the_cpu(pipe, monkeypatch):
-    how = HOW | dict(num_images=2, num_candidates=3, top_p=0.9, cond_scale=2.0, seamless=True, tv_scale=1.0)
+    how = HOW | dict(
+        num_images=2, refine_batch_size=2, num_candidates=3, top_p=0.9, cond_scale=2.0, seamless=True, tv_scale=1.0
+    )
     expected = pipe(PROMPT, **how)
     with pretend_gpu(monkeypatch):
         there = copy.deepcopy(pipe).to("cuda")

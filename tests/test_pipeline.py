@@ -496,6 +496,7 @@ def test_the_files_are_the_seeds_own_formats(tmp_path):
 
 def test_a_stream_shows_the_rows_the_choice_and_the_refinement(pipe):
     settings = dict(num_images=2, num_candidates=3, num_inference_steps=4, seed=3, batch_size=2, progress=False)
+    settings |= dict(refine_batch_size=2)
     previews, seen = [], {}
     for preview in pipe.stream(PROMPT, every=2, **settings):
         previews.append((preview.stage, preview.step, preview.total))
@@ -557,7 +558,7 @@ def test_a_callback_sees_every_step_and_can_end_the_call(pipe):
     out = pipe(PROMPT, callback_on_step_end=look, **settings)
     assert seen == [(0, 999), (1, 666)]
     assert out.images == pipe(PROMPT, stop_at=2, **settings).images
-    two = pipe(PROMPT, num_images=2, refine_batch_size=1, callback_on_step_end=look, **settings)
+    two = pipe(PROMPT, num_images=2, callback_on_step_end=look, **settings)  # one after the other on a CPU
     assert len(two) == len(two.coarse_images) == len(two.tokens) == 1
 
     def interrupt(pipe, step, timestep, tensors):
@@ -729,7 +730,7 @@ def test_a_batch_that_the_memory_does_not_hold_is_halved(pipe, out, monkeypatch)
     monkeypatch.setattr(pipe.vqgan, "decode", small(pipe.vqgan.decode, 3))
     monkeypatch.setattr(pipe.upsampler, "forward", small(forward, 1))
     settings = dict(num_images=2, num_candidates=5, top_p=0.85, num_inference_steps=4, seed=3, progress=False)
-    halved = pipe(PROMPT, **settings)
+    halved = pipe(PROMPT, refine_batch_size=2, **settings)
     assert torch.equal(halved.tokens, out.tokens) and set(sizes) == {1, 2}
     apart = [np.abs(np.array(a, int) - np.array(b, int)).max() for a, b in zip(halved.images, out.images, strict=True)]
     assert max(apart) <= 1

@@ -100,7 +100,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--num_candidates", type=int, default=1024, help="pictures to draw for it (default: %(default)s)")
     add("--batch_size", type=int, default=32, help="candidates drawn at a time (default: %(default)s)")
     add("--rank_batch_size", type=int, help="decoded and scored at a time (default: batch_size)")
-    add("--refine_batch_size", type=int, default=4, help="pictures refined at a time (default: %(default)s)")
+    add("--refine_batch_size", type=int, help="pictures refined at a time (default: 1 on a CPU, 4 on a GPU)")
     add("--coarse", action="store_true", help="leave diffusion out")
     add("--truncate", action="store_true", help="cut prompts that are too long")
     add("--threads", type=int, default=1, help="torch's, in each stage (default: %(default)s)")

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from dall3 import checkpoints
 from dall3.checkpoints import PathLike
-from dall3.diffusion import Guide, Refinement, Step, denoising_steps, space_timesteps
+from dall3.diffusion import Guide, Refinement, Step, denoising_steps, refined_at_once, space_timesteps
 from dall3.errors import require
 from dall3.fetching import fetch_set, find_weights
 from dall3.guidance import clip_loss, cut_out, draw_cutouts, guided, with_penalties
@@ -376,7 +376,7 @@ class Dall3Pipeline:
         seed: int | None = None,
         generator: torch.Generator | None = None,
         batch_size: int | None = None,
-        refine_batch_size: int = 4,
+        refine_batch_size: int | None = None,
         truncate: bool = False,
         progress: bool = True,
         callback_on_step_end: Callback | None = None,
@@ -387,11 +387,11 @@ class Dall3Pipeline:
         prompt: a text, for a `Dall3Output`; or a list of texts, for a list of them, each as if it were alone.
         num_candidates: num_images if not given. init_image, keep_rows, redraw, change: as `generate_tokens` has them.
         guidance_prompt: what CLIP guides to, if not the prompt, and weighted if you like: "a cube:2|a cloud".
-        output_size: with a super_resolution part, pixels a side of the final pictures. batch_size: candidates
-        at a time, chosen from the free memory if not given; refine_batch_size: pictures refined at a time; both are
-        halved where the device's memory does not hold them. The results depend on them by rounding only. truncate: cut
-        a prompt that is too long. settings: those of `Sampling` and `Refinement`; where not given, what `defaults` has
-        for these weights.
+        output_size: with a super_resolution part, pixels a side of the final pictures. batch_size: candidates at a
+        time, chosen from the free memory if not given; refine_batch_size: pictures refined at a time, 1 on a CPU and 4
+        elsewhere if not given; both are halved where the device's memory does not hold them. The results depend on them
+        by rounding only. truncate: cut a prompt that is too long. settings: those of `Sampling` and `Refinement`; where
+        not given, what `defaults` has for these weights.
         clip_guidance_scale, if neither says, is 1000 where there are a CLIP and an upsampler.
         callback_on_step_end(pipe, step, timestep, tensors): called after each denoising step with "x" and
         "pred_xstart", float32 (batch, 3, height, width) about [-1, 1]; x changed in place goes on so. Where it raises
@@ -533,7 +533,7 @@ class Dall3Pipeline:
         seed: int | None = None,
         generator: torch.Generator | None = None,
         batch_size: int | None = None,
-        refine_batch_size: int = 4,
+        refine_batch_size: int | None = None,
         truncate: bool = False,
         progress: bool = True,
         callback_on_step_end: Callback | None = None,
@@ -541,8 +541,8 @@ class Dall3Pipeline:
     ) -> Plan:
         """The call's arguments, checked."""
         num_candidates = num_images if num_candidates is None else num_candidates
-        check_counts(num_images=num_images, num_candidates=num_candidates)
-        check_counts(refine_batch_size=refine_batch_size)
+        refine_batch_size = refined_at_once(refine_batch_size, self.device)
+        check_counts(num_images=num_images, num_candidates=num_candidates, refine_batch_size=refine_batch_size)
         require(num_candidates >= num_images, f"num_candidates={num_candidates} is less than num_images={num_images}")
         sampling = self._sampling({k: settings.pop(k) for k in Sampling.__dataclass_fields__ if k in settings})
         guide = self._clip is not None and self.upsampler is not None
@@ -835,7 +835,7 @@ class Dall3Pipeline:
         stage: str = "upsampler",
         seed: int | None = None,
         generator: torch.Generator | None = None,
-        batch_size: int = 4,
+        batch_size: int | None = None,
         progress: bool = True,
         callback_on_step_end: Callback | None = None,
         **settings: Any,
@@ -849,8 +849,9 @@ class Dall3Pipeline:
 
         prompt: what CLIP guides to; "a cube:2|a cloud" weighs two, as pairs [("a cube", 2), ("a cloud", 1)] do.
         image_prompts: pairs of a picture and a weight. output_size: pixels a side; if not given, what the UNet was
-        trained on; tokens have their own. stage: "upsampler" or "super_resolution", the part that does it. settings:
-        those of `Refinement`; where not given, what `defaults` has for these weights, but for clip_guidance_scale.
+        trained on; tokens have their own. stage: "upsampler" or "super_resolution", the part that does it. batch_size:
+        pictures refined at a time, 1 on a CPU and 4 elsewhere if not given. settings: those of `Refinement`; where not
+        given, what `defaults` has for these weights, but for clip_guidance_scale.
         Raises ValueError for a setting out of range or a missing part, before any work.
 
         >>> pipe, blue = Dall3Pipeline.from_pretrained(), Image.new("RGB", (256, 256), "blue")
@@ -865,6 +866,7 @@ class Dall3Pipeline:
         refinement = Refinement(**self.with_defaults(Refinement, {"clip_guidance_scale": 0.0} | settings))
         texts = parse_prompts(prompt) if isinstance(prompt, str) else list(prompt or ())
         self._check_refinement(stage, refinement, [*texts, *image_prompts], output_size)
+        batch_size = refined_at_once(batch_size, self.device)
         check_counts(batch_size=batch_size)
         seed = choose_seed(seed, generator)
         how: dict[str, Any] = dict(image_prompts=image_prompts, output_size=output_size, callback=callback_on_step_end)

@@ -49,7 +49,7 @@ def generate(
     seed: int = 0,
     batch_size: int = 32,
     rank_batch_size: int | None = None,
-    refine_batch_size: int = 4,
+    refine_batch_size: int | None = None,
     refine: bool = True,
     truncate: bool = False,
     threads: int = 1,
@@ -70,7 +70,8 @@ def generate(
     you like). weights: as `Dall3Pipeline.from_pretrained` has them; on a cluster every machine looks them up.
     seed: of the run; a prompt's seed follows from it and the prompt's number, a candidate's draws from that and its
     number, so that nothing depends on the order or the machine. batch_size: candidates drawn at a time,
-    rank_batch_size (batch_size if None) decoded and scored at a time, refine_batch_size refined at a time.
+    rank_batch_size (batch_size if None) decoded and scored at a time, refine_batch_size refined at a time (if None, 1
+    on a CPU, 4 on a GPU).
     refine: False for the coarse pictures. truncate: cut prompts that are too long. threads: torch's, in each stage.
     dtype: "float32", "float16" or "bfloat16". device: of the loop here; on a cluster a stage with GPUs is on "cuda".
     settings: those of `Sampling` and `Refinement`; where not given, the weights' own.

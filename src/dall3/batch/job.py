@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dall3.checkpoints import PathLike
-from dall3.diffusion import Refinement
+from dall3.diffusion import Refinement, refined_at_once
 from dall3.errors import require
 from dall3.pipeline import Dall3Pipeline
 from dall3.sampling import Sampling, check_counts
@@ -56,7 +56,7 @@ def make_job(
     num_candidates: int,
     batch_size: int,
     rank_batch_size: int | None,
-    refine_batch_size: int,
+    refine_batch_size: int | None,
     truncate: bool,
     threads: int,
     settings: dict[str, Any],
@@ -73,7 +73,8 @@ def make_job(
     scheduler = settings.get("scheduler", "")
     require(isinstance(scheduler, str), "a scheduler of diffusers cannot be written down; name one of dall3's")
     how: dict[str, Any] = dict(num_images=num_images, num_candidates=num_candidates, batch_size=batch_size)
-    how |= dict(refine_batch_size=refine_batch_size, truncate=truncate, progress=False)
+    how |= dict(refine_batch_size=refined_at_once(refine_batch_size, devices["refine"]))
+    how |= dict(truncate=truncate, progress=False)
     plan = pipe._plan("a picture", seed=0, **(how | {"truncate": True}), **settings)
     pipe.clip  # noqa: B018  loaded, to be among the hashes of the weights
     assert pipe.transformer is not None
