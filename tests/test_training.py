@@ -508,8 +508,10 @@ def test_an_upsampler_may_be_told_what_clip_misses_in_its_pictures() -> None:
     config = UNetConfig(32, (1, 1, 1, 1), 1, (), 64, embedding_dims=(8, 32))
     images = torch.rand(2, 3, 64, 64)
 
-    def look(weight: float, is_right: bool) -> tuple[torch.Tensor, float]:
-        settings = UpsamplerTraining(crop_share=0, max_strength=0.3, vlb_weight=0, perceptual_weight=weight)
+    def look(weight: float, is_right: bool, reductions: tuple[int, ...] = (2,)) -> tuple[torch.Tensor, float]:
+        settings = UpsamplerTraining(
+            crop_share=0, max_strength=0.3, vlb_weight=0, perceptual_weight=weight, perceptual_reductions=reductions
+        )
         task = UpsamplerTask(config, settings, vqgan, clip)
         task.items = range(2)
 
@@ -524,6 +526,11 @@ def test_an_upsampler_may_be_told_what_clip_misses_in_its_pictures() -> None:
     assert look(1.0, is_right=True)[1] < 1e-3 < look(1.0, is_right=False)[1]
     (without, _), (loss, distance) = look(0.0, is_right=False), look(2.0, is_right=False)
     torch.testing.assert_close(loss - without, torch.tensor(2 * distance))
+    whole, both = (look(1.0, False, reductions)[1] for reductions in ((1,), (1, 2)))
+    assert whole != distance and both == pytest.approx((whole + distance) / 2)
+    for wrong in ((), (2, 0)):
+        with pytest.raises(ValueError, match="perceptual_reductions=.* expected whole numbers from 1"):
+            UpsamplerTraining(perceptual_reductions=wrong)
 
 
 def test_wrong_codes_are_another_pictures_and_the_right_ones_are_asked_for() -> None:
@@ -594,6 +601,7 @@ def test_own_codes_are_drawn_after_the_ones_shown_and_the_right_ones_are_asked_f
 def test_a_convolutional_clip_keeps_the_statistics_of_what_it_saw(pictures: Path, tmp_path: Path) -> None:
     settings, out = write_small_settings(tmp_path, pictures), tmp_path / "weights"
     text = settings["clip"].read_text().replace("layers = 1\n", "layers = [1, 1, 1, 1]\n", 1)
+    text = text.replace("[train]", "[loss]\nmax_scale = 10.0\n[train]")  # CLIP begins with 14.3
     text = text.replace("batch_size = 2", "batch_size = 3\nlearning_rate = 3e-3\nwarmup = 5\nema_decay = 0.8")
     settings["clip"].write_text(text)
     train_model("tokenizer", out, settings["tokenizer"], progress=False)
@@ -606,6 +614,7 @@ def test_a_convolutional_clip_keeps_the_statistics_of_what_it_saw(pictures: Path
     assert (images @ texts.T).argmax(0).tolist() == [0, 1, 2]
     alone = torch.cat([clip.embed_images(picture[None]) for picture in plain])
     torch.testing.assert_close(alone, clip.embed_images(plain), rtol=0, atol=1e-4)
+    assert 8 < float(clip.model.logit_scale.exp()) < 10.01
 
 
 def test_wrong_captions_differ_in_one_word_of_a_group() -> None:
@@ -618,7 +627,11 @@ def test_wrong_captions_differ_in_one_word_of_a_group() -> None:
         "a small cube with polka dots, a cube with the texture of polka dots",
     }
     assert swap_word("cubes on icecone", groups, chance) is None
-    for words, wrong in (("two words or more", {"swaps": (("cube",),)}), ("negatives=0", {"negatives": 0})):
+    for words, wrong in (
+        ("two words or more", {"swaps": (("cube",),)}),
+        ("negatives=0", {"negatives": 0}),
+        ("max_scale=0.5", {"max_scale": 0.5}),
+    ):
         with pytest.raises(ValueError, match=words):
             CLIPTraining(**wrong)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Sequence
@@ -31,6 +32,8 @@ class CLIPTraining:
     the largest standard deviation of noise added. swaps: groups of words; to a caption that has some of them,
     `negatives` wrong ones are made, each with one exchanged for another of its group, and a picture has to tell its
     caption from those too (hard negatives: arXiv 2210.01936). Other captions of a batch mostly differ in more.
+    max_scale: the most that the learned scale of the similarities grows to; CLIP's own is 100. With less of it a
+    picture has to be further from wrong captions, so that the similarities of pictures to one caption tell more.
     """
 
     decoded: float = 0.15
@@ -38,10 +41,13 @@ class CLIPTraining:
     noise: float = 0.1
     swaps: tuple[tuple[str, ...], ...] = ()
     negatives: int = 2
+    max_scale: float = 100.0
 
     def __post_init__(self) -> None:
         if self.negatives < 1:
             raise ValueError(f"negatives={self.negatives}; expected a whole number from 1")
+        if self.max_scale < 1:
+            raise ValueError(f"max_scale={self.max_scale}; expected a number from 1")
         if odd := [group for group in self.swaps if isinstance(group, str) or len(set(group)) < 2]:
             raise ValueError(f"swaps has {odd[0]!r}; expected lists of two words or more")
 
@@ -121,7 +127,7 @@ class CLIPTask(Task):
 
     def after_step(self) -> None:
         with torch.no_grad():
-            self.model.model.logit_scale.clamp_(max=4.6052)  # CLIP's: a scale of at most 100
+            self.model.model.logit_scale.clamp_(max=math.log(self.settings.max_scale))
 
     def sample(self, images: Tensor, captions: list[str]) -> Image:
         """Every picture of the batch, and beside it the three of the batch that its caption likes best."""

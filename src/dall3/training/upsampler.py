@@ -35,8 +35,10 @@ class UpsamplerTraining:
     enlarged coarse picture with a `strength` up to that, and cannot start from pure noise. coarse_share: the share of
     the crops that are noised as refining does it, from the enlarged coarse picture at some earlier step; what that one
     lacks is then a part of the noise that is to be found, so that edges are drawn anew and not kept as they are.
-    perceptual_weight: of the distance between the predicted picture and the true one, both at half size, in the
-    features of the folder's CLIP (arXiv 2401.00110 trains a diffusion model so, on other features).
+    perceptual_weight: of the distance between the predicted picture and the true one in the features of the folder's
+    CLIP (arXiv 2401.00110 trains a diffusion model so, on other features), the mean of that at the sizes that
+    `perceptual_reductions` divide theirs by: 2 for coarse pictures' size, of which CLIP knows whole ones, and 1 for
+    every pixel.
     """
 
     crop: int = 128
@@ -47,10 +49,13 @@ class UpsamplerTraining:
     max_strength: float = 1.0
     coarse_share: float = 0.0
     perceptual_weight: float = 0.0
+    perceptual_reductions: tuple[int, ...] = (2,)
 
     def __post_init__(self) -> None:
         if not 0 < self.max_strength <= 1:
             raise ValueError(f"max_strength={self.max_strength}; expected a share of the noise schedule, in (0, 1]")
+        if not self.perceptual_reductions or min(self.perceptual_reductions) < 1:
+            raise ValueError(f"perceptual_reductions={self.perceptual_reductions}; expected whole numbers from 1")
 
 
 class UpsamplerTask(Task):
@@ -119,9 +124,9 @@ class UpsamplerTask(Task):
         loss = error.mean()
         figures = {"error": loss.detach()}
         if self.perceptual is not None:
-            # CLIP knows whole pictures of the coarse ones' size, which half size is.
-            halves = (F.avg_pool2d((picture + 1) / 2, 2) for picture in (prediction.pred_xstart, x_start))
-            distance = self.perceptual(*halves)
+            pair = [(picture + 1) / 2 for picture in (prediction.pred_xstart, x_start)]
+            reduced = ([F.avg_pool2d(picture, by) for picture in pair] for by in s.perceptual_reductions)
+            distance = torch.stack([self.perceptual(*pictures) for pictures in reduced]).mean()
             loss = loss + s.perceptual_weight * distance
             figures["perceptual"] = distance.detach()
         if learn_sigma:
