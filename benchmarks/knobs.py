@@ -23,9 +23,9 @@ COARSE: dict[str, tuple[Any, ...]] = {
     "temperature": (0.5, 0.8, 1.0, 1.3),
 }
 FINE: dict[str, tuple[Any, ...]] = {
-    "strength": (0.1, 0.2, 0.3, 0.4),
+    "strength": (0.1, 0.15, 0.2, 0.3),
     "clip_guidance_scale": (0, 500, 1000, 4000),
-    "num_inference_steps": (10, 15, 25, 100),
+    "num_inference_steps": (10, 20, 40, 100),
 }
 
 
