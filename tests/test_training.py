@@ -613,7 +613,7 @@ def test_a_convolutional_clip_keeps_the_statistics_of_what_it_saw(pictures: Path
         texts = torch.nn.functional.normalize(clip.embed_text([f"a {name} picture" for name in COLOURS]), dim=-1)
     assert (images @ texts.T).argmax(0).tolist() == [0, 1, 2]
     alone = torch.cat([clip.embed_images(picture[None]) for picture in plain])
-    torch.testing.assert_close(alone, clip.embed_images(plain), rtol=0, atol=1e-4)
+    torch.testing.assert_close(alone, clip.embed_images(plain), rtol=1e-5, atol=1e-4)
     assert 8 < float(clip.model.logit_scale.exp()) < 10.01
 
 
