@@ -460,6 +460,14 @@ def test_half_precision_draws_and_refines(seedset):
     assert out.tokens.shape == (1, 256) and np.isfinite(np.array(out.images[0])).all()
 
 
+def test_bars_name_the_pictures_that_are_refined(pipe, capfd):
+    tokens = pipe.generate_tokens(PROMPT, 3, seed=0, progress=False)
+    for batch_size, names in ((None, ("1 of 3", "2 of 3", "3 of 3")), (2, ("1 to 2 of 3", "3 of 3"))):
+        pipe.upsample(tokens, batch_size=batch_size, num_inference_steps=1, seed=0)
+        shown = capfd.readouterr().err
+        assert [name for name in names if f"refining {name}: 100%" in shown] == list(names)
+
+
 def test_library_prints_nothing_and_leaves_global_state_alone(pipe, capfd):
     torch.manual_seed(11)
     before, threads = torch.get_rng_state(), torch.get_num_threads()

@@ -354,12 +354,12 @@ def denoising_steps(
     settings: Refinement,
     picture: Tensor | None = None,
     guide: Guide | None = None,
-    progress: bool = False,
+    progress: str | None = None,
 ) -> Iterator[Step]:
     """The denoising loop: from noise, or from `picture` noised `strength` of the way, to the predicted x_0.
 
     shape: of one picture. generators: one a picture, on the device where the work is done. picture: float (batch, 3,
-    height, width) in [-1, 1]. guide: wraps `predict`.
+    height, width) in [-1, 1]. guide: wraps `predict`. progress: what a progress bar is called; None for no bar.
     """
     device, scheduler = generators[0].device, settings.scheduler
 
@@ -398,6 +398,6 @@ def denoising_steps(
     else:
         walk = sample_with_scheduler(predict, diffusion, x, steps, scheduler, generators)
     total = min(len(steps), settings.stop_at or len(steps))
-    bar = tqdm(islice(walk, total), total=total, desc=f"refining {len(generators)}", disable=not progress)
+    bar = tqdm(islice(walk, total), total=total, desc=progress, disable=progress is None)
     for number, (x, x_start) in enumerate(bar):
         yield Step(number, total, diffusion.timestep_map[steps[number]], x, x_start)

@@ -912,7 +912,9 @@ class Dall3Pipeline:
             generators = [make_generator(self.device, seed, "noise", k) for k in batch]
             part = {name: value[batch.start : batch.stop] for name, value in conditioning.items()}
             start = None if picture is None else picture[batch.start : batch.stop]
-            return denoising_steps(unet, (3, side, side), generators, part, settings, start, guide(), progress)
+            which = f"{batch.start + 1}" if len(batch) == 1 else f"{batch.start + 1} to {batch.stop}"
+            bar = f"refining {which} of {count}" if progress else None
+            return denoising_steps(unet, (3, side, side), generators, part, settings, start, guide(), bar)
 
         fine = {}  # by the number of a batch's first picture, of each the last step's
         for batch, step in batches_that_fit(count, batch_size, work):
