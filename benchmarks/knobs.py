@@ -53,7 +53,7 @@ def main() -> None:
         return lambda prompt, value: to_pil(pipe.decode_tokens(pipe.generate_tokens(prompt, **how, **{name: value})))[0]
 
     def fine(name: str) -> Callable[[str, Any], Image.Image]:
-        guided = {"clip_guidance_scale": 1000} | how  # as the one call does, if nothing else is said
+        guided = {"clip_guidance_scale": pipe.defaults["clip_guidance_scale"]} | how  # as the one call does
         return lambda prompt, value: to_pil(pipe.upsample(tokens[prompt], prompt=prompt, **guided | {name: value}))[0]
 
     def redrawn(prompt: str, value: float) -> Image.Image:
