@@ -601,7 +601,6 @@ def test_own_codes_are_drawn_after_the_ones_shown_and_the_right_ones_are_asked_f
 def test_a_convolutional_clip_keeps_the_statistics_of_what_it_saw(pictures: Path, tmp_path: Path) -> None:
     settings, out = write_small_settings(tmp_path, pictures), tmp_path / "weights"
     text = settings["clip"].read_text().replace("layers = 1\n", "layers = [1, 1, 1, 1]\n", 1)
-    text = text.replace("[train]", "[loss]\nmax_scale = 10.0\n[train]")  # CLIP begins with 14.3
     text = text.replace("batch_size = 2", "batch_size = 3\nlearning_rate = 3e-3\nwarmup = 5\nema_decay = 0.8")
     settings["clip"].write_text(text)
     train_model("tokenizer", out, settings["tokenizer"], progress=False)
@@ -613,8 +612,7 @@ def test_a_convolutional_clip_keeps_the_statistics_of_what_it_saw(pictures: Path
         texts = torch.nn.functional.normalize(clip.embed_text([f"a {name} picture" for name in COLOURS]), dim=-1)
     assert (images @ texts.T).argmax(0).tolist() == [0, 1, 2]
     alone = torch.cat([clip.embed_images(picture[None]) for picture in plain])
-    torch.testing.assert_close(alone, clip.embed_images(plain), rtol=1e-5, atol=1e-4)
-    assert 8 < float(clip.model.logit_scale.exp()) < 10.01
+    torch.testing.assert_close(alone, clip.embed_images(plain), rtol=0, atol=1e-4)
 
 
 def test_wrong_captions_differ_in_one_word_of_a_group() -> None:
@@ -642,7 +640,7 @@ def test_a_clip_tells_captions_from_wrong_ones_that_no_other_picture_has(picture
     (pictures / "red.txt").write_text("a red cube")
     settings, out = write_small_settings(tmp_path, pictures), tmp_path / "weights"
     rates = "batch_size = 3\nlearning_rate = 5e-3\nwarmup = 5\nema_decay = 0.8"
-    swaps = '[loss]\nswaps = [["cube", "cone", "egg"]]\n[train]'
+    swaps = '[loss]\nswaps = [["cube", "cone", "egg"]]\nmax_scale = 10.0\n[train]'  # CLIP begins with 14.3
     text = settings["clip"].read_text().replace("batch_size = 2", rates).replace("[train]", swaps)
     settings["clip"].write_text(text)
     train_model("tokenizer", out, settings["tokenizer"], progress=False)
@@ -654,6 +652,7 @@ def test_a_clip_tells_captions_from_wrong_ones_that_no_other_picture_has(picture
     with torch.no_grad():
         scores = torch.cat([clip.score(red, clip.embed_text([f"a red {w}"])) for w in ("cube", "cone", "egg")])
     assert scores[0] > scores[1:].max() + 0.2
+    assert 5 < float(clip.model.logit_scale.exp()) < 10.01
 
 
 def test_a_pool_of_codes_is_what_the_vqgan_makes_of_the_pictures_and_is_made_once(
