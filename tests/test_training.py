@@ -32,7 +32,7 @@ from dall3.text import load_tokenizer
 from dall3.training.clip import CLIPTraining, swap_word
 from dall3.training.data import Mixture, StepSampler, fit_picture, shuffled
 from dall3.training.loop import Task, TrainingConfig, train
-from dall3.training.run import SETTINGS, TRAINABLE, read_settings, train_model
+from dall3.training.run import MAKERS, SETTINGS, TRAINABLE, read_settings, train_model
 from dall3.training.tokenizer import train_tokenizer
 from dall3.training.transformer import TransformerTask, TransformerTraining, encode_pool, redraw
 from dall3.training.upsampler import UpsamplerTask, UpsamplerTraining, variational_bound
@@ -501,6 +501,9 @@ def test_an_upsampler_may_be_shown_the_coarse_picture_in_the_noise(monkeypatch: 
     decoded = vqgan.decode(vqgan.encode(torch.nn.functional.interpolate(images, 32, mode="area")))
     enlarged = torch.nn.functional.interpolate(decoded, 64, mode="bicubic", antialias=True).clamp(0, 1)
     torch.testing.assert_close(coarse - fine, (enlarged - images) * 2, rtol=0, atol=2e-3)
+    with torch.autocast("cpu", torch.bfloat16):  # as `precision` "bf16" has it
+        half_loss, _ = task(images, ["", ""], 0)
+    torch.testing.assert_close(half_loss, larger_loss, rtol=0.05, atol=0)
 
 
 def test_an_upsampler_may_be_told_what_clip_misses_in_its_pictures() -> None:
@@ -531,6 +534,35 @@ def test_an_upsampler_may_be_told_what_clip_misses_in_its_pictures() -> None:
     for wrong in ((), (2, 0)):
         with pytest.raises(ValueError, match="perceptual_reductions=.* expected whole numbers from 1"):
             UpsamplerTraining(perceptual_reductions=wrong)
+
+
+def test_an_upsampler_may_learn_to_be_taken_for_true_pictures() -> None:
+    vqgan = small_task().model.eval().requires_grad_(False)
+    config = UNetConfig(32, (1, 1, 1, 1), 1, (), 64, embedding_dims=(8, 32))
+    images = torch.rand(2, 3, 64, 64)
+
+    def gradients(weight: float, step: int = 5) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        torch.manual_seed(0)
+        settings = UpsamplerTraining(
+            crop_share=0, max_strength=0.3, vlb_weight=0, discriminator_weight=weight, discriminator_from=5
+        )
+        task = UpsamplerTask(config, settings, vqgan)
+        task.items = range(2)
+        loss, figures = task(images, ["", ""], step)
+        loss.backward()
+        assert (task.discriminator is None) == (weight == 0) == ("hinge" not in figures)
+        judges = [] if task.discriminator is None else [p.grad for p in task.discriminator.parameters()]
+        return task.model.out[-1].weight.grad, judges
+
+    plain, _ = gradients(0.0)
+    waiting, waiting_judge = gradients(0.5, step=4)
+    half, half_judge = gradients(0.5)
+    whole, whole_judge = gradients(1.0)
+    assert torch.equal(waiting, plain)  # until then the discriminator learns alone
+    assert (whole - plain).abs().max() > 1e-4
+    torch.testing.assert_close(whole - plain, 2 * (half - plain), rtol=1e-3, atol=1e-6)
+    for first, second, third in zip(waiting_judge, half_judge, whole_judge, strict=True):  # whatever its verdict weighs
+        assert torch.equal(first, second) and torch.equal(second, third) and first.abs().max() > 0
 
 
 def test_wrong_codes_are_another_pictures_and_the_right_ones_are_asked_for() -> None:
@@ -629,6 +661,7 @@ def test_wrong_captions_differ_in_one_word_of_a_group() -> None:
         ("two words or more", {"swaps": (("cube",),)}),
         ("negatives=0", {"negatives": 0}),
         ("max_scale=0.5", {"max_scale": 0.5}),
+        ("blur=-1", {"blur": -1}),
     ):
         with pytest.raises(ValueError, match=words):
             CLIPTraining(**wrong)
@@ -653,6 +686,27 @@ def test_a_clip_tells_captions_from_wrong_ones_that_no_other_picture_has(picture
         scores = torch.cat([clip.score(red, clip.embed_text([f"a red {w}"])) for w in ("cube", "cone", "egg")])
     assert scores[0] > scores[1:].max() + 0.2
     assert 5 < float(clip.model.logit_scale.exp()) < 10.01
+
+
+def test_a_clip_may_see_pictures_softer_than_they_are(pictures: Path, tmp_path: Path) -> None:
+    settings, out, images = write_small_settings(tmp_path, pictures), tmp_path / "weights", torch.rand(4, 3, 32, 32)
+    train_model("tokenizer", out, settings["tokenizer"], progress=False)
+    model = read_settings(settings["clip"])["model"]
+
+    def look(blur: float) -> torch.Tensor:
+        task, seen = MAKERS["clip"](model, {"blur": blur, "noise": 0.0, "cut_out": 1.0}, out), []
+        task.items, embed = range(4), task.model.embed_images
+        task.model.embed_images = lambda images: seen.append(images) or embed(images)
+        for seed in range(8):
+            torch.manual_seed(seed)
+            task(images, ["a red cube"] * 4, 0)
+        return torch.stack(seen)
+
+    sharp, soft = look(0.0), look(1.0)
+    assert sharp.shape == soft.shape and torch.equal(sharp[0], sharp[1])
+    torch.testing.assert_close(soft.mean((1, 3, 4)), sharp.mean((1, 3, 4)), rtol=0, atol=0.02)
+    shares = soft.std((1, 2, 3, 4)) / sharp.std()
+    assert 1.5 * shares.min() < shares.max() < 0.7  # some batches more than others
 
 
 def test_a_pool_of_codes_is_what_the_vqgan_makes_of_the_pictures_and_is_made_once(

@@ -28,8 +28,10 @@ from dall3.weights import save_part
 @dataclass(frozen=True)
 class CLIPTraining:
     """decoded: the share of pictures that are seen as the VQGAN decodes them, since such pictures are to be ranked.
-    cut_out: the smallest share of a picture's side that a batch is cut to, since guidance looks at cut-outs. noise:
-    the largest standard deviation of noise added. swaps: groups of words; to a caption that has some of them,
+    cut_out: the smallest share of a picture's side that a batch is cut to, since guidance looks at cut-outs. blur: the
+    most that a batch's pixels grow by, as a share of their size: drawings are softer than what they are of, and unlike
+    decoded pictures, in which a material's marks may be lost, blurred ones show what their captions say. noise: the
+    largest standard deviation of noise added. swaps: groups of words; to a caption that has some of them,
     `negatives` wrong ones are made, each with one exchanged for another of its group, and a picture has to tell its
     caption from those too (hard negatives: arXiv 2210.01936). Other captions of a batch mostly differ in more.
     max_scale: the most that the learned scale of the similarities grows to; CLIP's own is 100. With less of it a
@@ -38,12 +40,15 @@ class CLIPTraining:
 
     decoded: float = 0.15
     cut_out: float = 0.6
+    blur: float = 0.0
     noise: float = 0.1
     swaps: tuple[tuple[str, ...], ...] = ()
     negatives: int = 2
     max_scale: float = 100.0
 
     def __post_init__(self) -> None:
+        if self.blur < 0:
+            raise ValueError(f"blur={self.blur}; expected a number from 0")
         if self.negatives < 1:
             raise ValueError(f"negatives={self.negatives}; expected a whole number from 1")
         if self.max_scale < 1:
@@ -92,6 +97,9 @@ class CLIPTask(Task):
             cut = round(side * (s.cut_out + (1 - s.cut_out) * float(torch.rand(()).sqrt())))
             top, left = (int(torch.randint(side - cut + 1, ())) for _ in range(2))
             images = images[..., top : top + cut, left : left + cut]
+            if s.blur:
+                coarser = round(cut / (1 + s.blur * float(torch.rand(()))))
+                images = F.interpolate(images, coarser, mode="bilinear", antialias=True)
             images = F.interpolate(images, self.model.image_size, mode="bilinear", antialias=True)
             device, shape = images.device, images.shape[1:]
             noise = self.per_item(lambda generator: torch.randn(shape, generator=generator, device=device), device)
@@ -103,15 +111,16 @@ class CLIPTask(Task):
             texts = F.normalize(self.model.embed_text([*captions, *wrong]), dim=-1)
             text, hard = texts.split((len(captions), len(wrong)))
         scale = self.model.model.logit_scale.exp()
-        loss = self.contrast(picture, text, scale)
-        right = (picture @ text.T).argmax(dim=1) == torch.arange(len(images), device=device)
-        figures = {"accuracy": right.float().mean()}
-        if s.swaps:
-            choices = torch.cat((text[places, None], hard.unflatten(0, (len(places), s.negatives))), dim=1)
-            logits = scale * (choices @ picture[places, :, None])[..., 0]
-            answers = torch.zeros(len(places), dtype=torch.int64, device=device)
-            loss = loss + F.cross_entropy(logits, answers, reduction="sum") / len(images)
-            figures["told apart"] = (logits.argmax(dim=1) == 0).sum() / max(len(places), 1)
+        with torch.autocast(device.type, enabled=False):  # in half precision close similarities would be the same
+            loss = self.contrast(picture, text, scale)
+            right = (picture @ text.T).argmax(dim=1) == torch.arange(len(images), device=device)
+            figures = {"accuracy": right.float().mean()}
+            if s.swaps:
+                choices = torch.cat((text[places, None], hard.unflatten(0, (len(places), s.negatives))), dim=1)
+                logits = scale * (choices @ picture[places, :, None])[..., 0]
+                answers = torch.zeros(len(places), dtype=torch.int64, device=device)
+                loss = loss + F.cross_entropy(logits, answers, reduction="sum") / len(images)
+                figures["told apart"] = (logits.argmax(dim=1) == 0).sum() / max(len(places), 1)
         return loss, figures
 
     def hard_negatives(self, captions: list[str]) -> tuple[list[int], list[str]]:

@@ -21,7 +21,7 @@ from dall3.models.vqgan import VQModel
 from dall3.output import make_grid, to_pil
 from dall3.pipeline import enlarge
 from dall3.training.loop import Task
-from dall3.training.vqgan import PerceptualDistance
+from dall3.training.vqgan import PatchDiscriminator, PerceptualDistance, adversarial_losses
 from dall3.weights import save_part, set_default
 
 
@@ -38,7 +38,9 @@ class UpsamplerTraining:
     perceptual_weight: of the distance between the predicted picture and the true one in the features of the folder's
     CLIP (arXiv 2401.00110 trains a diffusion model so, on other features), the mean of that at the sizes that
     `perceptual_reductions` divide theirs by: 2 for coarse pictures' size, of which CLIP knows whole ones, and 1 for
-    every pixel.
+    every pixel. discriminator_weight: of a patch discriminator's verdict on the predicted picture, beside the error
+    (arXiv 2311.17042, section 3.2, has such a loss on few steps too); from step `discriminator_from` on it counts, and
+    until then the discriminator learns alone.
     """
 
     crop: int = 128
@@ -50,6 +52,9 @@ class UpsamplerTraining:
     coarse_share: float = 0.0
     perceptual_weight: float = 0.0
     perceptual_reductions: tuple[int, ...] = (2,)
+    discriminator_weight: float = 0.0
+    discriminator_from: int = 0
+    discriminator_channels: int = 32
 
     def __post_init__(self) -> None:
         if not 0 < self.max_strength <= 1:
@@ -67,6 +72,8 @@ class UpsamplerTask(Task):
         end_branches_at_zero(self.model)
         self.diffusion = GaussianDiffusion(config.diffusion)
         self.perceptual = None if clip is None else PerceptualDistance(clip)
+        channels = training.discriminator_channels
+        self.discriminator = PatchDiscriminator(channels) if training.discriminator_weight else None
         self.run = self.model.forward
 
     def compile_parts(self) -> None:
@@ -80,7 +87,7 @@ class UpsamplerTask(Task):
 
     def coarse(self, ids: Tensor, side: int) -> Tensor:
         """Codes to what refining starts from: coarse pictures enlarged to (batch, 3, side, side), in [0, 1]."""
-        return enlarge(self.frozen[0].decode(ids), side)
+        return enlarge(self.frozen[0].decode(ids).float(), side)  # a CPU enlarges nothing in half precision
 
     def forward(self, images: Tensor, captions: list[str], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         s, diffusion, learn_sigma = self.settings, self.diffusion, self.model.config.diffusion.learn_sigma
@@ -129,6 +136,10 @@ class UpsamplerTask(Task):
             distance = torch.stack([self.perceptual(*pictures) for pictures in reduced]).mean()
             loss = loss + s.perceptual_weight * distance
             figures["perceptual"] = distance.detach()
+        if self.discriminator is not None:
+            fooled, hinge = adversarial_losses(self.discriminator, prediction.pred_xstart, x_start)
+            loss = loss + s.discriminator_weight * (step >= s.discriminator_from) * fooled + hinge
+            figures["hinge"] = hinge.detach()
         if learn_sigma:
             bound = variational_bound(diffusion, prediction.mean.detach(), prediction.log_variance, x_start, x, t)
             loss = loss + s.vlb_weight * len(diffusion) * bound.mean()

@@ -75,6 +75,16 @@ class PatchDiscriminator(nn.Sequential):
         )
 
 
+def adversarial_losses(discriminator: nn.Module, images: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of who made the images (batch, 3, side, side) and wants them taken for real ones, with gradients to
+    these alone, and the discriminator's hinge loss against the real others, with gradients to it alone.
+    """
+    frozen = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
+    fooled = -functional_call(discriminator, frozen, (images,)).mean()
+    real, fake = discriminator(others), discriminator(images.detach())
+    return fooled, (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+
+
 class PerceptualDistance:
     """How far apart pictures are for a CLIP's image tower: the squared distance of its features at every depth, each
     of unit length at its place (LPIPS without learned weights: arXiv 1801.03924, section 3).
@@ -209,11 +219,8 @@ class VQGANTask(Task):
             loss = loss + s.perceptual_weight * distance
             figures |= {"perceptual": distance.detach()}
         if step >= s.discriminator_from:
-            frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}
-            fooled = functional_call(self.discriminator, frozen, (decoded,))
-            real, fake = self.discriminator(images), self.discriminator(decoded.detach())
-            hinge = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
-            loss = loss - s.discriminator_weight * fooled.mean() + hinge
+            fooled, hinge = adversarial_losses(self.discriminator, decoded, images)
+            loss = loss + s.discriminator_weight * fooled + hinge
             figures |= {"hinge": hinge.detach()}
         else:
             # Every parameter takes part in every step: processes that train together wait for each.
