@@ -33,11 +33,19 @@ KINDS = {
 @needs_packing
 @pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize(
-    "quantize, rows, kind, tolerance",
-    [(None, None, PackedLinear, 1e-5), (None, 1, RowLinear, 1e-5), ("int8", 1, Int8Linear, 0.15)],
+    "quantize, rows, capability, kind, tolerance",
+    [
+        (None, None, "AVX2", PackedLinear, 1e-5),
+        (None, 1, "AVX2", RowLinear, 1e-5),
+        (None, 1, "AVX512", PackedLinear, 1e-5),
+        ("int8", 1, "AVX2", Int8Linear, 0.15),
+    ],
 )
-def test_a_prepared_transformer_gives_the_same_logits(changes, quantize, rows, kind, tolerance, monkeypatch):
+def test_a_prepared_transformer_gives_the_same_logits(
+    changes, quantize, rows, capability, kind, tolerance, monkeypatch
+):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     model, image = make_transformer(**changes), torch.randint(64, (3, 16), generator=torch.Generator().manual_seed(1))
     ready, c = prepare(model, quantize, rows), model.config
     assert sum(isinstance(module, kind) for module in ready.modules()) > c.depth
