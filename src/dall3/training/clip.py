@@ -28,10 +28,8 @@ from dall3.weights import save_part
 @dataclass(frozen=True)
 class CLIPTraining:
     """decoded: the share of pictures that are seen as the VQGAN decodes them, since such pictures are to be ranked.
-    cut_out: the smallest share of a picture's side that a batch is cut to, since guidance looks at cut-outs. blur: the
-    most that a batch's pixels grow by, as a share of their size: drawings are softer than what they are of, and unlike
-    decoded pictures, in which a material's marks may be lost, blurred ones show what their captions say. noise: the
-    largest standard deviation of noise added. swaps: groups of words; to a caption that has some of them,
+    cut_out: the smallest share of a picture's side that a batch is cut to, since guidance looks at cut-outs. noise:
+    the largest standard deviation of noise added. swaps: groups of words; to a caption that has some of them,
     `negatives` wrong ones are made, each with one exchanged for another of its group, and a picture has to tell its
     caption from those too (hard negatives: arXiv 2210.01936). Other captions of a batch mostly differ in more.
     max_scale: the most that the learned scale of the similarities grows to; CLIP's own is 100. With less of it a
@@ -40,15 +38,12 @@ class CLIPTraining:
 
     decoded: float = 0.15
     cut_out: float = 0.6
-    blur: float = 0.0
     noise: float = 0.1
     swaps: tuple[tuple[str, ...], ...] = ()
     negatives: int = 2
     max_scale: float = 100.0
 
     def __post_init__(self) -> None:
-        if self.blur < 0:
-            raise ValueError(f"blur={self.blur}; expected a number from 0")
         if self.negatives < 1:
             raise ValueError(f"negatives={self.negatives}; expected a whole number from 1")
         if self.max_scale < 1:
@@ -97,9 +92,6 @@ class CLIPTask(Task):
             cut = round(side * (s.cut_out + (1 - s.cut_out) * float(torch.rand(()).sqrt())))
             top, left = (int(torch.randint(side - cut + 1, ())) for _ in range(2))
             images = images[..., top : top + cut, left : left + cut]
-            if s.blur:
-                coarser = round(cut / (1 + s.blur * float(torch.rand(()))))
-                images = F.interpolate(images, coarser, mode="bilinear", antialias=True)
             images = F.interpolate(images, self.model.image_size, mode="bilinear", antialias=True)
             device, shape = images.device, images.shape[1:]
             noise = self.per_item(lambda generator: torch.randn(shape, generator=generator, device=device), device)
