@@ -388,7 +388,9 @@ def denoising_steps(
 
     predict = unet_predict(unet, diffusion, conditioning, seamless=settings.seamless)
     guided_steps = round(len(steps) * settings.guidance_share) if guide is not None else 0
-    unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # what convolutions are fastest with
+    # Channels last is what convolutions are fastest with, but a CPU's gradient of a normalisation is slow with it.
+    layout = torch.contiguous_format if guided_steps and device.type == "cpu" else torch.channels_last
+    unet.to(memory_format=layout)  # type: ignore[call-overload]
     if guide is not None and guided_steps:
         predict = guide(predict, diffusion, steps[guided_steps - 1])
     if by_name:
