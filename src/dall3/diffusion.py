@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dall3.errors import require
+from dall3.models.layout import lay_out
 from dall3.models.unet import DiffusionConfig, UNet
 from dall3.sampling import check_counts
 
@@ -388,9 +389,7 @@ def denoising_steps(
 
     predict = unet_predict(unet, diffusion, conditioning, seamless=settings.seamless)
     guided_steps = round(len(steps) * settings.guidance_share) if guide is not None else 0
-    # Channels last is what convolutions are fastest with, but a CPU's gradient of a normalisation is slow with it.
-    layout = torch.contiguous_format if guided_steps and device.type == "cpu" else torch.channels_last
-    unet.to(memory_format=layout)  # type: ignore[call-overload]
+    lay_out(unet)
     if guide is not None and guided_steps:
         predict = guide(predict, diffusion, steps[guided_steps - 1])
     if by_name:

@@ -34,6 +34,7 @@ from dall3.fetching import fetch_set, find_weights
 from dall3.guidance import clip_loss, cut_out, draw_cutouts, guided, with_penalties
 from dall3.models.clip import CLIP, PromptTokenizer
 from dall3.models.discrete_vae import DiscreteVAE, OpenAIDiscreteVAE
+from dall3.models.layout import lay_out
 from dall3.models.transformer import DalleTransformer
 from dall3.models.unet import UNet
 from dall3.models.vqgan import VQModel
@@ -77,9 +78,8 @@ def is_loader(clip: Any) -> bool:
     return callable(clip) and not hasattr(clip, "embed_text")
 
 
-def load_and_move(load: Callable[[], CLIP], device: Any, dtype: Any, layout: Any) -> Any:
-    moved: Any = load().to(device, dtype)
-    return moved.to(memory_format=layout)
+def load_and_move(load: Callable[[], CLIP], device: Any, dtype: Any) -> CLIP:
+    return load().to(device, dtype)
 
 
 class StopGeneration(Exception):
@@ -174,11 +174,13 @@ class Dall3Pipeline:
         """The CLIP that ranks and guides, loaded now where a function that loads it was given."""
         with LOADING, torch.inference_mode(False):  # guidance needs gradients later, whoever asks first
             if is_loader(self._clip):
-                self._clip = self._clip()
+                self.clip = self._clip()
         return self._clip
 
     @clip.setter
     def clip(self, clip: CLIP | Callable[[], CLIP] | None) -> None:
+        if isinstance(clip, nn.Module):
+            lay_out(clip)
         self._clip = clip
 
     def _load_clip_early(self) -> None:
@@ -327,9 +329,13 @@ class Dall3Pipeline:
         self._offload_device = None
         layout = torch.contiguous_format if torch.device(device).type == "cpu" else torch.channels_last
         for part in self._parts:
-            part.to(device, dtype).to(memory_format=layout)  # type: ignore[call-overload]
+            part.to(device, dtype)
+            if isinstance(part, UNet | CLIP):
+                lay_out(part)
+            else:
+                part.to(memory_format=layout)  # type: ignore[call-overload]
         if is_loader(self._clip):
-            self._clip = partial(load_and_move, self._clip, device, dtype, layout)
+            self._clip = partial(load_and_move, self._clip, device, dtype)
         return self
 
     def enable_model_offload(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Dall3Pipeline:

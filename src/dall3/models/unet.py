@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dall3.models.group_norm import GroupNorm, group_norm
 from dall3.models.vqgan import silu, upsample
 
 
@@ -63,13 +64,13 @@ class UNetConfig:
         return 2 ** (len(self.channel_mult) - 1)
 
 
-def scale_shift_norm(norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def scale_shift_norm(norm: GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """norm(x) · (1 + scale) + shift of x (batch, channels, height, width); scale and shift are (batch, channels)."""
     if len(x) > 1:
         return torch.addcmul(shift[:, :, None, None], norm(x), 1 + scale[:, :, None, None])
     # One picture's scale and shift join those of the normalisation, and x is passed over only once.
     weight, bias = norm.weight * (1 + scale[0]), norm.bias * (1 + scale[0]) + shift[0]
-    return F.group_norm(x, norm.num_groups, weight, bias, norm.eps)
+    return group_norm(x, norm.num_groups, weight, bias, norm.eps)
 
 
 class ResBlock(nn.Module):
@@ -80,15 +81,12 @@ class ResBlock(nn.Module):
         self.use_scale_shift_norm = c.use_scale_shift_norm
         self.resample = resample or nn.Identity()
         self.in_layers = nn.Sequential(
-            nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+            GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
         )
         time_channels = out_channels * (2 if c.use_scale_shift_norm else 1)
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(4 * c.model_channels, time_channels))
         self.out_layers = nn.Sequential(
-            nn.GroupNorm(32, out_channels),
-            nn.SiLU(),
-            nn.Identity(),
-            nn.Conv2d(out_channels, out_channels, 3, padding=1),
+            GroupNorm(32, out_channels), nn.SiLU(), nn.Identity(), nn.Conv2d(out_channels, out_channels, 3, padding=1)
         )
         same = channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
@@ -116,7 +114,7 @@ class AttentionBlock(nn.Module):
             wish = f"num_head_channels={c.num_head_channels}" if c.num_head_channels else f"num_heads={num_heads}"
             raise ValueError(f"{channels} channels cannot be split into heads with {wish}")
         self.num_heads, self.new_order = num_heads, c.use_new_attention_order
-        self.norm = nn.GroupNorm(32, channels)
+        self.norm = GroupNorm(32, channels)
         self.qkv = nn.Conv1d(channels, channels * 3, 1)
         self.proj_out = nn.Conv1d(channels, channels, 1)
 
@@ -214,7 +212,7 @@ class UNet(nn.Module):
                 self.output_blocks.append(Block(*layers))
         self.gradient_checkpointing = False
         out_channels = 6 if c.diffusion.learn_sigma else 3
-        self.out = nn.Sequential(nn.GroupNorm(32, width), nn.SiLU(), nn.Conv2d(width, out_channels, 3, padding=1))
+        self.out = nn.Sequential(GroupNorm(32, width), nn.SiLU(), nn.Conv2d(width, out_channels, 3, padding=1))
 
     def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
         """Keep only what goes into each block for a gradient, and run the block again for the rest: less memory, more

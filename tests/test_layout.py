@@ -1,0 +1,31 @@
+"""Where weights lie: a file that is mapped puts them anywhere, and the numbers are those of any other place."""
+
+import copy
+
+import torch
+
+from dall3.models.layout import lay_out
+from dall3.models.unet import UNet, UNetConfig
+
+
+def displaced(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers, 8 bytes after a multiple of 64, as a mapped safetensors file may have them."""
+    room = torch.empty(tensor.numel() + 32)
+    start = -room.data_ptr() % 64 // 4 + 2
+    return room[start : start + tensor.numel()].view(tensor.shape).copy_(tensor)
+
+
+def test_a_network_gives_the_same_numbers_wherever_its_file_was_mapped():
+    torch.manual_seed(0)
+    unet = UNet(UNetConfig(64, (1, 2), 1, (1,), 64, num_heads=2)).requires_grad_(False)
+    there = copy.deepcopy(unet)
+    for parameter in there.parameters():
+        parameter.data = displaced(parameter.data)
+    x, t = torch.randn(1, 3, 64, 64), torch.tensor([500.0])
+    for network in (unet, there):
+        lay_out(network)
+        lay_out(network)  # a second time changes nothing
+        assert all(parameter.data_ptr() % 64 == 0 for parameter in network.parameters())
+        assert network.input_blocks[0][0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(unet(x, t), there(x, t))
+    assert all(torch.equal(a, b) for a, b in zip(unet.parameters(), there.parameters(), strict=True))
