@@ -339,8 +339,8 @@ def diffusion(args: argparse.Namespace) -> list[Row]:
 
 
 def prompt(args: argparse.Namespace) -> list[Row]:
-    """A prompt to one guided picture of 256 px, at depth 12: ours in 25 and 50 DDIM steps, the seed's two programs in their
-    1,000 (of what that changes, quality.py's section steps tells), read off one guided step and every 16th token.
+    """A prompt to one guided picture of 256 px, at depth 12: ours in 25 and 50 DDIM steps, the seed's two programs in
+    their 1,000 (of what that changes, quality.py's section steps tells), read off one guided step and every 16th token.
     """
     if args.seed_dalle is None or args.seed_diffusion is None:
         print("left out: name both clones, --seed-dalle and --seed-diffusion")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +32,7 @@ class VQGANTraining:
     without. crop: pixels a side of the random crops, `crops` from each picture, that are trained on in `crop_share` of
     the steps; the others take whole pictures. decoder_only: train the decoder alone, so that a trained VQGAN's codes
     mean what they meant to what was trained on them. perceptual_weight: of the distance in the features of the folder's
-    CLIP, which tell a material by what few pixels show. peak_weight: of places in the decoder whose features stand out
-    (`peaks`). discriminator_from: the first step in which the patch
+    CLIP, which tell a material by what few pixels show. discriminator_from: the first step in which the patch
     discriminator counts, `discriminator_weight` against the reconstruction.
     """
 
@@ -49,7 +46,6 @@ class VQGANTraining:
     gumbel_steps: int = 10_000
     edge_weight: float = 1.0
     perceptual_weight: float = 0.0
-    peak_weight: float = 0.0
     discriminator_from: int = 10**9
     discriminator_weight: float = 0.1
     discriminator_channels: int = 32
@@ -116,31 +112,6 @@ class PerceptualDistance:
 def edges(images: Tensor) -> Tensor:
     """Differences of neighbouring pixels to the right and below, side by side."""
     return torch.cat((images.diff(dim=-1).flatten(1), images.diff(dim=-2).flatten(1)), dim=1)
-
-
-def peaks(features: Tensor) -> Tensor:
-    """How far places of features (batch, channels, h, w) are stronger than 4 times their picture's root mean square,
-    on average: a scalar.
-
-    A decoder likes to put what its normalisations shall divide by into one place, far stronger than the rest, and that
-    place shows as a mark (arXiv 1912.04958, section 2).
-    """
-    strengths = features.float().square().mean(dim=1)
-    strengths = strengths / strengths.mean(dim=(1, 2), keepdim=True)
-    return F.relu(strengths.clamp(min=1e-8).sqrt() - 4).mean()
-
-
-@contextmanager
-def inputs_of_norms(model: nn.Module) -> Iterator[list[Tensor]]:
-    """What the model's normalisations are given while the context lasts, in order."""
-    given: list[Tensor] = []
-    norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
-    hooks = [norm.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0])) for norm in norms]
-    try:
-        yield given
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def rotate_to(features: Tensor, entries: Tensor) -> Tensor:
@@ -238,16 +209,11 @@ class VQGANTask(Task):
             self.has_codes.fill_(True)
             features, quantizer_loss, ids = self.quantize(features, step)
             used = torch.zeros(model.num_tokens, device=ids.device).index_fill(0, ids.flatten(), 1).sum()
-        with inputs_of_norms(model.decoder if s.peak_weight else nn.Identity()) as normed:
-            decoded = model.decoder(model.post_quant_conv(features)).float()
+        decoded = model.decoder(model.post_quant_conv(features)).float()
         error = decoded - images
         reconstruction = error.abs().mean() + s.edge_weight * (edges(decoded) - edges(images)).abs().mean()
         loss = reconstruction + error.square().mean() + quantizer_loss
         figures = {"psnr": -10 * torch.log10(error.detach().square().mean() / 4), "codes": used.detach()}
-        if s.peak_weight:
-            height = torch.stack([peaks(features) for features in normed]).sum()
-            loss = loss + s.peak_weight * height
-            figures |= {"peaks": height.detach()}
         if self.perceptual is not None:
             distance = self.perceptual((decoded + 1) / 2, (images + 1) / 2)
             loss = loss + s.perceptual_weight * distance
