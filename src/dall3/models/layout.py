@@ -11,7 +11,9 @@ def lay_out(model: nn.Module) -> None:
     of 64 bytes, as torch allocates it and a mapped file need not: AVX-512 kernels may round otherwise elsewhere, and
     the same weights are to give the same pictures.
     """
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    last = torch.channels_last
     for parameter in model.parameters():
-        if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
+        if parameter.dim() == 4 and not parameter.is_contiguous(memory_format=last):
+            parameter.data = parameter.data.contiguous(memory_format=last)
+        elif parameter.device.type == "cpu" and parameter.data_ptr() % 64:
             parameter.data = parameter.data.clone()
