@@ -1,5 +1,8 @@
 """What draws on a CPU: linear layers laid out anew give the transformer's numbers, eight bits nearly so."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -68,6 +71,31 @@ def test_a_prepared_transformer_leaves_the_other_as_it_is_and_shares_its_tensors
     assert prepare(ready) is ready
     after = model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+@needs_packing
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_prepared_transformer_is_kept_until_a_weight_changes_or_the_transformer_goes(quantize):
+    model, text = make_transformer(), TEXT[:1]
+
+    def head(ready):
+        return ready.run(ready.embed_text(text), torch.arange(9), 9)
+
+    ready = prepare(model, quantize)
+    assert prepare(model, quantize) is ready and prepare(model, "int8" if quantize is None else None) is not ready
+    before = head(ready)
+    weight = model.layers[0][1].function.proj_in.weight
+    weight.data *= 2  # what counts no versions
+    changed = prepare(model, quantize)
+    assert changed is not ready and not torch.allclose(head(changed), before)
+    weight.data /= 2
+    assert torch.equal(head(prepare(model, quantize)), before)
+    model.layers[0][1].function.proj_out.bias = torch.nn.Parameter(torch.ones(model.config.dim))
+    assert not torch.allclose(head(prepare(model, quantize)), before)
+    gone = weakref.ref(prepare(model, quantize))
+    del model, ready, changed, weight
+    gc.collect()
+    assert gone() is None
 
 
 def test_eight_bits_are_within_half_a_step_of_the_weights():
