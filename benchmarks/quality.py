@@ -33,7 +33,7 @@ from dall3.scenes.emoji import Emoji, draw_emoji, list_emoji, random_placement, 
 from dall3.weights import check_defaults
 
 FINE = 2 * SIDE  # pixels a side of true and refined pictures; coarse ones have SIDE
-COUNTS = {"composition": 200, "upsampler": 100, "guidance": 24, "steps": 4, "sampling": 32}
+COUNTS = {"composition": 200, "upsampler": 200, "guidance": 24, "steps": 4, "sampling": 32}
 SEEDS = {"unseen": 1, "seen": 2, "any": 3, "emoji": 4, "others": 5}  # of what is asked for
 CANDIDATES = 8
 WAYS = (  # cond_scale, top_p and temperature that the section sampling tries

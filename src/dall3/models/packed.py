@@ -77,7 +77,7 @@ PREPARED: WeakKeyDictionary[DalleTransformer, dict[Any, tuple[Any, DalleTransfor
 
 
 def signature(transformer: DalleTransformer) -> tuple[Any, ...]:
-    """What tells that a transformer's tensors, its attributes, and the numbers that are laid out anew are still the same.
+    """What tells that a transformer, its tensors and the numbers in those that are laid out anew are still the same.
 
     The numbers by their sums, which are read a good ten times as fast as the layout is made.
     """
