@@ -108,12 +108,12 @@ def prepare(transformer: DalleTransformer, quantize: str | None = None, rows: in
     # does on one core already: of a picture's time it took 0.75 there, 0.54 on two.
     alone = rows == 1 and torch.get_num_threads() <= 2 and torch.backends.cpu.get_cpu_capability() != "AVX512"
     plain = RowLinear if alone else PackedLinear
+    kind: Callable[[Tensor, Tensor | None], nn.Module] = plain if quantize is None else Int8Linear
     found, kept = signature(transformer), PREPARED.setdefault(transformer, {})
-    before, ready = kept.get((quantize, alone), (None, transformer))
+    before, ready = kept.get(kind, (None, transformer))
     if before == found:
         return ready
-    kept.pop((quantize, alone), None)  # not in memory beside the next one
-    kind: Callable[[Tensor, Tensor | None], nn.Module] = plain if quantize is None else Int8Linear
+    kept.pop(kind, None)  # not in memory beside the next one
     shared = {id(tensor): tensor for tensor in chain(transformer.parameters(), transformer.buffers())}
     ready = copy.deepcopy(transformer, shared)
     start = transformer.config.text_vocabulary
@@ -126,5 +126,5 @@ def prepare(transformer: DalleTransformer, quantize: str | None = None, rows: in
                 if layer not in packed:
                     packed[layer] = kind(layer.weight, layer.bias)
                 setattr(module, name, packed[layer])
-    kept[quantize, alone] = found, ready
+    kept[kind] = found, ready
     return ready
