@@ -26,7 +26,7 @@ from dall3.diffusion import GaussianDiffusion
 from dall3.models.transformer import TransformerConfig
 from dall3.models.unet import DiffusionConfig, UNetConfig
 from dall3.models.vqgan import GumbelVQ, VQGANConfig
-from dall3.scenes import is_held_out, random_scene, render
+from dall3.scenes import Scene, is_held_out, random_scene, render
 from dall3.scenes.emoji import Emoji, draw_emoji, emoji_caption, list_emoji, random_emoji_picture
 from dall3.text import load_tokenizer
 from dall3.training.clip import CLIPTraining, swap_word
@@ -34,7 +34,7 @@ from dall3.training.data import Mixture, StepSampler, fit_picture, shuffled
 from dall3.training.loop import Task, TrainingConfig, train
 from dall3.training.run import SETTINGS, TRAINABLE, read_settings, train_model
 from dall3.training.tokenizer import train_tokenizer
-from dall3.training.transformer import TransformerTask, TransformerTraining, encode_pool, redraw
+from dall3.training.transformer import OwnCodes, TransformerTask, TransformerTraining, encode_pool, redraw
 from dall3.training.upsampler import UpsamplerTask, UpsamplerTraining, variational_bound
 from dall3.training.vqgan import PerceptualDistance, VQGANTask, VQGANTraining, rotate_to
 from dall3.weights import from_json, load_part
@@ -298,6 +298,65 @@ def test_the_decoder_alone_learns_while_the_codes_stay(pictures: Path, tmp_path:
     plain = torch.stack([Mixture(config.data, 32)[i][0] for i in range(3)]).float() / 255
     errors = [(vqgan.decode(vqgan.encode(plain)) - plain).abs().mean() for vqgan in (before, after)]
     assert errors[1] < errors[0]
+
+
+def test_the_corner_of_a_picture_can_count_more(pictures: Path, tmp_path: Path) -> None:
+    config = small_config(pictures, steps=20, learning_rate=3e-3)
+    train(small_task(), config, tmp_path / "first", tmp_path / "vqgan", progress=False)
+    before, errors = load_part(tmp_path / "vqgan"), []
+    plain = torch.stack([Mixture(config.data, 32)[i][0] for i in range(3)]).float() / 255
+    for weight in (0.0, 50.0):
+        task = small_task(decoder_only=True, crop_share=0.0, corner_weight=weight)
+        task.start_from(before)
+        train(task, config, tmp_path / f"on{weight}", tmp_path / f"vqgan{weight}", progress=False)
+        vqgan = load_part(tmp_path / f"vqgan{weight}")
+        error = (vqgan.decode(vqgan.encode(plain)) - plain).abs()
+        errors.append(error[..., :4, :4].mean() / error.mean())  # two codes by two of two pixels each
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_own_codes_are_as_the_transformer_would_draw_them() -> None:
+    pipe = Dall3Pipeline.from_pretrained()
+    texts = ["a red cube on a blue background", "a green sphere on a pink background"] * 2
+    scenes = [Scene("cube", "red", "blue"), Scene("sphere", "green", "pink")] * 2
+    images = torch.stack([torch.from_numpy(render(scene, 128).copy()) for scene in scenes]).permute(0, 3, 1, 2) / 255
+    ids, task = pipe.vqgan.encode(images), small_task()
+    task.items = range(4)
+    text_ids = torch.stack([pipe.text_encoder(text) for text in texts])
+    _, logits = pipe.transformer.logits(text_ids, ids)
+
+    def draw(most: float) -> torch.Tensor:
+        return OwnCodes(pipe.transformer, pipe.text_encoder, most)(task, ids, texts)
+
+    drawn, changed = draw(1.0), draw(1.0) != ids
+    assert 0.05 < changed.float().mean() < 0.6 and torch.equal(draw(0.0), ids) and torch.equal(draw(1.0), drawn)
+    assert not torch.equal(drawn[0], drawn[2])  # the same picture and caption, another item
+    chances = logits.softmax(dim=-1)
+    likelier = (chances > chances.gather(-1, drawn[..., None])) * chances
+    assert likelier.sum(dim=-1)[changed].max() < 0.9 + 1e-5  # none from the unlikeliest tenth
+    with pytest.raises(ValueError, match="pictures have 64 codes; the transformer draws 256"):
+        OwnCodes(pipe.transformer, pipe.text_encoder, 1.0)(task, ids[:, :64], texts)
+
+
+def test_decoder_and_upsampler_meet_the_drawings_of_their_folders_transformer(pictures: Path, tmp_path: Path) -> None:
+    first, out, own = tmp_path / "first", tmp_path / "weights", "own_codes = 1.0\n"
+    settings = write_small_settings(tmp_path, pictures)
+    for model in ("tokenizer", "vqgan", "transformer"):
+        train_model(model, first, settings[model], progress=False)
+    settings = write_small_settings(tmp_path, pictures, vqgan=f"{own}decoder_only = true\n", upsampler=own)
+    with pytest.raises(ValueError, match="holds no transformer, as whose drawings own_codes has codes"):
+        train_model("vqgan", out, settings["vqgan"], progress=False, initial=first / "vqgan")
+    for part in ("tokenizer.json", "transformer"):
+        out.mkdir(exist_ok=True)
+        os.symlink(first / part, out / part)
+    train_model("vqgan", out, settings["vqgan"], progress=False, initial=first / "vqgan")
+    train_model("upsampler", out, settings["upsampler"], progress=False)
+    old, new = (load_part(folder / "vqgan") for folder in (first, out))
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(old.encode(images), new.encode(images))
+    assert not torch.equal(old.decode(old.encode(images)), new.decode(new.encode(images)))
+    with pytest.raises(ValueError, match="own_codes=0.5 needs decoder_only and whole pictures"):
+        VQGANTraining(own_codes=0.5)
 
 
 def test_training_leaves_the_callers_random_state_alone(pictures: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from dall3.models.clip import CLIP
 from dall3.models.vqgan import GumbelVQ, VQGANConfig
 from dall3.output import make_grid, to_pil
 from dall3.training.loop import Task, TrainingConfig
+from dall3.training.transformer import OwnCodes
 from dall3.weights import save_part
 
 
@@ -33,7 +34,10 @@ class VQGANTraining:
     the steps; the others take whole pictures. decoder_only: train the decoder alone, so that a trained VQGAN's codes
     mean what they meant to what was trained on them. perceptual_weight: of the distance in the features of the folder's
     CLIP, which tell a material by what few pixels show. discriminator_from: the first step in which the patch
-    discriminator counts, `discriminator_weight` against the reconstruction.
+    discriminator counts, `discriminator_weight` against the reconstruction. corner_weight: of the error at the top left
+    alone, two codes by two, where a decoder that nothing else stops paints a mark. own_codes: with decoder_only, up to
+    this share of a picture's codes is what the folder's transformer would draw there (`OwnCodes`), so that the decoder
+    learns to paint over what does not fit.
     """
 
     quantizer: str = "nearest"
@@ -53,10 +57,14 @@ class VQGANTraining:
     crops: int = 2
     crop_share: float = 0.0
     decoder_only: bool = False
+    corner_weight: float = 0.0
+    own_codes: float = 0.0
 
     def __post_init__(self) -> None:
         if self.quantizer not in ("nearest", "gumbel"):
             raise ValueError(f"quantizer '{self.quantizer}' is not known; expected nearest or gumbel")
+        if self.own_codes and (not self.decoder_only or self.crop_share):
+            raise ValueError(f"own_codes={self.own_codes} needs decoder_only and whole pictures, a crop_share of 0")
 
 
 class PatchDiscriminator(nn.Sequential):
@@ -131,13 +139,15 @@ def rotate_to(features: Tensor, entries: Tensor) -> Tensor:
 class VQGANTask(Task):
     has_codes: Tensor  # whether the quantiser has begun
 
-    def __init__(self, config: VQGANConfig, training: VQGANTraining, clip: CLIP | None = None) -> None:
+    def __init__(
+        self, config: VQGANConfig, training: VQGANTraining, clip: CLIP | None = None, own_codes: OwnCodes | None = None
+    ) -> None:
         from vector_quantize_pytorch import VectorQuantize
 
         super().__init__()
         self.settings, self.model = training, GumbelVQ(config)
         self.discriminator = PatchDiscriminator(training.discriminator_channels)
-        self.perceptual = None if clip is None else PerceptualDistance(clip)
+        self.perceptual, self.own_codes = None if clip is None else PerceptualDistance(clip), own_codes
         self.register_buffer("has_codes", torch.tensor(False))
         if training.decoder_only:
             for part in (self.model.encoder, self.model.quant_conv, self.model.quantize):
@@ -204,16 +214,23 @@ class VQGANTask(Task):
         features = model.quant_conv(model.encoder(images))
         quantizer_loss, used = features.new_zeros(()), features.new_zeros(())
         if s.decoder_only:
-            features = model.embed(model.choose(features).flatten(1))
+            ids = model.choose(features).flatten(1)
+            if self.own_codes is not None:
+                ids = self.own_codes(self, ids, captions)
+            features = model.embed(ids)
         elif step >= s.quantize_from:
             self.has_codes.fill_(True)
             features, quantizer_loss, ids = self.quantize(features, step)
             used = torch.zeros(model.num_tokens, device=ids.device).index_fill(0, ids.flatten(), 1).sum()
         decoded = model.decoder(model.post_quant_conv(features)).float()
-        error = decoded - images
-        reconstruction = error.abs().mean() + s.edge_weight * (edges(decoded) - edges(images)).abs().mean()
-        loss = reconstruction + error.square().mean() + quantizer_loss
-        figures = {"psnr": -10 * torch.log10(error.detach().square().mean() / 4), "codes": used.detach()}
+        error = (decoded - images).detach()
+        loss = self.distance(decoded, images) + quantizer_loss
+        figures = {"psnr": -10 * torch.log10(error.square().mean() / 4), "codes": used.detach()}
+        if s.corner_weight:
+            side = 2 * model.downsampling
+            corner = self.distance(decoded[..., :side, :side], images[..., :side, :side])
+            loss = loss + s.corner_weight * corner
+            figures |= {"corner": corner.detach()}
         if self.perceptual is not None:
             distance = self.perceptual((decoded + 1) / 2, (images + 1) / 2)
             loss = loss + s.perceptual_weight * distance
@@ -226,6 +243,12 @@ class VQGANTask(Task):
             # Every parameter takes part in every step: processes that train together wait for each.
             loss = loss + 0 * sum(p.sum() for p in self.discriminator.parameters())
         return loss, figures
+
+    def distance(self, decoded: Tensor, images: Tensor) -> Tensor:
+        """Of pictures in [-1, 1], in their pixels and in the differences of neighbouring ones."""
+        error = decoded - images
+        edge = (edges(decoded) - edges(images)).abs().mean()
+        return error.abs().mean() + self.settings.edge_weight * edge + error.square().mean()
 
     def finished(self) -> GumbelVQ:
         """The model with the codebook in the seed's form, whose likeliest code is the nearest one.
