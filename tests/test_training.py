@@ -338,25 +338,39 @@ def test_own_codes_are_as_the_transformer_would_draw_them() -> None:
         OwnCodes(pipe.transformer, pipe.text_encoder, 1.0)(task, ids[:, :64], texts)
 
 
-def test_decoder_and_upsampler_meet_the_drawings_of_their_folders_transformer(pictures: Path, tmp_path: Path) -> None:
-    first, out, own = tmp_path / "first", tmp_path / "weights", "own_codes = 1.0\n"
+def test_an_upsampler_meets_the_drawings_of_its_folders_transformer(pictures: Path, tmp_path: Path) -> None:
+    out, trained = tmp_path / "weights", []
     settings = write_small_settings(tmp_path, pictures)
-    for model in ("tokenizer", "vqgan", "transformer"):
-        train_model(model, first, settings[model], progress=False)
-    settings = write_small_settings(tmp_path, pictures, vqgan=f"{own}decoder_only = true\n", upsampler=own)
+    for model in ("tokenizer", "vqgan", "upsampler"):
+        train_model(model, out, settings[model], progress=False)
+    trained.append(load_part(out / "upsampler").state_dict())
+    settings = write_small_settings(tmp_path, pictures, upsampler="own_codes = 1.0\n")
+    for made in ("upsampler", "runs/upsampler"):
+        shutil.rmtree(out / made)
     with pytest.raises(ValueError, match="holds no transformer, as whose drawings own_codes has codes"):
-        train_model("vqgan", out, settings["vqgan"], progress=False, initial=first / "vqgan")
-    for part in ("tokenizer.json", "transformer"):
-        out.mkdir(exist_ok=True)
-        os.symlink(first / part, out / part)
-    train_model("vqgan", out, settings["vqgan"], progress=False, initial=first / "vqgan")
-    train_model("upsampler", out, settings["upsampler"], progress=False)
-    old, new = (load_part(folder / "vqgan") for folder in (first, out))
-    images = torch.rand(2, 3, 32, 32)
-    assert torch.equal(old.encode(images), new.encode(images))
-    assert not torch.equal(old.decode(old.encode(images)), new.decode(new.encode(images)))
-    with pytest.raises(ValueError, match="own_codes=0.5 needs decoder_only and whole pictures"):
-        VQGANTraining(own_codes=0.5)
+        train_model("upsampler", out, settings["upsampler"], progress=False)
+    for model in ("transformer", "upsampler"):
+        train_model(model, out, settings[model], progress=False)
+    trained.append(load_part(out / "upsampler").state_dict())
+    assert any(not torch.equal(trained[0][name], trained[1][name]) for name in trained[0])  # from the same beginning
+
+
+def test_a_decoder_is_shown_first_codes_of_other_pictures() -> None:
+    task, ids = small_task(decoder_only=True, wrong_first=0.3), torch.arange(400 * 4).view(400, 4)
+    task.items = range(400)
+    shown = task.exchange_first(ids)
+    changed = shown[:, 0] != ids[:, 0]
+    assert torch.equal(shown[:, 1:], ids[:, 1:]) and torch.equal(shown[changed, 0], ids[:, 0].roll(1)[changed])
+    assert 0.2 < changed.float().mean() < 0.4
+    images = torch.rand(400, 3, 16, 16)
+    losses = []
+    for share in (0.0, 0.3):
+        other = small_task(decoder_only=True, crop_share=0.0, wrong_first=share)
+        other.items = range(400)
+        losses.append(float(other(images, [""] * 400, 0)[0].detach()))
+    assert losses[0] != losses[1]  # it is what is decoded
+    with pytest.raises(ValueError, match="wrong_first=0.5 needs decoder_only"):
+        VQGANTraining(wrong_first=0.5)
 
 
 def test_training_leaves_the_callers_random_state_alone(pictures: Path, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ SETTINGS = Path(__file__).parent / "settings"  # those of the bundled weights
 def make_vqgan(model: dict[str, Any], loss: dict[str, Any], folder: Path) -> Task:
     training = from_json(VQGANTraining, loss)
     clip = need_clip(folder) if training.perceptual_weight else None
-    return VQGANTask(from_json(VQGANConfig, model), training, clip, need_own_codes(folder, training.own_codes))
+    return VQGANTask(from_json(VQGANConfig, model), training, clip)
 
 
 def make_transformer(model: dict[str, Any], loss: dict[str, Any], folder: Path) -> Task:

@@ -111,7 +111,7 @@ def redraw(
 
 
 class OwnCodes:
-    """Codes of pictures as the transformer would draw them, for what decodes or refines its drawings.
+    """Codes of pictures as the transformer would draw them, for what refines its drawings.
 
     Trained on true codes alone, such a network paints every mistake among drawn ones as it is. most: up to this share
     of a picture's codes, as much as chance has it, is drawn, all at once, each after the true ones before it, from the

@@ -18,7 +18,6 @@ from dall3.models.clip import CLIP
 from dall3.models.vqgan import GumbelVQ, VQGANConfig
 from dall3.output import make_grid, to_pil
 from dall3.training.loop import Task, TrainingConfig
-from dall3.training.transformer import OwnCodes
 from dall3.weights import save_part
 
 
@@ -35,9 +34,9 @@ class VQGANTraining:
     mean what they meant to what was trained on them. perceptual_weight: of the distance in the features of the folder's
     CLIP, which tell a material by what few pixels show. discriminator_from: the first step in which the patch
     discriminator counts, `discriminator_weight` against the reconstruction. corner_weight: of the error at the top left
-    alone, two codes by two, where a decoder that nothing else stops paints a mark. own_codes: with decoder_only, up to
-    this share of a picture's codes is what the folder's transformer would draw there (`OwnCodes`), so that the decoder
-    learns to paint over what does not fit.
+    alone, two codes by two, where a decoder that nothing else stops paints a mark. wrong_first: with
+    decoder_only, the share of pictures whose first code is another picture's: a transformer draws that one before all
+    others, so that it often fits them least.
     """
 
     quantizer: str = "nearest"
@@ -58,13 +57,13 @@ class VQGANTraining:
     crop_share: float = 0.0
     decoder_only: bool = False
     corner_weight: float = 0.0
-    own_codes: float = 0.0
+    wrong_first: float = 0.0
 
     def __post_init__(self) -> None:
         if self.quantizer not in ("nearest", "gumbel"):
             raise ValueError(f"quantizer '{self.quantizer}' is not known; expected nearest or gumbel")
-        if self.own_codes and (not self.decoder_only or self.crop_share):
-            raise ValueError(f"own_codes={self.own_codes} needs decoder_only and whole pictures, a crop_share of 0")
+        if self.wrong_first and not self.decoder_only:
+            raise ValueError(f"wrong_first={self.wrong_first} needs decoder_only")
 
 
 class PatchDiscriminator(nn.Sequential):
@@ -139,15 +138,13 @@ def rotate_to(features: Tensor, entries: Tensor) -> Tensor:
 class VQGANTask(Task):
     has_codes: Tensor  # whether the quantiser has begun
 
-    def __init__(
-        self, config: VQGANConfig, training: VQGANTraining, clip: CLIP | None = None, own_codes: OwnCodes | None = None
-    ) -> None:
+    def __init__(self, config: VQGANConfig, training: VQGANTraining, clip: CLIP | None = None) -> None:
         from vector_quantize_pytorch import VectorQuantize
 
         super().__init__()
         self.settings, self.model = training, GumbelVQ(config)
         self.discriminator = PatchDiscriminator(training.discriminator_channels)
-        self.perceptual, self.own_codes = None if clip is None else PerceptualDistance(clip), own_codes
+        self.perceptual = None if clip is None else PerceptualDistance(clip)
         self.register_buffer("has_codes", torch.tensor(False))
         if training.decoder_only:
             for part in (self.model.encoder, self.model.quant_conv, self.model.quantize):
@@ -214,10 +211,7 @@ class VQGANTask(Task):
         features = model.quant_conv(model.encoder(images))
         quantizer_loss, used = features.new_zeros(()), features.new_zeros(())
         if s.decoder_only:
-            ids = model.choose(features).flatten(1)
-            if self.own_codes is not None:
-                ids = self.own_codes(self, ids, captions)
-            features = model.embed(ids)
+            features = model.embed(self.exchange_first(model.choose(features).flatten(1)))
         elif step >= s.quantize_from:
             self.has_codes.fill_(True)
             features, quantizer_loss, ids = self.quantize(features, step)
@@ -249,6 +243,13 @@ class VQGANTask(Task):
         error = decoded - images
         edge = (edges(decoded) - edges(images)).abs().mean()
         return error.abs().mean() + self.settings.edge_weight * edge + error.square().mean()
+
+    def exchange_first(self, ids: Tensor) -> Tensor:
+        """Ids (batch, places) with the first code of a share of them that of the one before."""
+        device, crops = ids.device, len(ids) // len(self.items)
+        chance = self.per_item(lambda g: torch.rand(crops, generator=g, device=device), device).T.flatten()
+        first = torch.where(chance < self.settings.wrong_first, ids[:, 0].roll(1), ids[:, 0])
+        return torch.cat((first[:, None], ids[:, 1:]), dim=1)
 
     def finished(self) -> GumbelVQ:
         """The model with the codebook in the seed's form, whose likeliest code is the nearest one.
