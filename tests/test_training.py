@@ -26,7 +26,7 @@ from dall3.diffusion import GaussianDiffusion
 from dall3.models.transformer import TransformerConfig
 from dall3.models.unet import DiffusionConfig, UNetConfig
 from dall3.models.vqgan import GumbelVQ, VQGANConfig
-from dall3.scenes import Scene, is_held_out, random_scene, render
+from dall3.scenes import is_held_out, random_scene, render
 from dall3.scenes.emoji import Emoji, draw_emoji, emoji_caption, list_emoji, random_emoji_picture
 from dall3.text import load_tokenizer
 from dall3.training.clip import CLIPTraining, swap_word
@@ -34,7 +34,7 @@ from dall3.training.data import Mixture, StepSampler, fit_picture, shuffled
 from dall3.training.loop import Task, TrainingConfig, train
 from dall3.training.run import SETTINGS, TRAINABLE, read_settings, train_model
 from dall3.training.tokenizer import train_tokenizer
-from dall3.training.transformer import OwnCodes, TransformerTask, TransformerTraining, encode_pool, redraw
+from dall3.training.transformer import TransformerTask, TransformerTraining, encode_pool, redraw
 from dall3.training.upsampler import UpsamplerTask, UpsamplerTraining, variational_bound
 from dall3.training.vqgan import PerceptualDistance, VQGANTask, VQGANTraining, rotate_to
 from dall3.weights import from_json, load_part
@@ -313,46 +313,6 @@ def test_the_corner_of_a_picture_can_count_more(pictures: Path, tmp_path: Path) 
         error = (vqgan.decode(vqgan.encode(plain)) - plain).abs()
         errors.append(error[..., :4, :4].mean() / error.mean())  # two codes by two of two pixels each
     assert errors[1] < 0.9 * errors[0]
-
-
-def test_own_codes_are_as_the_transformer_would_draw_them() -> None:
-    pipe = Dall3Pipeline.from_pretrained()
-    texts = ["a red cube on a blue background", "a green sphere on a pink background"] * 2
-    scenes = [Scene("cube", "red", "blue"), Scene("sphere", "green", "pink")] * 2
-    images = torch.stack([torch.from_numpy(render(scene, 128).copy()) for scene in scenes]).permute(0, 3, 1, 2) / 255
-    ids, task = pipe.vqgan.encode(images), small_task()
-    task.items = range(4)
-    text_ids = torch.stack([pipe.text_encoder(text) for text in texts])
-    _, logits = pipe.transformer.logits(text_ids, ids)
-
-    def draw(most: float) -> torch.Tensor:
-        return OwnCodes(pipe.transformer, pipe.text_encoder, most)(task, ids, texts)
-
-    drawn, changed = draw(1.0), draw(1.0) != ids
-    assert 0.05 < changed.float().mean() < 0.6 and torch.equal(draw(0.0), ids) and torch.equal(draw(1.0), drawn)
-    assert not torch.equal(drawn[0], drawn[2])  # the same picture and caption, another item
-    chances = logits.softmax(dim=-1)
-    likelier = (chances > chances.gather(-1, drawn[..., None])) * chances
-    assert likelier.sum(dim=-1)[changed].max() < 0.9 + 1e-5  # none from the unlikeliest tenth
-    with pytest.raises(ValueError, match="pictures have 64 codes; the transformer draws 256"):
-        OwnCodes(pipe.transformer, pipe.text_encoder, 1.0)(task, ids[:, :64], texts)
-
-
-def test_an_upsampler_meets_the_drawings_of_its_folders_transformer(pictures: Path, tmp_path: Path) -> None:
-    out, trained = tmp_path / "weights", []
-    settings = write_small_settings(tmp_path, pictures)
-    for model in ("tokenizer", "vqgan", "upsampler"):
-        train_model(model, out, settings[model], progress=False)
-    trained.append(load_part(out / "upsampler").state_dict())
-    settings = write_small_settings(tmp_path, pictures, upsampler="own_codes = 1.0\n")
-    for made in ("upsampler", "runs/upsampler"):
-        shutil.rmtree(out / made)
-    with pytest.raises(ValueError, match="holds no transformer, as whose drawings own_codes has codes"):
-        train_model("upsampler", out, settings["upsampler"], progress=False)
-    for model in ("transformer", "upsampler"):
-        train_model(model, out, settings[model], progress=False)
-    trained.append(load_part(out / "upsampler").state_dict())
-    assert any(not torch.equal(trained[0][name], trained[1][name]) for name in trained[0])  # from the same beginning
 
 
 def test_a_decoder_is_shown_first_codes_of_other_pictures() -> None:

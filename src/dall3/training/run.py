@@ -25,7 +25,7 @@ from dall3.training.clip import CLIPTask, CLIPTraining
 from dall3.training.data import Mixture
 from dall3.training.loop import Task, TrainingConfig, train
 from dall3.training.tokenizer import draw_captions, train_tokenizer
-from dall3.training.transformer import OwnCodes, TransformerTask, TransformerTraining
+from dall3.training.transformer import TransformerTask, TransformerTraining
 from dall3.training.upsampler import UpsamplerTask, UpsamplerTraining
 from dall3.training.vqgan import VQGANTask, VQGANTraining
 from dall3.weights import TOKENIZER, from_json, load_part
@@ -58,8 +58,7 @@ def make_clip(model: dict[str, Any], loss: dict[str, Any], folder: Path) -> Task
 def make_upsampler(model: dict[str, Any], loss: dict[str, Any], folder: Path) -> Task:
     training = from_json(UpsamplerTraining, loss)
     clip = need_clip(folder) if training.perceptual_weight else None
-    own_codes = need_own_codes(folder, training.own_codes)
-    return UpsamplerTask(from_json(UNetConfig, model), training, need_vqgan(folder), clip, own_codes)
+    return UpsamplerTask(from_json(UNetConfig, model), training, need_vqgan(folder), clip)
 
 
 MAKERS: dict[str, Callable[[dict[str, Any], dict[str, Any], Path], Task]] = {
@@ -81,17 +80,6 @@ def need_clip(folder: Path) -> CLIP:
     if not (folder / "clip").is_dir():
         raise ValueError(f"{folder} holds no clip, in whose features perceptual_weight compares; train that first")
     return load_part(folder / "clip", need_tokenizer(folder))
-
-
-def need_own_codes(folder: Path, most: float) -> OwnCodes | None:
-    if not most:
-        return None
-    if not (folder / "transformer").is_dir():
-        raise ValueError(f"{folder} holds no transformer, as whose drawings own_codes has codes; train that first")
-    model = load_part(folder / "transformer")
-    return OwnCodes(
-        model, TextEncoder(need_tokenizer(folder), model.config.text_seq_len, model.config.num_text_tokens), most
-    )
 
 
 def need_tokenizer(folder: Path) -> Tokenizer:

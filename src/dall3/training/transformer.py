@@ -17,11 +17,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from dall3.errors import require
 from dall3.models.transformer import DalleTransformer, TransformerConfig
 from dall3.models.vqgan import VQModel
 from dall3.output import make_grid, to_pil
-from dall3.sampling import Sampling, candidate_uniforms, choose, draw_image_tokens, filter_top_p
+from dall3.sampling import Sampling, candidate_uniforms, choose, draw_image_tokens
 from dall3.text import TextEncoder
 from dall3.training.data import StepSampler, loader, shuffled
 from dall3.training.loop import Task, TrainingConfig
@@ -96,45 +95,13 @@ def encode_pool(data: Dataset[Any], count: int, vqgan: VQModel, path: Path, work
 
 
 @torch.no_grad()
-def redraw(
-    model: DalleTransformer, text_ids: Tensor, image_ids: Tensor, uniforms: Tensor, top_p: float | None = None
-) -> Tensor:
+def redraw(model: DalleTransformer, text_ids: Tensor, image_ids: Tensor, uniforms: Tensor) -> Tensor:
     """Every code drawn anew after the text and the codes given before it: int64 like image_ids.
 
-    Shapes as `DalleTransformer.forward` has them; uniforms: a random number in [0, 1) for each code; top_p as in
-    `Sampling`.
+    Shapes as `DalleTransformer.forward` has them; uniforms: a random number in [0, 1) for each code.
     """
     _, logits = model.logits(text_ids, image_ids)
-    logits = logits.flatten(0, 1)
-    logits = logits if top_p is None else filter_top_p(logits, top_p)
-    return choose(logits, uniforms.flatten()).view_as(image_ids)
-
-
-class OwnCodes:
-    """Codes of pictures as the transformer would draw them, for what refines its drawings.
-
-    Trained on true codes alone, such a network paints every mistake among drawn ones as it is. most: up to this share
-    of a picture's codes, as much as chance has it, is drawn, all at once, each after the true ones before it, from the
-    likeliest nine tenths. (Cascaded diffusion's conditioning augmentation, arXiv 2106.15282, section 4.2, adds noise.)
-    """
-
-    def __init__(self, model: DalleTransformer, text_encoder: TextEncoder, most: float) -> None:
-        self.model, self.most = model, most
-        self.encode_text = lru_cache(maxsize=1 << 18)(partial(text_encoder, truncate=True))
-
-    @torch.no_grad()
-    def __call__(self, task: Task, ids: Tensor, captions: list[str]) -> Tensor:
-        """Ids int64 (batch, codes) of a task's items with a share of them drawn.
-
-        Raises ValueError where the transformer draws another number of codes.
-        """
-        count = self.model.config.image_seq_len
-        require(ids.shape[1] == count, f"pictures have {ids.shape[1]} codes; the transformer draws {count}")
-        text_ids = torch.stack([self.encode_text(caption) for caption in captions]).to(ids.device)
-        draws = task.per_item(lambda g: torch.rand(1 + 2 * count, generator=g, device=ids.device), ids.device)
-        chance, shares, uniforms = draws.split((1, count, count), dim=1)
-        drawn = redraw(self.model.to(ids.device), text_ids, ids, uniforms, top_p=0.9)
-        return torch.where(shares < chance * self.most, drawn, ids)
+    return choose(logits.flatten(0, 1), uniforms.flatten()).view_as(image_ids)
 
 
 class TransformerTask(Task):

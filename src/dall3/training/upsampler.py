@@ -21,7 +21,6 @@ from dall3.models.vqgan import VQModel
 from dall3.output import make_grid, to_pil
 from dall3.pipeline import enlarge
 from dall3.training.loop import Task
-from dall3.training.transformer import OwnCodes
 from dall3.training.vqgan import PatchDiscriminator, PerceptualDistance, adversarial_losses
 from dall3.weights import save_part, set_default
 
@@ -41,8 +40,7 @@ class UpsamplerTraining:
     `perceptual_reductions` divide theirs by: 2 for coarse pictures' size, of which CLIP knows whole ones, and 1 for
     every pixel. discriminator_weight: of a patch discriminator's verdict on the predicted picture, beside the error
     (arXiv 2311.17042, section 3.2, has such a loss on few steps too); from step `discriminator_from` on it counts, and
-    until then the discriminator learns alone. own_codes: up to this share of a picture's codes is what the folder's
-    transformer would draw there (`OwnCodes`), so that refining mends what its drawings have wrong.
+    until then the discriminator learns alone.
     """
 
     crop: int = 128
@@ -57,7 +55,6 @@ class UpsamplerTraining:
     discriminator_weight: float = 0.0
     discriminator_from: int = 0
     discriminator_channels: int = 32
-    own_codes: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.max_strength <= 1:
@@ -68,18 +65,13 @@ class UpsamplerTraining:
 
 class UpsamplerTask(Task):
     def __init__(
-        self,
-        config: UNetConfig,
-        training: UpsamplerTraining,
-        vqgan: VQModel,
-        clip: CLIP | None = None,
-        own_codes: OwnCodes | None = None,
+        self, config: UNetConfig, training: UpsamplerTraining, vqgan: VQModel, clip: CLIP | None = None
     ) -> None:
         super().__init__()
         self.settings, self.model, self.frozen = training, UNet(config), [vqgan]
         end_branches_at_zero(self.model)
         self.diffusion = GaussianDiffusion(config.diffusion)
-        self.perceptual, self.own_codes = None if clip is None else PerceptualDistance(clip), own_codes
+        self.perceptual = None if clip is None else PerceptualDistance(clip)
         channels = training.discriminator_channels
         self.discriminator = PatchDiscriminator(channels) if training.discriminator_weight else None
         self.run = self.model.forward
@@ -101,8 +93,6 @@ class UpsamplerTask(Task):
         s, diffusion, learn_sigma = self.settings, self.diffusion, self.model.config.diffusion.learn_sigma
         with torch.no_grad():
             ids = self.encode(images)
-            if self.own_codes is not None:
-                ids = self.own_codes(self, ids, captions)
             embeddings = self.frozen[0].embed(ids)
             coarse = self.coarse(ids, images.shape[-1]) if s.coarse_share else images
         if torch.rand(()) < s.crop_share:
