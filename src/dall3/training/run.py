@@ -6,6 +6,7 @@ pipeline folder at any time. What a run needs to go on lies beside them in `runs
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -96,7 +97,8 @@ def join_processes() -> None:
     from accelerate import PartialState
 
     on_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-    PartialState(cpu=on_cpu, timeout=timedelta(hours=12))
+    state = PartialState(cpu=on_cpu, timeout=timedelta(hours=12))
+    atexit.register(state.destroy_process_group)  # whose threads, left running, now and then abort a process that ends
 
 
 def read_settings(path: str | Path) -> dict[str, dict[str, Any]]:
