@@ -189,7 +189,9 @@ def make_page(pipe: Dall3Pipeline, limits: Limits = Limits()) -> gr.Blocks:
         fields = [prompt, seed, images, candidates, steps, guidance]
         event: dict[str, Any] = dict(inputs=[*fields, start, change], outputs=[forming, status, gallery, files])
         runs: list[Any] = [trigger(draw, **event, show_progress="hidden") for trigger in (go.click, prompt.submit)]
-        cancel.click(lambda: (gone, "cancelled"), None, [forming, status], cancels=runs, queue=False)
+        # The word comes after the end of the run, whose last progress, on its way still, would otherwise replace it.
+        ended = cancel.click(lambda: None, cancels=runs, queue=False)
+        ended.then(lambda: (gone, "cancelled"), None, [forming, status], queue=False)
         recipe.upload(read_recipe, recipe, fields)
     page.queue(default_concurrency_limit=1, max_size=64)
     return page
