@@ -207,6 +207,16 @@ def test_a_tokenizer_reads_any_text_back_and_keeps_0_for_padding(tmp_path: Path)
         train_tokenizer(captions, 200)
 
 
+def test_a_tokenizer_reads_spellings_that_the_captions_have_not(tmp_path: Path) -> None:
+    captions = ["a grey cube", "a cube coloured red"] * 20
+    text = train_tokenizer(captions, 300, {"gray": "grey", "colored": "coloured"})
+    (tmp_path / "tokenizer.json").write_text(text)
+    encode = load_tokenizer(tmp_path / "tokenizer.json").encode
+    assert encode("a Gray cube colored red") == encode("a grey cube coloured red")
+    with pytest.raises(ValueError, match="expected letters in place of ''"):
+        train_tokenizer(captions, 300, {"": "grey"})
+
+
 def test_training_learns_and_what_it_writes_is_a_gumbel_vq_with_the_nearest_code(
     pictures: Path, tmp_path: Path
 ) -> None:

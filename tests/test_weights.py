@@ -181,6 +181,14 @@ def test_the_bundled_pipeline_draws_what_is_asked_offline(offline: None) -> None
         assert middle.argmax() == channel, f"the middle of {colour} is {middle.tolist()}"
 
 
+def test_the_bundled_pipeline_reads_both_spellings(offline: None) -> None:
+    pipe = Dall3Pipeline.from_pretrained()
+    tokens = pipe.generate_tokens("a large green sphere on a Gray background", 2, seed=0, progress=False)
+    assert torch.equal(tokens, pipe.generate_tokens("a large green sphere on a grey background", 2, seed=0))
+    corner = pipe.decode_tokens(tokens).mean(0)[:, :12, :12].mean((1, 2))
+    assert 0.45 < corner.min() and corner.max() < 0.7, f"the background is not grey: {corner.tolist()}"
+
+
 LATE = """
 import sys
 import torch

@@ -185,7 +185,7 @@ _PARTS = {  # of a tokenizer of `tokenizers`: the kinds that neither panic nor f
 def _vetted(text: str) -> str:
     """A tokenizer's JSON without what DALLE-pytorch does not use. Raises ValueError for parts that are a trap."""
     found = json.loads(text)
-    growth, lists = 1, {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
+    growth, lists = 1.0, {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
 
     def check(place: str, part: Any) -> None:
         nonlocal growth
@@ -198,9 +198,10 @@ def _vetted(text: str) -> str:
         elif kind not in _PARTS[place]:
             raise ValueError(f"its {place} is a {kind}; expected some of {', '.join(_PARTS[place])}")
         added = max(len(part.get(key) or "") for key in ("content", "prepend"))
-        if added:  # for a character, or, where the pattern may match nothing, beside it
-            one = isinstance(part.get("pattern"), dict) and bool(part["pattern"].get("String"))
-            growth *= added if one else 1 + added
+        if added:  # for so many characters, or, where the pattern may match nothing, beside every one
+            pattern = part.get("pattern")
+            replaced = len(pattern.get("String") or "") if isinstance(pattern, dict) else 0
+            growth *= max(added / replaced, 1) if replaced else 1 + added
         if growth > 64:
             raise ValueError("it makes texts more than 64 times as long")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from tqdm.auto import tqdm
 
@@ -11,10 +11,12 @@ from dall3.training.data import Mixture
 PADDING = "<pad>"  # id 0, as the transformer expects it
 
 
-def train_tokenizer(captions: Iterable[str], vocab_size: int) -> str:
+def train_tokenizer(captions: Iterable[str], vocab_size: int, spellings: Mapping[str, str] | None = None) -> str:
     """The JSON of a tokenizer of Hugging Face's `tokenizers` with at most `vocab_size` tokens; 0 is padding.
 
-    Every byte is a token, so that no text is unknown. Raises ValueError for a vocabulary without room for the bytes.
+    Every byte is a token, so that no text is unknown. spellings: letters, lower case, that are read as others wherever
+    they stand, such as {"gray": "grey"}: a prompt may have a spelling that the captions have not. Raises ValueError for
+    a vocabulary without room for the bytes, and for a spelling of no letters.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -22,7 +24,11 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> str:
     if vocab_size <= len(alphabet):
         raise ValueError(f"vocab_size={vocab_size}; expected more than {len(alphabet)}, one for every byte and padding")
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.Lowercase()
+    spellings = spellings or {}
+    if "" in spellings:
+        raise ValueError("spellings: expected letters in place of ''")
+    alike = [normalizers.Replace(found, meant) for found, meant in spellings.items()]
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *alike])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
