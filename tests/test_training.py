@@ -26,6 +26,7 @@ from dall3.diffusion import GaussianDiffusion
 from dall3.models.transformer import TransformerConfig
 from dall3.models.unet import DiffusionConfig, UNetConfig
 from dall3.models.vqgan import GumbelVQ, VQGANConfig
+from dall3.pipeline import enlarge
 from dall3.scenes import is_held_out, random_scene, render
 from dall3.scenes.emoji import Emoji, draw_emoji, emoji_caption, list_emoji, random_emoji_picture
 from dall3.text import load_tokenizer
@@ -606,6 +607,29 @@ def test_an_upsampler_may_learn_to_be_taken_for_true_pictures() -> None:
     torch.testing.assert_close(whole - plain, 2 * (half - plain), rtol=1e-3, atol=1e-6)
     for first, second, third in zip(waiting_judge, half_judge, whole_judge, strict=True):  # whatever its verdict weighs
         assert torch.equal(first, second) and torch.equal(second, third) and first.abs().max() > 0
+
+
+@pytest.mark.parametrize("coarse_share", (0.0, 1.0))
+def test_an_upsamplers_discriminator_is_shown_what_is_beyond_the_coarse_picture(coarse_share: float) -> None:
+    class Judge(torch.nn.Conv2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(x.detach())
+            return super().forward(x)
+
+    vqgan = small_task().model.eval().requires_grad_(False)
+    config = UNetConfig(32, (1, 1, 1, 1), 1, (), 64, embedding_dims=(8, 32))
+    settings = UpsamplerTraining(32, 2, vlb_weight=0, coarse_share=coarse_share, discriminator_weight=1.0)
+    task, seen = UpsamplerTask(config, settings, vqgan), []
+    images, task.items, task.discriminator = torch.rand(2, 3, 64, 64), range(2), Judge(6, 1, 1)
+    task(images, ["", ""], 0)
+    judged, real, again = seen
+    assert real.shape == (4, 6, 32, 32) and torch.equal(judged, again) and torch.equal(judged[:, 3:], real[:, 3:])
+    coarse = enlarge(vqgan.decode(task.encode(images)), 64)
+    found = torch.cat((real[:, :3] / 8 + real[:, 3:], real[:, 3:]), dim=1) / 2 + 0.5
+    crops = torch.cat((images, coarse), dim=1).unfold(2, 32, 8).unfold(3, 32, 8)
+    crops = crops.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+    for crop in found:
+        assert (crops - crop).abs().amax((1, 2, 3)).min() < 1e-5
 
 
 def test_wrong_codes_are_another_pictures_and_the_right_ones_are_asked_for() -> None:

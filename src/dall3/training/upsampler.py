@@ -39,8 +39,9 @@ class UpsamplerTraining:
     CLIP (arXiv 2401.00110 trains a diffusion model so, on other features), the mean of that at the sizes that
     `perceptual_reductions` divide theirs by: 2 for coarse pictures' size, of which CLIP knows whole ones, and 1 for
     every pixel. discriminator_weight: of a patch discriminator's verdict on the predicted picture, beside the error
-    (arXiv 2311.17042, section 3.2, has such a loss on few steps too); from step `discriminator_from` on it counts, and
-    until then the discriminator learns alone.
+    (arXiv 2311.17042, section 3.2, has such a loss on few steps too); it sees what the picture has beyond the enlarged
+    coarse one, and that one (arXiv 1611.07004), so that grain on a smooth thing is no true picture's. From step
+    `discriminator_from` on it counts, and until then the discriminator learns alone.
     """
 
     crop: int = 128
@@ -73,7 +74,7 @@ class UpsamplerTask(Task):
         self.diffusion = GaussianDiffusion(config.diffusion)
         self.perceptual = None if clip is None else PerceptualDistance(clip)
         channels = training.discriminator_channels
-        self.discriminator = PatchDiscriminator(channels) if training.discriminator_weight else None
+        self.discriminator = PatchDiscriminator(channels, 6) if training.discriminator_weight else None
         self.run = self.model.forward
 
     def compile_parts(self) -> None:
@@ -94,7 +95,8 @@ class UpsamplerTask(Task):
         with torch.no_grad():
             ids = self.encode(images)
             embeddings = self.frozen[0].embed(ids)
-            coarse = self.coarse(ids, images.shape[-1]) if s.coarse_share else images
+            is_needed = s.coarse_share or self.discriminator is not None
+            coarse = self.coarse(ids, images.shape[-1]) if is_needed else images
         if torch.rand(()) < s.crop_share:
             unit = 2 * images.shape[-1] // embeddings.shape[-1]  # the convolution of the embeddings has stride 2
             room = (images.shape[-1] - s.crop) // unit + 1
@@ -137,7 +139,8 @@ class UpsamplerTask(Task):
             loss = loss + s.perceptual_weight * distance
             figures["perceptual"] = distance.detach()
         if self.discriminator is not None:
-            fooled, hinge = adversarial_losses(self.discriminator, prediction.pred_xstart, x_start)
+            pair = [beyond(picture, coarse * 2 - 1) for picture in (prediction.pred_xstart, x_start)]
+            fooled, hinge = adversarial_losses(self.discriminator, *pair)
             loss = loss + s.discriminator_weight * (step >= s.discriminator_from) * fooled + hinge
             figures["hinge"] = hinge.detach()
         if learn_sigma:
@@ -172,6 +175,15 @@ def end_branches_at_zero(unet: UNet) -> None:
     for end in (*ends, unet.out[-1]):
         for parameter in end.parameters():
             torch.nn.init.zeros_(parameter)
+
+
+def beyond(pictures: Tensor, coarse: Tensor) -> Tensor:
+    """What pictures (batch, 3, side, side) about [-1, 1] have beyond the enlarged coarse ones, above these.
+
+    Eight times as large: a discriminator of the pictures themselves has to find differences of a twentieth of their
+    contrast, and did not begin to in hundreds of steps.
+    """
+    return torch.cat((8 * (pictures - coarse), coarse), dim=1)
 
 
 def crop_at(x: Tensor, place: list[int], unit: int, side: int) -> Tensor:

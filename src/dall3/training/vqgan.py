@@ -67,14 +67,14 @@ class VQGANTraining:
 
 
 class PatchDiscriminator(nn.Sequential):
-    """Real or decoded, for every patch of 34 pixels (arXiv 1611.07004)."""
+    """Real or made, for every patch of 34 pixels (arXiv 1611.07004) of float (batch, inputs, side, side)."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, inputs: int = 3) -> None:
         def layer(into: int, out: int, stride: int) -> list[nn.Module]:
             return [nn.Conv2d(into, out, 4, stride, 1), nn.GroupNorm(8, out), nn.LeakyReLU(0.2)]
 
         super().__init__(
-            nn.Conv2d(3, channels, 4, 2, 1),
+            nn.Conv2d(inputs, channels, 4, 2, 1),
             nn.LeakyReLU(0.2),
             *layer(channels, 2 * channels, 2),
             *layer(2 * channels, 4 * channels, 1),
@@ -83,8 +83,8 @@ class PatchDiscriminator(nn.Sequential):
 
 
 def adversarial_losses(discriminator: nn.Module, images: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of who made the images (batch, 3, side, side) and wants them taken for real ones, with gradients to
-    these alone, and the discriminator's hinge loss against the real others, with gradients to it alone.
+    """The loss of who made the images (batch, channels, side, side) and wants them taken for real ones, with gradients
+    to these alone, and the discriminator's hinge loss against the real others, with gradients to it alone.
     """
     frozen = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
     fooled = -functional_call(discriminator, frozen, (images,)).mean()
