@@ -811,6 +811,8 @@ def test_what_cannot_be_trained_is_said_before_any_work(
         settings["vqgan"].write_text(line + good if line == "[other]\n" else good.replace("ch = 32\n", line))
         fails("vqgan", words=words)
     settings["vqgan"].write_text(good)
+    settings["tokenizer"].write_text('[model]\nvocab_size = 300\nspellings = { "" = "grey" }\n')
+    fails("tokenizer", "--steps", "1000000000", words="expected letters in place of ''")  # before any caption is drawn
     assert not out.exists()
     train_model("vqgan", out, settings["vqgan"], progress=False)
     fails("vqgan", words="holds a run already; resume it, or give another folder")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from tqdm.auto import tqdm
 
@@ -38,6 +38,6 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, spellings: Mapping
     return tokenizer.to_str(pretty=True)
 
 
-def draw_captions(data: Mixture, count: int) -> list[str]:
-    """The captions of the first `count` items; their pictures are drawn as small as the sources allow."""
-    return [data[i][1] for i in tqdm(range(count), desc="captions")]
+def draw_captions(data: Mixture, count: int) -> Iterator[str]:
+    """The captions of the first `count` items, each drawn when it is asked for, its picture as small as can be."""
+    return (data[i][1] for i in tqdm(range(count), desc="captions"))
