@@ -37,8 +37,8 @@ COUNTS = {"composition": 200, "upsampler": 200, "guidance": 24, "steps": 4, "sam
 SEEDS = {"unseen": 1, "seen": 2, "any": 3, "emoji": 4, "others": 5}  # of what is asked for
 CANDIDATES = 8
 WAYS = (  # cond_scale, top_p and temperature that the section sampling tries
-    *((scale, 0.75, 1.0) for scale in (1.0, 2.0, 3.0, 5.0)),
-    *((2.0, top_p, 1.0) for top_p in (0.5, 0.9, 1.0)),
+    *((scale, 0.9, 1.0) for scale in (1.0, 2.0, 3.0, 5.0)),
+    *((2.0, top_p, 1.0) for top_p in (0.75, 0.95, 1.0)),
     (2.0, 1.0, 0.85),
 )
 Row = dict[str, Any]
