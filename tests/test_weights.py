@@ -181,8 +181,10 @@ def test_the_bundled_pipeline_draws_what_is_asked_offline(offline: None) -> None
         assert middle.argmax() == channel, f"the middle of {colour} is {middle.tolist()}"
 
 
-def test_the_bundled_pipeline_reads_both_spellings(offline: None) -> None:
+def test_the_bundled_pipeline_reads_words_that_the_captions_have_not(offline: None) -> None:
     pipe = Dall3Pipeline.from_pretrained()
+    for words, meant in (("a Golden torus", "a gold torus"), ("a wooden cube", "a wood cube")):
+        assert torch.equal(pipe.text_encoder(words), pipe.text_encoder(meant))
     tokens = pipe.generate_tokens("a large green sphere on a Gray background", 2, seed=0, progress=False)
     assert torch.equal(tokens, pipe.generate_tokens("a large green sphere on a grey background", 2, seed=0))
     corner = pipe.decode_tokens(tokens).mean(0)[:, :12, :12].mean((1, 2))

@@ -15,7 +15,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, spellings: Mapping
     """The JSON of a tokenizer of Hugging Face's `tokenizers` with at most `vocab_size` tokens; 0 is padding.
 
     Every byte is a token, so that no text is unknown. spellings: letters, lower case, that are read as others wherever
-    they stand, such as {"gray": "grey"}: a prompt may have a spelling that the captions have not. Raises ValueError for
+    they stand, such as {"gray": "grey"}: a prompt may have a word that the captions have not. Raises ValueError for
     a vocabulary without room for the bytes, and for a spelling of no letters.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
