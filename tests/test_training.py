@@ -208,13 +208,13 @@ def test_a_tokenizer_reads_any_text_back_and_keeps_0_for_padding(tmp_path: Path)
         train_tokenizer(captions, 200)
 
 
-def test_a_tokenizer_reads_spellings_that_the_captions_have_not(tmp_path: Path) -> None:
+def test_a_tokenizer_reads_words_that_the_captions_have_not(tmp_path: Path) -> None:
     captions = ["a grey cube", "a cube coloured red"] * 20
     text = train_tokenizer(captions, 300, {"gray": "grey", "colored": "coloured"})
     (tmp_path / "tokenizer.json").write_text(text)
     encode = load_tokenizer(tmp_path / "tokenizer.json").encode
     assert encode("a Gray cube colored red") == encode("a grey cube coloured red")
-    with pytest.raises(ValueError, match="expected letters in place of ''"):
+    with pytest.raises(ValueError, match="expected some text in place of ''"):
         train_tokenizer(captions, 300, {"": "grey"})
 
 
@@ -811,8 +811,8 @@ def test_what_cannot_be_trained_is_said_before_any_work(
         settings["vqgan"].write_text(line + good if line == "[other]\n" else good.replace("ch = 32\n", line))
         fails("vqgan", words=words)
     settings["vqgan"].write_text(good)
-    settings["tokenizer"].write_text('[model]\nvocab_size = 300\nspellings = { "" = "grey" }\n')
-    fails("tokenizer", "--steps", "1000000000", words="expected letters in place of ''")  # before any caption is drawn
+    settings["tokenizer"].write_text('[model]\nvocab_size = 300\nreplacements = { "" = "grey" }\n')
+    fails("tokenizer", "--steps", "1000000000", words="expected some text in place of ''")  # before any caption is drawn
     assert not out.exists()
     train_model("vqgan", out, settings["vqgan"], progress=False)
     fails("vqgan", words="holds a run already; resume it, or give another folder")

@@ -67,14 +67,14 @@ class VQGANTraining:
 
 
 class PatchDiscriminator(nn.Sequential):
-    """Real or made, for every patch of 34 pixels (arXiv 1611.07004) of float (batch, inputs, side, side)."""
+    """Real or made, for every patch of 34 pixels (arXiv 1611.07004) of float (batch, in_channels, side, side)."""
 
-    def __init__(self, channels: int, inputs: int = 3) -> None:
+    def __init__(self, channels: int, in_channels: int = 3) -> None:
         def layer(into: int, out: int, stride: int) -> list[nn.Module]:
             return [nn.Conv2d(into, out, 4, stride, 1), nn.GroupNorm(8, out), nn.LeakyReLU(0.2)]
 
         super().__init__(
-            nn.Conv2d(inputs, channels, 4, 2, 1),
+            nn.Conv2d(in_channels, channels, 4, 2, 1),
             nn.LeakyReLU(0.2),
             *layer(channels, 2 * channels, 2),
             *layer(2 * channels, 4 * channels, 1),
