@@ -812,7 +812,7 @@ def test_what_cannot_be_trained_is_said_before_any_work(
         fails("vqgan", words=words)
     settings["vqgan"].write_text(good)
     settings["tokenizer"].write_text('[model]\nvocab_size = 300\nreplacements = { "" = "grey" }\n')
-    fails("tokenizer", "--steps", "1000000000", words="expected some text in place of ''")  # before any caption is drawn
+    fails("tokenizer", "--steps", "1000000000", words="expected some text in place of ''")  # before any work
     assert not out.exists()
     train_model("vqgan", out, settings["vqgan"], progress=False)
     fails("vqgan", words="holds a run already; resume it, or give another folder")

@@ -14,9 +14,9 @@ PADDING = "<pad>"  # id 0, as the transformer expects it
 def train_tokenizer(captions: Iterable[str], vocab_size: int, replacements: Mapping[str, str] | None = None) -> str:
     """The JSON of a tokenizer of Hugging Face's `tokenizers` with at most `vocab_size` tokens; 0 is padding.
 
-    Every byte is a token, so that no text is unknown. replacements: text, lower case, that is read as other text wherever
-    it stands, such as {"gray": "grey"}: a prompt may have a word that the captions have not. Raises ValueError for a
-    vocabulary without room for the bytes, and for a replacement of no text.
+    Every byte is a token, so that no text is unknown. replacements: text, lower case, that is read as other text
+    wherever it stands, such as {"gray": "grey"}: a prompt may have a word that the captions have not. Raises ValueError
+    for a vocabulary without room for the bytes, and for a replacement of no text.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
