@@ -36,13 +36,13 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
 from dall3 import Dall3Output, Dall3Pipeline
-from dall3.archive import CheckpointError, Placeholder, module_tensors, read_archive
-from dall3.checkpoints import read_taming_config
 from dall3.models.unet import UNetConfig
 from dall3.output import RECIPE
-from dall3.registry import own_file, read_registry
 from dall3.text import load_tokenizer
-from dall3.weights import BUNDLED, DEFAULTS, load_part, read_defaults
+from dall3.weights.archive import CheckpointError, Placeholder, module_tensors, read_archive
+from dall3.weights.checkpoints import read_taming_config
+from dall3.weights.folder import BUNDLED, DEFAULTS, load_part, read_defaults
+from dall3.weights.registry import own_file, read_registry
 from test_archive import ATTACKS, CONTAINERS, Net, Unknown, contain, save, script, tensor, touch
 
 from originals import GOLDEN

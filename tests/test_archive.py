@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from dall3.archive import DTYPES, LEGACY_MAGIC, CheckpointError, Name, Placeholder, module_tensors, read_archive
+from dall3.weights.archive import DTYPES, LEGACY_MAGIC, CheckpointError, Name, Placeholder, module_tensors, read_archive
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning", "ignore:.torch.jit:DeprecationWarning")
 FORMATS = ("zip", "legacy")

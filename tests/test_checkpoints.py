@@ -7,8 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from dall3.archive import CheckpointError
-from dall3.checkpoints import (
+from dall3.diffusion.guidance import range_loss, spherical_distance, total_variation
+from dall3.models.discrete_vae import DiscreteVAE, OpenAIDiscreteVAE
+from dall3.models.vqgan import GumbelVQ, VQModel
+from dall3.weights.archive import CheckpointError
+from dall3.weights.checkpoints import (
     load_clip,
     load_discrete_vae,
     load_openai_dvae,
@@ -17,9 +20,6 @@ from dall3.checkpoints import (
     load_vae,
     load_vqgan,
 )
-from dall3.guidance import range_loss, spherical_distance, total_variation
-from dall3.models.discrete_vae import DiscreteVAE, OpenAIDiscreteVAE
-from dall3.models.vqgan import GumbelVQ, VQModel
 
 from conftest import GOLDEN, Golden, close, save_dalle, save_vqgan
 
@@ -273,7 +273,7 @@ def test_a_dvae_without_end_is_not_built(tmp_path, monkeypatch, depth):
 
     golden = Golden("discrete_vae")
     torch.save({"hparams": golden.about | {depth: 10**7}, "weights": golden.weights()}, tmp_path / "a.pt")
-    monkeypatch.setattr("dall3.checkpoints.DiscreteVAE", build)
+    monkeypatch.setattr("dall3.weights.checkpoints.DiscreteVAE", build)
     with pytest.raises(CheckpointError, match="a.pt"):
         load_discrete_vae(tmp_path / "a.pt")
 

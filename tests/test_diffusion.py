@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dall3.checkpoints import load_unet
-from dall3.diffusion import (
+from dall3.diffusion.denoising import (
     GaussianDiffusion,
     Refinement,
     denoise,
@@ -20,6 +19,7 @@ from dall3.diffusion import (
     unet_predict,
 )
 from dall3.models.unet import DiffusionConfig, UNet, UNetConfig
+from dall3.weights.checkpoints import load_unet
 
 from originals import Golden, close
 

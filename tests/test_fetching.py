@@ -20,10 +20,10 @@ from typing import Any
 import pytest
 import torch
 
-from dall3 import fetching
 from dall3.errors import FetchError
-from dall3.fetching import Wanted, check_here, fetch_file, fetch_set, files_of, remove_set
-from dall3.registry import find_set, read_registry
+from dall3.weights import fetching
+from dall3.weights.fetching import Wanted, check_here, fetch_file, fetch_set, files_of, remove_set
+from dall3.weights.registry import find_set, read_registry
 
 DATA = random.Random(0).randbytes(1_500_000)
 SHA256 = hashlib.sha256(DATA).hexdigest()

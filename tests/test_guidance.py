@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import dall3.guidance
-from dall3.checkpoints import load_clip, load_unet
-from dall3.diffusion import GaussianDiffusion, unet_predict
-from dall3.guidance import clip_loss, cut_out, draw_cutouts, guided, spherical_distance, with_penalties
+import dall3.diffusion.guidance
+from dall3.diffusion.denoising import GaussianDiffusion, unet_predict
+from dall3.diffusion.guidance import clip_loss, cut_out, draw_cutouts, guided, spherical_distance, with_penalties
 from dall3.pipeline import Dall3Pipeline, parse_prompts
+from dall3.weights.checkpoints import load_clip, load_unet
 
 from originals import Golden, close
 
@@ -25,7 +25,7 @@ def test_gradient_is_the_originals(parts, monkeypatch):
     """Two weighted prompts, eight cut-outs, both penalties: what cond_fn returns for the same x and cut-outs."""
     (unet, clip), golden = parts, Golden("guidance")
     expected, about = golden.expected, golden.about
-    monkeypatch.setattr(dall3.guidance, "draw_cutouts", lambda *args: expected["cutouts"])
+    monkeypatch.setattr(dall3.diffusion.guidance, "draw_cutouts", lambda *args: expected["cutouts"])
     prompts = parse_prompts("|".join(f"{text}:{weight}" for text, weight in about["prompts"]))
     targets, weights = Dall3Pipeline(clip=clip)._guidance_targets(prompts, (), 8, 96, 0)
     pull = clip_loss(clip, targets, weights, about["clip_guidance_scale"], 8, torch.Generator())

@@ -9,12 +9,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dall3 import diffusion, guidance
-from dall3.diffusion import GaussianDiffusion, Refinement, denoising_steps
-from dall3.guidance import clip_loss, guided
+from dall3.diffusion import denoising as diffusion
+from dall3.diffusion import guidance
+from dall3.diffusion.denoising import GaussianDiffusion, Refinement, denoising_steps
+from dall3.diffusion.guidance import clip_loss, guided
 from dall3.models.transformer import DalleTransformer, TransformerConfig
 from dall3.models.unet import UNet, UNetConfig
-from dall3.sampling import Sampling, image_token_steps
+from dall3.tokens.sampling import Sampling, image_token_steps
 
 
 class Elsewhere(TorchDispatchMode):

@@ -8,7 +8,7 @@ import torch
 
 from dall3.models.packed import Int8Linear, PackedLinear, RowLinear, can_pack, prepare
 from dall3.models.transformer import DalleTransformer, TransformerConfig
-from dall3.sampling import Sampling, candidate_uniforms, draw_image_tokens
+from dall3.tokens.sampling import Sampling, candidate_uniforms, draw_image_tokens
 
 from originals import close
 

@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from dall3 import CheckpointError, Dall3Output, Dall3Pipeline, StopGeneration, sampling
+from dall3 import CheckpointError, Dall3Output, Dall3Pipeline, StopGeneration
 from dall3.models.unet import UNet, UNetConfig
 from dall3.output import to_pil
 from dall3.pipeline import parse_prompts
+from dall3.tokens import sampling
 
 from conftest import load_seedset
 from originals import Golden, save_seedset
@@ -99,7 +100,7 @@ def test_a_generator_stands_for_a_seed(pipe):
 
 def test_the_first_picture_starts_from_the_noise_of_sample_py(pipe, out):
     """torch.manual_seed(seed), then one randn for the start and one a step, as guided-diffusion draws them."""
-    from dall3.diffusion import GaussianDiffusion, sample_ddpm, unet_predict
+    from dall3.diffusion.denoising import GaussianDiffusion, sample_ddpm, unet_predict
 
     # First, so that the weights lie alike for both: in another layout they round otherwise.
     fine = pipe.upsample(out.tokens[:1], scheduler="ddpm", num_inference_steps="6", seed=5, progress=False)

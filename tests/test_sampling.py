@@ -6,8 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dall3.checkpoints import load_transformer
-from dall3.sampling import (
+from dall3.tokens.sampling import (
     Sampling,
     candidate_uniforms,
     choose,
@@ -17,6 +16,7 @@ from dall3.sampling import (
     filter_top_p,
     image_token_steps,
 )
+from dall3.weights.checkpoints import load_transformer
 
 from originals import GOLDEN, Golden, close, save_dalle
 

@@ -19,13 +19,20 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from dall3 import Dall3Pipeline
-from dall3.checkpoints import load_clip, load_discrete_vae, load_openai_dvae, load_transformer, load_unet, load_vqgan
 from dall3.cli import main
 from dall3.errors import FetchError
 from dall3.models.clip import CLIP, CLIPConfig
 from dall3.models.transformer import DalleTransformer, TransformerConfig
 from dall3.text import load_tokenizer, tokenizer_json
-from dall3.weights import load_part, save_part
+from dall3.weights.checkpoints import (
+    load_clip,
+    load_discrete_vae,
+    load_openai_dvae,
+    load_transformer,
+    load_unet,
+    load_vqgan,
+)
+from dall3.weights.folder import load_part, save_part
 
 from conftest import GOLDEN, Golden, load_seedset, save_dalle, save_vqgan
 
@@ -148,7 +155,7 @@ def test_a_folder_is_made_whole_or_not_at_all(
     def fail(*args: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("dall3.weights.model_card", fail)
+    monkeypatch.setattr("dall3.weights.folder.model_card", fail)
     with pytest.raises(OSError, match="disk full"):
         from_2021.save_pretrained(tmp_path / "new")
     assert {path.name for path in tmp_path.iterdir()} == {"full"}
@@ -304,7 +311,7 @@ def test_a_clip_keeps_its_colours_and_its_tokenizer(tmp_path: Path) -> None:
 
 PEAK = """
 import sys
-from dall3.weights import BUNDLED, load_part
+from dall3.weights.folder import BUNDLED, load_part
 
 def most():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024

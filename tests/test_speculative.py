@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dall3.models.transformer import DalleTransformer, TransformerConfig
-from dall3.sampling import Sampling, make_generator
-from dall3.speculative import speculative_token_steps
+from dall3.tokens.sampling import Sampling, make_generator
+from dall3.tokens.speculative import speculative_token_steps
 
 CODES, SIDE = 3, 2
 

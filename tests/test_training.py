@@ -22,7 +22,7 @@ from PIL import Image
 
 from dall3 import Dall3Pipeline
 from dall3.cli import main
-from dall3.diffusion import GaussianDiffusion
+from dall3.diffusion.denoising import GaussianDiffusion
 from dall3.models.transformer import TransformerConfig
 from dall3.models.unet import DiffusionConfig, UNetConfig
 from dall3.models.vqgan import GumbelVQ, VQGANConfig
@@ -38,7 +38,7 @@ from dall3.training.tokenizer import train_tokenizer
 from dall3.training.transformer import TransformerTask, TransformerTraining, encode_pool, redraw
 from dall3.training.upsampler import UpsamplerTask, UpsamplerTraining, variational_bound
 from dall3.training.vqgan import PerceptualDistance, VQGANTask, VQGANTraining, rotate_to
-from dall3.weights import from_json, load_part
+from dall3.weights.folder import from_json, load_part
 
 SMALL_VQGAN = VQGANConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1, attn_levels=(), z_channels=8, embed_dim=8, n_embed=8)
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 40), "blue": (40, 60, 220)}

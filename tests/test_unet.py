@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from dall3.archive import CheckpointError
-from dall3.checkpoints import load_unet
 from dall3.models.unet import DiffusionConfig, UNet, UNetConfig
+from dall3.weights.archive import CheckpointError
+from dall3.weights.checkpoints import load_unet
 
 from originals import Golden, close
 

@@ -25,7 +25,7 @@ from dall3.models.unet import DiffusionConfig, UNet, UNetConfig
 from dall3.models.vqgan import GumbelVQ, VQGANConfig, VQModel
 from dall3.scenes import Scene, describe, render
 from dall3.text import load_tokenizer
-from dall3.weights import BUNDLED, TOKENIZER, load_part, save_part
+from dall3.weights.folder import BUNDLED, TOKENIZER, load_part, save_part
 
 VQGAN = VQGANConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_levels=(1,), z_channels=4, embed_dim=6, n_embed=10)
 UNET = UNetConfig(

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dall3.archive import CheckpointError
     from dall3.output import Dall3Output
     from dall3.pipeline import Dall3Pipeline, StopGeneration
+    from dall3.weights.archive import CheckpointError
 
 __version__ = "0.1.0"
 __all__ = ["CheckpointError", "Dall3Output", "Dall3Pipeline", "StopGeneration", "__version__"]
 
 _PLACES = {
-    "CheckpointError": "archive",
+    "CheckpointError": "weights.archive",
     "Dall3Output": "output",
     "Dall3Pipeline": "pipeline",
     "StopGeneration": "pipeline",

@@ -26,12 +26,9 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from dall3 import checkpoints
-from dall3.checkpoints import PathLike
-from dall3.diffusion import Guide, Refinement, Step, denoising_steps, refined_at_once, space_timesteps
+from dall3.diffusion.denoising import Guide, Refinement, Step, denoising_steps, refined_at_once, space_timesteps
+from dall3.diffusion.guidance import clip_loss, cut_out, draw_cutouts, guided, with_penalties
 from dall3.errors import require
-from dall3.fetching import fetch_set, find_weights
-from dall3.guidance import clip_loss, cut_out, draw_cutouts, guided, with_penalties
 from dall3.models.clip import CLIP, PromptTokenizer
 from dall3.models.discrete_vae import DiscreteVAE, OpenAIDiscreteVAE
 from dall3.models.layout import lay_out
@@ -39,8 +36,8 @@ from dall3.models.transformer import DalleTransformer
 from dall3.models.unet import UNet
 from dall3.models.vqgan import VQModel
 from dall3.output import Dall3Output, Preview, to_pil, to_tensor
-from dall3.registry import WeightsSet
-from dall3.sampling import (
+from dall3.text import TextEncoder, Tokenizer, load_tokenizer, tokenizer_json
+from dall3.tokens.sampling import (
     Sampling,
     batches_that_fit,
     candidate_uniforms,
@@ -50,9 +47,11 @@ from dall3.sampling import (
     image_token_steps,
     make_generator,
 )
-from dall3.speculative import speculative_token_steps
-from dall3.text import TextEncoder, Tokenizer, load_tokenizer, tokenizer_json
-from dall3.weights import (
+from dall3.tokens.speculative import speculative_token_steps
+from dall3.weights import checkpoints
+from dall3.weights.checkpoints import PathLike
+from dall3.weights.fetching import fetch_set, find_weights
+from dall3.weights.folder import (
     BUNDLED,
     PARTS,
     Origin,
@@ -63,6 +62,7 @@ from dall3.weights import (
     read_origins,
     save_folder,
 )
+from dall3.weights.registry import WeightsSet
 
 Weighted = Sequence[tuple[Any, float]]  # texts or pictures, and how much each counts
 

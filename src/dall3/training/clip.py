@@ -22,7 +22,7 @@ from dall3.output import make_grid, to_pil
 from dall3.scenes.captions import with_articles
 from dall3.text import Tokenizer
 from dall3.training.loop import Task, seed_of
-from dall3.weights import save_part
+from dall3.weights.folder import save_part
 
 
 @dataclass(frozen=True)

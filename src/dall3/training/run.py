@@ -20,7 +20,6 @@ from dall3.models.clip import CLIP, CLIPConfig
 from dall3.models.transformer import TransformerConfig
 from dall3.models.unet import UNetConfig
 from dall3.models.vqgan import VQGANConfig, VQModel
-from dall3.registry import read_toml
 from dall3.text import TextEncoder, Tokenizer, load_tokenizer
 from dall3.training.clip import CLIPTask, CLIPTraining
 from dall3.training.data import Mixture
@@ -29,7 +28,8 @@ from dall3.training.tokenizer import draw_captions, train_tokenizer
 from dall3.training.transformer import TransformerTask, TransformerTraining
 from dall3.training.upsampler import UpsamplerTask, UpsamplerTraining
 from dall3.training.vqgan import VQGANTask, VQGANTraining
-from dall3.weights import TOKENIZER, from_json, load_part
+from dall3.weights.folder import TOKENIZER, from_json, load_part
+from dall3.weights.registry import read_toml
 
 SETTINGS = Path(__file__).parent / "settings"  # those of the bundled weights
 

@@ -18,7 +18,7 @@ from dall3.models.clip import CLIP
 from dall3.models.vqgan import GumbelVQ, VQGANConfig
 from dall3.output import make_grid, to_pil
 from dall3.training.loop import Task, TrainingConfig
-from dall3.weights import save_part
+from dall3.weights.folder import save_part
 
 
 @dataclass(frozen=True)

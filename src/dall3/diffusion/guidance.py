@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dall3.diffusion import GaussianDiffusion, Predict, Prediction, steps_like
+from dall3.diffusion.denoising import GaussianDiffusion, Predict, Prediction, steps_like
 from dall3.models.clip import CLIP
 
 

@@ -16,7 +16,7 @@ PathLike = str | Path
 PART_NAMES = ("tokenizer", "transformer", "vqgan", "clip", "upsampler", "super_resolution")
 RESERVED = ("hub", "open_clip")  # folders of the cache that are not sets
 MOST_BYTES = 1 << 20  # of a file of settings
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # a folder or a file of the cache, and never one outside of it
 SHA256 = re.compile(r"[0-9a-f]{64}")
 

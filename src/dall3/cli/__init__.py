@@ -233,12 +233,12 @@ def folder_of(prompt: str, args: argparse.Namespace) -> Path:
 
 
 def generate(args: argparse.Namespace) -> None:
-    from dall3.diffusion import Refinement
+    from dall3.diffusion.denoising import Refinement
     from dall3.errors import require
     from dall3.models.vqgan import VQModel
     from dall3.output import File, check_free, write_files
     from dall3.pipeline import Dall3Pipeline, choose_seed
-    from dall3.sampling import Sampling, check_counts
+    from dall3.tokens.sampling import Sampling, check_counts
 
     candidates = args.num_images if args.num_candidates is None else args.num_candidates
     prompts = (args.text or args.prompt or "").lower().split("|")
@@ -342,8 +342,8 @@ def batch(args: argparse.Namespace) -> None:
 
 
 def weights(args: argparse.Namespace) -> None:
-    from dall3.fetching import check_here, fetch_set, files_of, remove_set
-    from dall3.registry import find_set, read_registry
+    from dall3.weights.fetching import check_here, fetch_set, files_of, remove_set
+    from dall3.weights.registry import find_set, read_registry
 
     known = read_registry(args.registry)
     chosen = list(known.values()) if args.name is None else [find_set(args.name, args.registry)]
@@ -371,7 +371,7 @@ def weights(args: argparse.Namespace) -> None:
 
 def weights_table(sets: list[Any]) -> str:
     """A line a part: set, part, size, licence, and whether it is here."""
-    from dall3.fetching import files_of, home
+    from dall3.weights.fetching import files_of, home
 
     rows = [("set", "part", "size", "licence", "here")]
     for one in sets:
@@ -404,7 +404,7 @@ def convert(args: argparse.Namespace) -> None:
 
     from dall3.errors import require
     from dall3.pipeline import Dall3Pipeline
-    from dall3.weights import check_empty
+    from dall3.weights.folder import check_empty
 
     check_empty(Path(args.out))  # before anything is fetched or loaded
     files = {
@@ -427,13 +427,13 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def upsample(args: argparse.Namespace) -> None:
-    from dall3.checkpoints import load_vae
-    from dall3.diffusion import Refinement
+    from dall3.diffusion.denoising import Refinement
     from dall3.errors import require
     from dall3.models.discrete_vae import DiscreteVAE
     from dall3.output import check_free, to_pil, write_files
     from dall3.pipeline import Dall3Pipeline, choose_seed, parse_prompts
-    from dall3.sampling import check_counts
+    from dall3.tokens.sampling import check_counts
+    from dall3.weights.checkpoints import load_vae
 
     check_counts(num_batches=args.num_batches, batch_size=args.batch_size, stop_at=args.stop_at)
     settings = refinement(args, stop_at=args.stop_at + 2)  # sample.py takes two more before it looks
@@ -491,7 +491,7 @@ def web(args: argparse.Namespace) -> None:
     except ImportError as error:
         raise ValueError(f"dall3 web needs {error.name}; run pip install 'dall3[web]'") from None
     from dall3.pipeline import Dall3Pipeline
-    from dall3.sampling import check_counts
+    from dall3.tokens.sampling import check_counts
 
     limits = {name: getattr(args, f"max_{name}") for name in ("images", "candidates", "steps")}
     check_counts(port=args.port, **limits)
@@ -507,8 +507,8 @@ def scenes(args: argparse.Namespace) -> None:
     from tqdm.auto import tqdm
 
     from dall3.output import check_free
-    from dall3.sampling import check_counts
     from dall3.scenes.sheet import write_contact_sheet
+    from dall3.tokens.sampling import check_counts
 
     out, size = Path(args.out or {"sheet": "sheet.png", "render": "scenes"}[args.what]), args.size
     check_counts(count=args.count, size=128 if size is None else size)

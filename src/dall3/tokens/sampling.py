@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dall3.cuda_graph import CudaGraph
 from dall3.errors import require
 from dall3.models.attention import LayerCache
 from dall3.models.packed import QUANTIZATIONS, prepare
 from dall3.models.transformer import DalleTransformer
+from dall3.tokens.cuda_graph import CudaGraph
 
 # Of candidates at a time (each counts twice with cond_scale), up to which a GPU waits for Python more than for itself:
 # an H100 drew 256 tokens (dim 512, depth 12) of 1 and of 8 in 1.42 and 1.45 s, with recorded steps in 0.38 and 0.49 s.
@@ -113,7 +113,7 @@ class Sampling:
     without the text to those with it (classifier-free guidance, as DALLE-pytorch 1.6); 1 for the text's own.
     quantize: "int8" for weights of eight bits, on a CPU: faster for a few candidates at a time, and near the same
     distribution. jacobi_window: draw so many tokens at a time by speculative Jacobi decoding, one candidate after the
-    other (`dall3.speculative`): other tokens for a seed, of the same distribution, faster for a few candidates.
+    other (`dall3.tokens.speculative`): other tokens for a seed, of the same distribution, faster for a few candidates.
     """
 
     temperature: float = 1.0

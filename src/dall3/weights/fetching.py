@@ -24,7 +24,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from dall3.errors import FetchError
-from dall3.registry import NAME, File, Part, Place, WeightsSet, no_such_set, read_registry
+from dall3.weights.registry import NAME, File, Part, Place, WeightsSet, no_such_set, read_registry
 
 ATTEMPTS = 5  # at one place
 TIMEOUT = (10.0, 30.0)  # seconds to connect, and between two pieces
@@ -462,9 +462,18 @@ def look_at(path: Path, wanted: Wanted) -> None:
 
     Raises ValueError where it is not.
     """
-    from dall3.archive import CheckpointError, read_archive
-    from dall3.checkpoints import DALLE, DVAE, OPENAI_CLIP, UNET, VQGAN, read_flags, read_state, read_taming_config
     from dall3.text import load_tokenizer
+    from dall3.weights.archive import CheckpointError, read_archive
+    from dall3.weights.checkpoints import (
+        DALLE,
+        DVAE,
+        OPENAI_CLIP,
+        UNET,
+        VQGAN,
+        read_flags,
+        read_state,
+        read_taming_config,
+    )
 
     kinds = {"transformer": (DALLE,), "vqgan": (VQGAN, DVAE), "clip": (OPENAI_CLIP,)}
     suffix, part = Path(wanted.file.name).suffix, wanted.part

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dall3.models.packed import prepare
 from dall3.models.transformer import DalleTransformer
-from dall3.sampling import Sampling, run_text
+from dall3.tokens.sampling import Sampling, run_text
 
 
 def draw(weights: Tensor, generator: torch.Generator) -> Tensor:

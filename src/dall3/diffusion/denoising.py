@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from dall3.errors import require
 from dall3.models.layout import lay_out
 from dall3.models.unet import DiffusionConfig, UNet
-from dall3.sampling import check_counts
+from dall3.tokens.sampling import check_counts
 
 
 @dataclass

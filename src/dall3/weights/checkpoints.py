@@ -17,16 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dall3.archive import CheckpointError, Placeholder, module_tensors, one_line, read_archive
 from dall3.errors import FetchError
-from dall3.fetching import home, offline
 from dall3.models.attention import sparse_pattern
 from dall3.models.clip import CLIP, TEXT, VISION, CLIPConfig
 from dall3.models.discrete_vae import DiscreteVAE, DiscreteVAEConfig, OpenAIDiscreteVAE, OpenAIDiscreteVAEConfig
 from dall3.models.transformer import DalleTransformer, TransformerConfig
 from dall3.models.unet import DiffusionConfig, UNet, UNetConfig
 from dall3.models.vqgan import GumbelVQ, VQGANConfig, VQModel
-from dall3.registry import PathLike, read_settings_text
+from dall3.weights.archive import CheckpointError, Placeholder, module_tensors, one_line, read_archive
+from dall3.weights.fetching import home, offline
+from dall3.weights.registry import PathLike, read_settings_text
 
 State = dict[str, Tensor]
 Model = TypeVar("Model", bound=nn.Module)

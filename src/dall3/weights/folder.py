@@ -18,23 +18,23 @@ from typing import Any
 
 import torch
 
-from dall3.archive import CheckpointError, one_line
-from dall3.checkpoints import PathLike, fill, load_clip, load_transformer, load_unet, load_vae, without_weights
-from dall3.diffusion import Refinement
+from dall3.diffusion.denoising import Refinement
 from dall3.errors import require
 from dall3.models.clip import CLIP, CLIPConfig
 from dall3.models.discrete_vae import DiscreteVAE, DiscreteVAEConfig, OpenAIDiscreteVAE, OpenAIDiscreteVAEConfig
 from dall3.models.transformer import DalleTransformer, TransformerConfig
 from dall3.models.unet import DiffusionConfig, UNet, UNetConfig
 from dall3.models.vqgan import GumbelVQ, VQGANConfig, VQModel
-from dall3.registry import PART_NAMES, read_settings_text
-from dall3.sampling import Sampling
 from dall3.text import Tokenizer, load_tokenizer, tokenizer_json
+from dall3.tokens.sampling import Sampling
+from dall3.weights.archive import CheckpointError, one_line
+from dall3.weights.checkpoints import PathLike, fill, load_clip, load_transformer, load_unet, load_vae, without_weights
+from dall3.weights.registry import PART_NAMES, read_settings_text
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
 DEFAULTS = "generation_config.json"
 PARTS = PART_NAMES[1:]  # the tokenizer is a file, not a model
-BUNDLED = Path(__file__).parent / "mini"
+BUNDLED = Path(__file__).parents[1] / "mini"
 MODELS: dict[str, tuple[Any, Any]] = {
     "DalleTransformer": (DalleTransformer, TransformerConfig),
     "GumbelVQ": (GumbelVQ, VQGANConfig),
