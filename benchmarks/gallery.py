@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from dall3 import Dall3Pipeline
-from dall3.output import make_grid, to_pil
+from dall3.images import make_grid, to_pil
 from dall3.scenes import describe, random_scene
 
 HEADLINE = ("a cube made of cloud", "a cube made of water", "a cube made of porcupine", "an avocado")

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from dall3 import Dall3Pipeline
-from dall3.output import make_grid, to_pil
+from dall3.images import make_grid, to_pil
 
 PROMPTS = ("a cube made of cloud", "a golden torus", "a red apple on a blue background")
 SIDE, GAP, TOP = 160, 4, 20

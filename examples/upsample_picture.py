@@ -5,7 +5,7 @@ import sys
 from PIL import Image
 
 from dall3 import Dall3Pipeline
-from dall3.output import to_pil
+from dall3.images import to_pil
 
 path, prompt = sys.argv[1], " ".join(sys.argv[2:])
 pipe = Dall3Pipeline.from_pretrained()

@@ -14,8 +14,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from dall3 import CheckpointError, Dall3Output, Dall3Pipeline, StopGeneration
+from dall3.images import to_pil
 from dall3.models.unet import UNet, UNetConfig
-from dall3.output import to_pil
 from dall3.pipeline import parse_prompts
 from dall3.tokens import sampling
 
@@ -411,12 +411,12 @@ def test_tokens_of_another_shape_or_vocabulary_are_refused(pipe, tokens, words):
 @pytest.mark.parametrize(
     ("image", "words"),
     [
-        (torch.zeros(3, 64, 64), r"float32 \(3, 64, 64\); expected float \(n, 3, height, width\)"),
+        (torch.zeros(64, 64), r"float32 \(64, 64\); expected float in \[0, 1\] or uint8, \(n, 3, height, width\)"),
         (torch.zeros(1, 4, 64, 64), r"\(1, 4, 64, 64\)"),
-        (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "uint8"),
+        (torch.zeros(1, 3, 64, 64, dtype=torch.int64), "int64"),
         (torch.full((1, 3, 64, 64), 2.0), r"run from 2 to 2; expected values in \[0, 1\]"),
         ([Image.new("RGB", (8, 8)), Image.new("RGB", (9, 9))], "several sizes"),
-        ("picture.png", "expected PIL pictures or a tensor, not str"),
+        (5, "expected a picture .*, not int"),
     ],
 )
 def test_pictures_of_another_shape_are_refused(pipe, image, words):
@@ -714,7 +714,7 @@ def test_a_picture_primes_the_first_rows_and_a_rectangle_is_drawn_anew(pipe):
         (dict(redraw=(8, 8, 9, 1), init_image=torch.zeros(256, dtype=torch.int64)), "does not lie on the 16×16"),
         (dict(redraw=(8, 8), init_image=torch.zeros(256, dtype=torch.int64)), "expected .top, left, height, width."),
         (dict(init_image=torch.zeros(64, dtype=torch.int64)), r"init_image has tokens \(1, 64\); expected \(256,\)"),
-        (dict(init_image="a.png"), "expected PIL pictures or a tensor, not str"),
+        (dict(init_image=5), "expected a picture .*, not int"),
     ],
 )
 def test_what_cannot_stay_is_said(pipe, monkeypatch, settings, words):

@@ -23,10 +23,10 @@ from PIL import Image
 from dall3 import Dall3Pipeline
 from dall3.cli import main
 from dall3.diffusion.denoising import GaussianDiffusion
+from dall3.images import enlarge
 from dall3.models.transformer import TransformerConfig
 from dall3.models.unet import DiffusionConfig, UNetConfig
 from dall3.models.vqgan import GumbelVQ, VQGANConfig
-from dall3.pipeline import enlarge
 from dall3.scenes import is_held_out, random_scene, render
 from dall3.scenes.emoji import Emoji, draw_emoji, emoji_caption, list_emoji, random_emoji_picture
 from dall3.text import load_tokenizer

@@ -1,15 +1,20 @@
 """The page in the browser: its handlers, and the page itself, driven in Chromium."""
 
+import json
 import shutil
 import threading
 import time
 
 import gradio as gr
 import pytest
+import requests
+import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from dall3 import Dall3Output, Dall3Pipeline
 from dall3.cli import main
+from dall3.output import RECIPE
 from dall3.web import Limits, make_page, open_picture, serve
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -82,9 +87,130 @@ def test_a_picture_made_here_fills_the_fields_and_can_be_varied(page, pipe, tmp_
     settings = dict(num_candidates=3, seed=5, num_inference_steps=5, clip_guidance_scale=0.0, progress=False)
     pipe("a blue cube", 1, **settings).save(tmp_path)
     fields = handler(page, "read_recipe")(str(tmp_path / "0.png"))
-    assert fields == ("a blue cube", 5, 1, 3, 5, 0.0)
+    assert fields == ["a blue cube", 5, 1, 3, 5, 0.0]
     *_, (_, _, gallery, _) = handler(page, "draw")(*fields, str(tmp_path / "0.png"), 0.05)
     assert len(gallery["value"]) == 2
+
+
+GOOD = {"num_images": 1, "num_candidates": 3, "seed": 5, "num_inference_steps": 5, "clip_guidance_scale": 0.0}
+
+
+def recipe_with(folder, recipe):
+    """The path of a PNG that holds a stranger's recipe."""
+    about = PngInfo()
+    about.add_itxt(RECIPE, recipe if isinstance(recipe, str) else json.dumps(recipe))
+    Image.new("RGB", (8, 8)).save(folder / "theirs.png", pnginfo=about)
+    return str(folder / "theirs.png")
+
+
+def whole(settings=GOOD):
+    one = [Image.new("RGB", (8, 8))]
+    out = Dall3Output("a cube", one, one, torch.zeros(1, 4).long(), torch.tensor([0.5]), torch.arange(1), settings)
+    return out.recipe(0)
+
+
+@pytest.mark.parametrize("odd", [None, "x", "10,10,5", -1, 1.5, 1e300, 10**30, True, [1], {"a": 1}, "\ud800", "<b>"])
+def test_whatever_a_strangers_recipe_holds_is_shown_or_refused(page, tmp_path, odd):
+    recipes = [whole() | {name: odd} for name in whole()]
+    recipes += [whole(GOOD | {name: odd}) for name in GOOD] + [json.dumps(odd), [whole()], "{", "[" * 10**5]
+    for recipe in recipes:
+        try:
+            fields = handler(page, "read_recipe")(recipe_with(tmp_path, recipe))
+        except gr.Error as error:
+            words = error.message
+            assert words.startswith(("theirs.png: its recipe is damaged", "the recipe", "steps ")) and "<" not in words
+            continue
+        prompt, *numbers = fields
+        json.dumps(prompt, ensure_ascii=False).encode()
+        for number, most in zip(numbers, (2**53 - 1, 2, 4, 10, 5000), strict=True):
+            assert number == gr.update() or (type(number) in (int, float) and 0 <= number <= most)
+
+
+def test_a_recipe_without_a_seed_is_refused_and_other_fields_stay(page, tmp_path):
+    with pytest.raises(gr.Error, match="the recipe has no seed"):
+        handler(page, "read_recipe")(recipe_with(tmp_path, whole({"num_images": 1})))
+    fields = handler(page, "read_recipe")(recipe_with(tmp_path, whole({"seed": 9})))
+    assert fields == ["a cube", 9, *[gr.update()] * 4]
+    with pytest.raises(gr.Error, match=r"seed is '9007199254740992'; expected a whole number in \[0, "):
+        handler(page, "read_recipe")(recipe_with(tmp_path, whole({"seed": 2**53})))
+
+
+def test_the_unequal_steps_of_some_weights_are_kept_until_they_are_changed(pipe, tmp_path):
+    given = []
+
+    class Asked:
+        defaults = {"num_inference_steps": "10,10,5", "clip_guidance_scale": 9000}
+
+        def __getattr__(self, name):
+            return getattr(pipe, name)
+
+        def stream(self, *args, **settings):
+            given.append(settings)
+            return iter(())
+
+    page = make_page(Asked(), Limits())
+    steps, guidance = (
+        next(block for block in page.blocks.values() if getattr(block, "label", "") == label)
+        for label in ("Denoising steps", "CLIP guidance")
+    )
+    assert steps.value == 25 and guidance.value == 9000 <= guidance.maximum
+    for number in (25, 20):
+        list(handler(page, "draw")("a cube", 0, 1, 1, number, 0, None, 0.5))
+    assert "num_inference_steps" not in given[0] and given[1]["num_inference_steps"] == 20
+    fields = handler(page, "read_recipe")(recipe_with(tmp_path, whole(GOOD | {"num_inference_steps": "10,10,5"})))
+    assert fields[4] == 25
+    with pytest.warns(UserWarning, match="spaces its denoising steps unevenly"):
+        fields = handler(page, "read_recipe")(recipe_with(tmp_path, whole(GOOD | {"num_inference_steps": "ddim20"})))
+    assert fields[4] == gr.update()
+
+
+@pytest.mark.parametrize("odd", [None, "x", float("nan"), float("inf"), [1]])
+def test_whatever_is_sent_in_place_of_a_number_is_refused(page, odd):
+    for place in range(1, 6):
+        values = ["a cube", 0, 1, 1, 2, 0, None, 0.5]
+        values[place] = odd
+        if (place, odd) == (1, None):
+            continue  # any seed
+        with pytest.raises(gr.Error):
+            next(handler(page, "draw")(*values))
+
+
+def test_only_what_was_uploaded_is_read_and_nothing_is_fetched(pipe, tmp_path, monkeypatch):
+    fetched = []
+
+    async def fetch(address, *args, **kwargs):
+        fetched.append(address)
+        raise ValueError("fetched")
+
+    for name in ("async_ssrf_protected_download", "ssrf_protected_download"):
+        monkeypatch.setattr(f"gradio.processing_utils.{name}", fetch)
+    address = serve(pipe, port=None, block=False).rstrip("/") + "/gradio_api"
+
+    def ask(name, *data):
+        event = requests.post(f"{address}/call/{name}", json={"data": data}, timeout=60).json()["event_id"]
+        return requests.get(f"{address}/call/{name}/{event}", timeout=60).text
+
+    def file(path):
+        return {"path": str(path), "meta": {"_type": "gradio.FileData"}}
+
+    try:
+        path = recipe_with(tmp_path, whole())
+        with open(path, "rb") as content:
+            (uploaded,) = requests.post(f"{address}/upload", files={"files": content}, timeout=60).json()
+        assert '"a cube", 5, 1, 3, 5, 0.0' in ask("read_recipe", file(uploaded))
+        for other in (path, "http://127.0.0.1:1/a.png", "https://example.com/a.png", uploaded + "/../x", "/etc/passwd"):
+            for said in (
+                ask("read_recipe", file(other)),
+                ask("draw", file(other), 0, 1, 1, 2, 0, None, 0.5),
+                ask("draw", "a cube", 0, 1, 1, 2, 0, [{"a": file(other)}], 0.5),
+            ):
+                assert "event: error" in said and "not uploaded to this page" in said
+        for route in ("file=", "proxy="):
+            answer = requests.get(f"{address}/{route}http://example.com/a.png", timeout=60)
+            assert answer.status_code == 403 and answer.text == "this page fetches nothing"
+        assert fetched == []
+    finally:
+        gr.close_all(verbose=False)
 
 
 def test_a_missing_gradio_and_a_wrong_limit_are_said(monkeypatch, capsys):

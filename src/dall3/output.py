@@ -1,63 +1,30 @@
-"""Dall3Output: the pictures of one prompt and everything that made them."""
+"""Dall3Output: the images of one prompt, the settings that made them, and their files."""
 
 from __future__ import annotations
 
 import io
 import json
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from dall3.errors import require
+from dall3.images import make_grid, open_image, to_rgb
 
 File = str | np.ndarray | Image.Image
 RECIPE = "dall3"  # the text chunk of a PNG that holds, as JSON, what made it
 CAPTION_HEIGHT = 18  # pixels
-
-
-def to_pil(images: Tensor) -> list[Image.Image]:
-    """Pictures, float (n, 3, height, width) in [0, 1], as PIL's."""
-    array = (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(picture) for picture in array]
-
-
-def to_tensor(images: Any) -> Tensor:
-    """A picture or pictures, PIL's or float (n, 3, height, width) in [0, 1], as such a tensor.
-
-    Raises ValueError for anything else, for pictures of several sizes, and for values outside the range.
-    """
-    if isinstance(images, Image.Image):
-        images = [images]
-    if isinstance(images, list | tuple) and images and all(isinstance(image, Image.Image) for image in images):
-        sizes = {image.size for image in images}
-        require(len(sizes) == 1, f"the pictures have several sizes, {sorted(sizes)}; give them one by one")
-        images = torch.stack([torch.from_numpy(np.array(image.convert("RGB"))) for image in images])
-        return images.permute(0, 3, 1, 2).float() / 255
-    require(isinstance(images, Tensor), f"expected PIL pictures or a tensor, not {type(images).__name__}")
-    shape, kind = tuple(images.shape), str(images.dtype).removeprefix("torch.")
-    fits = len(shape) == 4 and shape[1] == 3 and 0 not in shape and images.is_floating_point()
-    require(fits, f"pictures are {kind} {shape}; expected float (n, 3, height, width) in [0, 1]")
-    low, high = (float(bound) for bound in images.aminmax())
-    require(low >= 0 and high <= 1, f"pictures run from {low:.3g} to {high:.3g}; expected values in [0, 1]")
-    return images.float()
-
-
-def make_grid(rows: list[list[Image.Image]], side: int, gap: int = 4) -> Image.Image:
-    """Rows of pictures, each enlarged or reduced to `side` pixels, on white."""
-    width = max(len(row) for row in rows) * (side + gap) - gap
-    grid = Image.new("RGB", (width, len(rows) * (side + gap) - gap), "white")
-    for y, row in enumerate(rows):
-        for x, image in enumerate(row):
-            grid.paste(image.resize((side, side), Image.Resampling.BICUBIC), (x * (side + gap), y * (side + gap)))
-    return grid
 
 
 def check_free(folder: Path, names: Iterable[str]) -> None:
@@ -68,21 +35,53 @@ def check_free(folder: Path, names: Iterable[str]) -> None:
 
 
 def write_files(folder: Path, files: dict[str, File], overwrite: bool) -> Path:
-    """Write texts, arrays (.npy) and pictures by name into a folder, made if need be, and return its path.
+    """Write texts, arrays (.npy) and images by name into a folder, which is created if needed, and return its path.
 
-    Raises FileExistsError if one of them is there already, before it writes any, unless `overwrite`.
+    After an error while writing, such as a full disk, the folder is as it was before.
+
+    Raises FileExistsError if one of the files exists, before it writes any, unless `overwrite`.
     """
     if not overwrite:
         check_free(folder, files)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        if isinstance(content, str):
-            (folder / name).write_text(content, encoding="utf-8")
-        elif isinstance(content, np.ndarray):
-            np.save(folder / name, content)
-        else:
-            content.save(folder / name, pnginfo=png_text(content))  # which formats other than PNG leave out
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as aside:
+            for name, content in files.items():
+                write_file(Path(aside) / name, content)
+            for name in files:
+                os.replace(Path(aside) / name, folder / name)
+    except BaseException:
+        for path in created:
+            with suppress(OSError):
+                path.rmdir()
+        raise
     return folder
+
+
+def write_file(path: Path, content: File) -> None:
+    if isinstance(content, str):
+        path.write_text(content, encoding="utf-8")
+    elif isinstance(content, np.ndarray):
+        np.save(path, content)
+    else:
+        content.save(path, pnginfo=png_text(content))  # which formats other than PNG leave out
+
+
+def read_tokens(path: str | Path) -> Tensor:
+    """Image tokens from a .npy file, as `Dall3Output.save` writes it: int64 (1, image tokens).
+
+    Raises ValueError for any other file, and OSError for one that cannot be opened.
+    """
+    with open(path, "rb") as file:
+        try:
+            tokens = np.lib.format.read_array(file, allow_pickle=False)
+        except Exception as error:  # of many types where the header is damaged, MemoryError where its shape is
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise ValueError(f"{path}: not a .npy of image tokens ({reason})") from None
+    fits = tokens.dtype.kind in "iu" and tokens.ndim > 0 and 0 < tokens.size == tokens.shape[-1]
+    require(fits, f"{path}: holds {tokens.dtype} {tokens.shape}; expected int64 (256,)")
+    return torch.from_numpy(tokens.astype(np.int64)).reshape(1, -1)
 
 
 def png_text(image: Image.Image) -> PngInfo:
@@ -92,6 +91,21 @@ def png_text(image: Image.Image) -> PngInfo:
         if key in (RECIPE, "Description"):
             text.add_itxt(key, value)
     return text
+
+
+def check_recipe(recipe: Any) -> dict[str, Any]:
+    """A recipe as it is. Raises ValueError for one without the fields of `Dall3Output.recipe` or of other types."""
+    require(isinstance(recipe, dict), f"a {type(recipe).__name__}; expected an object")
+    prompt, settings, tokens, score = (recipe.get(name) for name in ("prompt", "settings", "tokens", "clip_score"))
+    require(isinstance(prompt, str), "the prompt is no text")
+    prompt.encode()  # half a surrogate pair is a UnicodeEncodeError, which is a ValueError
+    require(isinstance(settings, dict), "the settings are no object")
+    whole = isinstance(tokens, list) and all(type(token) is int for token in tokens)
+    require(whole, "the tokens are no list of whole numbers")
+    require(score is None or type(score) in (int, float), "the clip_score is no number")
+    for name in ("candidate", "place"):
+        require(type(recipe.get(name)) is int and recipe[name] >= 0, f"the {name} is no whole number from 0")
+    return recipe
 
 
 @dataclass
@@ -140,7 +154,7 @@ def png_bytes(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class Dall3Output:
     """What `Dall3Pipeline` returns for a prompt: `num_images` results, best first where CLIP ranked them.
 
@@ -167,6 +181,18 @@ class Dall3Output:
     def __repr__(self) -> str:
         size = "×".join(str(side) for image in self.images[:1] for side in image.size)
         return f"Dall3Output({self.prompt!r}, {len(self)} of {size}: {'; '.join(self.captions())})"
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both hold the same images, tokens, scores and settings of the same prompt."""
+        if not isinstance(other, Dall3Output):
+            return NotImplemented
+        return self._contents() == other._contents()
+
+    def _contents(self) -> tuple[Any, ...]:
+        scores = None if self.clip_scores is None else self.clip_scores.tolist()
+        settings = {"places": list(range(len(self)))} | self.settings
+        images = [self.images, self.coarse_images]
+        return self.prompt, images, self.tokens.tolist(), scores, self.candidates.tolist(), settings
 
     def __len__(self) -> int:
         return len(self.images)
@@ -236,28 +262,26 @@ class Dall3Output:
 
         Raises ValueError for a file that is no picture or carries no recipe, FileNotFoundError for none.
         """
-        try:
-            with Image.open(path) as picture:
-                image, text = picture.convert("RGB"), picture.info.get(RECIPE)
-        except UnidentifiedImageError:
-            raise ValueError(f"{path}: not a picture that Pillow can read") from None
+        picture = open_image(path)
+        text = picture.info.get(RECIPE)
         if not isinstance(text, str):
             raise ValueError(f"{path}: carries no recipe; expected a PNG that dall3 saved")
-        image.info = {}
+        image = to_rgb(picture, str(path))
         try:
-            recipe = json.loads(text)
+            recipe = check_recipe(json.loads(text))
             score = recipe["clip_score"]
             return cls(
-                prompt=str(recipe["prompt"]),
+                prompt=recipe["prompt"],
                 images=[image],
                 coarse_images=[],
                 tokens=torch.tensor([recipe["tokens"]], dtype=torch.int64),
                 clip_scores=None if score is None else torch.tensor([float(score)]),
-                candidates=torch.tensor([int(recipe["candidate"])]),
-                settings=dict(recipe["settings"]) | {"places": [int(recipe["place"])]},
+                candidates=torch.tensor([recipe["candidate"]]),
+                settings=recipe["settings"] | {"places": [recipe["place"]]},
             )
-        except (ValueError, TypeError, KeyError, RecursionError, OverflowError, RuntimeError) as error:
-            raise ValueError(f"{path}: its recipe is damaged ({type(error).__name__}: {error})") from None
+        except (ValueError, KeyError, RecursionError, OverflowError, RuntimeError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise ValueError(f"{path}: its recipe is damaged ({reason})") from None
 
     def grid(self, captions: bool = False) -> Image.Image:
         """One picture of all: before diffusion above, after diffusion below; with `captions` under them."""

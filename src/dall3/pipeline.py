@@ -29,13 +29,14 @@ from tqdm.auto import tqdm
 from dall3.diffusion.denoising import Guide, Refinement, Step, denoising_steps, refined_at_once, space_timesteps
 from dall3.diffusion.guidance import clip_loss, cut_out, draw_cutouts, guided, with_penalties
 from dall3.errors import require
+from dall3.images import center_crop, enlarge, to_pil, to_tensor
 from dall3.models.clip import CLIP, PromptTokenizer
 from dall3.models.discrete_vae import DiscreteVAE, OpenAIDiscreteVAE
 from dall3.models.layout import lay_out
 from dall3.models.transformer import DalleTransformer
 from dall3.models.unet import UNet
 from dall3.models.vqgan import VQModel
-from dall3.output import Dall3Output, Preview, to_pil, to_tensor
+from dall3.output import Dall3Output, Preview
 from dall3.text import TextEncoder, Tokenizer, load_tokenizer, tokenizer_json
 from dall3.tokens.sampling import (
     Sampling,
@@ -1020,6 +1021,7 @@ class Dall3Pipeline:
         square = len(shape) == 2 and math.isqrt(shape[1]) ** 2 == shape[1] and tokens.numel() > 0
         kind = str(tokens.dtype).removeprefix("torch.")
         require(square and "int" in kind, f"tokens are {kind} {shape}; expected int64 (n, side²), such as (n, 256)")
+        tokens = tokens.to(torch.int64)  # torch compares no uint16
         low, high = (int(bound) for bound in tokens.aminmax())
         require(low >= 0 and high < codes, f"tokens run from {low} to {high}; this vqgan has codes 0 to {codes - 1}")
         return tokens.to(self.device, torch.int64)
@@ -1146,19 +1148,6 @@ def parse_prompts(text: str) -> list[tuple[str, float]]:
             prompts.append((part.strip(), 1.0))
     require(all(prompt for prompt, _ in prompts), f"an empty prompt in {text!r}; expected text around every '|'")
     return prompts
-
-
-def enlarge(images: Tensor, side: int) -> Tensor:
-    """Square pictures (n, 3, …) in [0, 1], bicubic to `side` pixels."""
-    return F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
-
-
-def center_crop(images: Tensor) -> Tensor:
-    """The middle square of pictures (n, 3, height, width)."""
-    height, width = images.shape[-2:]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    return images[..., top : top + side, left : left + side]
 
 
 def choose_seed(seed: int | None, generator: torch.Generator | None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,13 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from dall3.diffusion.denoising import space_timesteps
 from dall3.errors import require
-from dall3.output import Dall3Output, Preview, make_grid
+from dall3.images import make_grid, read_picture
+from dall3.output import Dall3Output, Preview
 from dall3.pipeline import Dall3Pipeline
 
 UPLOAD = "8mb"
+LARGEST_SEED = 2**53 - 1  # a browser keeps no larger whole number
 THEME = gr.themes.Soft(
     primary_hue="slate",
     font=["system-ui", "sans-serif"],  # no font is fetched: the page works without a network
@@ -42,14 +49,69 @@ Update = tuple[Any, str, Any, Any]  # of the forming picture, the status, the ga
 
 
 def open_picture(path: str, limits: Limits) -> Image.Image:
-    """An uploaded picture. Raises ValueError for a file that is none, or is larger than `limits` allow."""
+    """Read an uploaded picture. Raises ValueError for a file that is none, or is larger than `limits` allow."""
     try:
-        with Image.open(path) as file:
-            fits = file.width * file.height <= limits.pixels
-            require(fits, f"the picture has {file.width}×{file.height} pixels; expected at most {limits.pixels:,}")
-            return file.convert("RGB")
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError):
-        raise ValueError("not a picture that can be read; expected a PNG, JPEG or WebP") from None
+        return read_picture(path, Path(path).name, limits.pixels)
+    except OSError as error:
+        raise ValueError(f"{Path(path).name}: {error.strerror}; upload it again") from None
+
+
+class Page(gr.Blocks):
+    """Blocks whose events accept only files that were uploaded to this page.
+
+    gradio itself accepts any path in its cache folder, which other programs share, and fetches an http address, in the
+    place of any input.
+    """
+
+    async def preprocess_data(self, block_fn: Any, inputs: list[Any], *args: Any, **kwargs: Any) -> Any:
+        """Raise gradio's Error, shown on the page, where an input names another file."""
+        if not paths_in(inputs) <= self.upload_file_set:
+            raise gr.Error("the file was not uploaded to this page", title="Upload it first", print_exception=False)
+        return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
+
+
+def paths_in(value: Any) -> set[str]:
+    """Every path that an event's inputs name, at any depth, in gradio's {"path": …}."""
+    if isinstance(value, dict):
+        named = {str(value["path"])} if value.get("path") else set()
+        return named.union(*map(paths_in, value.values()))
+    return set().union(*map(paths_in, value)) if isinstance(value, list) else set()
+
+
+class WithoutFetching:
+    """ASGI middleware that refuses gradio's routes that fetch an address for a visitor."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        fetches = any(route in scope.get("path", "").lower() for route in ("/file=http", "/proxy="))
+        app = PlainTextResponse("this page fetches nothing", status_code=403) if fetches else self.app
+        await app(scope, receive, send)
+
+
+# Keyword arguments of the FastAPI application that the page runs in: `app_kwargs` of gradio's launch and mounting.
+APP: dict[str, Any] = {"middleware": [Middleware(WithoutFetching)]}
+
+
+def refusal(error: object, title: str) -> gr.Error:
+    """An error to show on the page. gradio shows messages as HTML, and parts of this one may be a stranger's."""
+    return gr.Error(html.escape(str(error), quote=False), title=title, print_exception=False)
+
+
+def number_in(recipe: dict[str, Any], name: str, low: int, high: float, kind: type = int) -> int | float | None:
+    """A number of a recipe, None where it has none. Raises ValueError for other values, and those out of range."""
+    value = recipe.get(name)
+    if value is None:
+        return None
+    fits = type(value) in (int, kind) and low <= value <= high
+    number = "a whole number" if kind is int else "a number"
+    require(fits, f"the recipe's {name} is {str(value)[:40]!r}; expected {number} in [{low}, {high:,}]")
+    return value
+
+
+def limited(value: int | float | None, most: int) -> int | float | None:
+    return None if value is None else min(value, most)
 
 
 def status_of(preview: Preview) -> str:
@@ -74,8 +136,10 @@ def make_page(pipe: Dall3Pipeline, limits: Limits = Limits()) -> gr.Blocks:
     One visitor's picture is made at a time, the others wait in a queue. The cancel button and closing the tab end the
     work at its next step.
 
-    >>> type(make_page(Dall3Pipeline.from_pretrained())).__name__
-    'Blocks'
+    >>> isinstance(make_page(Dall3Pipeline.from_pretrained()), gr.Blocks)
+    True
+
+    Mounted, it fetches nothing for visitors where the application has the middleware of `APP`, too.
     """
 
     def shown(value: Any) -> Any:
@@ -93,18 +157,21 @@ def make_page(pipe: Dall3Pipeline, limits: Limits = Limits()) -> gr.Blocks:
         start: str | None,
         change: float,
     ) -> Iterator[Update]:
-        settings: dict[str, Any] = dict(num_candidates=int(candidates), seed=None if seed is None else int(seed))
-        settings |= dict(progress=False)
-        if pipe.upsampler is not None:
-            settings |= dict(num_inference_steps=int(steps), clip_guidance_scale=float(guidance))
         try:
-            require(bool(prompt.strip()), "the prompt is empty; say what to draw")
+            require(bool(prompt and prompt.strip()), "the prompt is empty; say what to draw")
             for name, value, most in (
                 ("pictures", images, limits.images),
                 ("candidates", candidates, limits.candidates),
                 ("steps", steps, limits.steps),
+                ("CLIP guidance", guidance, most_guidance),
             ):
                 require(value <= most, f"{value:g} {name}; this page allows up to {most}")
+            settings: dict[str, Any] = dict(num_candidates=int(candidates), seed=None if seed is None else int(seed))
+            settings |= dict(progress=False)
+            if refines:
+                settings |= dict(clip_guidance_scale=float(guidance))
+                if int(steps) != own_count or "num_inference_steps" not in own:
+                    settings |= dict(num_inference_steps=int(steps))
             if start:
                 settings |= dict(init_image=open_picture(start, limits), change=float(change))
             previews = pipe.stream(prompt.strip(), int(images), **settings)
@@ -115,34 +182,47 @@ def make_page(pipe: Dall3Pipeline, limits: Limits = Limits()) -> gr.Blocks:
                         yield gone, status_of(preview), shown(gallery), shown(files)
                     else:
                         yield shown(make_grid([preview.images], 256)), status_of(preview), gone, gone
-        except (ValueError, TypeError) as error:
-            raise gr.Error(str(error), title="That cannot be drawn", print_exception=False) from None
+        except (ValueError, TypeError, OverflowError) as error:
+            raise refusal(error, "That cannot be drawn") from None
 
-    def read_recipe(path: str) -> tuple[str, int, int, int, Any, Any]:
+    def read_recipe(path: str) -> list[Any]:
+        """Values for the fields, from the recipe in a PNG; a field that the recipe lacks stays as it is."""
         try:
             open_picture(path, limits)
             out = Dall3Output.load(path)
-        except ValueError as error:
-            words = str(error).replace(str(path), Path(path).name)
-            raise gr.Error(words, title="No recipe", print_exception=False) from None
-        how = out.settings
-        steps, scale = how.get("num_inference_steps"), how.get("clip_guidance_scale")
-        kept = [
-            min(int(how.get(name) or 1), most)
-            for name, most in (("num_images", limits.images), ("num_candidates", limits.candidates))
-        ]
-        return (
-            out.prompt,
-            int(how["seed"]),
-            kept[0],
-            kept[1],
-            min(steps, limits.steps) if isinstance(steps, int) else gr.update(),
-            scale if isinstance(scale, int | float) else gr.update(),
-        )
+            how = dict(out.settings)
+            if isinstance(how.get("num_inference_steps"), str):  # such as "10,10,5"
+                if how["num_inference_steps"] == own.get("num_inference_steps"):
+                    how["num_inference_steps"] = own_count
+                else:
+                    if pipe.upsampler is not None:
+                        space_timesteps(pipe.upsampler.config.diffusion.diffusion_steps, how["num_inference_steps"])
+                    gr.Warning("The recipe spaces its denoising steps unevenly, which this page cannot. They stay.")
+                    del how["num_inference_steps"]
+            seed = number_in(how, "seed", 0, LARGEST_SEED)
+            require(seed is not None, "the recipe has no seed")
+            counts = [
+                limited(number_in(how, name, 1, 2**20), most)
+                for name, most in (
+                    ("num_images", limits.images),
+                    ("num_candidates", limits.candidates),
+                    ("num_inference_steps", limits.steps),
+                )
+            ]
+            scale = number_in(how, "clip_guidance_scale", 0, most_guidance, float)
+        except (ValueError, OSError) as error:
+            raise refusal(str(error).replace(str(path), Path(path).name), "No recipe") from None
+        return [out.prompt, *(gr.update() if value is None else value for value in (seed, *counts, scale))]
 
-    own, refines = pipe.defaults, pipe.upsampler is not None
+    own, refines = dict(pipe.defaults), pipe.upsampler is not None
     guides = refines and pipe._clip is not None
-    with gr.Blocks(title="dall3", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+    own_steps = own.get("num_inference_steps", 25)
+    own_count = 25
+    if pipe.upsampler is not None:
+        own_count = len(space_timesteps(pipe.upsampler.config.diffusion.diffusion_steps, own_steps))
+    own_guidance = own.get("clip_guidance_scale", 1000)
+    most_guidance = max(5000, own_guidance)
+    with Page(title="dall3", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown("# dall3")
         with gr.Row(equal_height=False):
             with gr.Column(min_width=320):
@@ -157,17 +237,12 @@ def make_page(pipe: Dall3Pipeline, limits: Limits = Limits()) -> gr.Blocks:
                 seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, info="the same seed, the same pictures")
                 with gr.Accordion("More", open=False):
                     steps = gr.Slider(
-                        1,
-                        limits.steps,
-                        min(int(own.get("num_inference_steps", 25)), limits.steps),
-                        step=1,
-                        label="Denoising steps",
-                        visible=refines,
+                        1, limits.steps, min(own_count, limits.steps), step=1, label="Denoising steps", visible=refines
                     )
                     guidance = gr.Slider(
                         0,
-                        5000,
-                        own.get("clip_guidance_scale", 1000) if guides else 0,
+                        most_guidance,
+                        own_guidance if guides else 0,
                         step=50,
                         label="CLIP guidance",
                         info="how hard the refinement is pulled towards the prompt; 0 is fastest",
@@ -208,6 +283,7 @@ def serve(
     page = make_page(pipe, limits)
     how: dict[str, Any] = dict(server_name=host, server_port=port, share=False, quiet=True, show_error=True)
     how |= dict(max_file_size=UPLOAD, footer_links=[], theme=THEME, css=CSS, ssr_mode=False, run_history=False)
+    how |= dict(app_kwargs=APP)
     _, address, _ = page.launch(**how, prevent_thread_lock=True)
     if block:
         print(f"dall3 is at {address}", flush=True)

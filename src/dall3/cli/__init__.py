@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import re
 import sys
@@ -429,8 +428,9 @@ def convert(args: argparse.Namespace) -> None:
 def upsample(args: argparse.Namespace) -> None:
     from dall3.diffusion.denoising import Refinement
     from dall3.errors import require
+    from dall3.images import to_pil
     from dall3.models.discrete_vae import DiscreteVAE
-    from dall3.output import check_free, to_pil, write_files
+    from dall3.output import check_free, read_tokens, write_files
     from dall3.pipeline import Dall3Pipeline, choose_seed, parse_prompts
     from dall3.tokens.sampling import check_counts
     from dall3.weights.checkpoints import load_vae
@@ -541,34 +541,16 @@ def render_scene(index: int, out: Path, size: int, seed: int) -> None:
     (out / f"{index:06}.txt").write_text(captions + "\n", encoding="utf-8")
 
 
-def read_tokens(path: str) -> Any:
-    """The tokens in a .npy, int64 (1, n). Raises ValueError for another file."""
-    import numpy as np
-    import torch
-
-    try:
-        tokens = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path}: not a .npy of image tokens ({error})") from None
-    if tokens.dtype.kind not in "iu" or tokens.size == 0 or tokens.size != tokens.shape[-1]:
-        raise ValueError(f"{path}: holds {tokens.dtype} {tokens.shape}; expected int64 (256,)")
-    return torch.from_numpy(tokens.astype(np.int64)).reshape(1, -1)
-
-
 def open_image(path: str) -> Image:
     """A picture from a file or an address. Raises ValueError for a file that is none."""
     import urllib.request
 
-    from PIL import Image, UnidentifiedImageError
+    from dall3.images import read_picture
 
-    source: Any = path
     if path.startswith(("http://", "https://")):
         with urllib.request.urlopen(path, timeout=60) as response:
-            source = io.BytesIO(response.read())
-    try:
-        return Image.open(source).convert("RGB")
-    except UnidentifiedImageError:
-        raise ValueError(f"{path}: not a picture that Pillow can read, nor a .npy of tokens") from None
+            return read_picture(response.read(), path)
+    return read_picture(path)
 
 
 def main(argv: list[str] | None = None) -> int:

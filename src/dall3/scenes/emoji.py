@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dall3.images import open_image
 from dall3.scenes.scene import BACKGROUNDS, SIZES, is_held_out
 
 PACKAGES = ("@lobehub/fluent-emoji-3d@1.1.0", "emojibase-data@17.0.0")
@@ -90,8 +91,7 @@ def draw_emoji(
     shift: to the right and down, in sixteenths of the side.
     """
     width = round(WIDTHS[size] * side / GRID)
-    with Image.open(emoji.path) as picture:
-        drawing = picture.convert("RGBa").resize((width, width), Image.Resampling.LANCZOS).convert("RGBA")
+    drawing = open_image(emoji.path).convert("RGBa").resize((width, width), Image.Resampling.LANCZOS).convert("RGBA")
     margin = (GRID - WIDTHS[size]) / 2
     place = (round((margin + shift[0]) * side / GRID), round((margin + shift[1]) * side / GRID))
     canvas = Image.new("RGBA", (side, side), BACKGROUNDS[background])

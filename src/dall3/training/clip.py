@@ -16,9 +16,9 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dall3.images import make_grid, to_pil
 from dall3.models.clip import CLIP, CLIPConfig
 from dall3.models.vqgan import VQModel
-from dall3.output import make_grid, to_pil
 from dall3.scenes.captions import with_articles
 from dall3.text import Tokenizer
 from dall3.training.loop import Task, seed_of

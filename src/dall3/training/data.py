@@ -7,7 +7,6 @@ sees what it would have seen, and processes share the numbers out among themselv
 from __future__ import annotations
 
 import glob
-import io
 import tarfile
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -20,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from dall3.images import read_picture
 from dall3.scenes import caption, random_scene, render
 from dall3.scenes.emoji import fetch_emoji, list_emoji, random_emoji_picture, training_pool
 
@@ -68,7 +68,7 @@ class Folder:
     def draw(self, index: int, rng: np.random.Generator, side: int) -> tuple[np.ndarray, str]:
         path = self.paths[shuffled(index, len(self.paths))]
         text = path.with_suffix(".txt").read_text(encoding="utf-8")
-        return fit_picture(path.read_bytes(), side), choose_line(text, rng)
+        return fit_picture(path.read_bytes(), side, str(path)), choose_line(text, rng)
 
 
 class Shards:
@@ -99,7 +99,7 @@ class Shards:
             for offset, size in places:
                 file.seek(offset)
                 parts.append(file.read(size))
-        return fit_picture(parts[0], side), choose_line(parts[1].decode(), rng)
+        return fit_picture(parts[0], side, f"a picture in {shard}"), choose_line(parts[1].decode(), rng)
 
 
 @lru_cache(maxsize=16)
@@ -112,18 +112,17 @@ def shuffled(index: int, length: int) -> int:
     return int(permutation(index // length, length)[index % length])
 
 
-def fit_picture(data: bytes, side: int) -> np.ndarray:
-    """The middle square of an encoded picture, on white where it is transparent: uint8 (side, side, 3)."""
-    with Image.open(io.BytesIO(data)) as file:
-        picture: Image.Image = file
-        if picture.has_transparency_data:
-            rgba = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-        width, height = picture.size
-        square, left, top = min(picture.size), (width - min(picture.size)) // 2, (height - min(picture.size)) // 2
-        box = (left, top, left + square, top + square)
-        resample = Image.Resampling.BOX if square == 2 * side else Image.Resampling.LANCZOS
-        return np.asarray(picture.convert("RGB").resize((side, side), resample, box))
+def fit_picture(data: bytes, side: int, name: str = "the picture") -> np.ndarray:
+    """The middle square of an encoded picture, upright and on white where it is transparent: uint8 (side, side, 3).
+
+    name: what an error calls it. Raises ValueError for data that is no picture.
+    """
+    picture = read_picture(data, name)
+    width, height = picture.size
+    square, left, top = min(picture.size), (width - min(picture.size)) // 2, (height - min(picture.size)) // 2
+    box = (left, top, left + square, top + square)
+    resample = Image.Resampling.BOX if square == 2 * side else Image.Resampling.LANCZOS
+    return np.asarray(picture.resize((side, side), resample, box))
 
 
 def choose_line(text: str, rng: np.random.Generator) -> str:

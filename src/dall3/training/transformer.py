@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from dall3.images import make_grid, to_pil
 from dall3.models.transformer import DalleTransformer, TransformerConfig
 from dall3.models.vqgan import VQModel
-from dall3.output import make_grid, to_pil
 from dall3.text import TextEncoder
 from dall3.tokens.sampling import Sampling, candidate_uniforms, choose, draw_image_tokens
 from dall3.training.data import StepSampler, loader, shuffled

@@ -15,11 +15,10 @@ from PIL.Image import Image
 from torch import Tensor
 
 from dall3.diffusion.denoising import GaussianDiffusion, Refinement, denoise
+from dall3.images import enlarge, make_grid, to_pil
 from dall3.models.clip import CLIP
 from dall3.models.unet import AttentionBlock, ResBlock, UNet, UNetConfig
 from dall3.models.vqgan import VQModel
-from dall3.output import make_grid, to_pil
-from dall3.pipeline import enlarge
 from dall3.training.loop import Task
 from dall3.training.vqgan import PatchDiscriminator, PerceptualDistance, adversarial_losses
 from dall3.weights.folder import save_part, set_default

@@ -14,9 +14,9 @@ from torch.func import functional_call
 from torch.utils.data import Dataset
 
 from dall3.errors import require
+from dall3.images import make_grid, to_pil
 from dall3.models.clip import CLIP
 from dall3.models.vqgan import GumbelVQ, VQGANConfig
-from dall3.output import make_grid, to_pil
 from dall3.training.loop import Task, TrainingConfig
 from dall3.weights.folder import save_part
 
