@@ -30,7 +30,7 @@ from dall3.scenes import BACKGROUNDS, MATERIALS, SHAPES, random_scene, render
 from dall3.scenes.emoji import Emoji, draw_emoji, fetch_emoji, list_emoji, random_placement
 
 SIDE, WIDTH, UNKNOWN = 128, 192, -1
-ABOUT = ("hexcodes", "accuracy")  # a judge's attributes that are stored beside its weights
+ABOUT = ("classes", "accuracy")  # a judge's attributes that are stored beside its weights
 HEADS = ("shape", "material", "background", "emoji")
 
 
@@ -55,14 +55,14 @@ class Block(nn.Module):
 
 
 class Judge(nn.Module):
-    """Names the shape, the material, the background and the emoji of a picture.
+    """Classifies the shape, the material, the background and the emoji of a picture.
 
-    hexcodes: the emoji that it tells apart, in the order of its classes. accuracy: as `evaluate` found it.
+    classes: the names that each head tells apart, in order; of emoji their hexcodes. accuracy: as `evaluate` found it.
     """
 
-    def __init__(self, hexcodes: Sequence[str], accuracy: dict[str, float] | None = None) -> None:
+    def __init__(self, classes: dict[str, list[str]], accuracy: dict[str, float] | None = None) -> None:
         super().__init__()
-        self.hexcodes, self.accuracy = list(hexcodes), accuracy or {}
+        self.classes, self.accuracy = classes, accuracy or {}
         self.body = nn.Sequential(
             nn.Conv2d(3, 24, 3, stride=2, padding=1, bias=False),
             nn.BatchNorm2d(24),
@@ -71,8 +71,7 @@ class Judge(nn.Module):
             Block(48, 96),
             Block(96, WIDTH),
         )
-        classes = (len(SHAPES), len(MATERIALS), len(BACKGROUNDS), len(self.hexcodes))
-        self.heads = nn.ModuleDict({head: nn.Linear(WIDTH, n) for head, n in zip(HEADS, classes, strict=True)})
+        self.heads = nn.ModuleDict({head: nn.Linear(WIDTH, len(classes[head])) for head in HEADS})
 
     def features(self, images: Tensor) -> Tensor:
         """Pictures, float (n, 3, side, side) in [0, 1], to the features that all heads read, (n, WIDTH)."""
@@ -84,6 +83,13 @@ class Judge(nn.Module):
         """Pictures, float (n, 3, side, side) in [0, 1], to each head's logits, (n, classes)."""
         features = self.features(images)
         return {head: layer(features) for head, layer in self.heads.items()}
+
+
+def all_classes(emoji: Sequence[Emoji]) -> dict[str, list[str]]:
+    """The names of every class of the rendered world and of the emoji, by head."""
+    hexcodes = [drawing.hexcode for drawing in emoji]
+    names = (list(SHAPES), list(MATERIALS), list(BACKGROUNDS), hexcodes)
+    return dict(zip(HEADS, names, strict=True))
 
 
 def save_judge(judge: Judge, path: str | Path) -> None:
@@ -219,7 +225,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     emoji = list_emoji(fetch_emoji(args.emoji))
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    judge = Judge([drawing.hexcode for drawing in emoji])
+    judge = Judge(all_classes(emoji))
     if args.pictures and args.pictures.exists():
         examples = torch.load(args.pictures, mmap=True)
     else:

@@ -380,7 +380,7 @@ def read_arguments() -> tuple[argparse.Namespace, Bench]:
     parts = ("text_encoder", "transformer", "vqgan", "clip", "upsampler")
     if missing := [part for part in parts if getattr(pipe, part) is None]:
         parser.error(f"the weights have no {', '.join(missing)}")
-    if judge.hexcodes != [drawing.hexcode for drawing in emoji]:
+    if judge.classes["emoji"] != [drawing.hexcode for drawing in emoji]:
         parser.error(f"the judge at {args.judge} knows other emoji than {args.emoji} holds; train it on them")
     pipe.defaults = {"clip_guidance_scale": 1000.0} | pipe.defaults  # what the one call does
     sampling_settings, refinement = (

@@ -13,6 +13,8 @@ from quality import FINE, crops, frechet_distance, psnr, scene_tasks, to_markdow
 
 from dall3.scenes import MATERIALS, SHAPES, is_held_out
 
+CLASSES = {"shape": ["cube", "egg"], "material": ["ice"], "background": ["red"], "emoji": ["1f427", "1f680"]}
+
 
 def test_frechet_distance_of_gaussians_that_are_stretched_and_moved():
     points = torch.randn(5000, 4, generator=torch.Generator().manual_seed(0)).double()
@@ -51,10 +53,10 @@ def test_scene_tasks_ask_for_pairs_of_one_kind_and_show_them(held_out):
 
 
 def test_judge_survives_saving(tmp_path):
-    judge = Judge(["1f427", "1f680"], {"shape": 0.5}).half().float().eval()  # what half precision can hold
+    judge = Judge(CLASSES, {"shape": 0.5}).half().float().eval()  # what half precision can hold
     save_judge(judge, tmp_path / "judge.safetensors")
     loaded, pictures = load_judge(tmp_path / "judge.safetensors"), torch.rand(2, 3, 2 * SIDE, 2 * SIDE)
-    assert loaded.hexcodes == judge.hexcodes and loaded.accuracy == judge.accuracy
+    assert loaded.classes == judge.classes and loaded.accuracy == judge.accuracy
     assert torch.equal(loaded(pictures)["emoji"], judge(pictures)["emoji"])
 
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
+from functools import cache
 
-from dall3.scenes.camera import Camera
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dall3.scenes.camera import Cameras
 from dall3.scenes.noise import Array
 from dall3.scenes.scene import BACKGROUNDS, Scene
-from dall3.scenes.shapes import DISTANCES, bound
+from dall3.scenes.shapes import DISTANCES, bound, dot
+
+TRANSLUCENT = ("cloud", "water", "ice")
 
 
 def linear(colour: tuple[int, int, int]) -> Array:
@@ -15,68 +23,77 @@ def linear(colour: tuple[int, int, int]) -> Array:
     return np.square(np.array(colour, np.float32) / np.float32(255))
 
 
-def pixel_centres(size: int) -> tuple[Array, Array]:
-    """Picture coordinates (x, y) of size² pixels, row by row, each (size²,)."""
-    centres = (np.arange(size, dtype=np.float32) + 0.5) / size
-    return np.tile(centres, size), np.repeat(centres, size)
+@cache
+def light(colour: tuple[int, int, int], device: torch.device) -> Tensor:
+    """A colour 0..255 as light in [0, 1], float (3, 1, 1)."""
+    return torch.from_numpy(linear(colour)).reshape(3, 1, 1).to(device)
 
 
-def smooth_step(low: float, high: float, x: Array) -> Array:
-    t = np.clip((x - low) / (high - low), 0, 1)
+def lerp(start: Tensor, end: Tensor, t: Tensor) -> Tensor:
+    """From start to end, (3, ...) each, as t (...) goes from 0 to 1."""
+    return start + (end - start) * t
+
+
+def mix(a: tuple[int, int, int], b: tuple[int, int, int], t: Tensor) -> Tensor:
+    """Colours (3, b, k) from a to b, each 0..255, as t (b, k) goes from 0 to 1."""
+    return lerp(light(a, t.device), light(b, t.device), t)
+
+
+def smooth_step(low: float, high: float, x: Tensor) -> Tensor:
+    t = ((x - low) * (1 / (high - low))).clamp_(0, 1)
     return t * t * (3 - 2 * t)
 
 
-def soft_shadow(shape: str, p: Array, light: Array, hardness: float = 5.0) -> Array:
-    """How much of the light (3,) reaches points (3, n), by how closely the rays to it pass the object
+def soft_shadow(shape: str, p: Tensor, light: Tensor, hardness: float = 5.0) -> Tensor:
+    """How much of the light (3, n, 1) reaches points (3, n, k), by how closely the rays to it pass the object
     (Quilez, "Soft shadows in raymarched SDFs", iquilezles.org/articles/rmshadows).
     """
     distance, radius = DISTANCES[shape], bound(shape)
-    along = light @ p
-    near = np.sqrt(np.maximum((p * p).sum(0) - along * along, 0)) < radius + 0.8
-    lit = np.ones(p.shape[1], np.float32)
-    p, towards = p[:, near], light[:, None]
-    t = np.maximum(-along[near] - radius, 0.02)
-    open_part = np.ones(p.shape[1], np.float32)
+    along = dot(light, p)
+    near = dot(p, p) - along * along < (radius + 0.8) ** 2
+    t = (-along - radius).clamp_(min=0.02)
+    open_part = torch.ones_like(t)
     for _ in range(18):
-        d = distance(p + towards * t)
-        open_part = np.minimum(open_part, 0.5 + hardness * d / (t + 0.6))
-        t = t + np.clip(d, 0.08, 0.5)
-    lit[near] = smooth_step(0, 1, open_part)
-    return lit
+        d = distance(p + light * t)
+        open_part = torch.minimum(open_part, 0.5 + hardness * d / (t + 0.6))
+        t = t + d.clamp_(0.08, 0.5)
+    return torch.where(near, smooth_step(0, 1, open_part), 1)
 
 
-def enlarge(values: Array, size: int) -> Array:
-    """A square of values at half the size, linear in between -> (size, size)."""
-    padded = np.pad(values, 1, mode="edge")
-    for _ in range(2):
-        wide = np.empty((2 * (padded.shape[0] - 2), padded.shape[1]), np.float32)
-        wide[0::2] = 0.75 * padded[1:-1] + 0.25 * padded[:-2]
-        wide[1::2] = 0.75 * padded[1:-1] + 0.25 * padded[2:]
-        padded = wide.T
-    return padded[:size, :size]
+def centres(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Picture coordinates (x, y) of count² samples, row by row, each (count²,)."""
+    along = (torch.arange(count, device=device) + 0.5) / count
+    return along.repeat(count), along.repeat_interleave(count)
 
 
-def draw_backdrop(scene: Scene, camera: Camera, size: int, shade: float) -> Array:
-    """The picture without its object, light (size, size, 3). shade: how dark the shadow is, 0..1."""
-    colour = linear(BACKGROUNDS[scene.background])
-    half = (size + 1) // 2
-    rays = camera.rays(*pixel_centres(half))
-    falling = camera.vertical @ rays
-    height = camera.vertical @ camera.eye - camera.ground
-    t = np.where(falling < -0.02, height / np.maximum(-falling, 0.02), 60.0).astype(np.float32)
-    p = camera.eye[:, None] + rays * t
-    level = camera.forward - camera.vertical * (camera.vertical @ camera.forward)
-    behind = (level / np.sqrt(level @ level)) @ p
+def draw_backdrops(scenes: Sequence[Scene], groups: Sequence[tuple[str, slice]], cameras: Cameras, size: int) -> Tensor:
+    """The pictures without their objects, light (n, 3, size, size). groups: the runs of scenes of one shape."""
+    device, half = cameras.scale.device, (size + 1) // 2
+    wall = np.stack([linear(BACKGROUNDS[s.background]) for s in scenes], axis=1)
+    floor = np.where(wall.max(0) > 0.1, wall * np.float32(0.80), wall * np.float32(1.6) + np.float32(0.02))
+    shade = np.array([[0.45 if s.material in TRANSLUCENT else 0.75 for s in scenes]], np.float32)
+    numbers = torch.from_numpy(np.concatenate([wall, floor, shade])[..., None]).to(device, non_blocking=True)
+    wall_light, floor_light, darkness = numbers[:3], numbers[3:6], numbers[6]
+
+    x, y = centres(half, device)
+    every = cameras.take(torch.arange(len(scenes), device=device))
+    rays = every.rays(x, y)
+    falling = dot(every.vertical, rays)
+    height = dot(every.vertical, every.eye) - every.ground
+    t = torch.where(falling < -0.02, height / (-falling).clamp_(min=0.02), 60)
+    p = every.eye + rays * t
+    level = every.forward - every.vertical * dot(every.vertical, every.forward)
+    behind = dot(level / dot(level, level).sqrt(), p)
     ground = 1 - smooth_step(1.5, 7.0, behind)
-    lit = np.ones(half * half, np.float32)
-    close = np.flatnonzero((p * p).sum(0) < 30)
-    touching = np.exp(-5 * np.maximum(DISTANCES[scene.shape](p[:, close]), 0))
-    lit[close] = (1 - shade * (1 - soft_shadow(scene.shape, p[:, close], camera.light))) * (1 - 0.6 * shade * touching)
-    x, y = pixel_centres(half)
+    lit = torch.empty_like(t)
+    for shape, run in groups:
+        q = p[:, run]
+        touching = torch.exp(-5 * DISTANCES[shape](q).clamp_(min=0))
+        dark = darkness[run]
+        lit[run] = (1 - dark * (1 - soft_shadow(shape, q, every.light[:, run]))) * (1 - 0.6 * dark * touching)
+    lit = 1 - torch.where(dot(p, p) < 30, 1 - lit, 0) * ground
     vignette = 1.03 - 0.16 * ((x - 0.5) ** 2 + (y - 0.45) ** 2)
-    floor_colour = colour * 0.80 if colour.max() > 0.1 else colour * 1.6 + 0.02
-    lit = 1 - (1 - lit) * ground
-    channels = [
-        (wall + (floor - wall) * ground) * lit * vignette for wall, floor in zip(colour, floor_colour, strict=True)
-    ]
-    return np.stack([enlarge(channel.reshape(half, half), size) for channel in channels], axis=-1)
+    lights = (wall_light + (floor_light - wall_light) * ground) * (lit * vignette)
+    pictures = lights.transpose(0, 1).reshape(-1, 3, half, half)
+    wide = functional.interpolate(pictures, scale_factor=2, mode="bilinear", align_corners=False)
+    return wide[..., :size, :size].contiguous()

@@ -2,72 +2,132 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+
 import numpy as np
+import torch
+from torch import Tensor
 
 from dall3.scenes.noise import Array
-from dall3.scenes.scene import Scene
-from dall3.scenes.shapes import surface_points, unit
+from dall3.scenes.scene import SHAPES, Scene
+from dall3.scenes.shapes import dot, surface_points, unit
 
 DISTANCE = 6.0  # from the eye to the object's centre, whose radius is about 1
 WIDTHS = {"small": 0.36, "medium": 0.53, "large": 0.71}  # the object's larger side, of the picture's
 
 
-def rotation(axis: int, degrees: float) -> Array:
-    """The matrix (3, 3) of a turn about x, y or z (0, 1, 2)."""
+def turns(axis: int, degrees: Array) -> Array:
+    """The matrices (n, 3, 3) of turns about x, y or z (0, 1, 2)."""
     i, j = (axis + 1) % 3, (axis + 2) % 3
-    matrix = np.eye(3)
-    matrix[i, i] = matrix[j, j] = np.cos(np.radians(degrees))
-    matrix[j, i] = np.sin(np.radians(degrees))
-    matrix[i, j] = -matrix[j, i]
+    matrix = np.tile(np.eye(3), (len(degrees), 1, 1))
+    matrix[:, i, i] = matrix[:, j, j] = np.cos(np.radians(degrees))
+    matrix[:, j, i] = np.sin(np.radians(degrees))
+    matrix[:, i, j] = -matrix[:, j, i]
     return matrix.astype(np.float32)
 
 
-def on_dome(azimuth: float, elevation: float) -> Array:
-    """The unit vector (3,) to a place above the ground, the azimuth measured from the viewer's side to the right."""
+def on_dome(azimuth: Array, elevation: Array) -> Array:
+    """Unit vectors (n, 3) to places above the ground, the azimuth measured from the viewer's side to the right."""
     a, e = np.radians(azimuth), np.radians(elevation)
-    return np.array([np.sin(a) * np.cos(e), np.sin(e), np.cos(a) * np.cos(e)], np.float32)
+    return np.stack([np.sin(a) * np.cos(e), np.sin(e), np.cos(a) * np.cos(e)], axis=1)
 
 
-class Camera:
-    """A perspective camera in the object's own coordinates; picture coordinates run across and down in [0, 1].
+def axes(scenes: Sequence[Scene]) -> Array:
+    """The unit vectors that a camera is made of, in the object's own coordinates: (5, 3, n), in `Cameras`' order."""
+    angles = np.array([(s.azimuth, s.roll, s.lean, s.elevation, s.light_azimuth, s.light_elevation) for s in scenes])
+    azimuth, roll, lean, elevation, light_azimuth, light_elevation = angles.reshape(-1, 6).T
+    turn = turns(1, azimuth) @ turns(2, roll) @ turns(0, lean)
+    back = on_dome(np.zeros_like(elevation), elevation)
+    zero = np.zeros_like(elevation)
+    directions = np.stack(
+        [
+            np.stack([zero + 1, zero, zero], 1),
+            np.stack([zero, back[:, 2], -back[:, 1]], 1),
+            -back,
+            np.stack([zero, zero + 1, zero], 1),
+            on_dome(light_azimuth, light_elevation),
+        ]
+    )
+    return np.einsum("dni,nij->djn", directions, turn).astype(np.float32)
 
-    right, up, forward: the picture's axes, unit (3,). eye: where it is. vertical, light: the ways up from the ground
-    and to the light, unit (3,). ground: the height of the ground under the object's centre. window: the picture
-    coordinates of the object's upper left and lower right, (2,) each.
 
-    The picture's scale and shift follow from the object's outline, `reach` beyond its surface (for what grows on it),
-    so that its larger side takes its size's share of the picture and its middle lies at the scene's offset.
+@cache
+def outlines(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Every shape's surface points and their normals, (3, shapes, 2400) each."""
+    points, normals = zip(*(surface_points(shape) for shape in SHAPES), strict=True)
+    return torch.stack(points, dim=1).to(device), torch.stack(normals, dim=1).to(device)
+
+
+@dataclass
+class Cameras:
+    """Perspective cameras in the objects' own coordinates; picture coordinates run across and down in [0, 1].
+
+    right, up, forward: the pictures' axes, unit (3, n). vertical, light: the ways up from the ground and to the light,
+    unit (3, n). eye: where it is, (3, n). ground: the height of the ground under the object's centre, (n,). scale (n,)
+    and middle (2, n): how object and picture coordinates belong together. centre: the object's place in the picture,
+    (2, n).
     """
 
-    def __init__(self, scene: Scene, reach: float) -> None:
-        turn = rotation(1, scene.azimuth) @ rotation(2, scene.roll) @ rotation(0, scene.lean)
-        back = on_dome(0, scene.elevation)
-        self.right = turn.T @ np.array([1, 0, 0], np.float32)
-        self.up = turn.T @ np.array([0, back[2], -back[1]], np.float32)
-        self.forward = -(turn.T @ back)
-        self.eye = -DISTANCE * self.forward
-        self.vertical = turn.T @ np.array([0, 1, 0], np.float32)
-        self.light = turn.T @ on_dome(scene.light_azimuth, scene.light_elevation)
-        points, normals = surface_points(scene.shape)
-        self.ground = float((self.vertical @ points).min())
-        self.scale, self.middle = 1.0, np.zeros(2, np.float32)
-        self.centre = 0.5 + np.array(scene.offset, np.float32)
-        x, y, _ = self.project(points + np.float32(reach) * normals) - np.append(self.centre, 0)[:, None]
-        low, high = np.array([x.min(), -y.max()], np.float32), np.array([x.max(), -y.min()], np.float32)
-        self.scale = float(WIDTHS[scene.size] / (high - low).max())
-        self.middle = (low + high) * np.float32(0.5)
-        half = (high - low) * np.float32(self.scale / 2)
-        self.window = (self.centre - half, self.centre + half)
+    right: Tensor
+    up: Tensor
+    forward: Tensor
+    vertical: Tensor
+    light: Tensor
+    eye: Tensor
+    ground: Tensor
+    scale: Tensor
+    middle: Tensor
+    centre: Tensor
 
-    def project(self, p: Array) -> Array:
-        """Points (3, n) -> across, down and depth along the view, (3, n)."""
-        depth = self.forward @ p + np.float32(DISTANCE)
-        x = (self.right @ p / depth - self.middle[0]) * np.float32(self.scale) + self.centre[0]
-        y = self.centre[1] - (self.up @ p / depth - self.middle[1]) * np.float32(self.scale)
-        return np.stack([x, y, depth])
+    def take(self, which: Tensor) -> Cameras:
+        """The cameras for parts of pictures, by picture numbers (b,), with one more dimension of 1 at the end."""
+        return Cameras(*(getattr(self, field.name)[..., which, None] for field in fields(self)))
 
-    def rays(self, x: Array, y: Array) -> Array:
-        """Unit directions (3, n) from the eye through picture coordinates, n each."""
-        across = (x - self.centre[0]) / np.float32(self.scale) + self.middle[0]
-        upwards = (self.centre[1] - y) / np.float32(self.scale) + self.middle[1]
-        return unit(self.forward[:, None] + self.right[:, None] * across + self.up[:, None] * upwards)
+    def part(self, which: slice) -> Cameras:
+        """The cameras of a run of pictures."""
+        return Cameras(*(getattr(self, field.name)[..., which] for field in fields(self)))
+
+    def project(self, p: Tensor) -> Tensor:
+        """Points (3, ...) -> across, down and depth along the view, (3, ...)."""
+        depth = dot(self.forward, p) + DISTANCE
+        x = (dot(self.right, p) / depth - self.middle[0]) * self.scale + self.centre[0]
+        y = self.centre[1] - (dot(self.up, p) / depth - self.middle[1]) * self.scale
+        return torch.stack([x, y, depth])
+
+    def rays(self, x: Tensor, y: Tensor) -> Tensor:
+        """Unit directions (3, ...) from the eye through picture coordinates (...)."""
+        across = (x - self.centre[0]) / self.scale + self.middle[0]
+        upwards = (self.centre[1] - y) / self.scale + self.middle[1]
+        return unit((self.forward + self.right * across).addcmul_(self.up, upwards))
+
+
+def aim(scenes: Sequence[Scene], reach: Sequence[float], device: torch.device) -> Cameras:
+    """The cameras of scenes.
+
+    A picture's scale and shift follow from its object's outline, `reach` beyond its surface (for what grows on it), so
+    that its larger side takes its size's share of the picture and its middle lies at the scene's offset.
+    """
+    n = len(scenes)
+    numbers = np.concatenate(
+        [
+            axes(scenes).reshape(15, n),
+            np.array([(*s.offset, WIDTHS[s.size]) for s in scenes], np.float32).reshape(n, 3).T,
+            np.array([reach, [SHAPES.index(s.shape) for s in scenes]], np.float32),
+        ]
+    ).astype(np.float32)
+    on_device = torch.from_numpy(numbers).to(device, non_blocking=True)
+    right, up, forward, vertical, light = on_device[:15].reshape(5, 3, n)
+    every_point, every_normal = outlines(device)
+    shape = on_device[19].long()
+    points = every_point[:, shape]
+    ground = dot(vertical[..., None], points).amin(-1)
+    grown = points + every_normal[:, shape] * on_device[18][:, None]
+    depth = dot(forward[..., None], grown) + DISTANCE
+    x, y = dot(right[..., None], grown) / depth, dot(up[..., None], grown) / depth
+    low, high = torch.stack([x.amin(-1), y.amin(-1)]), torch.stack([x.amax(-1), y.amax(-1)])
+    scale, middle = on_device[17] / (high - low).amax(0), (low + high) * 0.5
+    return Cameras(
+        right, up, forward, vertical, light, -DISTANCE * forward, ground, scale, middle, on_device[15:17] + 0.5
+    )

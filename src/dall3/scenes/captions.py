@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dall3.scenes.scene import COLOURS, Scene
+from dall3.scenes.scene import COLOURS, FRUIT, Scene
 
 # {m} is the material, {s} the shape, {z} the size with a blank behind it, or nothing. "a" becomes "an" at the end.
 OF_SUBSTANCE = (
@@ -22,6 +22,20 @@ OF_SUBSTANCE = (
     "a {z}{s} of {m}",
     "{m} in the shape of a {z}{s}",
     "a {z}{s}, made of {m}",
+)
+# Things that can be counted: "an armchair shaped like an avocado".
+OF_FRUIT = (
+    "a {z}{s} shaped like a {m}",
+    "a {z}{s} shaped like a {m}",
+    "a {z}{s} in the shape of a {m}",
+    "a {z}{s} in the shape of a {m}",
+    "a {z}{m} {s}",
+    "a {z}{m} {s}",
+    "a {z}{s} that looks like a {m}",
+    "a {z}{s} made of {m}",
+    "a {z}{s} made of {m}",
+    "a {z}{s} with the texture of {m}",
+    "a {z}{s} shaped like a {m}, a {m} {s}",
 )
 OF_COLOUR = (
     "a {z}{m} {s}",
@@ -47,6 +61,7 @@ OF_PATTERN = (
 )
 ADJECTIVES = {"polka dots": "polka dot", "stripes": "striped"}
 ONE_NAME = ("a {z}{s}", "an object made of {m}", "something made of {m}")
+ONE_NAME_FRUIT = ("a {z}{s}", "an object shaped like a {m}", "something made of {m}")
 ONE_NAME_COLOUR = ("a {z}{s}", "a {z}{m} object", "something {m}")
 ONE_NAME_PATTERN = ("a {z}{s}", "an object with {m}", "something with {m}")
 PREFIXES = ("a picture of ", "a render of ", "a photo of ", "an image of ", "a 3d render of ", "a view of ")
@@ -78,6 +93,8 @@ def wordings(material: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The forms for a material: those that name it and the shape, the plainest first, and those that name one."""
     if material in COLOURS:
         return OF_COLOUR, ONE_NAME_COLOUR
+    if material in FRUIT:
+        return OF_FRUIT, ONE_NAME_FRUIT
     if material in ADJECTIVES:
         return OF_PATTERN, ONE_NAME_PATTERN
     return OF_SUBSTANCE, ONE_NAME

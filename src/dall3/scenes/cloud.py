@@ -1,51 +1,62 @@
-"""A solid filled with cloud: no surface, but a density that rises inwards, marched through front to back."""
+"""Solids filled with cloud: no surface, but a density that rises inwards, marched through front to back."""
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
 
-from dall3.scenes.camera import Camera
-from dall3.scenes.noise import Array, billows, look_up
-from dall3.scenes.scene import Scene
-from dall3.scenes.shapes import DISTANCES, ball_span, bound, delicacy
+import torch
+from torch import Tensor
+
+from dall3.scenes.camera import Cameras
+from dall3.scenes.noise import billows, look_up
+from dall3.scenes.shapes import DISTANCES, bound, delicacy, dot
+from dall3.scenes.trace import Blocks
 
 REACH = 0.12  # how far wisps stand out from the solid
 STEPS = 20
-SKY_LIGHT = np.array([[0.34], [0.40], [0.52]], np.float32)
-SUN_LIGHT = np.array([[0.68], [0.66], [0.62]], np.float32)
 
 
-def draw_cloud(scene: Scene, camera: Camera, rays: Array) -> Array:
-    """Premultiplied light and coverage (4, n) along unit rays (3, n) from the eye."""
-    distance = DISTANCES[scene.shape]
-    height = np.float32(0.2 * delicacy(scene.shape))
-    shift = np.random.default_rng(scene.seed).random((3, 1), np.float32) * 8
+def draw_clouds(
+    runs: Sequence[tuple[str, slice]], blocks: Blocks, cameras: Cameras, shifts: Tensor, samples: int
+) -> tuple[Tensor, Tensor]:
+    """Premultiplied light (3, b, k) and coverage (b, k) in blocks of pictures `samples` wide.
 
-    def depth_inside(p: Array) -> Array:
-        return np.float32(0.02) - distance(p) + look_up(billows(), p + shift, 0.42)[0] * height
+    runs: the shapes, each with its run of blocks. shifts: where each picture looks into the noise, (3, n).
+    """
+    light = shifts.new_zeros(3, len(blocks.which), blocks.coordinates(slice(0, 1), samples)[0].shape[1])
+    cover = torch.zeros_like(light[0])
+    for shape, run in runs:
+        camera = cameras.take(blocks.which[run])
+        rays = camera.rays(*blocks.coordinates(run, samples))
+        light[:, run], cover[run] = march(shape, camera, rays, shifts[:, blocks.which[run], None])
+    return light, cover
 
-    layer = np.zeros((4, rays.shape[1]), np.float32)
-    met, t, end = ball_span(camera.eye, rays, bound(scene.shape) + REACH)
-    rays, step = rays[:, met], (end - t) * np.float32(1 / STEPS)
-    clear = np.ones_like(t)
-    where = np.zeros_like(t)
+
+def march(shape: str, camera: Cameras, rays: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    distance, height = DISTANCES[shape], 0.2 * delicacy(shape)
+
+    def depth_inside(p: Tensor) -> Tensor:
+        return look_up((billows, ()), p + shift, 0.42)[0] * height - distance(p) + 0.02
+
+    middle = -dot(camera.eye, rays)
+    apart = dot(camera.eye, camera.eye) - middle * middle
+    half = ((bound(shape) + REACH) ** 2 - apart).clamp_(min=0).sqrt_()
+    t, step = middle - half, half * (2 / STEPS)
+    clear, where = torch.ones_like(t), torch.zeros_like(t)
     for _ in range(STEPS):
-        inside = depth_inside(camera.eye[:, None] + rays * t)
-        opacity = 1 - np.exp(-np.clip(inside * 9, 0, 6) * step * 5)
+        inside = depth_inside(camera.eye + rays * t)
+        opacity = 1 - torch.exp(-(inside * 9).clamp_(0, 6) * step * 5)
         where += clear * opacity * t
-        clear *= 1 - opacity
-        t += step
+        clear = clear * (1 - opacity)
+        t = t + step
     cover = 1 - clear
-    seen = np.flatnonzero(cover > 0.004)
-    p = camera.eye[:, None] + rays[:, seen] * (where[seen] / cover[seen])
+    p = camera.eye + rays * (where / cover.clamp(min=1e-3))
     here = depth_inside(p)
 
-    def open_towards(direction: Array, reach: float) -> Array:
-        return 0.5 - (depth_inside(p + direction[:, None] * np.float32(reach)) - here) * np.float32(0.45 / reach)
+    def open_towards(direction: Tensor, reach: float) -> Tensor:
+        return (0.5 - (depth_inside(p + direction * reach) - here) * (0.45 / reach)).clamp_(0, 1)
 
-    lit = np.clip(open_towards(camera.light, 0.16), 0, 1)
-    sky = np.clip(open_towards(camera.vertical, 0.2), 0, 1)
-    colour = SKY_LIGHT * (0.45 + 0.55 * sky) + SUN_LIGHT * lit
-    layer[:3, met[seen]] = colour * cover[seen]
-    layer[3, met[seen]] = cover[seen]
-    return layer
+    sky, lit = 0.45 + 0.55 * open_towards(camera.vertical, 0.2), open_towards(camera.light, 0.16)
+    colour = torch.stack([sky * a + lit * b for a, b in ((0.34, 0.68), (0.40, 0.66), (0.52, 0.62))])
+    cover = torch.where(cover > 0.004, cover, 0)
+    return colour * cover, cover

@@ -1,6 +1,7 @@
 """Fluent emoji: Microsoft's pictures (MIT licence) with the names and tags of emojibase, laid on plain backgrounds.
 
-Both come from the npm registry: `npm install @lobehub/fluent-emoji-3d emojibase-data`.
+Both come from the npm registry: `npm install @lobehub/fluent-emoji-3d emojibase-data`. `pack_emoji` puts them into one
+file, for machines without a network.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +31,10 @@ FLAGS = 9  # emojibase's group
 
 @dataclass(frozen=True)
 class Emoji:
-    """One drawing: emojibase's code point string, what it is called, and its file of 256×256 pixels with alpha."""
+    """One drawing: emojibase's code point string, what it is called, and its file of 256×256 pixels with alpha.
+
+    archive: the file of `pack_emoji` that holds it under `path`, or None where `path` is a file of its own.
+    """
 
     hexcode: str
     name: str
@@ -37,6 +42,7 @@ class Emoji:
     path: Path
     group: int | None
     toned: bool = False  # one of several skin tones
+    archive: Path | None = None
 
 
 def fetch_emoji(folder: str | Path) -> Path:
@@ -56,12 +62,37 @@ def fetch_emoji(folder: str | Path) -> Path:
     return folder
 
 
-def list_emoji(folder: str | Path, toned: bool = False) -> list[Emoji]:
+NAMES = "names.json"  # in an archive: one object a drawing, in emojibase's order
+
+
+def pack_emoji(folder: str | Path, archive: str | Path) -> Path:
+    """Put what `fetch_emoji` fetched into one zip file, about 20 MB, that `list_emoji` reads. Returns its path.
+
+    Raises FileNotFoundError where `folder` has no emoji.
+    """
+    emoji = list_emoji(folder, toned=True)
+    keys = ("hexcode", "name", "tags", "group", "toned")
+    names = [{**{key: getattr(e, key) for key in keys}, "path": e.path.name} for e in emoji]
+    part = Path(f"{archive}.part")
+    with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as file:
+        file.writestr(NAMES, json.dumps(names), zipfile.ZIP_DEFLATED)
+        for e in emoji:
+            file.write(e.path, e.path.name)
+    return part.replace(archive)
+
+
+def list_emoji(place: str | Path, toned: bool = False) -> list[Emoji]:
     """Every drawing that emojibase names, in its order; with `toned` those in other skin tones too.
 
-    folder: where `fetch_emoji` put them. Raises FileNotFoundError where they are not.
+    place: the folder where `fetch_emoji` put them, or the file of `pack_emoji`. Raises FileNotFoundError where they
+    are not, and ValueError for a file that is no such archive.
     """
-    modules = Path(folder) / "node_modules"
+    place = Path(place)
+    if place.is_file():
+        return [emoji for emoji in read_names(place) if toned or not emoji.toned]
+    modules = place / "node_modules"
+    if not modules.is_dir():
+        raise FileNotFoundError(f"no emoji under {place}; fetch them first")
     drawings = modules / "@lobehub/fluent-emoji-3d/assets"
     entries = json.loads((modules / "emojibase-data/en/data.json").read_text(encoding="utf-8"))
     files = {path.stem: path for path in drawings.glob("*.webp")}
@@ -74,8 +105,37 @@ def list_emoji(folder: str | Path, toned: bool = False) -> list[Emoji]:
                 tags, group = tuple(entry.get("tags", ())), entry.get("group")
                 found.append(Emoji(variant["hexcode"], variant["label"], tags, path, group, variant is not entry))
     if not found:
-        raise FileNotFoundError(f"no emoji under {folder}; fetch them first")
+        raise FileNotFoundError(f"no emoji under {place}; fetch them first")
     return found
+
+
+def read_names(archive: Path) -> list[Emoji]:
+    try:
+        with zipfile.ZipFile(archive) as file:
+            names = json.loads(file.read(NAMES))
+    except (zipfile.BadZipFile, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{archive} is not an archive of emoji, as pack_emoji writes it") from error
+    return [
+        Emoji(e["hexcode"], e["name"], tuple(e["tags"]), Path(e["path"]), e["group"], e["toned"], archive)
+        for e in names
+    ]
+
+
+def read_drawings(emoji: Iterable[Emoji]) -> Iterable[Image.Image]:
+    """The drawings one by one, RGBa: 256×256 pixels whose colours are multiplied by alpha."""
+    opened: dict[Path, zipfile.ZipFile] = {}
+    try:
+        for drawing in emoji:
+            if drawing.archive is None:
+                data = drawing.path.read_bytes()
+            else:
+                if drawing.archive not in opened:
+                    opened[drawing.archive] = zipfile.ZipFile(drawing.archive)
+                data = opened[drawing.archive].read(drawing.path.as_posix())
+            yield open_image(data, str(drawing.path)).convert("RGBa")
+    finally:
+        for file in opened.values():
+            file.close()
 
 
 def training_pool(emoji: Sequence[Emoji]) -> list[Emoji]:
@@ -91,7 +151,8 @@ def draw_emoji(
     shift: to the right and down, in sixteenths of the side.
     """
     width = round(WIDTHS[size] * side / GRID)
-    drawing = open_image(emoji.path).convert("RGBa").resize((width, width), Image.Resampling.LANCZOS).convert("RGBA")
+    (premultiplied,) = read_drawings([emoji])
+    drawing = premultiplied.resize((width, width), Image.Resampling.LANCZOS).convert("RGBA")
     margin = (GRID - WIDTHS[size]) / 2
     place = (round((margin + shift[0]) * side / GRID), round((margin + shift[1]) * side / GRID))
     canvas = Image.new("RGBA", (side, side), BACKGROUNDS[background])
@@ -107,6 +168,12 @@ def random_placement(rng: np.random.Generator) -> tuple[str, tuple[int, int]]:
     return size, (right, down)
 
 
+def random_background(emoji: Emoji, rng: np.random.Generator, held_out: bool | None = False) -> str | None:
+    """A background for a drawing, or None where it has none: held_out as `random_emoji_picture` takes it."""
+    backgrounds = [b for b in BACKGROUNDS if held_out is None or is_held_out(emoji.hexcode, b) == held_out]
+    return backgrounds[rng.integers(len(backgrounds))] if backgrounds else None
+
+
 def random_emoji_picture(
     emoji: Emoji, rng: np.random.Generator, side: int = 256, held_out: bool | None = False
 ) -> tuple[np.ndarray, str]:
@@ -115,10 +182,9 @@ def random_emoji_picture(
     held_out: False leaves out the (drawing, background) pairs that training never sees, True takes only those, None
     takes any. Raises ValueError for a drawing that has none such.
     """
-    backgrounds = [b for b in BACKGROUNDS if held_out is None or is_held_out(emoji.hexcode, b) == held_out]
-    if not backgrounds:
+    background = random_background(emoji, rng, held_out)
+    if background is None:
         raise ValueError(f"{emoji.name} has no background with held_out={held_out}")
-    background = backgrounds[rng.integers(len(backgrounds))]
     size, shift = random_placement(rng)
     return draw_emoji(emoji, background, size, side, shift), emoji_caption(emoji, background, size, rng)
 

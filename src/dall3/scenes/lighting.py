@@ -2,109 +2,126 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
+import torch
+from torch import Tensor
 
 from dall3.scenes.backdrop import smooth_step
-from dall3.scenes.camera import Camera
-from dall3.scenes.noise import Array
-from dall3.scenes.shapes import DISTANCES, unit
+from dall3.scenes.camera import Cameras
+from dall3.scenes.shapes import DISTANCES, dot, unit
 
 
 @dataclass
 class Surface:
-    """What a material is told of n points of the object, in its own coordinates.
+    """What a material is told of points of objects, in their own coordinates, in b blocks of k points.
 
-    p, n, view: points, unit normals and unit directions from the eye, (3, n). picture: the scene without the object,
-    light (size, size, 3).
+    runs: the shapes, each with its run of blocks. p, n, view: points, unit normals and unit directions from the eye,
+    (3, b, k). which: the blocks' pictures, (b,). camera: theirs. pictures: the scenes without their objects, light
+    (n, 3, size, size). details: the scenes' own random numbers, (numbers, b, 1), as `details` draws them.
     """
 
-    shape: str
-    p: Array
-    n: Array
-    view: Array
-    camera: Camera
-    picture: Array
-    rng: np.random.Generator
+    runs: Sequence[tuple[str, slice]]
+    p: Tensor
+    n: Tensor
+    view: Tensor
+    which: Tensor
+    camera: Cameras
+    pictures: Tensor
+    details: Tensor
 
-    def thickness(self, directions: Array) -> Array:
-        """How far unit directions (3, n) lead through the object from each point, (n,), roughly."""
-        distance = DISTANCES[self.shape]
-        t = np.full(self.p.shape[1], 0.06, np.float32)
-        for _ in range(7):
-            t += np.maximum(-distance(self.p + directions * t), 0) * np.float32(1.3)
-        return t
+    def shifted(self) -> Tensor:
+        """The points (3, b, k) moved by the scenes' own random vectors: where they look into a noise."""
+        return self.p + self.details[:3]
 
-    def seen_behind(self, points: Array) -> Array:
-        """The light (3, n) of the picture where points (3, n) would appear in it."""
-        size = len(self.picture)
-        across, down, _ = np.clip(self.camera.project(points) * size, 0, size - 1).astype(np.int32)
-        return self.picture.reshape(-1, 3).take(down * size + across, axis=0).T
+    def by_shape(self, make: Callable[[str, slice], Tensor]) -> Tensor:
+        """What `make` says of each shape's run, put together along the blocks."""
+        return torch.cat([make(shape, run) for shape, run in self.runs], dim=-2)
+
+    def thickness(self, directions: Tensor, steps: int = 7) -> Tensor:
+        """How far unit directions (3, b, k) lead through the object from each point, (b, k), roughly."""
+
+        def through(shape: str, run: slice) -> Tensor:
+            p, towards = self.p[:, run], directions[:, run]
+            t = torch.full_like(p[0], 0.06)
+            for _ in range(steps):
+                t = t - DISTANCES[shape](p + towards * t).clamp_(max=0) * 1.3
+            return t
+
+        return self.by_shape(through)
+
+    def seen_behind(self, points: Tensor) -> Tensor:
+        """The light (3, b, k) of the picture where points (3, b, k) would appear in it."""
+        size = self.pictures.shape[-1]
+        across, down, _ = (self.camera.project(points) * size).nan_to_num_(0).clamp_(0, size - 1).long()
+        place = (self.which[:, None] * (3 * size) + down) * size + across
+        flat = self.pictures.reshape(-1)
+        return torch.stack([flat.take(place + channel * size * size) for channel in range(3)])
 
 
 @dataclass
 class Look:
-    """What a material says of n points: albedo (3, n) or (3, 1); normals with its bumps, (3, n), or None for the
-    solid's; specular highlights of that strength and exponent; how strongly it mirrors the studio, in which tint (3, 1)
-    or as the Fresnel term alone; and its own glow (3, n).
+    """What a material says of points: albedo (3, b, k) or (3, 1, 1); normals with its bumps, (3, b, k), or None for
+    the solid's; specular highlights of that strength and exponent; how strongly it mirrors the studio, in which tint
+    (3, 1, 1) or as the Fresnel term alone; and its own glow (3, b, k).
     """
 
-    albedo: Array
-    normal: Array | None = None
-    specular: float | Array = 0.1
+    albedo: Tensor
+    normal: Tensor | None = None
+    specular: float | Tensor = 0.1
     gloss: float = 20.0
     mirror: float = 0.0
-    tint: Array | None = None
-    glow: Array | None = None
+    tint: Tensor | None = None
+    glow: Tensor | None = None
 
 
-def bend(n: Array, slope: Array, amount: float) -> Array:
-    """Unit normals (3, n) tilted against a height's slope (3, n): bump mapping (Blinn, SIGGRAPH 1978)."""
-    return unit(n - slope * np.float32(amount))
+def bend(n: Tensor, slope: Tensor, amount: float) -> Tensor:
+    """Unit normals (3, ...) tilted against a height's slope (3, ...): bump mapping (Blinn, SIGGRAPH 1978)."""
+    return unit(n - slope * amount)
 
 
-def fresnel(n: Array, view: Array) -> Array:
+def fresnel(n: Tensor, view: Tensor) -> Tensor:
     """The mirrored share of light by Schlick's approximation (1994), from 0.04 head on to 1 at grazing angles."""
-    facing = np.clip(1 + (n * view).sum(0), 0, 1)
+    facing = (1 + dot(n, view)).clamp_(0, 1)
     square = facing * facing
-    return np.float32(0.04) + np.float32(0.96) * square * square * facing
+    return square * square * facing * 0.96 + 0.04
 
 
-def reflect(view: Array, n: Array) -> Array:
-    return view - n * (2 * (view * n).sum(0))
+def reflect(view: Tensor, n: Tensor) -> Tensor:
+    return view - n * (2 * dot(view, n))
 
 
-def studio(camera: Camera, direction: Array) -> Array:
-    """The light (n,) that comes from directions (3, n): a dim room, a bright ceiling, a window beside the light."""
-    height = camera.vertical @ direction
-    side = camera.right @ direction
-    towards = camera.light @ direction
+def studio(camera: Cameras, direction: Tensor) -> Tensor:
+    """The light (...) that comes from directions (3, ...): a dim room, a bright ceiling, a window beside the light."""
+    height = dot(camera.vertical, direction)
+    side = dot(camera.right, direction)
+    towards = dot(camera.light, direction)
     room = 0.25 + 0.5 * smooth_step(-0.15, 0.5, height) - 0.2 * smooth_step(-0.1, -0.7, height)
-    strip = smooth_step(0.25, 0.1, np.abs(side + 0.45)) * smooth_step(-0.1, 0.2, height)
+    strip = smooth_step(0.25, 0.1, (side + 0.45).abs()) * smooth_step(-0.1, 0.2, height)
     return room + 1.3 * smooth_step(0.72, 0.9, towards) + 0.55 * strip
 
 
-def shade(surface: Surface, look: Look, openness: Array) -> Array:
-    """Light (3, n) that leaves the surface to the eye; openness (n,) is what the surroundings leave of the sky."""
+def shade(surface: Surface, look: Look, openness: Tensor) -> Tensor:
+    """Light (3, b, k) that leaves the surface to the eye; openness (b, k): what the surroundings leave of the sky."""
     camera, view = surface.camera, surface.view
     n = surface.n if look.normal is None else look.normal
-    facing = camera.light @ n
-    fill = 0.2 * np.maximum(-(view * n).sum(0), 0)
-    ambient = (0.20 + 0.16 * (camera.vertical @ n) + fill) * openness
-    colour = look.albedo * (ambient + 0.88 * np.maximum(facing, 0))
-    halfway = unit(camera.light[:, None] - view)
-    shine = np.maximum((halfway * n).sum(0), 0) ** np.float32(look.gloss)
-    colour += look.specular * shine * (facing > 0)
+    facing = dot(camera.light, n)
+    fill = dot(view, n).clamp_(max=0) * -0.2
+    ambient = (0.20 + 0.16 * dot(camera.vertical, n) + fill) * openness
+    colour = look.albedo * (ambient + 0.88 * facing.clamp(min=0))
+    halfway = unit(camera.light - view)
+    shine = dot(halfway, n).clamp_(min=0) ** look.gloss
+    colour += look.specular * torch.where(facing > 0, shine, 0)
     if look.mirror:
         light = studio(camera, reflect(view, n)) * (0.4 + 0.6 * openness)
         tint = fresnel(n, view) if look.tint is None else look.tint
-        colour += light * np.float32(look.mirror) * tint
+        colour += light * look.mirror * tint
     if look.glow is not None:
         colour += look.glow
     return colour
 
 
-def expose(light: Array) -> Array:
+def expose(light: Tensor) -> Tensor:
     """Light from 0 up, brought below 1: what passes 0.7 is compressed, so that bright faces keep their shading."""
-    return np.minimum(light, 0.7) + 0.3 * np.tanh(np.maximum(light - 0.7, 0) / 0.3)
+    return light.clamp(max=0.7) + 0.3 * torch.tanh((light - 0.7).clamp_(min=0) / 0.3)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
 
 Array = NDArray[np.float32]
 
 SIDE = 64  # voxels along each side of a volume
+Noise = tuple[Callable[..., Array], tuple[float, ...]]  # what makes a volume, and its arguments
 
 
 def with_gradient(values: Array) -> Array:
@@ -59,6 +64,11 @@ def cells(count: int) -> tuple[Array, Array]:
     return with_gradient((second - first) / 2), first.reshape(-1, 1)
 
 
+def walls(count: int) -> Array:
+    """The distance to the nearest wall of `cells`, with its gradient."""
+    return cells(count)[0]
+
+
 @cache
 def billows() -> Array:
     """Heights (SIDE³, 1) of mean 0 with bulges on bulges like a cauliflower's: cellular noise in three sizes."""
@@ -66,22 +76,21 @@ def billows() -> Array:
     return np.ascontiguousarray(total - np.mean(total), np.float32)
 
 
-def look_up(volume: Array, points: Array, frequency: float | tuple[float, float, float]) -> Array:
-    """Values (channels, n) of a volume (SIDE³, channels) at points (3, n), trilinear, `frequency` periods a unit."""
-    scaled = points * np.asarray(frequency, np.float32).reshape(-1, 1) * SIDE
-    low = np.floor(scaled)
-    fx, fy, fz = (scaled - low)[:, :, None]
-    x, y, z = low.astype(np.int32) & (SIDE - 1)
-    x1, y1, z1 = (x + 1) & (SIDE - 1), (y + 1) & (SIDE - 1), (z + 1) & (SIDE - 1)
-    x, x1, y, y1 = x * (SIDE * SIDE), x1 * (SIDE * SIDE), y * SIDE, y1 * SIDE
+@cache
+def on_device(make: Callable[..., Array], arguments: tuple[float, ...], device: torch.device) -> Tensor:
+    """A volume (1, channels, SIDE + 1, SIDE + 1, SIDE + 1) with its first voxels again at its far ends."""
+    values = make(*arguments).reshape(SIDE, SIDE, SIDE, -1)
+    wrapped = np.pad(values, ((0, 1), (0, 1), (0, 1), (0, 0)), mode="wrap")
+    return torch.from_numpy(np.ascontiguousarray(wrapped.transpose(3, 0, 1, 2)))[None].to(device)
 
-    def along_z(base: NDArray[np.int32]) -> Array:
-        near = volume.take(base + z, axis=0)
-        return near + (volume.take(base + z1, axis=0) - near) * fz
 
-    def along_y(base: NDArray[np.int32]) -> Array:
-        near = along_z(base + y)
-        return near + (along_z(base + y1) - near) * fy
-
-    near = along_y(x)
-    return np.ascontiguousarray((near + (along_y(x1) - near) * fx).T)
+def look_up(noise: Noise, points: Tensor, frequency: float | tuple[float, float, float]) -> Tensor:
+    """Values (channels, b, k) of a noise at points (3, b, k), trilinear, `frequency` periods a unit."""
+    each = frequency if isinstance(frequency, tuple) else (frequency,) * 3
+    x, y, z = (points[i] * each[i] for i in range(3))
+    # grid_sample counts from -1 to 1, the last axis first.
+    place = torch.stack([z - z.floor(), y - y.floor(), x - x.floor()], dim=-1).mul_(2).sub_(1)
+    values = functional.grid_sample(
+        on_device(*noise, points.device), place[None, None], padding_mode="border", align_corners=True
+    )
+    return values[0, :, 0]

@@ -1,65 +1,218 @@
-"""Pictures of scenes: sphere tracing at two samples a pixel each way, materials, strands, then one box filter."""
+"""Pictures of scenes, many at once on any device: sphere tracing at two samples a pixel each way, then a box filter."""
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Sequence
+from itertools import groupby
 
-from dall3.scenes.backdrop import draw_backdrop
-from dall3.scenes.camera import Camera
-from dall3.scenes.cloud import draw_cloud
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dall3.scenes.backdrop import draw_backdrops
+from dall3.scenes.camera import Cameras, aim
+from dall3.scenes.cloud import draw_clouds
 from dall3.scenes.lighting import Surface, expose, shade
-from dall3.scenes.materials import LOOKS
-from dall3.scenes.noise import Array
-from dall3.scenes.scene import Scene
-from dall3.scenes.shapes import DISTANCES, ball_span, bound, delicacy, normals
+from dall3.scenes.materials import LOOKS, details
+from dall3.scenes.scene import MATERIALS, SHAPES, Scene
+from dall3.scenes.shapes import DISTANCES, delicacy, dot, normals, put
 from dall3.scenes.strands import STRANDS, draw_strands
+from dall3.scenes.trace import BLOCK, Blocks, find_blocks, trace
 
 SAMPLES = 2  # a pixel, each way
-TOUCH = 0.003  # how near a ray comes before it has met the surface
-MARGIN = 0.05  # of the picture's side, round the object's window, for what sticks out of it
-TRANSLUCENT = ("cloud", "water", "ice")
+CLOUD_REACH = 0.25  # how far from a solid its cloud may be
+CHUNK = {"cpu": 2, "cuda": 1024}  # pictures of 256 pixels that are drawn at once
+PIECE = 256  # blocks
 
 
-def trace(shape: str, origin: Array, rays: Array) -> Array:
-    """How far along unit rays (3, n) from origin (3,) the solid lies, (n,); infinity where they miss it."""
-    distance = DISTANCES[shape]
-    active, t, end = ball_span(origin, rays, bound(shape))
-    hits = np.full(rays.shape[1], np.inf, np.float32)
-    rays = rays[:, active]
-    for _ in range(48):
-        d = distance(origin[:, None] + rays * t)
-        t = t + d
-        touched = d < TOUCH
-        hits[active[touched]] = t[touched]
-        going = np.flatnonzero(~touched & (t < end))
-        if going.size == 0:
-            break
-        if going.size < 0.8 * t.size:
-            active, t, end, rays = active[going], t[going], end[going], rays[:, going]
-        else:
-            end = np.where(touched, -np.inf, end).astype(np.float32)
-    return hits
+def runs_of(names: Sequence[str], counts: Sequence[int]) -> list[tuple[str, slice]]:
+    """The runs of equal names, by how much each name takes."""
+    runs, end = [], 0
+    for name, group in groupby(zip(names, counts, strict=True), key=lambda pair: pair[0]):
+        start, end = end, end + sum(count for _, count in group)
+        if end > start:
+            runs.append((name, slice(start, end)))
+    return runs
 
 
-def draw_solid(scene: Scene, camera: Camera, picture: Array, rays: Array) -> tuple[Array, Array]:
-    """The object along unit rays (3, n): light and coverage (4, n), and its depth (n,), infinity where there is none.
+def reach(scene: Scene) -> float:
+    strands = STRANDS.get(scene.material)
+    return 0.8 * strands.length * delicacy(scene.shape) if strands else 0.0
 
-    picture: the scene without the object, light (size, size, 3).
+
+def pieces(runs: Sequence[tuple[str, slice]], device: torch.device) -> list[tuple[str, slice]]:
+    """Runs of blocks, on a CPU cut so short that what is computed for one stays in the processor's cache."""
+    if device.type != "cpu":
+        return list(runs)
+    return [
+        (name, slice(start, min(start + PIECE, run.stop)))
+        for name, run in runs
+        for start in range(run.start, run.stop, PIECE)
+    ]
+
+
+def shrink(layer: Tensor) -> Tensor:
+    """The mean of each pixel's samples in blocks: (channels, b, BLOCK²) -> (channels, b, (BLOCK / SAMPLES)²)."""
+    rows = layer.unflatten(-1, (BLOCK // SAMPLES, SAMPLES, BLOCK // SAMPLES, SAMPLES))
+    return ((rows[..., 0, :, 0] + rows[..., 0, :, 1] + rows[..., 1, :, 0] + rows[..., 1, :, 1]) * 0.25).flatten(-2)
+
+
+def lay_out(pixels: Tensor, across: int, size: int) -> Tensor:
+    """Blocks of pixels (channels, n · across², k²) -> pictures (n, channels, size, size)."""
+    channels, wide = len(pixels), round(pixels.shape[-1] ** 0.5)
+    grid = pixels.reshape(channels, -1, across, across, wide, wide).permute(1, 0, 2, 4, 3, 5)
+    return grid.reshape(-1, channels, across * wide, across * wide)[..., :size, :size]
+
+
+def draw_solids(scenes: Sequence[Scene], cameras: Cameras, numbers: Tensor, pictures: Tensor) -> Tensor:
+    """Premultiplied light and coverage (n, 4, size, size) of scenes, sorted by shape. numbers: their details (k, n).
+
+    pictures: the scenes without their objects, light (n, 3, size, size).
     """
-    distance = DISTANCES[scene.shape]
-    t = trace(scene.shape, camera.eye, rays)
-    hit = np.flatnonzero(t < np.inf)
-    view = np.ascontiguousarray(rays[:, hit])
-    p = camera.eye[:, None] + view * t[hit]
-    n = normals(distance, p)
-    surface = Surface(scene.shape, p, n, view, camera, picture, np.random.default_rng(scene.seed))
-    openness = np.clip(0.45 + distance(p + n * np.float32(0.25)) * 2.2, 0, 1)
-    openness *= np.clip(0.55 + 0.6 * (camera.vertical @ p - camera.ground), 0, 1)
-    layer = np.zeros((4, t.size), np.float32)
-    layer[:3, hit] = shade(surface, LOOKS[scene.material](surface), openness)
-    layer[3, hit] = 1
-    return layer, t * (camera.forward @ rays)
+    size, device, n = pictures.shape[-1], pictures.device, len(scenes)
+    samples = size * SAMPLES
+    shapes = [scene.shape for scene in scenes]
+    blocks = find_blocks(runs_of(shapes, [1] * n), cameras, samples)
+    # Points, normals, directions from the eye, openness: what the materials are told, kept for all blocks.
+    points = torch.empty(10, len(blocks.which), BLOCK**2, device=device)
+    depth = torch.empty_like(points[0])
+    for shape, run in pieces(runs_of(shapes, blocks.counts), device):
+        camera = cameras.take(blocks.which[run])
+        rays = camera.rays(*blocks.coordinates(run, samples))
+        t, p, hit = trace(shape, camera.eye, rays, blocks.start[run])
+        normal = normals(DISTANCES[shape], p)
+        openness = (0.45 + DISTANCES[shape](p + normal * 0.25) * 2.2).clamp_(0, 1)
+        openness *= (0.55 + 0.6 * (dot(camera.vertical, p) - camera.ground)).clamp_(0, 1)
+        points[:3, run], points[3:6, run], points[6:9, run], points[9, run] = p, normal, rays, openness
+        depth[run] = torch.where(hit, t * dot(camera.forward, rays), torch.inf)
+
+    layer = torch.empty(4, len(blocks.which), BLOCK**2, device=device)
+    for material, chosen, runs in by_material(scenes, blocks):
+        p, normal, view, (openness,) = points[:, chosen].split((3, 3, 3, 1))
+        which = blocks.which[chosen]
+        surface = Surface(runs, p, normal, view, which, cameras.take(which), pictures, numbers[:, which, None])
+        hit = depth[chosen] < torch.inf
+        layer[:3, chosen] = torch.where(hit, shade(surface, LOOKS[material](surface), openness), 0)
+        layer[3, chosen] = hit.float()
+
+    each = blocks.across**2
+    pixels = torch.zeros(4, n * each, (BLOCK // SAMPLES) ** 2, device=device)
+    grown = grow(scenes, cameras, blocks, depth, layer, samples)
+    layer[:3] = expose(layer[:3])
+    pixels[:, blocks.index] = shrink(layer)
+    for which, covered in grown:
+        pixels.unflatten(1, (n, each))[:, which] = covered.unflatten(1, (-1, each))
+    return lay_out(pixels, blocks.across, size)
+
+
+def by_material(scenes: Sequence[Scene], blocks: Blocks) -> list[tuple[str, Tensor, list[tuple[str, slice]]]]:
+    """Each material with the numbers of its blocks, (b,), and in them the run of each shape."""
+    device, starts = blocks.which.device, np.cumsum([0, *blocks.counts])
+    found = []
+    for material in MATERIALS:
+        mine = [k for k, scene in enumerate(scenes) if scene.material == material and blocks.counts[k]]
+        if not mine:
+            continue
+        numbers = np.concatenate([np.arange(starts[k], starts[k + 1]) for k in mine])
+        chosen = torch.from_numpy(numbers).to(device, non_blocking=True)
+        runs = runs_of([scenes[k].shape for k in mine], [blocks.counts[k] for k in mine])
+        if device.type == "cpu":
+            for shape, run in pieces(runs, device):
+                found.append((material, chosen[run], [(shape, slice(0, run.stop - run.start))]))
+        else:
+            found.append((material, chosen, runs))
+    return found
+
+
+def grow(
+    scenes: Sequence[Scene], cameras: Cameras, blocks: Blocks, depth: Tensor, layer: Tensor, samples: int
+) -> list[tuple[Tensor, Tensor]]:
+    """What grows on the objects, laid over their light and coverage (4, b, BLOCK²): the pictures' numbers (m,) and
+    their pixels, (4, m · across², (BLOCK / SAMPLES)²), for each material and size.
+    """
+    groups: dict[tuple[str, str], list[int]] = {}
+    for k, scene in enumerate(scenes):
+        if scene.material in STRANDS:
+            groups.setdefault((scene.material, scene.size), []).append(k)
+    each, starts, found = blocks.across**2, np.cumsum([0, *blocks.counts]), []
+    for mine in groups.values():
+        numbers = np.concatenate([np.arange(starts[k], starts[k + 1]) for k in mine])
+        shift = np.concatenate([np.full(blocks.counts[k], i - k) for i, k in enumerate(mine)])
+        chosen, moved = torch.from_numpy(np.stack([numbers, shift * each])).to(layer.device, non_blocking=True)
+        index = blocks.index[chosen] + moved
+        behind = torch.full((len(mine) * each, BLOCK**2), torch.inf, device=layer.device)
+        behind[index] = depth[chosen]
+        which = put(mine, layer.device)
+        light, shown = draw_strands([scenes[k] for k in mine], cameras, which, behind, blocks.across, samples)
+        covered = torch.zeros(4, *behind.shape, device=layer.device)
+        covered[:, index] = layer[:, chosen]
+        covered[:3] = torch.where(shown, light, covered[:3])
+        covered[3] = torch.where(shown, 1, covered[3])
+        covered[:3] = expose(covered[:3])
+        found.append((which, shrink(covered)))
+    return found
+
+
+def draw_cloudy(scenes: Sequence[Scene], cameras: Cameras, numbers: Tensor, size: int) -> Tensor:
+    """Premultiplied light and coverage (n, 4, size, size) of scenes of cloud, sorted by shape."""
+    shapes = [scene.shape for scene in scenes]
+    blocks = find_blocks(runs_of(shapes, [1] * len(scenes)), cameras, size, CLOUD_REACH)
+    runs = pieces(runs_of(shapes, blocks.counts), numbers.device)
+    light, cover = draw_clouds(runs, blocks, cameras, numbers[:3], size)
+    layer = torch.zeros(4, len(scenes) * blocks.across**2, BLOCK**2, device=numbers.device)
+    layer[:, blocks.index] = torch.cat([expose(light), cover[None]])
+    return lay_out(layer, blocks.across, size)
+
+
+def draw_sorted(scenes: Sequence[Scene], size: int, device: torch.device) -> Tensor:
+    """The pictures, uint8 (n, 3, size, size), of scenes sorted by `sorting`."""
+    cameras = aim(scenes, [reach(scene) for scene in scenes], device)
+    numbers = put([details(scene) for scene in scenes], device, torch.float32).T
+    pictures = draw_backdrops(scenes, runs_of([scene.shape for scene in scenes], [1] * len(scenes)), cameras, size)
+    cloudy = sum(scene.material == "cloud" for scene in scenes)
+    layers = []
+    for part in (slice(0, cloudy), slice(cloudy, len(scenes))):
+        if part.start < part.stop:
+            mine, own = scenes[part], cameras.part(part)
+            if part.start == 0 and cloudy:
+                layers.append(draw_cloudy(mine, own, numbers[:, part], size))
+            else:
+                layers.append(draw_solids(mine, own, numbers[:, part], pictures[part]))
+    layer = torch.cat(layers)
+    pictures = pictures * (1 - layer[:, 3:]) + layer[:, :3]
+    return (pictures.clamp_(0, 1).sqrt_() * 255 + 0.5).to(torch.uint8)
+
+
+def chunk_length(size: int, device: torch.device) -> int:
+    """How many pictures are drawn at once, so that memory suffices: well under 1 GB on a CPU, about 10 GB on a GPU."""
+    most = CHUNK.get(device.type, CHUNK["cuda"])
+    return max(most * 256 * 256 // (size * size), 1)
+
+
+@torch.no_grad()
+def render_many(scenes: Sequence[Scene], size: int = 256, device: str | torch.device = "cpu") -> Tensor:
+    """Scenes as pictures, uint8 (n, 3, size, size) on the device. A scene gives the same picture in any company.
+
+    The device is waited for once a chunk of hundreds. Raises ValueError for a size under 16 pixels.
+
+    >>> render_many([Scene("cube", "wood"), Scene("egg", "cloud")], 64).shape
+    torch.Size([2, 3, 64, 64])
+    """
+    if size < 16:
+        raise ValueError(f"size={size}; expected at least 16 pixels")
+    device = torch.device(device)
+    pictures = torch.empty(len(scenes), 3, size, size, dtype=torch.uint8, device=device)
+    length = chunk_length(size, device)
+    for start in range(0, len(scenes), length):
+        order = sorted(range(start, min(start + length, len(scenes))), key=lambda k: sorting(scenes[k]))
+        pictures[put(order, device)] = draw_sorted([scenes[k] for k in order], size, device)
+    return pictures
+
+
+def sorting(scene: Scene) -> tuple[bool, int, int]:
+    """Clouds before solids, and among them shape by shape, since each shape is drawn in one go."""
+    return scene.material != "cloud", SHAPES.index(scene.shape), MATERIALS.index(scene.material)
 
 
 def render(scene: Scene, size: int = 256) -> NDArray[np.uint8]:
@@ -67,31 +220,4 @@ def render(scene: Scene, size: int = 256) -> NDArray[np.uint8]:
 
     Raises ValueError for a size under 16 pixels.
     """
-    if size < 16:
-        raise ValueError(f"size={size}; expected at least 16 pixels")
-    strands = STRANDS.get(scene.material)
-    camera = Camera(scene, reach=0.8 * strands.length * delicacy(scene.shape) if strands else 0.0)
-    darkness = 0.45 if scene.material in TRANSLUCENT else 0.75
-    picture = draw_backdrop(scene, camera, size, darkness)
-
-    low, high = camera.window
-    left, top = (max(int((edge - MARGIN) * size), 0) for edge in low)
-    right, bottom = (min(int((edge + MARGIN) * size) + 1, size) for edge in high)
-    samples = 1 if scene.material == "cloud" else SAMPLES
-    x = np.arange(0.5, (right - left) * samples, dtype=np.float32) / (samples * size) + np.float32(left / size)
-    y = np.arange(0.5, (bottom - top) * samples, dtype=np.float32) / (samples * size) + np.float32(top / size)
-    rays = camera.rays(np.tile(x, y.size), np.repeat(y, x.size))
-    if scene.material == "cloud":
-        layer = draw_cloud(scene, camera, rays)
-    else:
-        layer, depth = draw_solid(scene, camera, picture, rays)
-        if strands:
-            corner = (left * samples, top * samples)
-            draw_strands(strands, scene, camera, layer, depth.reshape(y.size, x.size), corner, size * samples)
-
-    layer[:3] = expose(layer[:3])
-    layer = layer.reshape(4, bottom - top, samples, right - left, samples).mean((2, 4))
-    target = picture[top:bottom, left:right]
-    target *= 1 - layer[3, ..., None]
-    target += np.moveaxis(layer[:3], 0, -1)
-    return (np.sqrt(np.clip(picture, 0, 1)) * 255 + 0.5).astype(np.uint8)
+    return render_many([scene], size)[0].permute(1, 2, 0).contiguous().numpy()

@@ -9,10 +9,15 @@ from zlib import crc32
 
 import numpy as np
 
-SHAPES = ("cube", "sphere", "cylinder", "cone", "pyramid", "torus", "capsule", "octahedron", "egg", "star")
+SHAPES = (
+    *("cube", "sphere", "cylinder", "cone", "pyramid", "torus", "capsule", "octahedron", "egg", "star"),
+    *("armchair", "teapot"),
+)
+FRUIT = ("avocado", "strawberry", "watermelon")
 TEXTURES = (
     *("cloud", "water", "porcupine", "wood", "brick", "grass", "gold"),
     *("marble", "ice", "lava", "wool", "leather", "polka dots", "stripes"),
+    *FRUIT,
 )
 COLOURS = {
     "red": (212, 34, 34),
@@ -62,6 +67,8 @@ POSES = {
     "octahedron": Pose(azimuth=(15, 75), elevation=(10, 24)),
     "egg": Pose(elevation=(10, 28), roll=(-22, 22)),
     "star": Pose(azimuth=(-30, 30), elevation=(8, 22), roll=(-18, 18)),
+    "armchair": Pose(azimuth=(-45, 45), elevation=(14, 28)),
+    "teapot": Pose(azimuth=(-35, 35), elevation=(10, 26)),
 }
 
 

@@ -1,17 +1,20 @@
-"""Quills, blades and fibres: many thin strands that grow from a surface, drawn from the farthest to the nearest."""
+"""Quills, blades and fibres: many thin strands that grow from a surface, the nearest before the others."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import ceil, pi
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from dall3.scenes.backdrop import linear
-from dall3.scenes.camera import DISTANCE, Camera
-from dall3.scenes.noise import Array
-from dall3.scenes.scene import Scene
-from dall3.scenes.shapes import delicacy, surface_points, unit
+from dall3.scenes.backdrop import light
+from dall3.scenes.camera import DISTANCE, WIDTHS, Cameras, outlines
+from dall3.scenes.scene import SHAPES, Scene
+from dall3.scenes.shapes import delicacy, dot, put, unit
+from dall3.scenes.trace import BLOCK
 
 
 @dataclass(frozen=True)
@@ -19,8 +22,8 @@ class Strands:
     """`count` strands of that length and root width, in object units, narrower by `taper` at the tip.
 
     They leave the surface along its normal but for a random `stray`, a `sweep` along it, combed one way, a `rise` of
-    the tip towards the sky, and coils of radius `curl`. colours gives light (3, n, steps) for places t (steps,), 0 at
-    the root and 1 at the tip, and a random tone (n, 1) in [0, 1) for each strand.
+    the tip towards the sky, and coils of radius `curl`. colours gives light (3, n, k) for places t (n, k), 0 at the
+    root and 1 at the tip, and the strands' random tones (n, k) in [0, 1).
     """
 
     count: int
@@ -31,29 +34,30 @@ class Strands:
     sweep: float
     rise: float
     curl: float
-    colours: Callable[[Array, Array], Array]
+    colours: Callable[[Tensor, Tensor], Tensor]
 
 
-def ramp(t: Array, *stops: tuple[float, tuple[int, int, int]]) -> Array:
-    """Light (3, ...) at t on a line of (place, colour 0..255) stops."""
-    places = [place for place, _ in stops]
-    channels = np.stack([linear(colour) for _, colour in stops], axis=1)
-    return np.stack([np.interp(t, places, channel) for channel in channels]).astype(np.float32)
+def ramp(t: Tensor, *stops: tuple[float, tuple[int, int, int]]) -> Tensor:
+    """Light (3, n, k) at t (n, k) on a line of (place, colour 0..255) stops."""
+    value = light(stops[0][1], t.device)
+    for (low, start), (high, end) in zip(stops, stops[1:], strict=False):
+        step = light(end, t.device) - light(start, t.device)
+        value = value + step * ((t - low) * (1 / (high - low))).clamp_(0, 1)
+    return value
 
 
-def quill(t: Array, tone: Array) -> Array:
+def quill(t: Tensor, tone: Tensor) -> Tensor:
     dark, pale = (48, 34, 26), (240, 224, 190)
     bands = ((0.22, dark), (0.32, pale), (0.52, pale), (0.60, dark), (0.78, dark), (0.86, pale), (1.0, (255, 248, 226)))
     return ramp(t + 0.10 * (tone - 0.5), *bands)
 
 
-def blade(t: Array, tone: Array) -> Array:
-    green = ramp(t, (0.0, (18, 52, 10)), (0.5, (58, 134, 30)), (1.0, (150, 206, 70)))
-    return green[:, None] * (0.65 + 0.7 * tone)
+def blade(t: Tensor, tone: Tensor) -> Tensor:
+    return ramp(t, (0.0, (18, 52, 10)), (0.5, (58, 134, 30)), (1.0, (150, 206, 70))) * (0.65 + 0.7 * tone)
 
 
-def fibre(t: Array, tone: Array) -> Array:
-    return ramp(t, (0.0, (220, 194, 158)), (1.0, (255, 240, 214)))[:, None] * (0.85 + 0.2 * tone)
+def fibre(t: Tensor, tone: Tensor) -> Tensor:
+    return ramp(t, (0.0, (220, 194, 158)), (1.0, (255, 240, 214))) * (0.85 + 0.2 * tone)
 
 
 STRANDS = {
@@ -65,70 +69,98 @@ STRANDS = {
     ),
     "wool": Strands(700, length=0.10, width=0.010, taper=0.5, stray=0.8, sweep=0.0, rise=0.0, curl=0.03, colours=fibre),
 }
-COMB = np.array([[0.45], [0.8], [-0.4]], np.float32)
 TURNS = 2  # of a coil
+NARROWEST = 1.3  # no solid's larger side looks shorter than that
 
 
-def grow(
-    strands: Strands, shape: str, camera: Camera, rng: np.random.Generator, steps: int
-) -> tuple[Array, Array, Array]:
-    """Points (3, n, steps) along those strands that the eye may see, farthest first, the normals (3, n) at their roots
-    and a random tone (n, 1) each.
-    """
-    roots, n = (part[:, : strands.count] for part in surface_points(shape))
-    tone, length, phase = rng.random((3, strands.count, 1), np.float32)
-    length = (0.54 + 0.46 * length) * np.float32(strands.length * delicacy(shape))
-    along = n + np.float32(strands.stray) * rng.standard_normal((3, strands.count), np.float32)
-    along = unit(along + np.float32(strands.sweep) * (COMB - n * (COMB * n).sum(0)))
-    t = np.linspace(0, 1, steps, dtype=np.float32)
-    p = roots[..., None] + along[..., None] * (length * t)
-    p += camera.vertical[:, None, None] * (np.float32(strands.rise) * t * t)
-    if strands.curl:
-        side = unit(np.cross(n, n[[1, 2, 0]] + COMB, axis=0))
-        other = np.cross(n, side, axis=0)
-        start, angle = 2 * np.pi * phase, 2 * np.pi * (phase + TURNS * t)
-        coil = side[..., None] * (np.cos(angle) - np.cos(start)) + other[..., None] * (np.sin(angle) - np.sin(start))
-        p += np.float32(strands.curl) * coil
-    depth = camera.forward @ p[..., -1]
-    order = np.argsort(-depth)
-    order = order[(n * (roots - camera.eye[:, None])).sum(0)[order] < 0.45 * DISTANCE]
-    return p[:, order], n[:, order], tone[order]
+def random_numbers(scenes: Sequence[Scene], strands: Strands, device: torch.device) -> Tensor:
+    """Tone, length and phase in [0, 1), and a normal vector, for each strand from its scene's seed: (6, n, count)."""
+    numbers = np.empty((len(scenes), 6, strands.count), np.float32)
+    for row, scene in zip(numbers, scenes, strict=True):
+        rng = np.random.default_rng(scene.seed)
+        rng.random(out=row[:3], dtype=np.float32)
+        rng.standard_normal(out=row[3:], dtype=np.float32)
+    return torch.from_numpy(numbers).to(device, non_blocking=True).transpose(0, 1)
+
+
+def cross(a: Tensor, b: Tensor) -> Tensor:
+    return torch.stack([a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]])
 
 
 def draw_strands(
-    strands: Strands, scene: Scene, camera: Camera, layer: Array, depth: Array, corner: tuple[int, int], scale: int
-) -> None:
-    """Paint the strands into layer, light and coverage (4, height · width), where depth (height, width) lies behind.
+    scenes: Sequence[Scene], cameras: Cameras, which: Tensor, depth: Tensor, across: int, samples: int
+) -> tuple[Tensor, Tensor]:
+    """The strands of scenes of one material and size, before what lies at a depth (n, across², BLOCK²).
 
-    The layer's first sample is at `corner` (across, down) in a picture `scale` samples wide.
+    cameras, which: the cameras, and which of them are the scenes', (n,). samples: the width of the pictures.
+    Returns light (3, n · across², BLOCK²), and where there is a strand, bool (n · across², BLOCK²).
     """
-    rng = np.random.default_rng(scene.seed)
-    per_unit = scale * camera.scale / DISTANCE
-    path = strands.length + 2 * np.pi * TURNS * strands.curl
-    steps = max(int(np.ceil(path * per_unit * 1.25)), 4)
-    p, n, tone = grow(strands, scene.shape, camera, rng, steps)
-    t = np.linspace(0, 1, steps, dtype=np.float32)
-    x, y, z = camera.project(p.reshape(3, -1)).reshape(p.shape)
-    x, y = x * scale - corner[0], y * scale - corner[1]
+    strands, device, n = STRANDS[scenes[0].material], depth.device, len(scenes)
+    camera = cameras.take(which)
+    tone, grown, phase, *stray = random_numbers(scenes, strands, device)
+    every_root, every_normal = outlines(device)
+    shapes = put([SHAPES.index(scene.shape) for scene in scenes], device)
+    roots, normal = (part[:, shapes, : strands.count] for part in (every_root, every_normal))
+    delicate = put([[delicacy(scene.shape)] for scene in scenes], device)
+    comb = put([0.45, 0.8, -0.4], device).reshape(3, 1, 1)
 
+    along = normal + strands.stray * torch.stack(stray)
+    along = unit(along + strands.sweep * (comb - normal * dot(comb, normal)))
+    along = along * ((0.54 + 0.46 * grown) * strands.length * delicate)
+    # As many steps as a strand may be samples long, at most; each picture takes its own share of them.
+    path, per_unit = strands.length + 2 * pi * TURNS * strands.curl, samples * camera.scale / DISTANCE
+    largest = samples * WIDTHS[scenes[0].size] / (NARROWEST + 0.96 * strands.length)
+    most_steps, most_dots = max(ceil(path * largest * 1.25), 4), max(ceil(strands.width * largest * 1.2), 1)
+    steps = (path * per_unit * 1.25).ceil().clamp(4, most_steps)[..., None]
+    dots = (strands.width * per_unit * 1.2).ceil().clamp(1, most_dots)[..., None]
+    step = torch.arange(most_steps, device=device)
+    t = (step / (steps - 1)).clamp(max=1)
+    p = roots[..., None] + along[..., None] * t
+    if strands.rise:
+        p += camera.vertical[..., None] * (strands.rise * t * t)
+    if strands.curl:
+        side = unit(cross(normal, normal[[1, 2, 0]] + comb))
+        other = cross(normal, side)
+        start, angle = 2 * pi * phase[..., None], 2 * pi * (phase[..., None] + TURNS * t)
+        coil = side[..., None] * (angle.cos() - start.cos()) + other[..., None] * (angle.sin() - start.sin())
+        p += strands.curl * coil
+    tips = roots + along if not strands.curl else p[..., -1]
+    order = dot(camera.forward, tips).argsort(dim=1, descending=True)
+    rank = order.argsort(dim=1)
+    facing = dot(normal, roots - camera.eye) < 0.45 * DISTANCE
+
+    view = Cameras(*(getattr(camera, name)[..., None] for name in camera.__dataclass_fields__))
+    x, y, z = view.project(p)
+    x, y = x * samples, y * samples
     # Each step of a strand is a row of dots across it.
-    dots = max(int(np.ceil(strands.width * per_unit * 1.2)), 1)
-    across = (np.arange(dots, dtype=np.float32) + 0.5) / dots - 0.5
-    width = np.float32(strands.width * per_unit) * (1 - np.float32(strands.taper) * t)
-    run, fall = x[:, -1:] - x[:, :1], y[:, -1:] - y[:, :1]
-    spread = (width / np.sqrt(run * run + fall * fall + 1e-6))[..., None] * across
-    columns = np.floor(x[..., None] - fall[..., None] * spread).astype(np.int32)
-    rows = np.floor(y[..., None] + run[..., None] * spread).astype(np.int32)
-    inside = (columns >= 0) & (columns < depth.shape[1]) & (rows >= 0) & (rows < depth.shape[0])
-    place = np.where(inside, rows * depth.shape[1] + columns, 0)
-    inside &= z[..., None] < depth.reshape(-1)[place] + 0.03
+    dot_number = torch.arange(most_dots, device=device)
+    offset = (dot_number + 0.5) / dots - 0.5
+    width = strands.width * per_unit[..., None] * (1 - strands.taper * t)
+    run, fall = x[..., -1:] - x[..., :1], y[..., -1:] - y[..., :1]
+    spread = width / (run * run + fall * fall + 1e-6).sqrt()
     # A part thinner than a sample paints only that share of the samples it meets.
-    inside &= (width > rng.random(x.shape, np.float32))[..., None]
+    chance = torch.sin(tone[..., None] * 1e4 + step * 78.233) * 43758.5453
+    painted = (width > chance - chance.floor()) & (step < steps) & facing[..., None]
+    column = (x[..., None] - (fall * spread)[..., None] * offset[:, :, None]).floor_().int()
+    row = (y[..., None] + (run * spread)[..., None] * offset[:, :, None]).floor_().int()
+    inside = (column >= 0) & (column < samples) & (row >= 0) & (row < samples) & painted[..., None]
+    inside &= (dot_number < dots)[:, :, None]
+    place = torch.div(row, BLOCK, rounding_mode="floor") * across + torch.div(column, BLOCK, rounding_mode="floor")
+    place = place * BLOCK**2 + row % BLOCK * BLOCK + column % BLOCK
+    place += torch.arange(n, device=device, dtype=torch.int32).reshape(n, 1, 1, 1) * (across**2 * BLOCK**2)
+    place = torch.where(inside, place, 0).long()
+    inside &= z[..., None] < depth.reshape(-1)[place] + 0.03
+    # Where several paint one sample, the nearest strand stays, and of that the last dot.
+    key = (rank[..., None, None] * most_steps + step[:, None]) * most_dots + dot_number
+    key = torch.where(inside, key, -1).int()
+    best = torch.full((depth.numel(),), -1, dtype=torch.int32, device=device)
+    best.scatter_reduce_(0, place.reshape(-1), key.reshape(-1), "amax")
 
-    light = np.maximum(camera.light @ n, 0) * 0.75 + 0.3 + 0.12 * (camera.vertical @ n)
-    colour = (strands.colours(t, tone) * light[:, None])[..., None] * (1 - 0.5 * np.abs(across + 0.2))
-    # Farthest first: where several paint one sample, the last, which is the nearest, stays.
-    place = place[inside]
-    for channel in range(3):
-        layer[channel, place] = colour[channel][inside]
-    layer[3, place] = 1
+    best = best.reshape(n, -1)
+    shown, best = best >= 0, best.clamp(min=0).long()
+    strand = order.gather(1, best // (most_steps * most_dots))
+    t = (best // most_dots % most_steps / (steps[..., 0] - 1)).clamp_(max=1)
+    aside = (best % most_dots + 0.5) / dots[..., 0] - 0.5
+    lit = dot(camera.light, normal).clamp_(min=0) * 0.75 + 0.3 + 0.12 * dot(camera.vertical, normal)
+    colour = strands.colours(t, tone.gather(1, strand)) * lit.gather(1, strand) * (1 - 0.5 * (aside + 0.2).abs())
+    return colour.reshape(3, -1, BLOCK**2), shown.reshape(-1, BLOCK**2)

@@ -1,0 +1,142 @@
+"""Endless pictures with captions, drawn on the device that trains: scenes, emoji, emoji that wear things."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dall3.scenes.captions import caption
+from dall3.scenes.composite import Drawings, Layer, lay, placed
+from dall3.scenes.emoji import emoji_caption, list_emoji, random_background, random_placement, training_pool
+from dall3.scenes.render import chunk_length, render_many
+from dall3.scenes.scene import Scene, random_scene
+from dall3.scenes.shapes import put
+from dall3.scenes.wearing import Wardrobe
+
+KINDS = ("scenes", "emoji", "wearing")
+
+
+@dataclass
+class Plan:
+    """What is to be drawn: the scenes and the laid emoji, each with its place in the batch, and all captions."""
+
+    captions: list[str] = field(default_factory=list)
+    scenes: list[Scene] = field(default_factory=list)
+    scene_places: list[int] = field(default_factory=list)
+    layers: list[list[Layer]] = field(default_factory=list)
+    backgrounds: list[str] = field(default_factory=list)
+    layer_places: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Batch:
+    """pictures: uint8 (n, 3, side, side) on the world's device. captions: n."""
+
+    pictures: Tensor
+    captions: list[str]
+
+
+class World:
+    """The pictures that the bundled weights are trained on, drawn in batches on a device.
+
+    emoji: the folder of `fetch_emoji` or the file of `pack_emoji`; None for scenes alone. side: the pictures' width in
+    pixels, a multiple of 16. held_out: False for what training sees, True for the pairs that it never sees, None for
+    all. Raises ValueError for another side, and FileNotFoundError where there are no emoji.
+
+    >>> batch = World("cpu", side=64).draw(range(4), seed=0, kinds={"scenes": 1})
+    >>> batch.pictures.shape, len(batch.captions)
+    (torch.Size([4, 3, 64, 64]), 4)
+    """
+
+    def __init__(
+        self,
+        device: str | torch.device = "cpu",
+        emoji: str | Path | None = None,
+        side: int = 256,
+        held_out: bool | None = False,
+    ) -> None:
+        if side < 16 or side % 16:
+            raise ValueError(f"side={side}; expected a multiple of 16")
+        self.device, self.side, self.held_out = torch.device(device), side, held_out
+        self.emoji = list_emoji(emoji, toned=True) if emoji is not None else []
+        self.drawings = Drawings(self.emoji, self.device) if self.emoji else None
+        numbers = {drawing.hexcode: k for k, drawing in enumerate(self.emoji)}
+        self.pool = [numbers[drawing.hexcode] for drawing in training_pool(self.emoji)]
+        self.wardrobe = Wardrobe(self.emoji)
+
+    def draw(self, numbers: Sequence[int], seed: int = 0, kinds: Mapping[str, float] | None = None) -> Batch:
+        """Pictures by number: a number and a seed give the same picture and caption in any batch.
+
+        kinds: the weights of "scenes", "emoji" and "wearing"; scenes alone by default. Raises ValueError for another
+        kind, weights that are not above 0 in sum, or kinds that need emoji where there are none.
+        """
+        return self.render(self.plan(numbers, seed, kinds or {"scenes": 1}))
+
+    def plan(self, numbers: Sequence[int], seed: int, kinds: Mapping[str, float]) -> Plan:
+        """What `draw` draws, chosen without the device."""
+        unknown = [kind for kind in kinds if kind not in KINDS]
+        if unknown:
+            raise ValueError(f"unknown kind {unknown[0]!r}; expected {', '.join(KINDS)}")
+        weights = np.array([kinds.get(kind, 0) for kind in KINDS], float)
+        if not (weights >= 0).all() or not 0 < weights.sum() < np.inf:
+            raise ValueError(f"kinds={dict(kinds)}: expected weights of 0 and more, not all of them 0")
+        if weights[1:].any() and self.drawings is None:
+            raise ValueError("the kinds emoji and wearing need a World with emoji=, a folder or an archive of them")
+        ends = np.cumsum(weights / weights.sum()).tolist()
+        plan = Plan()
+        for place, number in enumerate(numbers):
+            rng = np.random.default_rng((seed, number))
+            draw = rng.random()
+            if draw < ends[0]:
+                scene = random_scene(rng, held_out=self.held_out)
+                plan.scenes.append(scene)
+                plan.scene_places.append(place)
+                plan.captions.append(caption(scene, rng))
+                continue
+            layers, background, words = self.choose_emoji(rng) if draw < ends[1] else self.dress(rng)
+            plan.layers.append(layers)
+            plan.backgrounds.append(background)
+            plan.layer_places.append(place)
+            plan.captions.append(words)
+        return plan
+
+    def choose_emoji(self, rng: np.random.Generator) -> tuple[list[Layer], str, str]:
+        number, background = -1, None
+        while background is None:
+            number = self.pool[rng.integers(len(self.pool))]
+            background = random_background(self.emoji[number], rng, self.held_out)
+        size, shift = random_placement(rng)
+        words = emoji_caption(self.emoji[number], background, size, rng)
+        return [placed(number, size, shift)], background, words
+
+    def dress(self, rng: np.random.Generator) -> tuple[list[Layer], str, str]:
+        return self.wardrobe.dress(rng, self.held_out)
+
+    @torch.no_grad()
+    def render(self, plan: Plan) -> Batch:
+        """The plan's pictures. The device is waited for once a chunk of hundreds of scenes."""
+        with torch.autocast(self.device.type, enabled=False):
+            return self._render(plan)
+
+    def _render(self, plan: Plan) -> Batch:
+        n = len(plan.captions)
+        pictures = torch.empty(n, 3, self.side, self.side, dtype=torch.uint8, device=self.device)
+        if plan.scenes:
+            which = put(plan.scene_places, self.device)
+            pictures[which] = render_many(plan.scenes, self.side, self.device)
+        length = chunk_length(self.side, self.device)
+        for start in range(0, len(plan.layers), length):
+            part = slice(start, start + length)
+            assert self.drawings is not None
+            which = put(plan.layer_places[part], self.device)
+            pictures[which] = lay(self.drawings, plan.layers[part], plan.backgrounds[part], self.side)
+        return Batch(pictures, plan.captions)
+
+    def plan_scenes(self, scenes: Sequence[Scene], captions: Sequence[str]) -> Plan:
+        """The plan of given scenes with given captions."""
+        return Plan(list(captions), list(scenes), list(range(len(scenes))))
