@@ -34,13 +34,15 @@ from quality import to_markdown
 from torch import Tensor
 
 from dall3 import Dall3Pipeline
-from dall3.diffusion.denoising import GaussianDiffusion, Refinement, denoising_steps
+from dall3.diffusion.denoising import Refinement, denoising_steps
 from dall3.diffusion.guidance import clip_loss, guided, spherical_distance
+from dall3.diffusion.schedule import GaussianDiffusion
 from dall3.models.clip import CLIP
 from dall3.models.packed import prepare
 from dall3.models.transformer import DalleTransformer, TransformerConfig
 from dall3.models.unet import UNet, UNetConfig
-from dall3.tokens.sampling import Sampling, candidate_uniforms, draw_image_tokens, make_generator
+from dall3.tokens.decoding import draw_image_tokens
+from dall3.tokens.sampling import Sampling, candidate_uniforms, make_generator
 from dall3.weights.checkpoints import load_transformer, load_unet
 
 Row = dict[str, Any]

@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from dall3.tokens import sampling
+from dall3.tokens import decoding
 
 CUDA, CPU = torch.device("cuda:0"), torch.device("cpu")
 aten = torch.ops.aten
@@ -91,8 +91,8 @@ class Everywhere(TorchDispatchMode):
 
 
 @contextmanager
-def pretend_gpu(monkeypatch: Any, memory: int = 8 * 2**30) -> Any:
-    """While it lasts, `device="cuda"` is to be had, with so many bytes of free memory."""
+def pretend_gpu(monkeypatch: Any, memory: int = 8 * 2**30, reserved: int = 0) -> Any:
+    """While it lasts, `device="cuda"` is to be had, with so many bytes of memory, some of which may be reserved."""
     torch._C._ensureCUDADeviceGuardSet()
     real_tensor = torch.tensor
 
@@ -103,7 +103,7 @@ def pretend_gpu(monkeypatch: Any, memory: int = 8 * 2**30) -> Any:
     monkeypatch.setattr(torch, "tensor", tensor)  # this one does not come by the mode
     monkeypatch.setattr(torch, "Generator", Generator)
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
-    monkeypatch.setattr(sampling, "CudaGraph", lambda function, *inputs: function)  # no driver would record anything
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (memory, memory))
+    monkeypatch.setattr(decoding, "CudaGraph", lambda function, *inputs: function)  # no driver would record anything
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (memory - reserved, memory))
     with Everywhere():
         yield

@@ -1,6 +1,8 @@
 """The denoising process: the original's numbers, samplers that find a known answer, and the schedulers of diffusers."""
 
+import inspect
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,16 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dall3.diffusion.denoising import (
-    GaussianDiffusion,
-    Refinement,
-    denoise,
-    sample_ddim,
-    sample_ddpm,
-    space_timesteps,
-    steps_like,
-    unet_predict,
-)
+from dall3.diffusion.denoising import Denoising, denoise, unet_predict
+from dall3.diffusion.samplers import DIFFUSERS, sample_ddim, sample_ddpm
+from dall3.diffusion.schedule import GaussianDiffusion, Prediction, space_timesteps
 from dall3.models.unet import DiffusionConfig, UNet, UNetConfig
 from dall3.weights.checkpoints import load_unet
 
@@ -33,9 +28,8 @@ def load_case(name: str, path) -> SimpleNamespace:
     diffusion = GaussianDiffusion(unet.config.diffusion, golden.about["timestep_respacing"])
     conditioning = {keyword: expected[stored] for keyword, stored in CONDITIONING.items() if stored in expected}
 
-    def predict(t: Tensor, clip_denoised: bool = False):
-        output = unet(expected["x"], diffusion.at("timestep", t), **conditioning)
-        return diffusion.predict(output, expected["x"], t, clip_denoised)
+    def predict(t: Tensor):
+        return diffusion.predict(unet(expected["x"], diffusion.at("timestep", t), **conditioning), expected["x"], t)
 
     return SimpleNamespace(
         expected=expected,
@@ -58,6 +52,11 @@ def fixed_variance(request, tmp_path_factory):
     return load_case(request.param, tmp_path_factory.mktemp("unet") / "unet.pt")
 
 
+def clipped(prediction: Prediction) -> Prediction:
+    """What the original has with clip_denoised."""
+    return replace(prediction, pred_xstart=prediction.pred_xstart.clamp(-1, 1))
+
+
 def near(actual: Tensor, expected: Tensor, tolerance: float = 1e-4) -> bool:
     """Equal in shape and within a tolerance relative to the largest value."""
     return close(actual, expected, tolerance * float(expected.abs().max()))
@@ -75,9 +74,8 @@ def test_statistics_of_a_step(case, name):
 
 
 def test_clipped_picture(case):
-    clipped = case.predict(case.expected["t"], clip_denoised=True)
     # Where little but noise is left, the picture is the small difference of large numbers, up to 478.
-    assert close(clipped.pred_xstart, case.expected["pred_xstart_clipped"], 1e-3)
+    assert close(clipped(case.prediction).pred_xstart, case.expected["pred_xstart_clipped"], 1e-3)
 
 
 def test_add_noise(case):
@@ -93,32 +91,36 @@ def test_guided_mean(case):
 
 def test_guided_score(case):
     e = case.expected
-    guided = case.diffusion.guided_score(replace(case.prediction, gradient=e["gradient"]), e["x"], e["t"])
+    guided = case.diffusion.guided_score(replace(case.prediction, gradient=e["gradient"]))
     assert near(guided.pred_xstart, e["guided_score_pred_xstart"])
     assert near(guided.mean, e["guided_score_mean"])
 
 
-def assert_one_ddim_step(case: SimpleNamespace, clip_denoised: bool) -> None:
+def assert_one_ddim_step(case: SimpleNamespace, change: Callable[[Prediction], Prediction]) -> None:
     e = case.expected
     for row, t in enumerate(e["t"].tolist()):
         conditioning = {name: value[row : row + 1] for name, value in case.conditioning.items()}
-        predict = unet_predict(case.unet, case.diffusion, conditioning, clip_denoised)
-        x, _ = next(sample_ddim(predict, case.diffusion, e["x"][row : row + 1], [t], None))
+        predict = unet_predict(case.unet, case.diffusion, conditioning)
+        x, _ = next(
+            sample_ddim(
+                lambda x, i, predict=predict: change(predict(x, i)), case.diffusion, e["x"][row : row + 1], [t], None
+            )
+        )
         assert near(x, e["ddim_sample"][row : row + 1])
 
 
 def test_one_ddim_step(case):
-    assert_one_ddim_step(case, clip_denoised=False)
+    assert_one_ddim_step(case, lambda prediction: prediction)
 
 
 def test_one_ddim_step_of_a_unet_that_predicts_the_picture(tmp_path):
-    assert_one_ddim_step(load_case("unet_predict_xstart", tmp_path / "unet.pt"), clip_denoised=True)
+    assert_one_ddim_step(load_case("unet_predict_xstart", tmp_path / "unet.pt"), clipped)
 
 
 def test_the_whole_ddim_chain(case):
-    predict = unet_predict(case.unet, case.diffusion, case.conditioning, clip_denoised=True)
+    predict = unet_predict(case.unet, case.diffusion, case.conditioning)
     steps = range(len(case.diffusion) - 1, -1, -1)
-    *_, (x, _) = sample_ddim(predict, case.diffusion, case.expected["noise"], steps, None)
+    *_, (x, _) = sample_ddim(lambda x, i: clipped(predict(x, i)), case.diffusion, case.expected["noise"], steps, None)
     assert close(x, case.expected["ddim_chain"], 1e-3)
 
 
@@ -128,8 +130,8 @@ def test_statistics_with_fixed_variance(fixed_variance):
     for name in ("variance", "log_variance"):
         values = getattr(prediction, name)
         assert values.shape == e["x"].shape and near(values, e[name].view(-1, 1, 1, 1).expand_as(values))
-    clipped = fixed_variance.predict(e["t"], clip_denoised=True)
-    assert near(clipped.pred_xstart, e["pred_xstart_clipped"]) and near(clipped.mean, e["mean_clipped"])
+    within = clipped(prediction)
+    assert near(within.pred_xstart, e["pred_xstart_clipped"]) and near(within.mean, e["mean_clipped"])
 
 
 def test_statistics_at_the_first_and_last_step(tmp_path):
@@ -188,7 +190,7 @@ class Toy(nn.Module):
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
         self.calls += 1
-        bar = torch.tensor(self.full.alphas_cumprod)[timesteps.long()].view(-1, 1, 1, 1)
+        bar = torch.tensor([self.full.at("sqrt_bar", t) ** 2 for t in timesteps.tolist()]).view(-1, 1, 1, 1)
         noise = (1 - bar).sqrt() * (x - bar.sqrt() * self.mean) / self.variance(bar)
         output = [noise, torch.full_like(noise, 0.5)] if self.config.diffusion.learn_sigma else [noise]
         return torch.cat(output, dim=1).float()
@@ -212,7 +214,7 @@ def generators(*seeds: int) -> list[torch.Generator]:
 
 @torch.no_grad()
 def refine(toy: Toy, picture: Tensor | None = None, shape: tuple[int, ...] = SHAPE, **settings) -> Tensor:
-    return denoise(toy, shape, generators(0), {}, Refinement(**settings), picture)
+    return denoise(toy, shape, generators(0), {}, Denoising(**settings), picture)
 
 
 def start(seed: int = 0) -> Tensor:
@@ -269,7 +271,7 @@ def test_stop_at_stops():
 
 @pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "dpm-solver++"])
 def test_a_picture_does_not_depend_on_its_batch(scheduler):
-    settings = Refinement(num_inference_steps=10, scheduler=scheduler)
+    settings = Denoising(num_inference_steps=10, scheduler=scheduler)
     with torch.no_grad():
         together = denoise(Toy(), SHAPE, generators(3, 4, 5), {}, settings)
         alone = denoise(Toy(), SHAPE, generators(4), {}, settings)
@@ -282,8 +284,8 @@ def test_the_last_ancestral_step_adds_no_noise():
     diffusion = GaussianDiffusion(toy.config.diffusion, 10)
     predict = unet_predict(toy, diffusion, {})
     with torch.no_grad():
-        (x, _), t = next(sample_ddpm(predict, diffusion, start(), [0], None)), steps_like(start(), 0)
-        assert torch.equal(x, diffusion.predict(toy(start(), diffusion.at("timestep", t)), start(), t).mean)
+        x, _ = next(sample_ddpm(predict, diffusion, start(), [0], None))
+        assert torch.equal(x, predict(start(), 0).mean)
 
 
 @pytest.fixture(scope="module")
@@ -368,12 +370,12 @@ def test_strength_with_a_scheduler_of_diffusers(diffusers, name):
 )
 def test_impossible_settings_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
-        Refinement(**settings)
+        Denoising(**settings)
 
 
 def test_a_scheduler_of_diffusers_takes_a_number_of_steps(diffusers):
     with pytest.raises(ValueError, match="takes a number of steps, not 'ddim25'"):
-        Refinement(num_inference_steps="ddim25", scheduler=diffusers.DDIMScheduler())
+        Denoising(num_inference_steps="ddim25", scheduler=diffusers.DDIMScheduler())
 
 
 def test_a_scheduler_takes_the_training_steps_of_the_unet(monkeypatch):
@@ -386,7 +388,7 @@ def test_a_scheduler_takes_the_training_steps_of_the_unet(monkeypatch):
     unet, times = UNet(UNetConfig(**channels, image_size=32, num_heads=1, diffusion=config)).eval(), []
     forward = unet.forward
     monkeypatch.setattr(unet, "forward", lambda x, t: times.append(float(t[0])) or forward(x, t))
-    settings = Refinement(num_inference_steps=5, scheduler=DDIMScheduler(timestep_spacing="trailing"))
+    settings = Denoising(num_inference_steps=5, scheduler=DDIMScheduler(timestep_spacing="trailing"))
     with torch.no_grad():
         denoise(unet, (3, 32, 32), [torch.Generator().manual_seed(0)], {}, settings)
     assert times[0] > 990 and len(times) == 5
@@ -395,5 +397,52 @@ def test_a_scheduler_takes_the_training_steps_of_the_unet(monkeypatch):
 def test_a_scheduler_that_cannot_take_the_unets_noise_schedule_is_refused():
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    with pytest.raises(ValueError, match="a diffusers scheduler that takes trained_betas"):
-        Refinement(scheduler=FlowMatchEulerDiscreteScheduler())
+    with pytest.raises(ValueError, match="scheduler FlowMatchEulerDiscreteScheduler is not known; expected 'ddpm'"):
+        Denoising(scheduler=FlowMatchEulerDiscreteScheduler())
+
+
+STOCHASTIC = ("DDPMScheduler", "DDPMParallelScheduler", "EulerAncestralDiscreteScheduler", "SASolverScheduler")
+STOCHASTIC += ("KDPM2AncestralDiscreteScheduler",)
+
+
+def made_schedulers():
+    """Every scheduler class of diffusers that can be made here, by its name."""
+    import diffusers
+
+    for name in dir(diffusers):
+        kind = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
+        try:
+            known = inspect.signature(kind.__init__).parameters
+            settings = {"clip_sample": False, "timestep_spacing": "linspace"}
+            yield name, kind(**{key: value for key, value in settings.items() if key in known})
+        except (ImportError, TypeError, AttributeError):  # it needs another package, or arguments
+            continue
+
+
+def test_every_scheduler_of_diffusers_finds_the_answer_or_is_refused_by_name():
+    made = dict(made_schedulers())
+    missing = {name for name in DIFFUSERS if name not in made}
+    assert missing <= {"LMSDiscreteScheduler"}  # which needs scipy
+    picture, noise = torch.linspace(-1, 1, 192).view(1, *SHAPE), start()
+    for name, scheduler in made.items():
+        if name not in DIFFUSERS:
+            with pytest.raises(ValueError, match=f"scheduler {name} is not known; expected .*DDIMScheduler"):
+                Denoising(scheduler=scheduler)
+            continue
+        for strength, step in ((1.0, 999), (0.5, 499)):
+            toy = Toy()
+            found = refine(toy, picture, num_inference_steps=50, scheduler=scheduler, strength=strength)
+            answer = toy.answer(toy.full.add_noise(picture, step, noise), step)
+            if name in STOCHASTIC:
+                assert found.mean().item() == pytest.approx(toy.mean, abs=0.06), (name, strength)
+                assert found.std().item() == pytest.approx(toy.spread, abs=0.05), (name, strength)
+            else:
+                assert (found - answer).square().mean().sqrt() < 0.03, (name, strength)
+
+
+@pytest.mark.parametrize("name", ["HeunDiscreteScheduler", "KDPM2DiscreteScheduler"])
+@pytest.mark.parametrize("strength", [0.5, 0.3])
+def test_strength_with_a_scheduler_of_second_order_begins_with_a_whole_step(diffusers, name, strength):
+    toy, picture = Toy(), torch.linspace(-1, 1, 192).view(1, *SHAPE)
+    refine(toy, picture, num_inference_steps=10, scheduler=getattr(diffusers, name)(), strength=strength)
+    assert toy.calls == 2 * 10 * strength - 1

@@ -1,6 +1,9 @@
 """The pipeline on a GPU, pretended: nothing is left on the CPU, and the pictures are those of the CPU."""
 
+import contextlib
 import copy
+import threading
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -8,6 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from dall3.tokens.batching import fitting_batch_size
+from dall3.tokens.cuda_graph import CudaGraph
+from dall3.tokens.sampling import Sampling
 from pretend_gpu import pretend_gpu
 
 from conftest import load_seedset
@@ -77,3 +83,49 @@ def test_half_precision(pipe, monkeypatch):
         tokens = there.generate_tokens(PROMPT, jacobi_window=64, seed=0, progress=False)
         fine = there.upsample(tokens, prompt=PROMPT, clip_guidance_scale=1000, **HOW)
         assert fine.device.type == "cuda" and fine.isfinite().all() and fine.std() > 0
+
+
+def test_the_default_batch_does_not_depend_on_what_the_allocator_reserved(pipe, monkeypatch):
+    sizes = {}
+    for memory in (2**28, 2**33):
+        for reserved in (0, memory // 2, memory):
+            with monkeypatch.context() as patch, pretend_gpu(patch, memory, reserved):
+                there = copy.deepcopy(pipe.transformer).to("cuda")
+                sizes[memory, reserved] = fitting_batch_size(there, Sampling(cond_scale=2.0))
+    of_small, of_large = list(sizes.values())[:3], list(sizes.values())[3:]
+    assert len(set(of_small)) == 1 and 1 < of_small[0] < 256 and set(of_large) == {256}
+
+
+def test_one_graph_is_captured_at_a_time_and_other_threads_may_use_the_gpu(monkeypatch):
+    inside, modes, second = [], [], []
+
+    @contextlib.contextmanager
+    def capture(graph, capture_error_mode="global"):
+        modes.append(capture_error_mode)
+        inside.append(graph)
+        yield
+        inside.remove(graph)
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    cuda = dict(Stream=lambda: stream, current_stream=lambda: stream, CUDAGraph=lambda: SimpleNamespace())
+    cuda |= dict(graph=capture, device=contextlib.nullcontext, stream=contextlib.nullcontext)
+    for name, fake in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+    def add_one(x):
+        return x + 1
+
+    def with_a_second_thread(x):
+        if inside:
+            thread = threading.Thread(target=lambda: second.append(CudaGraph(add_one, x)), daemon=True)
+            thread.start()
+            thread.join(0.3)
+            assert second == [] and len(inside) == 1  # it waits
+            threads.append(thread)
+        return x + 1
+
+    threads: list[threading.Thread] = []
+    graph = CudaGraph(with_a_second_thread, torch.zeros(1))
+    threads[0].join(10)
+    assert len(second) == 1 and graph.output.item() == second[0].output.item() == 1
+    assert modes == ["thread_local"] * 2

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 import dall3.diffusion.guidance
-from dall3.diffusion.denoising import GaussianDiffusion, unet_predict
+from dall3.diffusion.denoising import unet_predict
 from dall3.diffusion.guidance import clip_loss, cut_out, draw_cutouts, guided, spherical_distance, with_penalties
+from dall3.diffusion.schedule import GaussianDiffusion
 from dall3.pipeline import Dall3Pipeline, parse_prompts
 from dall3.weights.checkpoints import load_clip, load_unet
 

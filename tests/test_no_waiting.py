@@ -11,11 +11,13 @@ from torch.utils._pytree import tree_leaves
 
 from dall3.diffusion import denoising as diffusion
 from dall3.diffusion import guidance
-from dall3.diffusion.denoising import GaussianDiffusion, Refinement, denoising_steps
+from dall3.diffusion.denoising import Denoising, denoising_steps
 from dall3.diffusion.guidance import clip_loss, guided
+from dall3.diffusion.schedule import GaussianDiffusion
 from dall3.models.transformer import DalleTransformer, TransformerConfig
 from dall3.models.unet import UNet, UNetConfig
-from dall3.tokens.sampling import Sampling, image_token_steps
+from dall3.tokens.decoding import image_token_steps
+from dall3.tokens.sampling import Sampling
 
 
 class Elsewhere(TorchDispatchMode):
@@ -76,7 +78,7 @@ def test_the_denoising_loop_reads_nothing_back_and_makes_nothing_elsewhere(monke
         pull = clip_loss(LookingGlass(), targets, weights, 1000.0, 4, generator)
         return guided(predict, diffusion, lowest, pull)
 
-    settings = Refinement(num_inference_steps=5, scheduler=scheduler, clip_guidance_scale=1000.0 * is_guided)
+    settings = Denoising(num_inference_steps=5, scheduler=scheduler, clip_guidance_scale=1000.0 * is_guided)
     conditioning = {"image_embeds": embeddings}
     steps = denoising_steps(
         unet, (3, 32, 32), [generator] * 2, conditioning, settings, None, guide if is_guided else None

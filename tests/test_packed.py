@@ -8,7 +8,8 @@ import torch
 
 from dall3.models.packed import Int8Linear, PackedLinear, RowLinear, can_pack, prepare
 from dall3.models.transformer import DalleTransformer, TransformerConfig
-from dall3.tokens.sampling import Sampling, candidate_uniforms, draw_image_tokens
+from dall3.tokens.decoding import draw_image_tokens
+from dall3.tokens.sampling import Sampling, candidate_uniforms
 
 from originals import close
 
@@ -96,6 +97,27 @@ def test_a_prepared_transformer_is_kept_until_a_weight_changes_or_the_transforme
     del model, ready, changed, weight
     gc.collect()
     assert gone() is None
+
+
+@needs_packing
+@pytest.mark.parametrize("dim", [0, 1], ids=["rows", "columns"])
+@pytest.mark.parametrize("by_data", [True, False], ids=["data", "counted"])
+@pytest.mark.parametrize("part", ["layer", "head"])
+def test_a_prepared_transformer_sees_the_order_of_a_weights_numbers(part, by_data, dim):
+    """Rows or columns that change places leave every sum over a weight as it was."""
+    model = make_transformer()
+    uniforms = candidate_uniforms(0, range(4), 16)
+    draw_image_tokens(model, TEXT[0], uniforms, Sampling(temperature=2.0))
+    weight = model.layers[0][0].function.to_qkv.weight if part == "layer" else model.to_logits.weight
+    swapped = weight.roll(1, dims=dim)
+    if by_data:
+        weight.data[:] = swapped
+    else:
+        weight.copy_(swapped)
+    fresh = make_transformer()
+    fresh.load_state_dict(model.state_dict())
+    drawn = [draw_image_tokens(one, TEXT[0], uniforms, Sampling(temperature=2.0)) for one in (model, fresh)]
+    assert torch.equal(*drawn)
 
 
 def test_eight_bits_are_within_half_a_step_of_the_weights():

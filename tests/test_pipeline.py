@@ -17,7 +17,7 @@ from dall3 import CheckpointError, Dall3Output, Dall3Pipeline, StopGeneration
 from dall3.images import to_pil
 from dall3.models.unet import UNet, UNetConfig
 from dall3.pipeline import parse_prompts
-from dall3.tokens import sampling
+from dall3.tokens import batching
 
 from conftest import load_seedset
 from originals import Golden, save_seedset
@@ -100,7 +100,9 @@ def test_a_generator_stands_for_a_seed(pipe):
 
 def test_the_first_picture_starts_from_the_noise_of_sample_py(pipe, out):
     """torch.manual_seed(seed), then one randn for the start and one a step, as guided-diffusion draws them."""
-    from dall3.diffusion.denoising import GaussianDiffusion, sample_ddpm, unet_predict
+    from dall3.diffusion.denoising import unet_predict
+    from dall3.diffusion.samplers import sample_ddpm
+    from dall3.diffusion.schedule import GaussianDiffusion
 
     # First, so that the weights lie alike for both: in another layout they round otherwise.
     fine = pipe.upsample(out.tokens[:1], scheduler="ddpm", num_inference_steps="6", seed=5, progress=False)
@@ -771,7 +773,7 @@ def test_the_batch_is_what_the_free_memory_holds(pipe, monkeypatch):
     each = c.depth * (2 * c.heads * c.dim_head + c.dim) * (c.seq_len + 1) * 4
     sizes = {}
     for room in (0.5, 11, 1000):
-        monkeypatch.setattr(sampling, "free_memory", lambda device, room=room: int(2 * each * room))
+        monkeypatch.setattr(batching, "memory_for_caches", lambda transformer, device, room=room: int(each * room))
         sizes[room] = pipe(PROMPT, num_inference_steps=1, seed=0, progress=False, stop_at=1).settings["batch_size"]
     assert sizes == {0.5: 1, 11: 8, 1000: 32}
 

@@ -6,16 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dall3.tokens.sampling import (
-    Sampling,
-    candidate_uniforms,
-    choose,
-    draw_image_tokens,
-    draw_text_tokens,
-    filter_top_k,
-    filter_top_p,
-    image_token_steps,
-)
+from dall3.tokens.decoding import draw_image_tokens, draw_text_tokens, image_token_steps
+from dall3.tokens.sampling import Sampling, candidate_uniforms, choose, filter_top_k, filter_top_p
 from dall3.weights.checkpoints import load_transformer
 
 from originals import GOLDEN, Golden, close, save_dalle
@@ -154,6 +146,33 @@ def test_the_text_is_run_once_and_every_token_once(transformer, text, monkeypatc
         heard.append((batch, count))
     assert fed == [(prompts, 25)] + [(prompts * 4, 1)] * 255
     assert heard == [(range(4), count) for count in range(1, 257)]
+
+
+def test_a_cache_is_used_again_but_never_by_two_draws_at_a_time(transformer, text):
+    exact, uniforms, other = copy.deepcopy(transformer).double(), candidate_uniforms(0, range(2), 256), text.flip(0)
+    cache = exact.prefill(text[None], 2)
+    address = cache.layers[0].tensors["kv"].data_ptr()
+    assert exact.prefill(text[None], 2) is not cache  # it is taken
+    exact.release(cache)
+    settings = Sampling(top_k=0.9)
+    expected = [draw_image_tokens(exact, ids, uniforms, settings) for ids in (text, other)]
+    both = zip(*(image_token_steps(exact, ids, uniforms, settings) for ids in (text, other)), strict=True)
+    for (first, _, _), (second, _, _) in both:  # noqa: B007
+        pass
+    assert torch.equal(first, expected[0]) and torch.equal(second, expected[1])
+    assert not torch.equal(first, second)
+    again = exact.prefill(text[None], 2)
+    exact.release(again)
+    assert exact.prefill(text[None], 2) is again and cache.layers[0].tensors["kv"].data_ptr() == address
+    assert exact.float().prefill(text[None], 2).first_logits.dtype == torch.float32  # not one of other weights
+
+
+def test_a_negative_text_takes_the_place_of_the_empty_one(transformer, text):
+    uniforms, negative = torch.full((1, 256), 0.5), text.flip(0)
+    settings = Sampling(top_k=0.99999, cond_scale=3.0)
+    tokens = draw_image_tokens(transformer, torch.stack((text, negative)), uniforms, settings)[0]
+    with_text, without = (image_logits(transformer, ids, tokens) for ids in (text, negative))
+    assert torch.equal(tokens, (without + 3 * (with_text - without)).argmax(dim=1))
 
 
 def test_a_text_is_completed_up_to_its_first_padding(transformer):

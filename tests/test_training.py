@@ -22,8 +22,8 @@ from PIL import Image
 
 from dall3 import Dall3Pipeline
 from dall3.cli import main
-from dall3.diffusion.denoising import GaussianDiffusion
 from dall3.images import enlarge
+from dall3.diffusion.schedule import GaussianDiffusion
 from dall3.models.transformer import TransformerConfig
 from dall3.models.unet import DiffusionConfig, UNetConfig
 from dall3.models.vqgan import GumbelVQ, VQGANConfig

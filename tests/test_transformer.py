@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dall3.models.transformer import DalleTransformer, TransformerConfig, rotary_table
-from dall3.tokens.sampling import Sampling, draw_image_tokens
+from dall3.tokens.decoding import draw_image_tokens
+from dall3.tokens.sampling import Sampling
 from dall3.weights.checkpoints import load_transformer
 
 from originals import Golden, close, save_dalle
@@ -118,6 +119,19 @@ def test_decoding_with_caches_is_the_same(case, first_chunk, static):
     for start, end in zip([0, *range(first, c.seq_len)], range(first, c.seq_len + 1), strict=True):
         hidden.append(case.model.run(x[:, start:end], torch.arange(start, end), None if static else end, caches))
     assert close(torch.cat(hidden, dim=1), at_once, 1e-4)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_steps_give_the_logits_of_teacher_forcing(case, static):
+    text, image = case.text[:1], case.image[:1, :20]
+    cache = case.model.prefill(text, 2)
+    found = [cache.first_logits[:, None]]
+    for i in range(image.shape[1]):
+        previous = image[:, i : i + 1].expand(2, -1)
+        logits = case.model.step(previous, torch.tensor([i]), cache, None if static else i + 1)
+        assert close(logits[:1], logits[1:], 1e-5)
+        found.append(logits[:1])
+    assert close(torch.cat(found, dim=1), case.model.image_token_logits(text, image), 1e-4)
 
 
 def test_rotary_table_is_the_checkpoints(case):

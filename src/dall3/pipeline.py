@@ -26,8 +26,9 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from dall3.diffusion.denoising import Guide, Refinement, Step, denoising_steps, refined_at_once, space_timesteps
+from dall3.diffusion.denoising import Guide, Refinement, Step, denoising_steps, refined_at_once
 from dall3.diffusion.guidance import clip_loss, cut_out, draw_cutouts, guided, with_penalties
+from dall3.diffusion.schedule import space_timesteps
 from dall3.errors import require
 from dall3.images import center_crop, enlarge, to_pil, to_tensor
 from dall3.models.clip import CLIP, PromptTokenizer
@@ -38,16 +39,9 @@ from dall3.models.unet import UNet
 from dall3.models.vqgan import VQModel
 from dall3.output import Dall3Output, Preview
 from dall3.text import TextEncoder, Tokenizer, load_tokenizer, tokenizer_json
-from dall3.tokens.sampling import (
-    Sampling,
-    batches_that_fit,
-    candidate_uniforms,
-    check_counts,
-    draw_text_tokens,
-    fitting_batch_size,
-    image_token_steps,
-    make_generator,
-)
+from dall3.tokens.batching import batches_that_fit, fitting_batch_size
+from dall3.tokens.decoding import draw_text_tokens, image_token_steps
+from dall3.tokens.sampling import Sampling, candidate_uniforms, check_counts, make_generator
 from dall3.tokens.speculative import speculative_token_steps
 from dall3.weights import checkpoints
 from dall3.weights.checkpoints import PathLike

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dall3.diffusion.denoising import GaussianDiffusion, Predict, Prediction, steps_like
+from dall3.diffusion.samplers import Predict
+from dall3.diffusion.schedule import GaussianDiffusion, Prediction
 from dall3.models.clip import CLIP
 
 
@@ -99,23 +100,21 @@ def with_penalties(loss: Loss | None, tv_scale: float, range_scale: float) -> Lo
     return total
 
 
-def guided(predict: Predict, diffusion: GaussianDiffusion, guide_from: int, loss: Loss) -> Predict:
+def guided(predict: Predict, diffusion: GaussianDiffusion, guide_from: float, loss: Loss) -> Predict:
     """`predict` with the gradient of a loss: one UNet run makes both the step and the gradient.
 
     The loss sees fac · x_0 + (1 - fac) · x_t with fac = sqrt(1 - ᾱ_t), and x_0. Steps below `guide_from` are left
     unguided.
     """
 
-    def predict_guided(x: Tensor, i: int) -> Prediction:
+    def predict_guided(x: Tensor, i: float) -> Prediction:
         if i < guide_from:
             return predict(x, i)
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             prediction = predict(x, i)
-            fac = diffusion.at("sqrt_one_minus_bar", steps_like(x, i), x)
-            blend = prediction.pred_xstart * fac + x * (1 - fac)
+            blend = torch.lerp(x, prediction.pred_xstart, diffusion.at("sqrt_one_minus_bar", i))
             gradient = -torch.autograd.grad(loss(blend, prediction.pred_xstart), x)[0]
-        names = ("mean", "variance", "log_variance", "pred_xstart")
-        return Prediction(**{name: getattr(prediction, name).detach() for name in names}, gradient=gradient)
+        return prediction.detach(gradient)
 
     return predict_guided

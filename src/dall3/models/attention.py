@@ -90,9 +90,13 @@ class LayerCache:
             self.tensors[name] = rows.new_zeros(*rows.shape[:-2], self.length, rows.shape[-1])
         return self.tensors[name].index_copy_(-2, index, rows)
 
-    def repeat(self, times: int) -> LayerCache:
-        """A copy in which every sequence of the batch stands `times` times in a row."""
-        return LayerCache(self.length, {k: t.repeat_interleave(times, dim=0) for k, t in self.tensors.items()})
+    def copy_from(self, other: LayerCache, times: int) -> None:
+        """Copy `other`, each of whose sequences stands `times` times in a row here, into this one's own tensors."""
+        for name, tensor in other.tensors.items():
+            if name not in self.tensors:
+                with torch.inference_mode(False):  # so that it can be written in every mode
+                    self.tensors[name] = tensor.new_empty(len(tensor) * times, *tensor.shape[1:])
+            self.tensors[name].unflatten(0, (-1, times)).copy_(tensor[:, None])
 
 
 def remember(cache: LayerCache | None, name: str, rows: Tensor, at: Positions) -> Tensor:

@@ -9,15 +9,16 @@ from __future__ import annotations
 import copy
 import platform
 from collections.abc import Callable
+from functools import cache
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dall3.models.transformer import DalleTransformer
+from dall3.models.interface import ImageTokenTransformer
 
 QUANTIZATIONS = ("int8",)
 
@@ -73,17 +74,32 @@ class Int8Linear(nn.Module):
         return (out if self.bias is None else out + self.bias).to(x.dtype)
 
 
-PREPARED: WeakKeyDictionary[DalleTransformer, dict[Any, tuple[Any, DalleTransformer]]] = WeakKeyDictionary()
+PREPARED: WeakKeyDictionary[Any, dict[Any, tuple[Any, Any]]] = WeakKeyDictionary()
+OF_A_CALL = ("_idle_caches", "compiled_step")  # what a transformer holds besides what it is
+T = TypeVar("T", bound=ImageTokenTransformer[Any])
 
 
-def signature(transformer: DalleTransformer) -> tuple[Any, ...]:
-    """What tells that a transformer, its tensors and the numbers in those that are laid out anew are still the same.
+def signature(transformer: ImageTokenTransformer[Any]) -> tuple[Any, ...]:
+    """A value that changes when a tensor of the transformer is replaced or written to.
 
-    The numbers by their sums, which are read a good ten times as fast as the layout is made.
+    Writes that autograd counts change a tensor's version. Writes to `weight.data` change the product of the matrix and
+    a fixed random vector, whose bytes are compared: the order of rows and columns counts, and every change that
+    rounding does not hide. The product reads the weights once, ten times as fast as they are laid out.
     """
-    held = map(id, chain(transformer.parameters(), transformer.buffers(), vars(transformer).values()))
-    linear = [module.weight for module in transformer.modules() if isinstance(module, nn.Linear)]
-    return (*held, *(float(weight.detach().sum()) for weight in linear))
+    held: list[Any] = [id(value) for name, value in vars(transformer).items() if name not in OF_A_CALL]
+    for tensor in chain(transformer.parameters(), transformer.buffers()):
+        held += id(tensor), tensor.data_ptr(), None if tensor.is_inference() else tensor._version
+    weights = [module.weight for module in transformer.decoder.modules() if isinstance(module, nn.Linear)]
+    for weight in (*weights, transformer.head[0]):
+        vector = random_vector(weight.shape[1]).to(weight.dtype)
+        held.append((weight.detach() @ vector).float().numpy().tobytes())
+    return tuple(held)
+
+
+@cache
+def random_vector(length: int) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.randn(length, generator=torch.Generator().manual_seed(0))
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -92,14 +108,14 @@ def can_pack(weight: Tensor) -> bool:
     return intel and weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
-def prepare(transformer: DalleTransformer, quantize: str | None = None, rows: int | None = None) -> DalleTransformer:
+def prepare(transformer: T, quantize: str | None = None, rows: int | None = None) -> T:
     """A transformer to draw image tokens with: `transformer`, or a copy whose linear layers are laid out for that.
 
     quantize: "int8" for weights of eight bits, which changes the numbers a little; None for the weights as they are.
     rows: how many are drawn at a time, if that is known; the layout for one is another.
     Raises ValueError for int8 elsewhere than on a CPU.
     """
-    weight = transformer.to_logits.weight
+    weight, bias = transformer.head
     if quantize is not None and weight.device.type != "cpu":
         raise ValueError(f"quantize='{quantize}' is for a CPU, and the transformer is on {weight.device}")
     if transformer.image_head is not None or (quantize is None and not can_pack(weight)):
@@ -116,11 +132,9 @@ def prepare(transformer: DalleTransformer, quantize: str | None = None, rows: in
     kept.pop(kind, None)  # not in memory beside the next one
     shared = {id(tensor): tensor for tensor in chain(transformer.parameters(), transformer.buffers())}
     ready = copy.deepcopy(transformer, shared)
-    start = transformer.config.text_vocabulary
-    ready.compiled_run = None  # it runs the other, and would hold it
-    ready.image_head = kind(weight[start:], transformer.to_logits.bias[start:])
+    ready.image_head = kind(weight, bias)
     packed: dict[nn.Module, nn.Module] = {}
-    for module in list(ready.layers.modules()):
+    for module in list(ready.decoder.modules()):
         for name, layer in list(module.named_children()):
             if isinstance(layer, nn.Linear):
                 if layer not in packed:

@@ -6,9 +6,8 @@ padding id a position), then the image vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +22,7 @@ from dall3.models.attention import (
     sparse_layout,
     sparse_pattern,
 )
+from dall3.models.interface import Cache, ImageTokenTransformer
 
 ATTENTION_TYPES = ("full", "axial_row", "axial_col", "conv_like", "conv_like_causal", "sparse", "mlp")
 FEED_FORWARD_MULT = 4
@@ -173,22 +173,26 @@ def moved(x: Tensor, steps: int) -> Tensor:
     return F.pad(x, (0, 0, steps, 0))[:, : x.shape[1]]
 
 
-class DalleTransformer(nn.Module):
-    """The DALL·E transformer. `forward` gives the original's logits; `run` with caches draws tokens one by one.
+@dataclass(eq=False)
+class DalleCache(Cache):
+    layers: list[LayerCache]  # two a layer, one for each sublayer
+
+
+class DalleTransformer(ImageTokenTransformer[DalleCache]):
+    """The DALL·E transformer. `forward` gives the original's logits; `prefill` and `step` draw tokens one by one.
 
     Raises ValueError for a configuration that contradicts itself.
     """
 
+    config: TransformerConfig
+
     rotary_cos: Tensor
     rotary_sin: Tensor
     neighbours: Tensor
-    image_head: nn.Module | None  # in place of the image's half of `to_logits`, where there is one
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = c = config
-        self.image_head = None
-        self.compiled_run: Callable[..., Tensor] | None = None
         self.to_logits = nn.Linear(c.dim, c.text_vocabulary + c.num_image_tokens)
         if not c.share_input_output_emb:
             self.text_emb = nn.Embedding(c.text_vocabulary, c.dim)
@@ -217,10 +221,6 @@ class DalleTransformer(nn.Module):
         # The row behind the last position is never written: it is nobody's, and 0.
         above, left = torch.where(has_above, above, c.seq_len), torch.where(left >= 0, left, c.seq_len)
         self.register_buffer("neighbours", torch.stack((2 * above, 2 * left + 1), dim=1), persistent=False)
-
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile what draws a token with torch.compile, whose arguments it takes: one graph, for all tokens."""
-        self.compiled_run = torch.compile(self.run, *args, **{"fullgraph": True, "dynamic": False} | kwargs)
 
     def set_rotary_angles(self, angles: Tensor) -> None:
         """Take the table of angles (positions, channels) of a checkpoint; neighbouring channels share an angle."""
@@ -270,8 +270,7 @@ class DalleTransformer(nn.Module):
         if self.image_head is not None:
             logits: Tensor = self.image_head(x)
             return logits
-        start = self.config.text_vocabulary
-        return F.linear(x, self.to_logits.weight[start:], self.to_logits.bias[start:])
+        return F.linear(x, *self.head)
 
     def text_logits(self, x: Tensor) -> Tensor:
         """Hidden states (batch, n, dim) from `run` to logits (batch, n, text vocabulary)."""
@@ -304,6 +303,46 @@ class DalleTransformer(nn.Module):
         if c.rotary_emb:
             return x
         return x + self.row_pos_emb(places // c.grid_size) + self.column_pos_emb(places % c.grid_size)
+
+    def image_token_logits(self, text_ids: Tensor, image_ids: Tensor) -> Tensor:
+        return self.logits(text_ids, image_ids)[1]
+
+    def new_cache(self, prompts: int, rows: int) -> DalleCache:
+        cache = DalleCache(prompts, rows, self.make_caches())
+        cache.first_logits = self.to_logits.weight.new_empty(prompts, self.config.num_image_tokens)
+        return cache
+
+    def fill_cache(self, text_ids: Tensor, cache: DalleCache) -> None:
+        length, text = self.config.text_length, self.make_caches()
+        x = self.run(self.embed_text(text_ids), torch.arange(length, device=text_ids.device), length, text)
+        cache.first_logits.copy_(self.image_logits(x[:, -1]))
+        for layer, found in zip(cache.layers, text, strict=True):
+            layer.copy_from(found, cache.rows)
+
+    def step(self, previous: Tensor, place: Tensor, cache: DalleCache, end: int | None = None) -> Tensor:
+        before = self.config.text_length
+        x = self.embed_image(previous, place).repeat(cache.prompts, 1, 1)
+        return self.image_logits(self.run(x, place + before, None if end is None else before + end, cache.layers))
+
+    @property
+    def cache_numbers(self) -> int:
+        c = self.config
+        kept = 2 * c.heads * c.dim_head + c.dim  # keys, values, and what the token shift of both sublayers remembers
+        return c.depth * kept * (c.seq_len + 1) + c.num_image_tokens
+
+    @property
+    def head(self) -> tuple[Tensor, Tensor]:
+        start = self.config.text_vocabulary
+        return self.to_logits.weight[start:], self.to_logits.bias[start:]
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self.layers
+
+    @property
+    def top_k_vocabulary(self) -> int:
+        """Text and image ids together, as DALLE-pytorch counts them."""
+        return self.config.text_vocabulary + self.config.num_image_tokens
 
     def make_caches(self) -> list[LayerCache]:
         """Empty caches for `run`, two a layer; their batch is that of the first tokens fed."""

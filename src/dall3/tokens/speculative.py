@@ -8,13 +8,15 @@ that falls is drawn from what p has more than q; those behind it are drawn anew,
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dall3.models.interface import ImageTokenTransformer
 from dall3.models.packed import prepare
-from dall3.models.transformer import DalleTransformer
-from dall3.tokens.sampling import Sampling, run_text
+from dall3.tokens.decoding import texts_for
+from dall3.tokens.sampling import Sampling
 
 
 def draw(weights: Tensor, generator: torch.Generator) -> Tensor:
@@ -24,7 +26,7 @@ def draw(weights: Tensor, generator: torch.Generator) -> Tensor:
 
 @torch.inference_mode()
 def speculative_token_steps(
-    transformer: DalleTransformer,
+    transformer: ImageTokenTransformer[Any],
     text_ids: Tensor,
     generators: list[torch.Generator],
     settings: Sampling,
@@ -38,32 +40,30 @@ def speculative_token_steps(
     """
     config, width = transformer.config, settings.jacobi_window or 1
     transformer, length = prepare(transformer, settings.quantize), config.image_seq_len
-    codes, vocabulary = config.num_image_tokens, config.text_vocabulary + config.num_image_tokens
-    last, text_caches = run_text(transformer, text_ids, settings)
-    index = torch.arange(config.seq_len, device=text_ids.device)
+    codes, vocabulary = config.num_image_tokens, transformer.top_k_vocabulary
+    texts = texts_for(transformer, text_ids, settings)
+    places = torch.arange(length, device=text_ids.device)
     with torch.inference_mode(False):  # the result may go where gradients are taken
         drawn = torch.zeros(len(generators), length, dtype=torch.int64, device=text_ids.device)
     stays = torch.zeros(length, dtype=torch.bool) if kept is None else kept.cpu() >= 0
 
-    def probabilities(hidden: Tensor) -> Tensor:
-        logits = settings.guide(transformer.image_logits(hidden).float())[0]
-        return settings.filter(logits, vocabulary).softmax(dim=-1).cpu()
+    def probabilities(logits: Tensor) -> Tensor:
+        guided = settings.guide(logits.float())[0]
+        return settings.filter(guided, vocabulary).softmax(dim=-1).cpu()
 
     for k, generator in enumerate(generators):
-        caches = [cache.repeat(1) for cache in text_caches]
+        cache = transformer.prefill(texts, 1)
         tokens = torch.randint(codes, (length,), generator=generator)  # the first drafts are mere guesses,
         q = torch.full((length, codes), 1 / codes)  # and known to be
         if kept is not None:
             tokens = torch.where(stays, kept.cpu(), tokens)
-        tokens[:1] = torch.where(stays[:1], tokens[:1], draw(probabilities(last), generator))
+        tokens[:1] = torch.where(stays[:1], tokens[:1], draw(probabilities(cache.first_logits[:, None]), generator))
         start = 1
         while start < length:
             end = min(start + width, length)
-            places = index[start - 1 : end - 1]
-            x = transformer.embed_image(tokens[None, start - 1 : end - 1].to(index.device), places)
-            where = index[config.text_length + start - 1 : config.text_length + end - 1]
-            hidden = transformer.run(x.repeat(len(last), 1, 1), where, config.text_length + end - 1, caches)
-            p, drafts, before = probabilities(hidden), tokens[start:end, None], q[start:end]
+            previous = tokens[None, start - 1 : end - 1].to(places.device)
+            p = probabilities(transformer.step(previous, places[start - 1 : end - 1], cache, end - 1))
+            drafts, before = tokens[start:end, None], q[start:end]
             chance = (p.gather(1, drafts) / before.gather(1, drafts))[:, 0]
             stands = (torch.rand(end - start, generator=generator) < chance) | stays[start:end]
             fallen = start + int(stands.long().cumprod(dim=0).sum())
@@ -76,3 +76,4 @@ def speculative_token_steps(
             start = min(fallen + 1, end)
             drawn[k, :start] = tokens[:start].to(drawn.device)
             yield drawn, range(k, k + 1), start
+        transformer.release(cache)

@@ -21,7 +21,8 @@ from dall3.images import make_grid, to_pil
 from dall3.models.transformer import DalleTransformer, TransformerConfig
 from dall3.models.vqgan import VQModel
 from dall3.text import TextEncoder
-from dall3.tokens.sampling import Sampling, candidate_uniforms, choose, draw_image_tokens
+from dall3.tokens.decoding import draw_image_tokens
+from dall3.tokens.sampling import Sampling, candidate_uniforms, choose
 from dall3.training.data import StepSampler, loader, shuffled
 from dall3.training.loop import Task, TrainingConfig
 from dall3.weights.folder import save_part
