@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -75,14 +77,31 @@ def write_files(folder: Path, files: dict[str, File], overwrite: bool) -> Path:
     if not overwrite:
         check_free(folder, files)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        if isinstance(content, str):
-            (folder / name).write_text(content, encoding="utf-8")
-        elif isinstance(content, np.ndarray):
-            np.save(folder / name, content)
-        else:
-            content.save(folder / name, pnginfo=png_text(content))  # which formats other than PNG leave out
+    with TemporaryDirectory(prefix=".", dir=folder) as aside:
+        for name, content in files.items():
+            path = Path(aside) / name
+            if isinstance(content, str):
+                path.write_text(content, encoding="utf-8")
+            elif isinstance(content, np.ndarray):
+                np.save(path, content)
+            else:
+                content.save(path, pnginfo=png_text(content))  # which formats other than PNG leave out
+        for name in files:
+            os.replace(Path(aside) / name, folder / name)
     return folder
+
+
+def read_tokens(path: str) -> Tensor:
+    """The tokens in a .npy, int64 (1, n). Raises ValueError for another file."""
+    try:
+        tokens = np.lib.format.open_memmap(path, mode="r")
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path}: not a .npy of image tokens ({error})") from None
+    if tokens.dtype.kind not in "iu" or tokens.size == 0 or tokens.size != (*tokens.shape, 1)[-2 if tokens.ndim else 0]:
+        raise ValueError(f"{path}: holds {tokens.dtype} {tokens.shape}; expected int64 (256,)")
+    return torch.from_numpy(tokens.astype(np.int64)).reshape(1, -1)
 
 
 def png_text(image: Image.Image) -> PngInfo:
