@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from dall3.batch import generate, prompts, stages, torch_threads
 from dall3.batch.prompts import prompt_seed, read_prompts
 from dall3.batch.stages import first_row, pack
 from dall3.cli import main
-from dall3.training.data import Shards
+from dall3.training.files import Shards
 
 from conftest import load_seedset
 
@@ -142,6 +143,14 @@ def test_between_the_stages_a_candidate_is_its_tokens_and_a_score(weights, pipe)
     assert sum(len(value) for value in ranked.values() if isinstance(value, bytes)) == 2 * (512 + 4 + 4)
 
 
+def test_a_prompt_of_megabytes_fails_before_it_is_tokenized(weights, pipe, monkeypatch):
+    job = make_job(pipe, weights)
+    monkeypatch.setattr(pipe, "text_encoder", lambda *args: pytest.fail("was tokenized"))
+    row = stages.Draw(job, pipe)(first_row(prompts.Prompt(0, "x" * 10_000_000, 1)))
+    assert row["error"] == "ValueError: the prompt has 10,000,000 characters; expected at most 10,000"
+    assert not row["retry"]
+
+
 def make_job(pipe, weights):
     from dall3.batch.job import make_job
 
@@ -191,6 +200,8 @@ def test_books_are_read_from_files_of_four_kinds(kind, tmp_path):
         ("book.jsonl", b'{"prompt": "a cube"}\n{"text": "a cone"}\n', "line 2 is no object with a 'prompt'"),
         ("book.jsonl", b'{"prompt": 3}\n', "prompt 0: the prompt is int"),
         ("book.jsonl", b'{"prompt": "a cube", "seed": -1}\n', "prompt 0: seed -1"),
+        ("book.jsonl", b'{"prompt": "a \\ud800 cube"}\n', r"prompt 0: holds half of a character, '\\ud800'"),
+        ("book.jsonl", b'{"prompt": ' + b"[" * 100_000, "not a .jsonl"),
         ("book.parquet", b"PAR1", "not a .parquet"),
         ("book.txt", b"", "holds no prompt"),
         ("book.txt", b"\xff\xfe", "not a .txt"),
@@ -264,6 +275,58 @@ def test_a_run_goes_on_only_with_the_same_settings_and_alone(weights, plain, tmp
         pytest.raises(ValueError, match="another run is at work"),
     ):
         generate(BOOK, tmp_path / "new", weights=weights, **HOW)
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "index"])
+def test_a_shard_that_is_gone_or_cut_after_the_run_is_made_again(damage, weights, plain, tmp_path, caplog):
+    out = shutil.copytree(plain, tmp_path / "out")
+    shard = out / "pictures-000001.tar"
+    if damage == "gone":
+        shard.unlink()
+    elif damage == "cut":
+        shard.write_bytes(shard.read_bytes()[:-5000])
+    else:
+        (out / "index/000001.parquet").write_bytes(b"PAR1")
+    assert generate(BOOK, out, weights=weights, **HOW).failed.keys() == BAD
+    assert_same(out, plain)
+    assert [r.message for r in caplog.records if "000001" in r.message and "drawn again" in r.message]
+
+
+def test_files_of_others_are_kept_or_named(tmp_path):
+    book, rows = (
+        read_prompts(["a cube", "a cone"]),
+        [{"files": fake_files(i), "error": "", "retry": False} for i in range(2)],
+    )
+
+    def run(*numbers):
+        with contextlib.closing(store.Store(tmp_path, book, {}, 2)) as written:
+            done = [number for number in range(2) if written.is_done(number)]
+            for number in numbers:
+                written.add(number, **rows[number])
+            return done
+
+    run(0)
+    own = [tmp_path / name for name in ("manifest.json.tmp", "prompts/00000001.tar.tmp", "pictures-000000.tar.tmp")]
+    others = [tmp_path / name for name in ("notes.tmp", "prompts/mine.tar.tmp", "notes/pictures-000000.tar.tmp")]
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "x.tmp").mkdir()
+    for path in [*own, *others]:
+        path.write_text("mine")
+    assert run() == [0]
+    assert not any(path.exists() for path in own) and all(path.exists() for path in others)
+    whole = (tmp_path / "prompts/00000000.tar").read_bytes()
+    for damaged in (b"", whole[:700], whole[:2048], whole.rstrip(b"\0"), b"<html>" * 500):
+        (tmp_path / "prompts/00000000.tar").write_bytes(damaged)
+        assert run() == []
+    for name in ("prompts/mine.tar", "prompts/00000009.tar", "index/mine.parquet"):
+        (tmp_path / name).write_bytes(whole)
+        with pytest.raises(ValueError, match=f"{name} is not of this run; move it elsewhere"):
+            run()
+        (tmp_path / name).unlink()
+    for damaged in ("", "[]", "{", "[" * 100_000):
+        (tmp_path / "manifest.json").write_text(damaged)
+        with pytest.raises(ValueError, match="manifest.json is damaged"):
+            run()
 
 
 def test_a_run_killed_at_any_moment_goes_on_where_it_was(weights, plain, tmp_path):

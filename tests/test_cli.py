@@ -1,15 +1,20 @@
 """`dall3 generate` and `dall3 upsample`: the seed's command lines, places and names, and one clear line on errors."""
 
+import errno
+import io
+import os
 import re
 import subprocess
 import sys
+import tarfile
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from dall3.cli import main
+from dall3.cli import COMMANDS, main
+from dall3.cli.generate import folder_names
 
 PROMPT = "a girl with thick glasses. a girl wearing glasses"
 FOLDER = "a_girl_with_thick_glasses._a_girl_wearing_glasses"
@@ -68,6 +73,116 @@ def test_a_prompt_stays_inside_the_outputs_folder(seedset, tmp_path):
     assert main([*generate_options(seedset), *options]) == 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["_._a_cube_of_cloud"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_folders_hold_on_every_system_and_equal_names_are_numbered():
+    prompts = [
+        "a cube",
+        "a/cube",
+        "A:CUBE",
+        "a_cube-2",
+        "what is *this*?",
+        'a "red" <cube>|',
+        "the end...",
+        "nul",
+        "com1.x",
+    ]
+    names = folder_names([*prompts, "..", "x" * 300, "é" * 300, "x" * 301])
+    assert names[:4] == ["a_cube", "a_cube-2", "A_CUBE-3", "a_cube-2-2"]
+    assert names[4:9] == ["what_is__this__", "a__red___cube__", "the_end___", "_nul", "_com1.x"]
+    assert names[9] == "__" and names[10] == "x" * 100 and names[12] == "x" * 100 + "-2"
+    assert all(len(name.encode()) <= 255 for name in names)
+    for name in names:
+        assert not re.search(r'[\\/:?*"<>|\s]|[. ]$', name) and name.split(".")[0].lower() not in ("nul", "com1")
+
+
+def test_prompts_whose_folders_would_be_the_same_are_numbered(seedset, tmp_path):
+    assert main([*generate_options(seedset), "--num_images", "1", "--outputs_dir", str(tmp_path), "a cube|a/cube"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a_cube", "a_cube-2"]
+    assert (tmp_path / "a_cube-2/caption.txt").read_text() == "a/cube"
+
+
+def test_a_full_disk_leaves_nothing_so_that_the_command_can_be_repeated(seedset, tmp_path, monkeypatch, capsys):
+    command = [
+        *generate_options(seedset),
+        "--num_images",
+        "2",
+        "--outputs_dir",
+        str(tmp_path / "a/out"),
+        "a cube|a cone",
+    ]
+    written, save = [], Image.Image.save
+
+    def full(image, path, *args, **how):
+        written.append(path)
+        if len(written) == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(image, path, *args, **how)
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert main(command) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    assert main(command) == 0
+    assert len(list(tmp_path.rglob("*.jpg"))) == 4
+
+
+def test_a_console_without_a_prompts_letters_shows_them_escaped(seedset, tmp_path, monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", console)
+    assert (
+        main([*generate_options(seedset), "--num_images", "1", "--outputs_dir", str(tmp_path), "ein würfel 立方体"])
+        == 0
+    )
+    console.flush()
+    assert b"ein_w\xfcrfel_\\u7acb" in console.buffer.getvalue()
+    assert (tmp_path / "ein_würfel_立方体/0.jpg").exists()
+
+
+def test_the_c_locale_takes_a_prompt_in_utf_8(seedset, tmp_path):
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [*generate_options(seedset), "--num_images", "1", "--outputs_dir", str(tmp_path)]
+    code = "import sys; from dall3.cli import main; sys.exit(main(sys.argv[1:]))"
+    for prompt, code_expected, words in (
+        ("ein würfel", 0, b""),
+        (b"caf\xe9", 2, b"dall3: error: the prompt 'caf\\udce9' is not UTF-8 text\n"),
+    ):
+        done = subprocess.run([sys.executable, "-c", code, *command, prompt], env=environment, capture_output=True)
+        assert done.returncode == code_expected and words in done.stderr, done.stderr
+    assert (tmp_path / "ein_würfel/caption.txt").read_text("utf-8") == "ein würfel"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            Image.DecompressionBombError("too many\npixels"),
+            "DecompressionBombError: too many pixels; --debug shows where",
+        ),
+        (tarfile.ReadError("cut"), "ReadError: cut; --debug shows where"),
+        (
+            ModuleNotFoundError("No module named 'gradio'", name="gradio"),
+            "dall3 web needs gradio; run pip install 'dall3[web]'",
+        ),
+        (
+            ImportError("cannot import name 'mount' from 'gradio'", name="gradio"),
+            "dall3 web cannot run: cannot import name 'mount' from 'gradio'; run pip install 'dall3[web]'",
+        ),
+        (ValueError("no such thing"), "no such thing"),
+        (AssertionError(), "AssertionError: ; --debug shows where"),
+    ],
+)
+def test_an_error_inside_is_one_line_and_a_traceback_with_debug(error, words, monkeypatch, capsys):
+    def fail(args):
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "web", COMMANDS["web"]._replace(run=fail))
+    assert main(["web"]) == 2
+    assert capsys.readouterr().err == f"dall3: error: {words}\n"
+    for command in (["web", "--debug"], ["--debug", "web"]):
+        with pytest.raises(type(error)):
+            main(command)
 
 
 def test_gentxt_writes_the_prompt_to_its_end(seedset, tmp_path):

@@ -65,9 +65,9 @@ def test_lower_layers_do_not_import_higher_ones(importing, imported_by_none):
 
 @pytest.mark.parametrize("module", FILES)
 def test_private_names_stay_in_their_file(module):
-    defined = {
-        node.name for node in ast.walk(tree(module)) if isinstance(node, ast.FunctionDef | ast.ClassDef)
-    } | {node.id for node in ast.walk(tree(module)) if isinstance(node, ast.Name)}
+    defined = {node.name for node in ast.walk(tree(module)) if isinstance(node, ast.FunctionDef | ast.ClassDef)} | {
+        node.id for node in ast.walk(tree(module)) if isinstance(node, ast.Name)
+    }
     own = {node.attr for node in ast.walk(tree(module)) if isinstance(node, ast.Attribute) and is_self(node.value)}
     for node in ast.walk(tree(module)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dall3"):
@@ -78,7 +78,15 @@ def test_private_names_stay_in_their_file(module):
             assert known, f"line {node.lineno} uses {ast.unparse(node)}"
 
 
-LOCAL_OBJECTS = {"pipe", "pipeline", "parts", "request", "transformer", "output", "out"}  # what dall3's classes are called
+LOCAL_OBJECTS = {
+    "pipe",
+    "pipeline",
+    "parts",
+    "request",
+    "transformer",
+    "output",
+    "out",
+}
 
 
 def is_private(name: str) -> bool:

@@ -22,8 +22,8 @@ from PIL import Image
 
 from dall3 import Dall3Pipeline
 from dall3.cli import main
-from dall3.images import enlarge
 from dall3.diffusion.schedule import GaussianDiffusion
+from dall3.images import enlarge
 from dall3.models.transformer import TransformerConfig
 from dall3.models.unet import DiffusionConfig, UNetConfig
 from dall3.models.vqgan import GumbelVQ, VQGANConfig
@@ -31,7 +31,8 @@ from dall3.scenes import is_held_out, random_scene, render
 from dall3.scenes.emoji import Emoji, draw_emoji, emoji_caption, list_emoji, random_emoji_picture
 from dall3.text import load_tokenizer
 from dall3.training.clip import CLIPTraining, swap_word
-from dall3.training.data import Mixture, StepSampler, fit_picture, shuffled
+from dall3.training.data import Mixture, StepSampler
+from dall3.training.files import fit_picture, shuffled
 from dall3.training.loop import Task, TrainingConfig, train
 from dall3.training.run import SETTINGS, TRAINABLE, read_settings, train_model
 from dall3.training.tokenizer import train_tokenizer
@@ -137,7 +138,9 @@ def test_shuffled_epochs_hold_each_place_once() -> None:
     ("names", "words"),
     [
         (["pictures"], "'pictures' is not known; expected scenes, emoji, folder:PATH or webdataset:PATTERN"),
-        (["scenes=much"], "a weight is not a number"),
+        (["scenes=much"], "'scenes=much' is not known"),
+        (["scenes=nan"], "expected sources with weights from 0"),
+        (["scenes=-1", "scenes=2"], "expected sources with weights from 0"),
         (["scenes=0"], "not all of them 0"),
         ([], "expected sources"),
         (["folder:/nowhere"], "holds no picture"),
@@ -147,6 +150,128 @@ def test_shuffled_epochs_hold_each_place_once() -> None:
 def test_data_that_cannot_be_had_is_said(names: list[str], words: str) -> None:
     with pytest.raises(ValueError, match=words.replace("(", r"\(")):
         Mixture(names, 16)
+
+
+def test_a_picture_that_cannot_be_read_is_named_and_another_takes_its_place(pictures: Path, caplog: Any) -> None:
+    good = Mixture([f"folder:{pictures}"], 16)
+    captions = {good[i][1] for i in range(60)}
+    Image.effect_noise((80, 80), 50).save(pictures / "cut.png")
+    (pictures / "cut.png").write_bytes((pictures / "cut.png").read_bytes()[:2000])
+    (pictures / "page.jpg").write_text("<html>404 Not Found</html>")
+    (pictures / "nothing.png").write_bytes(b"")
+    for name in ("cut", "page", "nothing"):
+        (pictures / f"{name}.txt").write_text("not there")
+    (pictures / "latin.txt").write_bytes("un café".encode("latin-1"))
+    shutil.copy(pictures / "red.png", pictures / "latin.png")
+    shutil.copy(pictures / "red.png", pictures / "alone.png")
+    seen, lines = Mixture([f"folder:{pictures}"], 16), Mixture([f"folder:{pictures}"], 16).look()
+    assert "7 pictures, 6 captions" in lines[0] and "no .txt of the same name: 1" in lines[1]
+    assert lines[2].endswith("replaced by others: 4") and "latin.png: its caption is not UTF-8" in lines[4]
+    assert [line.split(":")[0].rpartition("/")[2] for line in lines[3:]] == [
+        *("cut.png", "latin.png", "nothing.png", "page.jpg")
+    ]
+    items = [seen[i] for i in range(60)]
+    assert {text for _, text in items} == captions
+    late = Mixture([f"folder:{pictures}"], 16)  # a run that resumes meets the pictures in another order
+    for i in reversed(range(60)):
+        again = late[i]
+        assert torch.equal(again[0], items[i][0]) and again[1] == items[i][1]
+    assert not caplog.records  # they were named already
+    (pictures / "green.txt").write_bytes(b"\xff")
+    assert {Mixture([f"folder:{pictures}"], 16)[i][1] for i in range(60)} == {c for c in captions if "green" not in c}
+    assert [r.message for r in caplog.records if "green.png: its caption is not UTF-8; another" in r.message]
+
+
+def test_training_goes_on_past_an_unreadable_picture_and_ends_where_none_is_readable(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings, out = write_small_settings(tmp_path, pictures), tmp_path / "weights"
+    (pictures / "red.png").write_bytes((pictures / "red.png").read_bytes()[:60])
+    command = ["train", "vqgan", "--config", str(settings["vqgan"]), "--out"]
+    assert main([*command, str(out)]) == 0
+    said = capsys.readouterr().err
+    assert "3 pictures, 4 captions" in said and "red.png: not a picture" in said and (out / "vqgan").is_dir()
+    for name in ("green", "blue"):
+        (pictures / f"{name}.png").write_bytes(b"")
+    assert main([*command, str(tmp_path / "none")]) == 2
+    assert "none of the 3 pictures that were tried can be read" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_hidden_files_are_left_out_and_byte_order_marks_removed(pictures: Path) -> None:
+    captions = {Mixture([f"folder:{pictures}"], 16)[i][1] for i in range(60)}
+    for caption in list(pictures.glob("*.txt")):
+        caption.write_bytes(b"\xef\xbb\xbf" + caption.read_bytes())
+    (pictures / ".trash").mkdir()
+    for name in ("._red", ".trash/red"):
+        (pictures / f"{name}.png").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+        (pictures / f"{name}.txt").write_bytes(b"\0\5\x16\7\xff")
+    data = Mixture([f"folder:{pictures}"], 16)
+    assert data.look() == [f"{pictures}: 3 pictures, 6 captions"]
+    assert {data[i][1] for i in range(60)} == captions
+
+
+def write_shard(path: Path, pictures: Path, *more: tarfile.TarInfo, mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as tar:
+        for file in sorted(pictures.iterdir()):
+            tar.add(file, f"./{file.name}")
+        for info in more:
+            tar.addfile(info)
+    return path
+
+
+def test_shards_are_found_by_braces_and_a_cut_one_is_named(pictures: Path, tmp_path: Path) -> None:
+    for i in range(8, 11):
+        write_shard(tmp_path / f"s{i:02}.tar", pictures)
+    (line,) = Mixture([f"webdataset:{tmp_path}/s{{08..10}}.tar"], 16).look()
+    assert line.endswith("9 pictures, 18 captions")
+    assert len(Mixture([f"webdataset:{tmp_path}/{{s08,s10}}.tar=2"], 16).look()) == 1
+    with pytest.raises(ValueError, match="no shard at .*s11.tar"):
+        Mixture([f"webdataset:{tmp_path}/s{{08..11}}.tar"], 16)
+    with pytest.raises(ValueError, match="expected {from..to} with at most"):
+        Mixture([f"webdataset:{tmp_path}/s{{0..99999999999}}.tar"], 16)
+    whole = (tmp_path / "s08.tar").read_bytes()
+    with tarfile.open(tmp_path / "s08.tar") as tar:
+        members = tar.getmembers()
+    for cut, left in ((members[-1].offset_data + 26, 3), (members[4].offset, 2), (members[3].offset_data + 5, 1)):
+        (tmp_path / "s08.tar").write_bytes(whole[:cut])
+        first, second = Mixture([f"webdataset:{tmp_path}/s08.tar"], 16).look()
+        assert f"{left} picture{'s' * (left > 1)}, {2 * left} captions" in first and "s08.tar: is cut" in second
+    (tmp_path / "s08.tar").write_bytes(whole[:700])
+    with pytest.raises(ValueError, match="s08.tar: not a tar, or cut"):
+        Mixture([f"webdataset:{tmp_path}/s*.tar"], 16)
+
+
+@pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz"])
+def test_a_compressed_shard_is_refused_by_name(pictures: Path, tmp_path: Path, mode: str) -> None:
+    write_shard(tmp_path / "s.tar", pictures, mode=mode)
+    with pytest.raises(ValueError, match="s.tar is compressed with .*; expected a plain tar"):
+        Mixture([f"webdataset:{tmp_path}/s.tar"], 16)
+
+
+def test_links_devices_and_sparse_files_in_a_shard_are_refused_before_training(pictures: Path, tmp_path: Path) -> None:
+    link, device, sparse = (tarfile.TarInfo("red.png") for _ in range(3))
+    link.type, link.linkname, device.type = tarfile.SYMTYPE, "/etc/passwd", tarfile.CHRTYPE
+    sparse.pax_headers = {"GNU.sparse.map": "0,1", "GNU.sparse.size": str(10**12)}
+    for info, kind in ((link, "link"), (device, "device"), (sparse, "sparse file")):
+        write_shard(tmp_path / "s.tar", pictures, info)
+        with pytest.raises(ValueError, match=f"s.tar: 'red.png' is a {kind}; expected plain files"):
+            Mixture([f"webdataset:{tmp_path}/s.tar"], 16)
+    claims = tarfile.TarInfo("zebra.png")
+    claims.size = 10**12
+    write_shard(tmp_path / "s.tar", pictures, claims)
+    assert (
+        "s.tar: is cut; pictures before the cut, which are used: 3"
+        in Mixture([f"webdataset:{tmp_path}/s.tar"], 16).look()[1]
+    )
+
+
+def test_an_equals_sign_in_a_path_is_no_weight(pictures: Path) -> None:
+    for name in ("date=2021", "date=today"):
+        folder = shutil.copytree(pictures, pictures.parent / name)
+        for weight in ("", "=3"):
+            data = Mixture([f"folder:{folder}{weight}", "scenes=1"], 16)
+            assert data.shares.tolist() == ([0.75, 0.25] if weight else [0.5, 0.5])
 
 
 def test_transparent_pictures_lie_on_white_and_wide_ones_lose_their_sides() -> None:
@@ -773,6 +898,39 @@ def test_a_pool_of_codes_is_what_the_vqgan_makes_of_the_pictures_and_is_made_onc
     other = GumbelVQ(SMALL_VQGAN).eval()
     encode_pool(data, 70, other, tmp_path / "codes.npz", workers=0, progress=False)
     assert (tmp_path / "codes.npz").stat().st_mtime_ns > made  # another codebook means other codes
+
+
+def test_a_pool_holds_codes_that_need_more_than_16_bits(pictures: Path, tmp_path: Path) -> None:
+    class Bright(GumbelVQ):
+        def encode(self, images: torch.Tensor) -> torch.Tensor:
+            return (super().encode(images) * 0 + 39_999).long()
+
+    vqgan, path = Bright(SMALL_VQGAN).eval(), tmp_path / "codes.npz"
+    vqgan.num_tokens = 40_000
+    data = Mixture([f"folder:{pictures}"], 32)
+    for _ in range(2):  # made, and read back
+        codes, _ = encode_pool(data, 3, vqgan, path, workers=0, progress=False)[0]
+        assert codes.tolist() == [39_999] * 256
+    config = TransformerConfig(8, 40_000, 4, 16, 1, heads=1, dim_head=16, grid_size=16)
+    task = TransformerTask(config, TransformerTraining(0.0), vqgan, lambda *_, **__: torch.ones(4, dtype=torch.int64))
+    task.items = range(1)
+    torch.testing.assert_close(task(codes[None], [""], 0)[0], task(codes[None].long(), [""], 0)[0])
+    shown = []
+    task.loss = lambda text_ids, image_ids: shown.append(image_ids) or torch.zeros(())  # type: ignore[func-returns-value]
+    task(codes[None], [""], 0)
+    assert shown[0].tolist() == [[39_999] * 256]
+
+
+def test_a_library_that_training_needs_is_named_before_any_work(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings, out = write_small_settings(tmp_path, pictures), tmp_path / "weights"
+    for library in ("accelerate", "matplotlib", "vector_quantize_pytorch"):
+        monkeypatch.setitem(sys.modules, library, None)
+        assert main(["train", "vqgan", "--config", str(settings["vqgan"]), "--out", str(out)]) == 2
+        words = f"dall3: error: dall3 train needs {library}; run pip install 'dall3[train]'\n"
+        assert capsys.readouterr().err == words and not out.exists()
+        monkeypatch.undo()
 
 
 def test_a_transformer_learns_from_a_pool(pictures: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from dall3.diffusion.denoising import space_timesteps
+from dall3.diffusion.schedule import space_timesteps
 from dall3.errors import require
 from dall3.images import make_grid, read_picture
 from dall3.output import Dall3Output, Preview

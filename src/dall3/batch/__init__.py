@@ -1,4 +1,4 @@
-"""`dall3 batch`: a book of prompts, the best few of many draws for each, in one loop here or on a Ray cluster.
+"""`dall3 batch`: many prompts, the best few of many candidates for each, in this process or on a Ray cluster.
 
 prompts ──draw──▶ 256 tokens a candidate ──rank──▶ the best, with scores ──refine──▶ files ──▶ shards and an index
 """
@@ -32,11 +32,11 @@ __all__ = ["Report", "generate"]
 
 @dataclass(frozen=True)
 class Report:
-    """What a run came to."""
+    """The result of a run."""
 
     index: Path  # the Parquet file
     prompts: int
-    failed: dict[int, str]  # why, by the prompt's number
+    failed: dict[int, str]  # the reason, by the prompt's number
 
 
 def generate(
@@ -63,28 +63,31 @@ def generate(
     progress: bool = True,
     **settings: Any,
 ) -> Report:
-    """Draw `num_candidates` for every prompt, keep the `num_images` that CLIP likes best, refine them, and write
-    webdataset shards and a Parquet index to the folder `out`.
+    """Draw `num_candidates` candidates for every prompt, keep the `num_images` with the highest CLIP scores, refine
+    them, and write webdataset shards and a Parquet index to the folder `out`.
 
-    prompts: texts, or the path of a .txt (a prompt a line), .csv, .jsonl or .parquet (column "prompt", and "seed" if
-    you like). weights: as `Dall3Pipeline.from_pretrained` has them; on a cluster every machine looks them up.
-    seed: of the run; a prompt's seed follows from it and the prompt's number, a candidate's draws from that and its
-    number, so that nothing depends on the order or the machine. batch_size: candidates drawn at a time,
-    rank_batch_size (batch_size if None) decoded and scored at a time, refine_batch_size refined at a time (if None, 1
-    on a CPU, 4 on a GPU).
-    refine: False for the coarse pictures. truncate: cut prompts that are too long. threads: torch's, in each stage.
-    dtype: "float32", "float16" or "bfloat16". device: of the loop here; on a cluster a stage with GPUs is on "cuda".
-    settings: those of `Sampling` and `Refinement`; where not given, the weights' own.
+    If the folder holds an interrupted run with the same settings, the run is resumed; shards that are missing or
+    damaged are made again. A prompt that fails is recorded with the reason and does not end the run. If the reason is
+    not the prompt's text, the next run tries it again.
 
-    ray: None for a loop here; the address of a cluster ("auto", "host:6379"), or "local" to start one on
-    this machine. workers: so many actors for each stage. num_cpus (threads if None), num_gpus: for a worker, shared
-    by its three actors. Each of the three may be a dict by "draw", "rank" and "refine" instead, for one actor.
+    prompts: texts, or the path of a .txt (a prompt a line), .csv, .jsonl or .parquet (column "prompt", optionally
+    "seed"). A prompt has at most 10,000 characters.
+    weights: as in `Dall3Pipeline.from_pretrained`; on a cluster every machine loads them by this name.
+    seed: random seed of the run. A prompt's seed follows from it and the prompt's number, a candidate's random numbers
+    from that and the candidate's number: results depend neither on the order nor on the machine.
+    batch_size: candidates drawn at a time. rank_batch_size: candidates decoded and scored at a time (default:
+    batch_size). refine_batch_size: pictures refined at a time (default: 1 on a CPU, 4 on a GPU).
+    refine: False for the coarse pictures. truncate: cut prompts that are too long for the transformer. threads: torch's
+    threads in each stage. dtype: "float32", "float16" or "bfloat16". device: of a run in this process; on a cluster
+    a stage with GPUs runs on "cuda". prompts_per_shard: prompts in one tar.
+    settings: fields of `Sampling` and `Refinement`; the weights have defaults for the others.
 
-    A folder that holds a run with the same settings is gone on with. A prompt that fails is recorded, with the
-    reason, and does not end the run; where the reason is not its text, running again tries it again.
+    ray: None to run in this process, the address of a cluster ("auto", "host:6379"), or "local" to start one on this
+    machine. workers: number of actors per stage. num_cpus (default: threads), num_gpus: of one worker, shared by its
+    three actors. Each of the three may be a dict with the keys "draw", "rank" and "refine", for one actor each.
 
-    Raises ValueError for prompts that cannot be read, a setting out of range, a part that is missing, a folder with
-    another run, or a library that is missing, before any work; RuntimeError where Ray cannot go on.
+    Raises ValueError, before any work, for prompts that cannot be read, a setting out of range, a missing part, a
+    missing library, or a folder with another run; RuntimeError if Ray cannot continue.
 
     >>> report = generate(["a cube made of cloud", ""], "book", 1, 2, refine=False, progress=False)
     >>> report.prompts, report.failed
@@ -129,7 +132,7 @@ def generate(
 
 
 def keep(done: Iterator[Row], store: Store, before: int, total: int, progress: bool) -> None:
-    """Write what comes of each prompt, and tell of it: prompts a second, the time left, and what failed."""
+    """Store each finished prompt and show the progress: prompts per second, time left, failures."""
     failed = 0
     with tqdm(total=total, initial=before, unit="prompt", disable=not progress) as bar:
         for row in done:
@@ -143,7 +146,7 @@ def keep(done: Iterator[Row], store: Store, before: int, total: int, progress: b
 
 
 def in_a_loop(job: Job, rows: Sequence[Row], pipe: Dall3Pipeline) -> Iterator[Row]:
-    """The rows after all stages, one after the other."""
+    """Run all stages in this process, prompt after prompt, and yield the finished rows."""
     stages = [stage(job, pipe) for stage in STAGES]
     with torch_threads(job.threads):
         for row in rows:

@@ -1,4 +1,4 @@
-"""A book of prompts: what is in the file, and the seed of every line."""
+"""Reading a file of prompts, and the random seed of every prompt."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,9 +15,11 @@ import numpy as np
 
 from dall3.errors import require
 
+SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell them one by one; no file can hold them as text
+
 
 class Prompt(NamedTuple):
-    """One line: its number from 0, its text, and the seed that its draws follow from."""
+    """One prompt: its number from 0, its text, and its random seed."""
 
     number: int
     text: str
@@ -24,7 +27,7 @@ class Prompt(NamedTuple):
 
 
 def prompt_seed(seed: int, number: int) -> int:
-    """The seed of a prompt, in [0, 2**63), which follows from the run's seed and the prompt's number alone.
+    """The random seed of a prompt, in [0, 2**63). It depends on the run's seed and the prompt's number alone.
 
     >>> prompt_seed(0, 7) == prompt_seed(0, 7), prompt_seed(0, 7) == prompt_seed(7, 0)
     (True, False)
@@ -34,12 +37,13 @@ def prompt_seed(seed: int, number: int) -> int:
 
 
 def read_prompts(source: str | Path | Sequence[str], seed: int = 0) -> list[Prompt]:
-    """The prompts of a file or a list of texts, in order; none is left out, so that the number is the line's.
+    """The prompts of a file or a list of texts, in order. None is left out: a prompt's number is that of its line.
 
-    A .txt has one a line. A .csv, .jsonl or .parquet has them in "prompt", and may have a "seed", a whole number in
-    [0, 2**63), for the lines that are not to have the one that follows from `seed`, the run's.
+    A .txt holds one prompt a line. A .csv, .jsonl or .parquet holds them in the column "prompt". Its optional column
+    "seed", integers in [0, 2**63), replaces the seeds that follow from `seed`, the run's.
 
-    Raises ValueError for a file of another kind, without a "prompt", or with one that is no text, before any work.
+    Raises ValueError for a file of another kind, without a "prompt", or with one that is no Unicode text, before any
+    work.
 
     >>> [prompt.text for prompt in read_prompts(["a cube", "a cloud"])]
     ['a cube', 'a cloud']
@@ -50,7 +54,7 @@ def read_prompts(source: str | Path | Sequence[str], seed: int = 0) -> list[Prom
         require(kind in READERS, f"{source}: a book of prompts is one of {known}, by the end of its name")
         try:
             rows, place = list(READERS[kind](Path(source).read_bytes())), str(source)
-        except (ValueError, KeyError, csv.Error) as error:
+        except (ValueError, KeyError, RecursionError, csv.Error) as error:
             raise ValueError(f"{source}: not a {kind} with a column 'prompt' ({error})") from None
     else:
         rows, place = [(text, None) for text in source], "prompts"
@@ -60,6 +64,10 @@ def read_prompts(source: str | Path | Sequence[str], seed: int = 0) -> list[Prom
         text = "" if text is None else text  # an empty cell is an empty prompt, recorded as such
         where = f"{place}, prompt {number}"
         require(isinstance(text, str), f"{where}: the prompt is {type(text).__name__}; expected text")
+        broken = SURROGATE.search(text)
+        require(
+            broken is None, f"{where}: holds half of a character, {broken and ascii(broken[0])}; expected Unicode text"
+        )
         whole = own is None or (isinstance(own, int | np.integer) and not isinstance(own, bool) and 0 <= own < 2**63)
         require(bool(whole), f"{where}: seed {own!r}; expected a whole number in [0, 2**63), or nothing")
         found.append(Prompt(number, text, prompt_seed(seed, number) if own is None else int(own)))

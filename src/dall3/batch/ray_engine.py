@@ -1,4 +1,4 @@
-"""The stages on a cluster: Ray Data streams the prompts through a pool of actors for each."""
+"""The stages on a Ray cluster: Ray Data streams the prompts through a pool of actors per stage."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from dall3.batch.job import STAGE_NAMES, Job
 from dall3.batch.stages import STAGES, Row
 from dall3.errors import require
 
-AT_ONCE = 10_000  # prompts in one execution, each a block of its own in the driver's books
-PATIENCE = 4 * 3600  # seconds without any news: a prompt may be 1,024 draws of a large network on a slow core
-RESTARTS = 3  # of an execution that brought nothing
-AHEAD, PICTURES = 8, 64 << 20  # for each worker: prompts drawn and not yet ranked, and bytes of finished files
+AT_ONCE = 10_000  # prompts in one execution; each is a block that the driver keeps track of
+PATIENCE = 4 * 3600  # seconds without progress: a prompt may be 1,024 candidates of a large network on a slow core
+RESTARTS = 3  # of executions without a finished prompt
+AHEAD, PICTURES = 8, 64 << 20  # per worker: prompts that wait to be ranked, and bytes of finished files
 
-# Of a worker's resources. No two actors that draw, which is nearly all of the work, share a GPU.
+# Fractions of a worker's resources. Drawing is nearly all of the work: no two drawing actors fit on one GPU.
 SHARES = {"draw": 0.8, "rank": 0.1, "refine": 0.1}
 
 PerStage = float | Mapping[str, float]
 
 
 def per_stage(name: str, value: PerStage, shared: bool) -> dict[str, float]:
-    """A number for each stage: one for all of them, shared out among them or the same, or by the stage's name.
+    """A number for each stage, from one number for all stages or a dict by the stage's name.
 
-    Raises ValueError for another stage, or a number below 0.
+    shared: divide the one number among the stages. Raises ValueError for an unknown stage or a negative number.
     """
     if isinstance(value, Mapping):
         unknown = [stage for stage in value if stage not in STAGE_NAMES]
@@ -47,9 +47,9 @@ def per_stage(name: str, value: PerStage, shared: bool) -> dict[str, float]:
 
 @contextmanager
 def cluster(address: str) -> Iterator[None]:
-    """In a cluster, or in one that is started on this machine for "local". A program that is in one stays in that.
+    """Connect to the cluster at `address`, or start one on this machine for "local", and leave it at the end.
 
-    Raises ValueError for an address where there is none.
+    A program that is connected already stays connected. Raises ValueError if there is no cluster at the address.
     """
     if ray.is_initialized():
         yield
@@ -74,16 +74,16 @@ def cluster(address: str) -> Iterator[None]:
 def run_on_ray(
     job: Job, rows: Sequence[Row], workers: dict[str, float], num_cpus: dict[str, float], num_gpus: dict[str, float]
 ) -> Iterator[Row]:
-    """The rows after all stages, in the order in which they are done.
+    """Run all stages on the cluster and yield the finished rows, in the order in which they finish.
 
-    Ray runs again what an actor or a machine took with it. Where an execution ends all the same, another takes up
-    what is left. Raises RuntimeError where that brings nothing more.
+    Ray repeats what was lost with an actor or a machine. If an execution fails nevertheless, another one takes the
+    remaining rows. Raises RuntimeError if executions fail repeatedly without finishing a row.
     """
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     left = {row["number"]: row for row in rows}
     fruitless = 0
     while left:
-        before, reason = len(left), "it ended before its end"
+        before, reason = len(left), "it ended early"
         try:
             for row in execution(job, list(islice(left.values(), AT_ONCE)), workers, num_cpus, num_gpus):
                 if left.pop(row["number"], None) is not None:
@@ -98,17 +98,17 @@ def run_on_ray(
 def execution(
     job: Job, rows: list[Row], workers: dict[str, float], num_cpus: dict[str, float], num_gpus: dict[str, float]
 ) -> Iterator[Row]:
-    """One run of Ray Data over some rows."""
+    """One execution of Ray Data over the rows."""
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = PATIENCE
-    # Tokens that wait for a slower stage are few: the stage before it waits instead.
+    # A bound on the tokens that wait for a slower stage: at the bound, the stage before it waits.
     waiting = AHEAD * job.recipe["num_candidates"] * job.tokens * np.dtype(job.token_type).itemsize
     limit = (waiting + PICTURES) * max(workers.values())
     context.execution_options.resource_limits = ExecutionResources(object_store_memory=limit)
     with DataContext.current(context):
-        # A block a prompt: what is done again is small.
+        # One block per prompt, so that little is repeated after a failure.
         data: Any = ray.data.from_items(rows, override_num_blocks=len(rows))
     for stage in STAGES:
         data = data.map(

@@ -28,6 +28,7 @@ from dall3.weights.folder import PARTS
 
 Row = dict[str, Any]
 ATTEMPTS = 4  # at a stage, before a prompt is given up for this run
+MOST_CHARACTERS = 10_000  # of a prompt: tokenizing megabytes takes gigabytes, and no text of that length fits
 
 
 def first_row(prompt: Prompt) -> Row:
@@ -93,6 +94,8 @@ class Draw(Stage):
     def work(self, row: Row) -> Row:
         recipe = self.job.recipe
         assert self.pipe.text_encoder is not None
+        if (length := len(row["prompt"])) > MOST_CHARACTERS:
+            return {"error": f"ValueError: the prompt has {length:,} characters; expected at most {MOST_CHARACTERS:,}"}
         try:
             self.pipe.text_encoder(row["prompt"], recipe["truncate"])
         except ValueError as error:

@@ -1,19 +1,21 @@
-"""The folder that a run writes: webdataset shards, a Parquet index, and what a run that goes on needs to know.
+"""The output folder of a run: webdataset shards, a Parquet index, and the state that resuming needs.
 
-manifest.json           the settings, which a run that goes on must have too
-prompts/00000012.tar    prompts that are done, of shards that are not whole yet
-pictures-000000.tar     a shard: the pictures of so many prompts, in order
-index/000000.parquet    its rows of the index, written after it: with this file the shard is done
-index.parquet           all rows, at the end
+manifest.json           the settings; a resumed run must have the same
+prompts/00000012.tar    a finished prompt of a shard that is not complete yet
+pictures-000000.tar     a shard: the pictures of `prompts_per_shard` prompts, in order
+index/000000.parquet    the shard's rows of the index; written after the shard, it marks the shard as done
+index.parquet           all rows, written at the end
 
-A file appears whole or not at all, so that a run may end at any moment: prompts without a file are done again.
+Every file is written atomically, so a run may be killed at any moment. Prompts without a file are drawn again.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import logging
 import os
+import re
 import tarfile
 from collections.abc import Callable, Sequence
 from itertools import groupby
@@ -26,6 +28,12 @@ from filelock import FileLock, Timeout
 
 from dall3.batch.prompts import Prompt
 from dall3.errors import require
+from dall3.tar import read_members
+
+logger = logging.getLogger(__name__)
+
+PROMPT, SHARD, PART = r"(\d{8})\.tar", r"pictures-(\d{6})\.tar", r"(\d{6})\.parquet"  # names of files, with a number
+SHARD_SIZE = b"shard bytes"  # in a part of the index: the size of its shard's file
 
 SCHEMA = pa.schema(
     {
@@ -33,21 +41,23 @@ SCHEMA = pa.schema(
         "prompt": pa.string(),
         "seed": pa.int64(),
         "place": pa.int32(),  # of the picture among the prompt's, best first; null where the prompt failed
-        "candidate": pa.int32(),  # the number of the draw
+        "candidate": pa.int32(),  # the candidate's number
         "score": pa.float32(),  # CLIP's cosine similarity; null without CLIP
         "tokens": pa.list_(pa.int32()),
         "file": pa.string(),  # the shard
         "key": pa.string(),  # the picture's name in it, before the first dot
         "recipe": pa.string(),  # JSON: with the columns above what the PNG carries
         "error": pa.string(),  # why the prompt failed; null where it did not
-        "retry": pa.bool_(),  # whether a run that goes on tries it again
+        "retry": pa.bool_(),  # whether a resumed run tries it again
     }
 )
 
 
 class Store:
-    """A run's folder, made or gone on with. Raises ValueError where it holds a run with other settings, or a run is at
-    work in it.
+    """The folder of a new or a resumed run. Files that are missing or damaged are made again.
+
+    Raises ValueError if the folder holds a run with other settings or files of something else, or if another run is
+    using it.
     """
 
     def __init__(
@@ -65,8 +75,7 @@ class Store:
             self._check(self.folder / "manifest.json", json.loads(json.dumps(wanted)))
             for part in ("prompts", "index"):
                 (self.folder / part).mkdir(exist_ok=True)
-            for unfinished in self.folder.rglob("*.tmp"):
-                unfinished.unlink()
+            self._remove_unfinished()
             self._find()
         except BaseException:
             self.lock.release()
@@ -79,22 +88,59 @@ class Store:
             require(not others, f"{self.folder} holds {', '.join(others[:3])} but no batch; give another folder")
             write_whole(manifest, lambda file: file.write((json.dumps(wanted, indent=2) + "\n").encode()))
             return
-        there, here = flatten(json.loads(manifest.read_text("utf-8"))), flatten(wanted)
+        try:
+            before = json.loads(manifest.read_text("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{manifest} is damaged ({error}); give another folder") from None
+        require(isinstance(before, dict), f"{manifest} is damaged: it holds no settings; give another folder")
+        there, here = flatten(before), flatten(wanted)
         names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
         differences = "; ".join(f"{name} is {there.get(name)!r} there, {here.get(name)!r} here" for name in names[:5])
         require(not names, f"{self.folder} holds a run with other settings: {differences}. Give them, or another --out")
 
+    def _remove_unfinished(self) -> None:
+        """Remove the temporary files that `write_whole` left in a killed run, and no others."""
+        for folder, names in (
+            (self.folder, rf"manifest\.json|index\.parquet|{SHARD}"),
+            (self.folder / "prompts", PROMPT),
+            (self.folder / "index", PART),
+        ):
+            for path in folder.glob("*.tmp"):
+                if re.fullmatch(rf"({names})\.tmp", path.name) and path.is_file():
+                    path.unlink()
+
+    def _numbered(self, folder: str, pattern: str, count: int) -> dict[int, Path]:
+        """The files of a folder by their numbers. Raises ValueError for a file that no run wrote."""
+        found = {}
+        for path in sorted((self.folder / folder).iterdir()):
+            match = re.fullmatch(pattern, path.name)
+            own = match is not None and int(match[1]) < count and path.is_file()
+            require(own or path.suffix not in (".tar", ".parquet"), f"{path} is not of this run; move it elsewhere")
+            if match is not None and own:
+                found[int(match[1])] = path
+        return found
+
     def _find(self) -> None:
-        """What is done. Prompts that failed for a reason that may have passed are to be done again."""
-        shards = {int(path.stem): path for path in (self.folder / "index").glob("*.parquet")}
-        for shard in sorted(shards):
-            rows = pq.read_table(shards[shard], columns=["retry"])
-            if any(rows["retry"].to_pylist()):
+        """Find what is done. Prompts are drawn again if their failure may have been temporary, or if their files are
+        missing, cut or damaged.
+        """
+        shards = self._numbered("index", PART, -(-len(self.prompts) // self.per_shard))
+        for shard, part in list(shards.items()):
+            size, retry = read_part(part)
+            path = self._shard_path(shard)
+            if size is None or not path.is_file() or path.stat().st_size != size:
+                logger.warning("%s is gone or damaged; its prompts are drawn again", path if size else part)
+                shards.pop(shard).unlink()
+            elif retry:
                 self._take_apart(shard)
                 shards.pop(shard).unlink()
-        saved = {int(path.stem): path for path in (self.folder / "prompts").glob("*.tar")}
-        for number in [number for number in saved if number // self.per_shard in shards]:
-            saved.pop(number).unlink()  # the run ended between the shard's index and this
+        saved = self._numbered("prompts", PROMPT, len(self.prompts))
+        for number, path in list(saved.items()):
+            if number // self.per_shard in shards:
+                saved.pop(number).unlink()  # the run ended between the shard's index and this
+            elif not holds_pictures(path):
+                logger.warning("%s is damaged; its prompt is drawn again", path)
+                saved.pop(number).unlink()
         self.shards, self.saved = set(shards), set(saved)
         self.failed: dict[int, tuple[str, bool]] = {}
         for shard in sorted({number // self.per_shard for number in self.saved}):
@@ -105,11 +151,11 @@ class Store:
         return number // self.per_shard in self.shards or number in self.saved or number in self.failed
 
     def add(self, number: int, files: bytes, error: str, retry: bool) -> None:
-        """Keep what came of a prompt: on disk when this returns, but for a failure, which is found again."""
+        """Store the result of a prompt. Pictures are on disk when this returns; a failure is not, it would recur."""
         if self.is_done(number):
             return
         if error:
-            self.failed[number] = (error, retry)
+            self.failed[number] = (error.encode(errors="backslashreplace").decode(), retry)
         else:
             write_whole(self._path(number), lambda file: file.write(files))
             self.saved.add(number)
@@ -118,7 +164,7 @@ class Store:
             self._finish_shard(shard)
 
     def finish(self) -> Path:
-        """Write the shards that only failures kept open, and the index of all. Returns the index's path."""
+        """Write the shards that were open because of failures, and the whole index. Returns the index's path."""
         for shard in {number // self.per_shard for number in {*self.saved, *self.failed}}:
             self._finish_shard(shard)
         parts, index = sorted((self.folder / "index").glob("*.parquet")), self.folder / "index.parquet"
@@ -132,7 +178,7 @@ class Store:
         return index
 
     def failures(self) -> dict[int, str]:
-        """Why prompts failed, by their number, as the index has it."""
+        """The reasons why prompts failed, by the prompt's number, from the index."""
         rows = pq.read_table(self.folder / "index.parquet", columns=["number", "error"]).to_pylist()
         return {row["number"]: row["error"] for row in rows if row["error"] is not None}
 
@@ -170,7 +216,8 @@ class Store:
                                 rows.append(index_row(json.loads(data), path.name, member.name.partition(".")[0]))
 
         write_whole(path, write)
-        table = pa.Table.from_pylist(rows, SCHEMA)
+        size = str(path.stat().st_size).encode()
+        table = pa.Table.from_pylist(rows, SCHEMA.with_metadata({SHARD_SIZE: size}))
         part = self.folder / "index" / f"{shard:06}.parquet"
         write_whole(part, lambda file: pq.write_table(table, file, compression="zstd"))
         self.shards.add(shard)
@@ -180,7 +227,7 @@ class Store:
             self.failed.pop(number, None)
 
     def _take_apart(self, shard: int) -> None:
-        """A shard's prompts, each as it was before they were put together; failed ones have none."""
+        """Split a shard into the tars of its prompts, as they were before; failed prompts have none."""
         with tarfile.open(self._shard_path(shard)) as tar:
             for number, members in groupby(tar, key=lambda member: int(member.name.partition("-")[0])):
                 buffer = io.BytesIO()
@@ -193,6 +240,26 @@ class Store:
     def _failure(self, number: int) -> dict[str, Any]:
         (error, retry), prompt = self.failed[number], self.prompts[number]
         return {"number": number, "prompt": prompt.text, "seed": prompt.seed, "error": error, "retry": retry}
+
+
+def read_part(path: Path) -> tuple[int | None, bool]:
+    """The size of the shard that a part of the index is for, None where the part is damaged, and whether a prompt of it
+    is to be tried again.
+    """
+    try:
+        rows = pq.read_table(path, columns=["retry"])
+        return int((rows.schema.metadata or {})[SHARD_SIZE]), any(rows["retry"].to_pylist())
+    except (pa.ArrowException, OSError, KeyError, ValueError):
+        return None, False
+
+
+def holds_pictures(path: Path) -> bool:
+    """Whether a prompt's tar is whole."""
+    try:
+        members, whole = read_members(path)
+    except ValueError:
+        return False
+    return whole and bool(members)
 
 
 def index_row(recipe: dict[str, Any], file: str, key: str) -> dict[str, Any]:
@@ -209,7 +276,7 @@ def index_row(recipe: dict[str, Any], file: str, key: str) -> dict[str, Any]:
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by one name each."""
+    """Nested settings as one dict with dotted names."""
     found: dict[str, Any] = {}
     for name, value in settings.items():
         found |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
@@ -217,7 +284,7 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a file that is there whole, and on disk, or not there."""
+    """Write a file atomically and flush it to disk."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
         write(file)

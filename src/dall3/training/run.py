@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -89,16 +91,33 @@ def need_tokenizer(folder: Path) -> Tokenizer:
     return load_tokenizer(folder / TOKENIZER)
 
 
-def join_processes() -> None:
-    """Join those that a launcher started, before a model is made: some parts ask whether there are others.
+def check_libraries() -> None:
+    """Raise ModuleNotFoundError where a library of the extra "train" is missing, before any work."""
+    for name in ("accelerate", "matplotlib", "vector_quantize_pytorch"):
+        if find_spec(name) is None:
+            raise ModuleNotFoundError(f"training needs {name}; run pip install 'dall3[train]'", name=name)
 
-    They wait for each other as long as making a pool of codes may take.
+
+def join_processes() -> bool:
+    """Join the processes that a launcher started, and return whether this is the first of them.
+
+    It comes before a model is made: some parts ask whether there are other processes. They wait for each other as long
+    as making a pool of codes may take.
     """
     from accelerate import PartialState
 
     on_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     state = PartialState(cpu=on_cpu, timeout=timedelta(hours=12))
     atexit.register(state.destroy_process_group)  # whose threads, left running, now and then abort a process that ends
+    return bool(state.is_main_process)
+
+
+def look_at(data: Mixture, progress: bool) -> Mixture:
+    """Say what the data holds and what is odd about it. Raises ValueError where it cannot be read."""
+    lines = data.look()
+    if progress:
+        print("\n".join(lines), file=sys.stderr)
+    return data
 
 
 def read_settings(path: str | Path) -> dict[str, dict[str, Any]]:
@@ -127,8 +146,11 @@ def train_model(
     the folder's checkpoint of this model. initial: the folder of a trained part of the same configuration, whose
     weights are started from. overrides: of `TrainingConfig`.
 
+    What the data holds and what is odd about it is printed to stderr before the first step, if `progress`.
+
     Raises ValueError for settings that are unknown or out of range, parts that are missing, and data that is not
-    there, and FileExistsError for a run or a part that is there already, before any work.
+    there or cannot be read, FileExistsError for a run or a part that is there already, and ModuleNotFoundError for a
+    library that is missing, before any work.
     """
     if model not in TRAINABLE:
         raise ValueError(f"model '{model}' is not known; expected one of {', '.join(TRAINABLE)}")
@@ -142,17 +164,21 @@ def train_model(
                 f"{target} is there already, and the parts trained after it need it; give another folder"
             )
     settings = read_settings(path)
+    if model != "tokenizer":
+        check_libraries()
     try:
         training = from_json(TrainingConfig, settings["train"])
         training = replace(training, **({"data": tuple(data)} if data else {}), **overrides)
         if training.initial_share and initial is None:
             raise ValueError(f"initial_share={training.initial_share} needs initial, the part that it is a share of")
         if model == "tokenizer":
-            text = train_tokenizer(draw_captions(Mixture(training.data, 16), training.steps), **settings["model"])
+            captions = draw_captions(look_at(Mixture(training.data, 16), progress), training.steps)
+            text = train_tokenizer(captions, **settings["model"])
             folder.mkdir(parents=True, exist_ok=True)
             target.write_text(text, encoding="utf-8")
             return
-        join_processes()
+        if join_processes():
+            look_at(Mixture(training.data, training.side, training.seed), progress)
         with torch.random.fork_rng():
             torch.manual_seed(training.seed)
             task = MAKERS[model](settings["model"], settings["loss"], folder)

@@ -23,7 +23,8 @@ from dall3.models.vqgan import VQModel
 from dall3.text import TextEncoder
 from dall3.tokens.decoding import draw_image_tokens
 from dall3.tokens.sampling import Sampling, candidate_uniforms, choose
-from dall3.training.data import StepSampler, loader, shuffled
+from dall3.training.data import StepSampler, loader
+from dall3.training.files import shuffled
 from dall3.training.loop import Task, TrainingConfig
 from dall3.weights.folder import save_part
 
@@ -60,7 +61,7 @@ class TransformerTraining:
 
 
 class CodePool(Dataset[tuple[Tensor, str]]):
-    """Pictures as their codes, int16 (codes,), with captions: an endless row of shuffled epochs."""
+    """Pictures as their codes, int16 or int32 (codes,), with captions: an endless row of shuffled epochs."""
 
     def __init__(self, codes: np.ndarray, captions: list[str]) -> None:
         self.codes, self.captions = codes, captions
@@ -75,16 +76,18 @@ def encode_pool(data: Dataset[Any], count: int, vqgan: VQModel, path: Path, work
     comes from another VQGAN.
     """
     device = next(vqgan.parameters()).device
+    dtype = np.dtype(np.int16 if vqgan.num_tokens <= 2**15 else np.int32)
     made_by = sha256(vqgan.codebook.detach().cpu().numpy().tobytes()).hexdigest()
     if path.exists():
         with np.load(path) as found:
-            if str(found["made_by"]) == made_by and len(found["codes"]) == count:
-                return CodePool(found["codes"], json.loads(str(found["captions"])))
+            stored = found["codes"]
+            if str(found["made_by"]) == made_by and len(stored) == count and stored.dtype == dtype:
+                return CodePool(stored, json.loads(str(found["captions"])))
     batches = loader(data, StepSampler(-(-count // POOL_BATCH), POOL_BATCH), workers)
     codes, captions = [], []
     for images, texts in tqdm(batches, desc="encoding the pool", disable=not progress):
         with torch.no_grad():
-            codes.append(vqgan.encode(images.to(device).float() / 255).to("cpu", torch.int16).numpy())
+            codes.append(vqgan.encode(images.to(device).float() / 255).cpu().numpy().astype(dtype))
         captions += texts
     pool = CodePool(np.concatenate(codes)[:count], list(captions)[:count])
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,9 +130,9 @@ class TransformerTask(Task):
         return encode_pool(data, self.settings.pool, vqgan, folder / "codes.npz", config.workers, progress)
 
     def forward(self, images: Tensor, captions: list[str], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """images: pictures as the other tasks take them, or codes, int16 (batch, codes)."""
+        """images: pictures as the other tasks take them, or codes, int16 or int32 (batch, codes)."""
         with torch.no_grad():
-            is_codes = images.dtype == torch.int16
+            is_codes = not images.is_floating_point()
             image_ids = images.long() if is_codes else self.frozen[0].to(images.device).encode(images)
         text_ids = torch.stack([self.encode_text(caption) for caption in captions]).to(images.device)
         s, count, device = self.settings, image_ids.shape[1], images.device

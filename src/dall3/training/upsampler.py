@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Tensor
 
-from dall3.images import enlarge, make_grid, to_pil
 from dall3.diffusion.denoising import Refinement, denoise
 from dall3.diffusion.schedule import GaussianDiffusion
+from dall3.images import enlarge, make_grid, to_pil
 from dall3.models.clip import CLIP
 from dall3.models.unet import AttentionBlock, ResBlock, UNet, UNetConfig
 from dall3.models.vqgan import VQModel

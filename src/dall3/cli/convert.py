@@ -1,0 +1,52 @@
+"""`dall3 convert`: a set of weights, or checkpoints of 2021, as a folder of safetensors."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dall3.cli.options import WHICH_WEIGHTS
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("name", nargs="?", help=WHICH_WEIGHTS)
+    add("--out", required=True, metavar="FOLDER", help="a folder that does not exist yet, or is empty")
+    add("--half", action="store_true", help="write float16: half the size")
+    add("--registry", metavar="TOML", help="a weights.toml of your own, in addition to the bundled one")
+    add("--dalle_path", help="a checkpoint of DALLE-pytorch")
+    add("--bpe_path", help="its tokenizer, of any kind (default: CLIP's)")
+    add("--vqgan_model_path", help="the VQGAN's .ckpt, or a DiscreteVAE's .pt")
+    add("--vqgan_config_path", help="the VQGAN's .yaml")
+    add("--openai_vae", nargs=2, metavar=("ENCODER", "DECODER"), help="OpenAI's encoder.pkl and decoder.pkl")
+    add("--diffusion_path", help="a checkpoint of guided-diffusion")
+    add("--model_config", metavar="JSON", help="guided-diffusion's flags, for a UNet of an unusual size")
+    add("--super_resolution_path", help="a super-resolution checkpoint of guided-diffusion")
+    add("--clip_path", help="CLIP: a file, or an open_clip name")
+
+
+def run(args: argparse.Namespace) -> None:
+    import torch
+
+    from dall3.errors import require
+    from dall3.pipeline import Dall3Pipeline
+    from dall3.weights.folder import check_empty
+
+    check_empty(Path(args.out))  # before anything is fetched or loaded
+    files = {
+        "dalle": args.dalle_path,
+        "bpe": args.bpe_path,
+        "vqgan": args.openai_vae or args.vqgan_model_path,
+        "vqgan_config": args.vqgan_config_path,
+        "diffusion": args.diffusion_path,
+        "diffusion_config": args.model_config,
+        "super_resolution": args.super_resolution_path,
+        "clip": args.clip_path,
+    }
+    given = {name: path for name, path in files.items() if path is not None}
+    require(bool(given) != (args.name is not None), "give either a name or the paths of files to convert")
+    if given:
+        pipe = Dall3Pipeline.from_checkpoints(**given)
+    else:
+        pipe = Dall3Pipeline.from_pretrained(args.name, registry=args.registry)
+    print(f'wrote "{pipe.save_pretrained(args.out, torch.float16 if args.half else None)}"')

@@ -1,0 +1,198 @@
+"""`dall3 generate`: pictures of prompts, with the options of upstream's generate.py."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import unicodedata
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from dall3.cli.options import WHICH_WEIGHTS, add_refinement, add_sampling, decoded, given, placement, refinement
+from dall3.cli.options import sampling as given_sampling
+
+WITH_DALLE_PATH = ("bpe_path", "vqgan_model_path", "vqgan_config_path", "openai_vae", "diffusion_path", "model_config")
+RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9¹²³])(\..*)?", re.IGNORECASE)  # names of devices on Windows
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("prompt", nargs="?", help="the text prompt; several separated with |")
+    add("--text", help="the same")
+    add("--weights", metavar="NAME", help=f"{WHICH_WEIGHTS} (default: the bundled weights, unless --dalle_path)")
+    add("--dalle_path", help="a checkpoint of DALLE-pytorch, in place of --weights")
+    add("--bpe_path", help="its tokenizer, of any kind (default: CLIP's)")
+    add("--hug", action="store_true", help="require a tokenizer in Hugging Face's JSON")
+    add("--chinese", action="store_true", help="require a tokenizer in BERT's vocab.txt")
+    add("--taming", action="store_true", help="require a VQGAN of taming-transformers")
+    add("--vqgan_model_path", help="the VQGAN's .ckpt, or a DiscreteVAE's .pt")
+    add("--vqgan_config_path", help="the VQGAN's .yaml")
+    add("--openai_vae", nargs=2, metavar=("ENCODER", "DECODER"), help="OpenAI's encoder.pkl and decoder.pkl")
+    add("--diffusion_path", help="a checkpoint of guided-diffusion: refine the pictures with it")
+    add("--num_images", type=int, default=12, help="pictures to keep (default: %(default)s)")
+    add("--num_candidates", type=int, help="pictures to draw, of which CLIP keeps the best (default: num_images)")
+    add("--batch_size", type=int, default=4, help="pictures drawn at a time (default: %(default)s)")
+    add_sampling(parser, "0.9")
+    add("--clip_sort", action="store_true", help="sort by CLIP similarity, best first")
+    add("--output_npy", action="store_true", help="write the image tokens too")
+    add("--gentxt", action="store_true", help="let the transformer complete the prompt first")
+    add("--truncate", action="store_true", help="cut a prompt that is too long")
+    add("--outputs_dir", default="./outputs", help="default: %(default)s")
+    add_refinement(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from dall3.errors import require
+    from dall3.output import check_free
+
+    candidates = args.num_images if args.num_candidates is None else args.num_candidates
+    prompts = decoded(args.text or args.prompt or "").lower().split("|")
+    require(args.gentxt or all(prompt.strip() for prompt in prompts), "an empty prompt; give text around every '|'")
+    require(len(set(prompts)) == len(prompts), "the same prompt twice; ask for more --num_images instead")
+    sampling = given_sampling(args)
+    check(args, candidates, sampling)
+    pipe = load(args, candidates)
+    if not {"top_k", "top_p"} & {*sampling, *pipe.defaults}:
+        sampling["top_p"] = 0.9
+    if args.gentxt:
+        write = {"seed": args.seed, "top_k": 0.5} | given(args, "temperature", "top_k")
+        prompts = [pipe.complete_text(prompt, truncate=args.truncate, **write) for prompt in prompts]
+    truncate = args.truncate or args.gentxt
+    for prompt in prompts:  # a prompt that does not fit is an error before the first picture is drawn
+        pipe.text_encoder(prompt, truncate)
+    # Encoded and decoded: the same bytes, also where Python takes the file system's encoding for ASCII.
+    folders = [Path(args.outputs_dir) / os.fsdecode(name.encode()) for name in folder_names(prompts)]
+    for folder in folders:
+        check_free(folder, [] if args.overwrite else ["caption.txt", "0.npy", "0.jpg", "0-fine.png"])
+    how = dict(batch_size=args.batch_size, seed=args.seed, truncate=truncate, **sampling)
+    if refines(args):
+        how |= refinement(args)
+    draw(pipe, prompts, folders, candidates, how, args)
+
+
+def check(args: argparse.Namespace, candidates: int, sampling: dict[str, Any]) -> None:
+    """Raise ValueError for options that are out of range or contradict each other, before anything is loaded."""
+    from dall3.diffusion.denoising import Refinement
+    from dall3.errors import require
+    from dall3.pipeline import choose_seed
+    from dall3.tokens.sampling import Sampling, check_counts
+
+    from_folder = args.dalle_path is None
+    for name in WITH_DALLE_PATH:
+        alone = from_folder and getattr(args, name) is not None
+        require(not alone, f"--{name} goes with --dalle_path; a folder of weights has its own")
+    require(from_folder or args.weights is None, "--weights and --dalle_path are two places for the same; give one")
+    Sampling(**sampling), choose_seed(args.seed, None)
+    if refines(args):
+        Refinement(**refinement(args))
+    check_counts(num_images=args.num_images, num_candidates=candidates, batch_size=args.batch_size)
+    require(refines(args) or not args.clip_guidance, "--clip_guidance guides diffusion; give --diffusion_path")
+    require(not args.taming or bool(args.vqgan_model_path), "--taming needs --vqgan_model_path")
+    for flag, begin in (("hug", b"{"), ("chinese", b"[PAD]")):
+        fits = not getattr(args, flag) or (args.bpe_path and Path(args.bpe_path).read_bytes().startswith(begin))
+        require(bool(fits), f"--{flag} needs a --bpe_path that begins with {begin.decode()}: JSON, or BERT's vocab.txt")
+
+
+def refines(args: argparse.Namespace) -> bool:
+    """Whether diffusion may follow; a folder of weights decides that for itself."""
+    return args.dalle_path is None or args.diffusion_path is not None
+
+
+def load(args: argparse.Namespace, candidates: int) -> Any:
+    """The pipeline of --weights or of the files, on its device. Raises ValueError where it cannot draw."""
+    from dall3.errors import require
+    from dall3.models.vqgan import VQModel
+    from dall3.pipeline import Dall3Pipeline
+
+    device, dtype = placement(args)
+    if args.dalle_path is None:
+        pipe = Dall3Pipeline.from_pretrained(args.weights, device=device, dtype=dtype)
+        require(pipe.text_encoder is not None, f"{args.weights} holds no transformer with its tokenizer")
+    else:
+        needs_clip = args.clip_sort or args.clip_guidance or candidates > args.num_images
+        pipe = Dall3Pipeline.from_checkpoints(
+            dalle=args.dalle_path,
+            bpe=args.bpe_path,
+            vqgan=args.openai_vae or args.vqgan_model_path,
+            vqgan_config=args.vqgan_config_path,
+            diffusion=args.diffusion_path,
+            diffusion_config=args.model_config,
+            clip=args.clip_path if needs_clip else None,
+        )
+    missing = f"{args.dalle_path or args.weights} holds no VAE; give --taming and --vqgan_model_path, or --openai_vae"
+    require(pipe.vqgan is not None, missing)
+    require(not args.taming or isinstance(pipe.vqgan, VQModel), f"--taming: {args.vqgan_model_path} is no VQGAN")
+    return pipe.to(device, dtype)
+
+
+def draw(
+    pipe: Any,
+    prompts: Sequence[str],
+    folders: Sequence[Path],
+    candidates: int,
+    how: dict[str, Any],
+    args: argparse.Namespace,
+) -> None:
+    """Draw every prompt into its folder.
+
+    Where a file cannot be written, for example on a full disk, all files and folders of this call are removed, so that
+    the same command can be run again.
+    """
+    from dall3.output import File, write_files
+
+    outputs = Path(args.outputs_dir)
+    fine_too = refines(args) and (args.dalle_path is not None or pipe.upsampler is not None)
+    made = [folder for folder in (*folders, outputs, *outputs.parents) if not folder.exists()]
+    written: list[Path] = []
+    try:
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        for prompt, folder in zip(prompts, folders, strict=True):
+            out = pipe(prompt, args.num_images, candidates, **how)
+            files: dict[str, File] = {} if args.clip_sort else {"caption.txt": prompt}
+            scores = out.clip_scores.tolist() if args.clip_sort and out.clip_scores is not None else None
+            results = zip(out.coarse_images, out.images, out.tokens.numpy(), strict=True)
+            for i, (coarse, fine, tokens) in enumerate(results):
+                files[f"{i}-{scores[i]}.png" if scores else f"{i}.jpg"] = coarse
+                files |= {f"{i}-fine.png": fine} if fine_too else {}
+                files |= {f"{i}.npy": tokens} if args.output_npy else {}
+            write_files(folder, files, args.overwrite)
+            written += [folder / name for name in files]
+            print(f'created {len(out)} images at "{folder}"')
+    except BaseException as error:
+        if isinstance(error, OSError) and not args.overwrite:
+            for path in written:
+                path.unlink(missing_ok=True)
+        for folder in made:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
+        raise
+
+
+def folder_names(prompts: Sequence[str]) -> list[str]:
+    """A folder's name for each prompt, valid on Linux, macOS and Windows; equal ones are numbered.
+
+    >>> folder_names(["a cube", "a/cube", "what is it?"])
+    ['a_cube', 'a_cube-2', 'what_is_it_']
+    """
+    names: list[str] = []
+    taken: set[str] = set()
+    for prompt in prompts:
+        wanted = name = folder_name(prompt)
+        number = 1
+        while (key := unicodedata.normalize("NFC", name).casefold()) in taken:  # as Windows and macOS compare them
+            number += 1
+            name = f"{wanted}-{number}"
+        taken.add(key)
+        names.append(name)
+    return names
+
+
+def folder_name(prompt: str) -> str:
+    """A prompt as a folder's name: file systems allow 255 bytes, and Windows fewer characters than others."""
+    name = re.sub(r'[\s/\\:?*"<>|\x00-\x1f\x7f]|^\.', "_", prompt)[:100].encode()[:240].decode(errors="ignore")
+    name = re.sub(r"\.+$", lambda dots: "_" * len(dots[0]), name)
+    return f"_{name}" if RESERVED.fullmatch(name) else name

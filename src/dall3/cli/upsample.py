@@ -1,0 +1,81 @@
+"""`dall3 upsample`: image tokens or a picture to a finer picture, with the options of upstream's sample.py."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dall3.cli.options import add_refinement, decoded, open_image, placement, refinement
+
+MODEL_PATH, VAE_PATH = "./models/model-latest.pt", "./models/vqgan_gumbel_f8/checkpoints/last.ckpt"  # sample.py's
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--input", required=True, help="a picture, or a .npy of image tokens")
+    add("--weights", metavar="NAME", help="a set of weights, in place of the files below")
+    add("--model_path", help=f"a checkpoint of guided-diffusion, of any kind (default: {MODEL_PATH})")
+    add("--model_size", type=int, choices=(512, 256, 128, 64), help="take guided-diffusion's flags of this size")
+    add("--vae_path", help=f"the VQGAN or DiscreteVAE (default: {VAE_PATH})")
+    add("--vqgan_config_path", help="the VQGAN's .yaml")
+    add("--dvae_mode", action="store_true", help="require a DiscreteVAE")
+    add("--text", help="texts for CLIP guidance, separated with | and weighted as in 'a cube:2|a cloud'")
+    add("--image_prompts", help="pictures for CLIP guidance, separated and weighted in the same way")
+    add("--num_batches", type=int, default=1, help="default: %(default)s")
+    add("--batch_size", type=int, default=1, help="default: %(default)s")
+    add("--output_size", type=int, help="width and height in pixels, for picture input (super-resolution: 512)")
+    add("--stop_at", type=int, default=1000, help="stop after this many steps, for an airbrushed look")
+    add("--cpu", action="store_true", help="the same as --device cpu")
+    add("--outputs_dir", default=".", help="default: %(default)s")
+    add_refinement(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from dall3.diffusion.denoising import Refinement
+    from dall3.errors import require
+    from dall3.images import to_pil
+    from dall3.models.discrete_vae import DiscreteVAE
+    from dall3.output import check_free, read_tokens, write_files
+    from dall3.pipeline import Dall3Pipeline, choose_seed, parse_prompts
+    from dall3.tokens.sampling import check_counts
+    from dall3.weights.checkpoints import load_vae
+
+    check_counts(num_batches=args.num_batches, batch_size=args.batch_size, stop_at=args.stop_at)
+    settings = refinement(args, stop_at=args.stop_at + 2)  # sample.py takes two more before it looks
+    Refinement(**settings), choose_seed(args.seed, None)
+    text = None if args.text is None else decoded(args.text)
+    wanted = text or args.image_prompts or not args.clip_guidance
+    require(bool(wanted), "--clip_guidance needs --text or --image_prompts to look for")
+    count, folder = args.num_batches * args.batch_size, Path(args.outputs_dir)
+    names = [f"progress_{i:05}.png" for i in range(count)]
+    check_free(folder, [] if args.overwrite else names)
+    is_tokens = args.input.endswith("npy")
+    tokens = read_tokens(args.input).expand(count, -1) if is_tokens else None
+    image = None if is_tokens else [open_image(args.input)] * count
+    image_prompts = [(open_image(path), weight) for path, weight in parse_prompts(args.image_prompts or "")]
+    device, dtype = placement(args)
+    if args.weights is not None:
+        for name in ("model_path", "model_config", "model_size", "vae_path", "vqgan_config_path"):
+            require(getattr(args, name) is None, f"--{name} and --weights are two places for the same; give one")
+        pipe = Dall3Pipeline.from_pretrained(args.weights, device=device, dtype=dtype)
+        pipe.upsampler = pipe.upsampler or pipe.super_resolution
+        require(pipe.upsampler is not None, f"{args.weights} holds no upsampler")
+    else:
+        pipe = Dall3Pipeline.from_checkpoints(
+            diffusion=args.model_path or MODEL_PATH,
+            diffusion_config=args.model_config or ({"image_size": args.model_size} if args.model_size else None),
+            clip=args.clip_path if args.clip_guidance else None,
+        )
+    assert pipe.upsampler is not None
+    config = pipe.upsampler.config
+    if args.weights is None and (config.embedding_dims or is_tokens):
+        pipe.vqgan = load_vae(args.vae_path or VAE_PATH, args.vqgan_config_path)
+    given = args.weights or args.vae_path
+    require(not args.dvae_mode or isinstance(pipe.vqgan, DiscreteVAE), f"--dvae_mode: {given} is no DiscreteVAE")
+    size = args.output_size or (512 if config.super_resolution else config.image_size)
+    how = dict(image_prompts=image_prompts, output_size=size, seed=args.seed, batch_size=args.batch_size)
+    if args.clip_guidance:
+        settings = {"clip_guidance_scale": pipe.defaults.get("clip_guidance_scale", 1000)} | settings
+    fine = pipe.to(device, dtype).upsample(tokens, image, text, **how, **settings)
+    write_files(folder, dict(zip(names, to_pil(fine), strict=True)), args.overwrite)
+    print(f'created {count} images at "{folder}"')

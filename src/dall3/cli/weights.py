@@ -1,0 +1,71 @@
+"""`dall3 weights`: which sets of weights there are, and what of them is on this machine."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("action", choices=("list", "fetch", "verify", "where", "remove"))
+    add("name", nargs="?", help="a set; required by fetch and remove (default: all sets that are on this machine)")
+    add("--registry", metavar="TOML", help="a weights.toml of your own, in addition to the bundled one")
+
+
+def run(args: argparse.Namespace) -> None:
+    from dall3.weights.fetching import check_here, fetch_set, files_of, remove_set
+    from dall3.weights.registry import find_set, read_registry
+
+    known = read_registry(args.registry)
+    chosen = list(known.values()) if args.name is None else [find_set(args.name, args.registry)]
+    if args.action in ("fetch", "remove") and args.name is None:
+        raise ValueError(f"`dall3 weights {args.action}` needs a name: {', '.join(known)}")
+    if args.action == "list":
+        print(weights_table(chosen))
+    elif args.action == "fetch":
+        for part, (file, _) in fetch_set(chosen[0]).items():
+            print(f"{part}: {file}")
+    elif args.action == "remove":
+        print(f"removed {size_text(remove_set(chosen[0]))} of {args.name} from the cache")
+    else:
+        found = [(one, path) for one in sum(map(files_of, chosen), []) if (path := one.find()) is not None]
+        if args.name is not None and not found:
+            raise ValueError(f"nothing of {args.name} is here; run `dall3 weights fetch {args.name}`")
+        wrong: dict[str, str] = {}
+        for one, path in found:
+            problem = check_here(one, path, thorough=True) if args.action == "verify" else None
+            wrong |= {one.name: problem} if problem else {}
+            print(f"{one.name}: {path}" if args.action == "where" else f"{one.name}: {problem or 'good'}")
+        if wrong:
+            raise ValueError(f"{len(wrong)} of {len(found)} files are not what they were; remove and fetch them again")
+
+
+def weights_table(sets: list[Any]) -> str:
+    """A line a part: set, part, size, licence, and whether it is here."""
+    from dall3.weights.fetching import files_of, home
+
+    rows = [("set", "part", "size", "licence", "here")]
+    for one in sets:
+        for part in one.parts:
+            files = [wanted for wanted in files_of(one) if wanted.part == part]
+            paths = [wanted.find() for wanted in files]
+            sizes = [
+                path.stat().st_size if path else max((place.size or 0 for place in wanted.file.places), default=0)
+                for wanted, path in zip(files, paths, strict=True)
+            ]
+            here = "yes" if all(paths) else "in part" if any(paths) else "no"
+            size = size_text(sum(sizes)) if sizes[0] else "unknown"
+            rows.append((one.name if part == one.parts[0] else "", part.name, size, part.licence, here))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    abouts = [f"{one.name}: {one.about}" for one in sets if one.about]
+    return "\n".join([*lines, "", *abouts, "", f"cache (DALL3_HOME): {home()}"])
+
+
+def size_text(size: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"

@@ -1,0 +1,276 @@
+"""Pictures with captions on disk: folders and webdataset shards.
+
+A picture that cannot be read is left out, and another one takes its place. Which one depends on the item's number
+alone: a resumed run, and any number of processes, see the same items.
+"""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+import re
+import stat
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dall3.errors import require
+from dall3.images import read_picture
+from dall3.tar import Member, read_members
+
+logger = logging.getLogger(__name__)
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+LOOK_SECONDS = 5.0
+MOST_BYTES, MOST_CAPTION_BYTES = 256 << 20, 1 << 20
+MOST_SHARDS = 1_000_000
+NAMED = 5  # unreadable pictures that a look names; the others are counted
+
+said: set[str] = set()  # why pictures could not be read, as far as this process has said it already
+
+
+@lru_cache(maxsize=16)
+def permutation(epoch: int, length: int) -> np.ndarray:
+    return np.random.default_rng((epoch, length)).permutation(length)
+
+
+def shuffled(index: int, length: int) -> int:
+    """The place of item `index` in an endless row of shuffled epochs, each place once an epoch."""
+    return int(permutation(index // length, length)[index % length])
+
+
+class CaptionedFiles(ABC):
+    """Numbered pictures, each with the text of its captions, one a line.
+
+    notes: what is odd about the files' names and places. unreadable: the pictures known to be unreadable, by number,
+    with the reason.
+    """
+
+    def __init__(self, place: str, length: int, notes: list[str]) -> None:
+        self.place, self.length, self.notes = place, length, notes
+        self.unreadable: dict[int, str] = {}
+
+    @abstractmethod
+    def name(self, number: int) -> str:
+        """What errors call a picture."""
+
+    @abstractmethod
+    def read(self, number: int) -> tuple[bytes, bytes]:
+        """The bytes of the picture and of its captions. Raises OSError or ValueError."""
+
+    def item(self, number: int, side: int) -> tuple[np.ndarray, list[str]]:
+        """The picture, uint8 (side, side, 3), and its captions. Raises OSError or ValueError where it is unreadable."""
+        picture, text = self.read(number)
+        try:
+            lines = text.decode("utf-8-sig").splitlines()
+        except UnicodeDecodeError:
+            raise ValueError(f"{self.name(number)}: its caption is not UTF-8") from None
+        captions = [line.strip() for line in lines if line.strip()]
+        return fit_picture(picture, side, self.name(number)), captions or [""]
+
+    def draw(self, index: int, rng: np.random.Generator, side: int) -> tuple[np.ndarray, str]:
+        """Item number `index` of an endless row. Raises ValueError where no picture can be read."""
+        first = shuffled(index, self.length)
+        for number in ((first + i) % self.length for i in range(self.length)):
+            if number in self.unreadable:
+                continue
+            try:
+                picture, captions = self.item(number, side)
+            except (OSError, ValueError) as error:
+                self.unreadable[number] = str(error)
+                if str(error) not in said:
+                    said.add(str(error))
+                    logger.warning("%s; another picture takes its place (%d so far)", error, len(self.unreadable))
+                continue
+            return picture, captions[rng.integers(len(captions))]
+        raise ValueError(f"{self.place}: none of the {self.length} pictures can be read: {self.unreadable[first]}")
+
+    def look(self) -> list[str]:
+        """How many pictures and captions there are and what is odd about them, after reading as many as a few seconds
+        allow. Raises ValueError where none of those can be read.
+        """
+        captions = empty = looked = 0
+        bad: list[str] = []
+        until = time.monotonic() + LOOK_SECONDS
+        for number in permutation(0, self.length).tolist():
+            try:
+                found = self.item(number, 8)[1]
+            except (OSError, ValueError) as error:
+                self.unreadable[number] = str(error)
+                bad.append(str(error))
+            else:
+                captions += len(found)
+                empty += found == [""]
+            looked += 1
+            if time.monotonic() > until:
+                break
+        all_of_them = looked == self.length
+        if len(bad) == looked:
+            raise ValueError(f"{self.place}: none of the {looked} pictures that were tried can be read: {bad[0]}")
+        where = "" if all_of_them else f" in the {looked} that were read"
+        lines = [f"{self.place}: {counted(self.length, 'picture')}, {counted(captions, 'caption')}{where}", *self.notes]
+        if bad:
+            of = "" if all_of_them else f" of {looked}"
+            lines.append(f"{self.place}: pictures that cannot be read, replaced by others: {len(bad)}{of}")
+            named = sorted(bad)[:NAMED]
+            said.update(named)
+            lines += [f"    {reason}" for reason in named] + ["    …"] * (len(bad) > NAMED)
+        lines += [f"{self.place}: pictures with an empty caption: {empty}"] if empty else []
+        return lines
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+class Folder(CaptionedFiles):
+    """Pictures of a folder, at any depth, each with a .txt of the same name: a caption a line, one drawn at a time.
+
+    Names that begin with a dot are left out. Raises ValueError where there is no picture with a caption.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.paths: list[str] = []
+        notes: list[str] = []
+        alone = 0
+        for parent, folders, files in os.walk(folder, onerror=lambda error: notes.append(f"left out: {error}")):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            names = set(files)
+            for name in files:
+                stem, dot, suffix = name.rpartition(".")
+                if stem and f"{dot}{suffix}".lower() in PICTURES and not name.startswith("."):
+                    if f"{stem}.txt" in names:
+                        self.paths.append(os.path.join(parent, name))
+                    else:
+                        alone += 1
+        self.paths.sort(key=lambda path: path.split(os.sep))
+        kinds = ", ".join(PICTURES)
+        require(bool(self.paths), f"{folder} holds no picture ({kinds}) with a .txt of the same name beside it")
+        notes += [f"{folder}: pictures left out, as they have no .txt of the same name: {alone}"] if alone else []
+        super().__init__(str(folder), len(self.paths), notes)
+
+    def name(self, number: int) -> str:
+        return self.paths[number]
+
+    def read(self, number: int) -> tuple[bytes, bytes]:
+        path = self.paths[number]
+        text = path.rpartition(".")[0] + ".txt"
+        return read_plain(path, MOST_BYTES), read_plain(text, MOST_CAPTION_BYTES)
+
+
+def read_plain(path: str, most: int) -> bytes:
+    """The bytes of a file. Raises ValueError for a pipe or a device, and for more than `most` bytes."""
+    about = os.stat(path)
+    require(stat.S_ISREG(about.st_mode), f"{path}: not a plain file")
+    require(about.st_size <= most, f"{path}: {about.st_size:,} bytes; expected at most {most:,}")
+    return Path(path).read_bytes()
+
+
+class Shards(CaptionedFiles):
+    """Webdataset shards on disk: tar files in which a picture and a .txt share a name.
+
+    pattern: a path with * and ? as in a shell, {000..012} for a range and {a,b} for alternatives. A shard that is cut
+    gives the pictures before the cut. Names that begin with a dot are left out.
+
+    Raises ValueError for a shard that is not there, is compressed or is no tar, for links, devices and sparse files in
+    one, and where no shard has a picture with a caption.
+    """
+
+    def __init__(self, pattern: str | Path) -> None:
+        self.items: list[tuple[str, Member, Member]] = []
+        notes: list[str] = []
+        for shard in find_shards(str(pattern)):
+            found, whole = read_members(shard)
+            pairs = captioned(found)
+            self.items += [(shard, picture, text) for picture, text in pairs]
+            if not whole:
+                notes.append(f"{shard}: is cut; pictures before the cut, which are used: {len(pairs)}")
+            elif not pairs:
+                notes.append(f"{shard}: holds no picture with a .txt of the same name")
+        kinds = ", ".join(PICTURES)
+        missing = [f"no shard at {pattern} holds a picture ({kinds}) and a .txt of one name"]
+        require(bool(self.items), "; ".join(missing + notes[:1]))
+        super().__init__(str(pattern), len(self.items), notes)
+
+    def name(self, number: int) -> str:
+        shard, picture, _ = self.items[number]
+        return f"{shard}: {picture.name}"
+
+    def read(self, number: int) -> tuple[bytes, bytes]:
+        shard, picture, text = self.items[number]
+        parts = []
+        with open(shard, "rb") as file:
+            for member, most in ((picture, MOST_BYTES), (text, MOST_CAPTION_BYTES)):
+                fits = f"{shard}: {member.name}: {member.size:,} bytes; expected at most {most:,}"
+                require(member.size <= most, fits)
+                file.seek(member.start)
+                parts.append(file.read(member.size))
+        return parts[0], parts[1]
+
+
+def captioned(members: Iterable[Member]) -> list[tuple[Member, Member]]:
+    """The pictures of a shard with their captions: files of one picture share a name before the first dot."""
+    found: dict[str, dict[str, Member]] = {}
+    for member in members:
+        folder, _, file = member.name.rpartition("/")
+        if any(part.startswith(".") and part not in (".", "..") for part in member.name.split("/")):
+            continue
+        stem, _, suffix = file.partition(".")
+        kind = "picture" if f".{suffix.lower()}" in PICTURES else suffix.lower()
+        found.setdefault(f"{folder}/{stem}", {})[kind] = member
+    return [(one["picture"], one["txt"]) for one in found.values() if {"picture", "txt"} <= one.keys()]
+
+
+def find_shards(pattern: str) -> list[str]:
+    """The files of a pattern, in order. Raises ValueError for a part of it that matches none."""
+    shards: list[str] = []
+    for part in expand_braces(pattern):
+        # A name that is there is meant, whatever a shell would make of its characters.
+        found = [part] if os.path.exists(part) else sorted(glob.glob(part))
+        require(bool(found), f"no shard at {part}")
+        for shard in found:
+            require(os.path.isfile(shard), f"{shard} is no plain file; expected a tar")
+        shards += found
+    return shards
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """The names that braces stand for, as shells and webdataset have them.
+
+    >>> expand_braces("{a,b}-{08..10}.tar")
+    ['a-08.tar', 'a-09.tar', 'a-10.tar', 'b-08.tar', 'b-09.tar', 'b-10.tar']
+    """
+    names = [""]
+    rest = pattern
+    while found := re.search(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{},]*(?:,[^{},]*)+))\}", rest):
+        first, last, listed = found.groups()
+        if listed is None:
+            count = int(last) - int(first) + 1
+            require(0 < count <= MOST_SHARDS, f"{pattern}: expected {{from..to}} with at most {MOST_SHARDS:,} numbers")
+            width = max(len(first), len(last)) if first[0] == "0" or last[0] == "0" else 0
+            choices = [str(number).zfill(width) for number in range(int(first), int(last) + 1)]
+        else:
+            choices = listed.split(",")
+        require(len(names) * len(choices) <= MOST_SHARDS, f"{pattern}: more than {MOST_SHARDS:,} names")
+        names = [name + rest[: found.start()] + choice for name in names for choice in choices]
+        rest = rest[found.end() :]
+    return [name + rest for name in names]
+
+
+def fit_picture(data: bytes, side: int, name: str = "the picture") -> np.ndarray:
+    """The middle square of an encoded picture, upright and on white where it is transparent: uint8 (side, side, 3).
+
+    name: what an error calls it. Raises ValueError for data that is no picture.
+    """
+    picture = read_picture(data, name)
+    width, height = picture.size
+    square, left, top = min(picture.size), (width - min(picture.size)) // 2, (height - min(picture.size)) // 2
+    box = (left, top, left + square, top + square)
+    resample = Image.Resampling.BOX if square == 2 * side else Image.Resampling.LANCZOS
+    return np.asarray(picture.resize((side, side), resample, box))
