@@ -41,7 +41,7 @@ from dall3.models.packed import prepare
 from dall3.models.transformer import DalleTransformer, TransformerConfig
 from dall3.models.unet import UNet, UNetConfig
 from dall3.tokens.sampling import Sampling, candidate_uniforms, draw_image_tokens, make_generator
-from dall3.weights.checkpoints import load_transformer, load_unet
+from dall3.weights import load_transformer, load_unet
 
 Row = dict[str, Any]
 WORDS, CODES, TEXT, GRID = 8192, 8192, 80, 16

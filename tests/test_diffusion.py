@@ -19,7 +19,7 @@ from dall3.diffusion.denoising import (
     unet_predict,
 )
 from dall3.models.unet import DiffusionConfig, UNet, UNetConfig
-from dall3.weights.checkpoints import load_unet
+from dall3.weights import load_unet
 
 from originals import Golden, close
 

@@ -16,7 +16,7 @@ from dall3.tokens.sampling import (
     filter_top_p,
     image_token_steps,
 )
-from dall3.weights.checkpoints import load_transformer
+from dall3.weights import load_transformer
 
 from originals import GOLDEN, Golden, close, save_dalle
 

@@ -7,7 +7,7 @@ import torch
 
 from dall3.models.transformer import DalleTransformer, TransformerConfig, rotary_table
 from dall3.tokens.sampling import Sampling, draw_image_tokens
-from dall3.weights.checkpoints import load_transformer
+from dall3.weights import load_transformer
 
 from originals import Golden, close, save_dalle
 

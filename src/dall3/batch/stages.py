@@ -23,7 +23,7 @@ from dall3.errors import require
 from dall3.output import Dall3Output, png_bytes, to_pil
 from dall3.pipeline import Dall3Pipeline
 from dall3.tokens.sampling import batches_that_fit
-from dall3.weights.folder import PARTS
+from dall3.weights.registry import PARTS
 
 Row = dict[str, Any]
 ATTEMPTS = 4  # at a stage, before a prompt is given up for this run

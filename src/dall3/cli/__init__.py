@@ -342,8 +342,10 @@ def batch(args: argparse.Namespace) -> None:
 
 
 def weights(args: argparse.Namespace) -> None:
-    from dall3.weights.fetching import check_here, fetch_set, files_of, remove_set
+    from dall3.weights.cache import files_of
+    from dall3.weights.find import fetch_set, remove_set
     from dall3.weights.registry import find_set, read_registry
+    from dall3.weights.verify import check_here
 
     known = read_registry(args.registry)
     chosen = list(known.values()) if args.name is None else [find_set(args.name, args.registry)]
@@ -371,7 +373,7 @@ def weights(args: argparse.Namespace) -> None:
 
 def weights_table(sets: list[Any]) -> str:
     """A line a part: set, part, size, licence, and whether it is here."""
-    from dall3.weights.fetching import files_of, home
+    from dall3.weights.cache import files_of, home
 
     rows = [("set", "part", "size", "licence", "here")]
     for one in sets:
@@ -433,7 +435,7 @@ def upsample(args: argparse.Namespace) -> None:
     from dall3.output import check_free, to_pil, write_files
     from dall3.pipeline import Dall3Pipeline, choose_seed, parse_prompts
     from dall3.tokens.sampling import check_counts
-    from dall3.weights.checkpoints import load_vae
+    from dall3.weights.convert.vae import load_vae
 
     check_counts(num_batches=args.num_batches, batch_size=args.batch_size, stop_at=args.stop_at)
     settings = refinement(args, stop_at=args.stop_at + 2)  # sample.py takes two more before it looks
