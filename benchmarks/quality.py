@@ -26,11 +26,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dall3 import Dall3Pipeline
+from dall3.defaults import check_defaults
 from dall3.diffusion.denoising import Refinement
 from dall3.scenes import BACKGROUNDS, MATERIALS, SHAPES, Scene, describe, is_held_out, random_scene, render
 from dall3.scenes.emoji import Emoji, draw_emoji, list_emoji, random_placement, with_article
 from dall3.tokens.sampling import Sampling
-from dall3.weights.folder import check_defaults
 
 FINE = 2 * SIDE  # pixels a side of true and refined pictures; coarse ones have SIDE
 COUNTS = {"composition": 200, "upsampler": 200, "guidance": 24, "steps": 4, "sampling": 32}

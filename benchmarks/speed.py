@@ -43,7 +43,8 @@ from dall3.models.transformer import DalleTransformer, TransformerConfig
 from dall3.models.unet import UNet, UNetConfig
 from dall3.tokens.decoding import draw_image_tokens
 from dall3.tokens.sampling import Sampling, candidate_uniforms, make_generator
-from dall3.weights.checkpoints import load_transformer, load_unet
+from dall3.weights.convert.dalle_pytorch import load_transformer
+from dall3.weights.convert.guided_diffusion import load_unet
 
 Row = dict[str, Any]
 WORDS, CODES, TEXT, GRID = 8192, 8192, 80, 16

@@ -36,12 +36,13 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
 from dall3 import Dall3Output, Dall3Pipeline
+from dall3.defaults import load_defaults
 from dall3.models.unet import UNetConfig
 from dall3.output import RECIPE
 from dall3.text import load_tokenizer
 from dall3.weights.archive import CheckpointError, Placeholder, module_tensors, read_archive
-from dall3.weights.checkpoints import read_taming_config
-from dall3.weights.folder import BUNDLED, DEFAULTS, load_part, read_defaults
+from dall3.weights.convert.vae import read_taming_config
+from dall3.weights.folder import BUNDLED, DEFAULTS, load_part
 from dall3.weights.registry import own_file, read_registry
 from test_archive import ATTACKS, CONTAINERS, Net, Unknown, contain, save, script, tensor, touch
 
@@ -153,7 +154,7 @@ def read_settings(path: Path) -> None:
     folder = path.parent / "settings"
     folder.mkdir(exist_ok=True)
     shutil.copy(path, folder / DEFAULTS)
-    read_defaults(folder)
+    load_defaults(folder)
 
 
 @cache

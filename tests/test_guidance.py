@@ -9,16 +9,16 @@ from dall3.diffusion.denoising import unet_predict
 from dall3.diffusion.guidance import clip_loss, cut_out, draw_cutouts, guided, spherical_distance, with_penalties
 from dall3.diffusion.schedule import GaussianDiffusion
 from dall3.pipeline import Dall3Pipeline, parse_prompts
-from dall3.weights.checkpoints import load_clip, load_unet
+from dall3.weights import load_clip, load_unet
 
-from originals import Golden, close
+from originals import Golden, close, openai_clip
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("guidance")
     torch.save(Golden("unet_unconditional").weights(), folder / "unet.pt")
-    torch.save(Golden("clip_vit").weights(), folder / "clip.pt")
+    torch.save(openai_clip(), folder / "clip.pt")
     return load_unet(folder / "unet.pt", Golden("unet_unconditional").about), load_clip(folder / "clip.pt")
 
 

@@ -78,15 +78,7 @@ def test_private_names_stay_in_their_file(module):
             assert known, f"line {node.lineno} uses {ast.unparse(node)}"
 
 
-LOCAL_OBJECTS = {
-    "pipe",
-    "pipeline",
-    "parts",
-    "request",
-    "transformer",
-    "output",
-    "out",
-}
+LOCAL_OBJECTS = {"pipe", "pipeline", "parts", "request", "transformer", "output", "out"}
 
 
 def is_private(name: str) -> bool:

@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from dall3.defaults import check_defaults, load_defaults
 from dall3.diffusion.denoising import Guide, Refinement, Step, denoising_steps, refined_at_once
 from dall3.diffusion.guidance import clip_loss, cut_out, draw_cutouts, guided, with_penalties
 from dall3.diffusion.schedule import space_timesteps
@@ -43,21 +44,13 @@ from dall3.tokens.batching import batches_that_fit, fitting_batch_size
 from dall3.tokens.decoding import draw_text_tokens, image_token_steps
 from dall3.tokens.sampling import Sampling, candidate_uniforms, check_counts, make_generator
 from dall3.tokens.speculative import speculative_token_steps
-from dall3.weights import checkpoints
-from dall3.weights.checkpoints import PathLike
-from dall3.weights.fetching import fetch_set, find_weights
-from dall3.weights.folder import (
-    BUNDLED,
-    PARTS,
-    Origin,
-    check_defaults,
-    load_files,
-    load_folder,
-    read_defaults,
-    read_origins,
-    save_folder,
-)
-from dall3.weights.registry import WeightsSet
+from dall3.weights.convert.clip import load_clip
+from dall3.weights.convert.dalle_pytorch import load_transformer
+from dall3.weights.convert.guided_diffusion import load_unet
+from dall3.weights.convert.vae import load_vae
+from dall3.weights.find import fetch_set, find_weights
+from dall3.weights.folder import BUNDLED, Origin, load_files, load_folder, read_origins, save_folder
+from dall3.weights.registry import PARTS, PathLike, WeightsSet
 
 Weighted = Sequence[tuple[Any, float]]  # texts or pictures, and how much each counts
 
@@ -222,7 +215,7 @@ class Dall3Pipeline:
             origins = {part.name: Origin(part.licence, part.source) for part in found.parts}
         else:
             parts, origins = load_folder(found, device, dtype), read_origins(found)
-            defaults = read_defaults(found)
+            defaults = load_defaults(found)
         tokenizer, transformer = parts.pop("tokenizer", None), parts.get("transformer")
         if tokenizer is not None and transformer is not None:
             config = transformer.config
@@ -246,7 +239,7 @@ class Dall3Pipeline:
         """
         parts = {name: getattr(self, name) for name in PARTS if getattr(self, name) is not None}
         require(bool(parts), "the pipeline has no parts to save")
-        return save_folder(parts, self._tokenizer, folder, dtype, self.origins, self.defaults)
+        return save_folder(parts, self._tokenizer, folder, dtype, self.origins, check_defaults(self.defaults))
 
     def push_to_hub(
         self, repository: str, dtype: torch.dtype | None = None, private: bool = False, token: str | None = None
@@ -286,33 +279,34 @@ class Dall3Pipeline:
         clip: PathLike | None = None,
         super_resolution: PathLike | None = None,
         super_resolution_config: PathLike | dict[str, Any] | None = None,
+        dalle_config: PathLike | dict[str, Any] | None = None,
+        clip_config: PathLike | dict[str, Any] | None = None,
     ) -> Dall3Pipeline:
         """A pipeline from the files of 2021, in float32 on the CPU. What is not given is left out.
 
-        dalle: DALLE-pytorch's checkpoint. bpe: its tokenizer, of any kind that `load_tokenizer` knows; CLIP's if not
-        given. vqgan, vqgan_config: taming's checkpoint and YAML; or a DiscreteVAE's file; or OpenAI's (encoder.pkl,
-        decoder.pkl); if not given, the DiscreteVAE inside `dalle`, if there is one. diffusion, super_resolution:
-        guided-diffusion's checkpoints, with their flags as JSON where they are not the seed's. clip: a file or a name
-        of open_clip's, as "ViT-B-16/openai".
+        dalle: DALLE-pytorch's checkpoint, or DeepSpeed's folder. dalle_config: its hyper-parameters, a dictionary or
+        JSON, where it has none. bpe: its tokenizer, of any kind that `load_tokenizer` knows; CLIP's if not
+        given. vqgan, vqgan_config: taming's checkpoint and YAML; or a DiscreteVAE's file and its hyper-parameters; or
+        OpenAI's (encoder.pkl, decoder.pkl); if not given, the VAE inside `dalle`, if there is one. diffusion,
+        super_resolution: guided-diffusion's checkpoints, with their flags as JSON where they are not upstream's. clip:
+        a file or a name of open_clip's, as "ViT-B-16/openai". clip_config: what a file's tensors cannot tell, as
+        `load_clip` has it.
 
         Raises CheckpointError (a ValueError) for a file that is broken, of another kind or does not fit.
         """
-        transformer = None if dalle is None else checkpoints.load_transformer(dalle)
+        transformer = None if dalle is None else load_transformer(dalle, dalle_config)
         text_encoder = None
         if transformer is not None:
             config = transformer.config
             text_encoder = TextEncoder(load_tokenizer(bpe), config.text_seq_len, config.num_text_tokens)
 
-        def load_unet(path: PathLike | None, flags: PathLike | dict[str, Any] | None) -> UNet | None:
-            return None if path is None else checkpoints.load_unet(path, flags)
-
         return cls(
             text_encoder=text_encoder,
             transformer=transformer,
-            vqgan=checkpoints.load_vae(vqgan, vqgan_config, dalle),
-            clip=None if clip is None else checkpoints.load_clip(clip),
-            upsampler=load_unet(diffusion, diffusion_config),
-            super_resolution=load_unet(super_resolution, super_resolution_config),
+            vqgan=load_vae(vqgan, vqgan_config, dalle),
+            clip=None if clip is None else load_clip(clip, clip_config),
+            upsampler=None if diffusion is None else load_unet(diffusion, diffusion_config),
+            super_resolution=None if super_resolution is None else load_unet(super_resolution, super_resolution_config),
         )
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Dall3Pipeline:

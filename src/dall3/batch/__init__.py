@@ -22,7 +22,7 @@ from dall3.batch.stages import STAGES, Row, first_row
 from dall3.errors import require
 from dall3.pipeline import Dall3Pipeline, choose_seed
 from dall3.tokens.sampling import check_counts
-from dall3.weights.checkpoints import PathLike
+from dall3.weights.registry import PathLike
 
 if TYPE_CHECKING:
     from dall3.batch.store import Store

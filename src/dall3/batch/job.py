@@ -11,7 +11,7 @@ from dall3.diffusion.denoising import Refinement, refined_at_once
 from dall3.errors import require
 from dall3.pipeline import Dall3Pipeline
 from dall3.tokens.sampling import Sampling, check_counts
-from dall3.weights.checkpoints import PathLike
+from dall3.weights.registry import PathLike
 
 STAGE_NAMES = ("draw", "rank", "refine")
 

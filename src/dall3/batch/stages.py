@@ -24,7 +24,7 @@ from dall3.images import to_pil
 from dall3.output import Dall3Output, png_bytes
 from dall3.pipeline import Dall3Pipeline
 from dall3.tokens.batching import batches_that_fit
-from dall3.weights.folder import PARTS
+from dall3.weights.registry import PARTS
 
 Row = dict[str, Any]
 ATTEMPTS = 4  # at a stage, before a prompt is given up for this run

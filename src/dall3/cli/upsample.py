@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     from dall3.output import check_free, read_tokens, write_files
     from dall3.pipeline import Dall3Pipeline, choose_seed, parse_prompts
     from dall3.tokens.sampling import check_counts
-    from dall3.weights.checkpoints import load_vae
+    from dall3.weights.convert.vae import load_vae
 
     check_counts(num_batches=args.num_batches, batch_size=args.batch_size, stop_at=args.stop_at)
     settings = refinement(args, stop_at=args.stop_at + 2)  # sample.py takes two more before it looks

@@ -1,5 +1,6 @@
 """Prompts to token ids, by the tokenizers and rules of DALLE-pytorch (`tokenizer.py`, `generate.py`)."""
 
+import base64
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -42,7 +43,7 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
         raise problem(f"{path} is not a file; {_EXPECTED}")
     if path.stat().st_size > _MOST_BYTES:
         raise ValueError(f"{path} is {path.stat().st_size:,} bytes large, which no tokenizer is; {_EXPECTED}")
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         try:
             # By lines: a checkpoint of gigabytes, given by mistake, fails within its first bytes.
             text = "".join(file)
@@ -172,7 +173,7 @@ _PARTS = {  # of a tokenizer of `tokenizers`: the kinds that neither panic nor f
     "model": ("BPE", "WordPiece", "WordLevel", "Unigram"),
     "normalizer": (
         *("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Strip", "StripAccents", "Replace", "Prepend", "ByteLevel"),
-        *("BertNormalizer", "Nmt"),
+        *("BertNormalizer", "Nmt", "Precompiled"),
     ),
     "pre_tokenizer": (
         *("ByteLevel", "Whitespace", "WhitespaceSplit", "BertPreTokenizer", "Metaspace", "Punctuation", "Split"),
@@ -180,6 +181,17 @@ _PARTS = {  # of a tokenizer of `tokenizers`: the kinds that neither panic nor f
     ),
     "decoder": ("ByteLevel", "WordPiece", "Metaspace", "BPEDecoder", "Replace", "Fuse", "Strip", "ByteFallback"),
 }
+
+
+def _longest_replacement(charsmap: str) -> int:
+    """Bytes of the longest text in sentencepiece's table of replacements: its trie's size, its trie, and those texts,
+    each with a zero after it. Raises ValueError for another table.
+    """
+    table = base64.b64decode(charsmap, validate=True)
+    trie = int.from_bytes(table[:4], "little")
+    if trie < 4 or trie % 4 or len(table) < 4 + trie:
+        raise ValueError("its Precompiled normalizer has a damaged table")
+    return max(map(len, table[4 + trie :].split(b"\0")))
 
 
 def _vetted(text: str) -> str:
@@ -197,6 +209,8 @@ def _vetted(text: str) -> str:
                 check(place, inner)
         elif kind not in _PARTS[place]:
             raise ValueError(f"its {place} is a {kind}; expected some of {', '.join(_PARTS[place])}")
+        if kind == "Precompiled":  # sentencepiece's, as XLM-R has it
+            growth *= max(_longest_replacement(part.get("precompiled_charsmap") or ""), 1)
         added = max(len(part.get(key) or "") for key in ("content", "prepend"))
         if added:  # for so many characters, or, where the pattern may match nothing, beside every one
             pattern = part.get("pattern")
