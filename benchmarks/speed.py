@@ -40,7 +40,8 @@ from dall3.models.clip import CLIP
 from dall3.models.packed import prepare
 from dall3.models.transformer import DalleTransformer, TransformerConfig
 from dall3.models.unet import UNet, UNetConfig
-from dall3.tokens.sampling import Sampling, candidate_uniforms, draw_image_tokens, make_generator
+from dall3.tokens.sampling import Sampling, draw_image_tokens
+from dall3.tokens.seeds import candidate_uniforms, make_generator
 from dall3.weights.checkpoints import load_transformer, load_unet
 
 Row = dict[str, Any]

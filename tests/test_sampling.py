@@ -8,7 +8,6 @@ from safetensors.torch import load_file
 
 from dall3.tokens.sampling import (
     Sampling,
-    candidate_uniforms,
     choose,
     draw_image_tokens,
     draw_text_tokens,
@@ -16,6 +15,7 @@ from dall3.tokens.sampling import (
     filter_top_p,
     image_token_steps,
 )
+from dall3.tokens.seeds import candidate_uniforms
 from dall3.weights.checkpoints import load_transformer
 
 from originals import GOLDEN, Golden, close, save_dalle

@@ -141,7 +141,7 @@ def make_page(pipe: Dall3Pipeline, limits: Limits = Limits()) -> gr.Blocks:
         )
 
     own, refines = pipe.defaults, pipe.upsampler is not None
-    guides = refines and pipe._clip is not None
+    guides = refines and pipe.held_clip is not None
     with gr.Blocks(title="dall3", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown("# dall3")
         with gr.Row(equal_height=False):

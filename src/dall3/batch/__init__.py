@@ -20,8 +20,9 @@ from dall3.batch.job import STAGE_NAMES, Job, load_pipeline, make_job
 from dall3.batch.prompts import fingerprint, read_prompts
 from dall3.batch.stages import STAGES, Row, first_row
 from dall3.errors import require
-from dall3.pipeline import Dall3Pipeline, choose_seed
+from dall3.pipeline import Dall3Pipeline
 from dall3.tokens.sampling import check_counts
+from dall3.tokens.seeds import choose_seed
 from dall3.weights.checkpoints import PathLike
 
 if TYPE_CHECKING:

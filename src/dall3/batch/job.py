@@ -10,6 +10,7 @@ import torch
 from dall3.diffusion.denoising import Refinement, refined_at_once
 from dall3.errors import require
 from dall3.pipeline import Dall3Pipeline
+from dall3.request import make_request
 from dall3.tokens.sampling import Sampling, check_counts
 from dall3.weights.checkpoints import PathLike
 
@@ -75,15 +76,14 @@ def make_job(
     how: dict[str, Any] = dict(num_images=num_images, num_candidates=num_candidates, batch_size=batch_size)
     how |= dict(refine_batch_size=refined_at_once(refine_batch_size, devices["refine"]))
     how |= dict(truncate=truncate, progress=False)
-    plan = pipe._plan("a picture", seed=0, **(how | {"truncate": True}), **settings)
+    request = make_request(pipe, "a picture", seed=0, **(how | {"truncate": True}), **settings)
     pipe.clip  # noqa: B018  loaded, to be among the hashes of the weights
     assert pipe.transformer is not None
     config = pipe.transformer.config
-    sampling, refinement = asdict(plan.sampling), dict(vars(plan.refinement))
+    sampling, refinement = asdict(request.sampling), vars(request.refinement) | {"scheduler": request.scheduler}
     on_cpu = sampling["quantize"] is None or devices["draw"] == "cpu"
     require(on_cpu, f"quantize='{sampling['quantize']}' is for a CPU, and drawing is on {devices['draw']}")
-    weights_hashes = {"weights": pipe._fingerprints()}
-    recipe = plan.recipe | {"truncate": truncate} | sampling | refinement | weights_hashes
+    recipe = request.recipe() | {"truncate": truncate, "weights": pipe.fingerprints()}
     del recipe["seed"]
     return Job(
         weights=None if weights is None else str(weights),

@@ -237,8 +237,9 @@ def generate(args: argparse.Namespace) -> None:
     from dall3.errors import require
     from dall3.models.vqgan import VQModel
     from dall3.output import File, check_free, write_files
-    from dall3.pipeline import Dall3Pipeline, choose_seed
+    from dall3.pipeline import Dall3Pipeline
     from dall3.tokens.sampling import Sampling, check_counts
+    from dall3.tokens.seeds import choose_seed
 
     candidates = args.num_images if args.num_candidates is None else args.num_candidates
     prompts = (args.text or args.prompt or "").lower().split("|")
@@ -431,8 +432,10 @@ def upsample(args: argparse.Namespace) -> None:
     from dall3.errors import require
     from dall3.models.discrete_vae import DiscreteVAE
     from dall3.output import check_free, to_pil, write_files
-    from dall3.pipeline import Dall3Pipeline, choose_seed, parse_prompts
+    from dall3.pipeline import Dall3Pipeline
+    from dall3.request import parse_prompts
     from dall3.tokens.sampling import check_counts
+    from dall3.tokens.seeds import choose_seed
     from dall3.weights.checkpoints import load_vae
 
     check_counts(num_batches=args.num_batches, batch_size=args.batch_size, stop_at=args.stop_at)

@@ -82,28 +82,6 @@ def choose(logits: Tensor, uniforms: Tensor) -> Tensor:
     return reached.int().argmax(dim=-1)
 
 
-STREAMS = ("tokens", "noise", "cutouts", "speculation", "change")  # of random numbers that follow from one seed
-
-
-def make_generator(device: torch.device | str, seed: int, stream: str, k: int = 0) -> torch.Generator:
-    """A generator whose numbers follow from the seed, the stream (a name in STREAMS) and a picture's number alone.
-
-    The first picture's noise is that of the bare seed: what the seed's sample.py draws on the same kind of device.
-    """
-    if stream == "noise" and k == 0:
-        return torch.Generator(device).manual_seed(seed)
-    state = np.random.SeedSequence((seed, STREAMS.index(stream) + 1, k)).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(state >> np.uint64(1)))
-
-
-def candidate_uniforms(seed: int, candidates: range, count: int) -> Tensor:
-    """Random numbers in [0, 1), float (candidates, count), that follow from the seed and a candidate's number alone.
-
-    Made on the CPU, so that they are the same wherever the tokens are drawn.
-    """
-    return torch.stack([torch.rand(count, generator=make_generator("cpu", seed, "tokens", k)) for k in candidates])
-
-
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen: what `Dall3Pipeline.generate_tokens` and its call take.
@@ -203,12 +181,16 @@ def batches_that_fit(count: int, size: int, work: Callable[[range], Iterator[T]]
             torch.cuda.empty_cache()
 
 
-def run_text(transformer: DalleTransformer, text_ids: Tensor, settings: Sampling) -> tuple[Tensor, list[LayerCache]]:
+def run_text(
+    transformer: DalleTransformer, text_ids: Tensor, settings: Sampling, empty_ids: Tensor | None = None
+) -> tuple[Tensor, list[LayerCache]]:
     """The text's last hidden state (prompts, 1, dim), and caches that hold the text.
 
-    text_ids: int64 (text_seq_len,). Prompts: the text, and an empty one where cond_scale guides away from that.
+    text_ids: int64 (text_seq_len,). Prompts: the text, and where cond_scale guides `empty_ids`, the text to
+    guide away from, an empty one if None.
     """
-    prompts = text_ids[None] if settings.cond_scale == 1 else torch.stack((text_ids, torch.zeros_like(text_ids)))
+    empty = torch.zeros_like(text_ids) if empty_ids is None else empty_ids
+    prompts = text_ids[None] if settings.cond_scale == 1 else torch.stack((text_ids, empty))
     caches, length = transformer.make_caches(), transformer.config.text_length
     index = torch.arange(length, device=text_ids.device)
     return transformer.run(transformer.embed_text(prompts), index, length, caches)[:, -1:], caches
@@ -222,20 +204,22 @@ def image_token_steps(
     settings: Sampling,
     batch_size: int | None = None,
     kept: Tensor | None = None,
+    empty_ids: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, range, int]]:
     """Draw image tokens for one text, which is run once for all candidates, and tell of each step.
 
     text_ids: int64 (text_seq_len,). uniforms: (candidates, grid_size²) in [0, 1), on the transformer's device.
     batch_size: candidates at a time, fewer where the device's memory does not hold them; None for all. kept: int64
-    (grid_size²,), tokens that stay as they are, -1 where they are drawn. Yields the tokens, int64 (candidates,
-    grid_size²), the same tensor each time, which candidates are being drawn, and how many tokens they have.
+    (grid_size²,), tokens that stay as they are, -1 where they are drawn. empty_ids: as `run_text` has it. Yields the
+    tokens, int64 (candidates, grid_size²), the same tensor each time, which candidates are being drawn, and how many
+    tokens they have.
     """
     config, device, compiled = transformer.config, text_ids.device, transformer.compiled_run
     if compiled is None or settings.quantize is not None:
         prompts = 1 if settings.cond_scale == 1 else 2
         at_a_time = prompts * min(batch_size or len(uniforms), len(uniforms))
         transformer, compiled = prepare(transformer, settings.quantize, at_a_time), None
-    last, text_caches = run_text(transformer, text_ids, settings)
+    last, text_caches = run_text(transformer, text_ids, settings, empty_ids)
     index = torch.arange(config.seq_len, device=device)
     with torch.inference_mode(False):  # the result may go where gradients are taken
         drawn = torch.zeros(uniforms.shape, dtype=torch.int64, device=device)

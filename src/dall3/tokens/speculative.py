@@ -29,6 +29,7 @@ def speculative_token_steps(
     generators: list[torch.Generator],
     settings: Sampling,
     kept: Tensor | None = None,
+    empty_ids: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, range, int]]:
     """Draw image tokens for one text, a candidate a generator, as `image_token_steps` does, and tell of each step.
 
@@ -39,7 +40,7 @@ def speculative_token_steps(
     config, width = transformer.config, settings.jacobi_window or 1
     transformer, length = prepare(transformer, settings.quantize), config.image_seq_len
     codes, vocabulary = config.num_image_tokens, config.text_vocabulary + config.num_image_tokens
-    last, text_caches = run_text(transformer, text_ids, settings)
+    last, text_caches = run_text(transformer, text_ids, settings, empty_ids)
     index = torch.arange(config.seq_len, device=text_ids.device)
     with torch.inference_mode(False):  # the result may go where gradients are taken
         drawn = torch.zeros(len(generators), length, dtype=torch.int64, device=text_ids.device)

@@ -21,7 +21,8 @@ from dall3.models.transformer import DalleTransformer, TransformerConfig
 from dall3.models.vqgan import VQModel
 from dall3.output import make_grid, to_pil
 from dall3.text import TextEncoder
-from dall3.tokens.sampling import Sampling, candidate_uniforms, choose, draw_image_tokens
+from dall3.tokens.sampling import Sampling, choose, draw_image_tokens
+from dall3.tokens.seeds import candidate_uniforms
 from dall3.training.data import StepSampler, loader, shuffled
 from dall3.training.loop import Task, TrainingConfig
 from dall3.weights.folder import save_part

@@ -19,7 +19,7 @@ from dall3.models.clip import CLIP
 from dall3.models.unet import AttentionBlock, ResBlock, UNet, UNetConfig
 from dall3.models.vqgan import VQModel
 from dall3.output import make_grid, to_pil
-from dall3.pipeline import enlarge
+from dall3.start import enlarge
 from dall3.training.loop import Task
 from dall3.training.vqgan import PatchDiscriminator, PerceptualDistance, adversarial_losses
 from dall3.weights.folder import save_part, set_default
