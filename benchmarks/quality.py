@@ -26,10 +26,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dall3 import Dall3Pipeline
-from dall3.defaults import check_defaults
-from dall3.diffusion.denoising import Refinement
+from dall3.diffusion.denoising import Denoising
 from dall3.scenes import BACKGROUNDS, MATERIALS, SHAPES, Scene, describe, is_held_out, random_scene, render
 from dall3.scenes.emoji import Emoji, draw_emoji, list_emoji, random_placement, with_article
+from dall3.settings import check_defaults
 from dall3.tokens.sampling import Sampling
 
 FINE = 2 * SIDE  # pixels a side of true and refined pictures; coarse ones have SIDE
@@ -385,7 +385,7 @@ def read_arguments() -> tuple[argparse.Namespace, Bench]:
     pipe.defaults = {"clip_guidance_scale": 1000.0} | pipe.defaults  # what the one call does
     sampling_settings, refinement = (
         pipe.with_defaults(kind, {k: v for k, v in args.settings.items() if k in kind.__dataclass_fields__})
-        for kind in (Sampling, Refinement)
+        for kind in (Sampling, Denoising)
     )
     pipe.to(args.device, getattr(torch, args.dtype))
     return args, Bench(pipe, judge.to(args.device), emoji, sampling_settings, refinement, args.fine, args.most_steps)

@@ -9,7 +9,8 @@ import torch
 from dall3.models.packed import Int8Linear, PackedLinear, RowLinear, can_pack, prepare
 from dall3.models.transformer import DalleTransformer, TransformerConfig
 from dall3.tokens.decoding import draw_image_tokens
-from dall3.tokens.sampling import Sampling, candidate_uniforms
+from dall3.tokens.sampling import Sampling
+from dall3.tokens.seeds import candidate_uniforms
 
 from originals import close
 

@@ -163,7 +163,7 @@ def test_half_precision_is_half_as_large_and_draws_on_any_dtype(
     sizes = [sum(file.stat().st_size for file in one.rglob("*.safetensors")) for one in (folder, half)]
     assert sizes[1] < 0.55 * sizes[0]
     pipe = Dall3Pipeline.from_pretrained(half, dtype=torch.bfloat16)
-    assert {p.dtype for part in pipe._parts for p in part.parameters()} == {torch.bfloat16}
+    assert {p.dtype for part in pipe.networks.values() for p in part.parameters()} == {torch.bfloat16}
     out = pipe(PROMPT, num_candidates=2, num_inference_steps=1, cutn=2, clip_guidance_scale=10, progress=False)
     assert len(out) == 1 and out.clip_scores is not None
 

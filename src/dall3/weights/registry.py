@@ -64,7 +64,7 @@ class Part:
 
 @dataclass(frozen=True)
 class WeightsSet:
-    """defaults: settings of `Sampling` and `Refinement` that suit the weights, as they are written."""
+    """defaults: settings of `Sampling` and `Denoising` that suit the weights, as they are written."""
 
     name: str
     about: str
