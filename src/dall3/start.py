@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from dall3.errors import require
-from dall3.images import to_tensor
+from dall3.images import center_crop, enlarge, to_tensor
 from dall3.parts import Parts
 from dall3.settings import plain
 from dall3.tokens.seeds import make_generator

@@ -22,6 +22,7 @@ from dall3.batch.stages import STAGES, Row, first_row
 from dall3.errors import require
 from dall3.pipeline import Dall3Pipeline
 from dall3.tokens.sampling import check_counts
+from dall3.tokens.seeds import choose_seed
 from dall3.weights.registry import PathLike
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ from torch import Tensor
 from dall3.batch.job import Job, load_pipeline
 from dall3.batch.prompts import Prompt
 from dall3.errors import require
+from dall3.generate import choose_best
 from dall3.images import to_pil
 from dall3.output import Dall3Output, png_bytes
 from dall3.pipeline import Dall3Pipeline
