@@ -19,16 +19,18 @@ from typing import Any
 import torch
 
 from dall3.models.clip import CLIP, CLIPConfig
+from dall3.models.dalle_mini import DalleMini, DalleMiniConfig
 from dall3.models.discrete_vae import DiscreteVAE, DiscreteVAEConfig, OpenAIDiscreteVAE, OpenAIDiscreteVAEConfig
+from dall3.models.rudalle import Rudalle, RudalleConfig
 from dall3.models.transformer import DalleTransformer, TransformerConfig
 from dall3.models.unet import DiffusionConfig, UNet, UNetConfig
 from dall3.models.vqgan import GumbelVQ, VQGANConfig, VQModel
 from dall3.text import Tokenizer, load_tokenizer, tokenizer_json
 from dall3.weights.archive import CheckpointError, one_line
 from dall3.weights.convert.clip import load_clip
-from dall3.weights.convert.dalle_pytorch import load_transformer
 from dall3.weights.convert.guided_diffusion import load_unet
 from dall3.weights.convert.state import fill, without_weights
+from dall3.weights.convert.transformer import load_transformer
 from dall3.weights.convert.vae import load_vae
 from dall3.weights.limits import check_limits
 from dall3.weights.registry import PARTS, PathLike, read_settings_text
@@ -38,6 +40,8 @@ DEFAULTS = "generation_config.json"
 BUNDLED = Path(__file__).parents[1] / "mini"
 MODELS: dict[str, tuple[Any, Any]] = {
     "DalleTransformer": (DalleTransformer, TransformerConfig),
+    "DalleMini": (DalleMini, DalleMiniConfig),
+    "Rudalle": (Rudalle, RudalleConfig),
     "GumbelVQ": (GumbelVQ, VQGANConfig),
     "VQModel": (VQModel, VQGANConfig),
     "DiscreteVAE": (DiscreteVAE, DiscreteVAEConfig),

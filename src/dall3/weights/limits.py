@@ -6,7 +6,8 @@ from typing import Any
 
 LIMITS = {  # of other numbers 2**20
     **dict.fromkeys(("num_res_blocks", "num_resnet_blocks", "num_layers", "n_blk_per_group", "group_count"), 16),
-    **{"depth": 256, "layers": 128, "heads": 256, "grid_size": 128, "cutn": 1024},
+    **dict.fromkeys(("depth", "encoder_depth", "decoder_depth"), 256),
+    **{"layers": 128, "heads": 256, "grid_size": 128, "cutn": 1024},
     **dict.fromkeys(("text_seq_len", "context_length", "image_size"), 8192),
 }
 MOST_POSITIONS = 5000  # of a transformer, whose patterns of attention take 9 bytes for each pair while it is built

@@ -54,12 +54,20 @@ class Kind:
 
 
 DALLE = Kind("a DALL·E transformer of DALLE-pytorch", "to_logits.1.weight", absent="text_embeddings.weight")
+RUDALLE = Kind("a ruDALL-E transformer", "text_pos_embeddings.weight")
+MINI_DECODER = Kind("the decoder of DALL·E Mini or Mega", "layers.0.encoder_attn.q_proj.weight")
+MINI_ENCODER = Kind(
+    "the encoder of DALL·E Mini or Mega", "layers.0.glu.fc0.weight", absent="layers.0.encoder_attn.q_proj.weight"
+)
 VQGAN = Kind("a VQGAN of taming-transformers", "quant_conv.weight")
+DETOKER = Kind("a VQGAN's decoder, as DALL·E Mini's", "post_quant_conv.weight", absent="quant_conv.weight")
 UNET = Kind("a UNet of guided-diffusion", "time_embed.0.weight")
 DVAE = Kind("a DiscreteVAE of DALLE-pytorch", "codebook.weight")
 OPENAI_CLIP = Kind("a CLIP model", "visual.conv1.weight")
 OPENAI = Kind("a part of OpenAI's dVAE", "blocks.input.w")
-KINDS = (DALLE, VQGAN, UNET, DVAE, OPENAI_CLIP, OPENAI)  # in the order in which a file is said to look like one
+KINDS = (  # in the order in which a file is said to look like one
+    *(RUDALLE, MINI_DECODER, MINI_ENCODER, DALLE, VQGAN, DETOKER, UNET, DVAE, OPENAI_CLIP, OPENAI),
+)
 
 
 @dataclass(frozen=True)

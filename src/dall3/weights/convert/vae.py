@@ -8,7 +8,9 @@ from typing import Any
 from dall3.models.discrete_vae import DiscreteVAE, DiscreteVAEConfig, OpenAIDiscreteVAE, OpenAIDiscreteVAEConfig
 from dall3.models.vqgan import GumbelVQ, VQGANConfig, VQModel
 from dall3.weights.archive import CheckpointError, one_line, read_archive
+from dall3.weights.convert.rudalle import without_dwt_names
 from dall3.weights.convert.state import (
+    DETOKER,
     DVAE,
     OPENAI,
     VQGAN,
@@ -32,31 +34,42 @@ MOST_YAML = 1 << 16  # characters of taming's model.yaml, which has some 1,500
 
 
 @checked
-def load_vqgan(checkpoint: PathLike, config: PathLike | None = None) -> VQModel:
+def load_vqgan(checkpoint: PathLike, config: PathLike | None = None, unit_range: bool = False) -> VQModel:
     """Load taming-transformers' checkpoint as a GumbelVQ or VQModel in float32 on the CPU.
 
-    checkpoint: its own file, or a DALL·E checkpoint that carries one. The architecture is read off the tensors.
-    config: taming's YAML, which is checked against them where given.
+    checkpoint: its own file, a DALL·E checkpoint that carries one, DALL·E Mini's `detoker.pt`, or ruDALL-E's, with or
+    without the Haar transform. The architecture is read off the tensors. config: taming's YAML, which is checked
+    against them where given. unit_range: pixels are in [0, 1] inside, as for taming's f16 checkpoint with DALL·E
+    Mini's codes; of `detoker.pt` that is known.
 
     Raises CheckpointError when a file is not one or they do not fit each other.
     """
-    return vqgan_of(read_state(checkpoint, VQGAN), checkpoint, config)
+    return vqgan_of(read_state(checkpoint, VQGAN, DETOKER), checkpoint, config, unit_range)
 
 
-def vqgan_of(network: Found, checkpoint: PathLike, config: PathLike | None) -> VQModel:
+def vqgan_of(network: Found, checkpoint: PathLike, config: PathLike | None, unit_range: bool = False) -> VQModel:
     parts = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
-    state = {name: tensor for name, tensor in network.tensors.items() if name.startswith(parts)}
+    tensors, decodes_only = without_dwt_names(network.tensors), network.kind == DETOKER
+    if decodes_only and "embedding.weight" in tensors:  # min-dalle's name
+        tensors = tensors | {"quantize.embedding.weight": tensors["embedding.weight"]}
+    state = {name: tensor for name, tensor in tensors.items() if name.startswith(parts)}
     gumbel = "quantize.proj.weight" in state
     n_embed, embed_dim = state[f"quantize.{'embed' if gumbel else 'embedding'}.weight"].shape
-    ch, levels = len(state["encoder.conv_in.weight"]), count(state, r"encoder\.down\.(\d+)\.")
+    levels = count(state, r"decoder\.up\.(\d+)\.")
+    widths = [len(state[f"decoder.up.{i}.block.0.conv1.weight"]) for i in range(levels)]
+    ch = widths[0] if decodes_only else len(state["encoder.conv_in.weight"])
+    outputs = len(state["decoder.conv_out.weight"])
     found = VQGANConfig(
         ch=ch,
-        ch_mult=tuple(len(state[f"encoder.down.{i}.block.0.conv1.weight"]) // ch for i in range(levels)),
-        num_res_blocks=count(state, r"encoder\.down\.0\.block\.(\d+)\."),
-        attn_levels=tuple(i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in state),
-        z_channels=len(state["encoder.conv_out.weight"]),
+        ch_mult=tuple(width // ch for width in widths),
+        num_res_blocks=count(state, r"decoder\.up\.0\.block\.(\d+)\.") - 1,
+        attn_levels=tuple(i for i in range(levels) if f"decoder.up.{i}.attn.0.q.weight" in state),
+        z_channels=state["decoder.conv_in.weight"].shape[1],
         embed_dim=embed_dim,
         n_embed=n_embed,
+        has_encoder=not decodes_only,
+        unit_range=unit_range or decodes_only,
+        dwt=outputs == 12,
     )
     if config is not None:
         check_vqgan_config(found, config, checkpoint)
@@ -196,7 +209,7 @@ def load_vae(
 
 @checked
 def load_one_vae(path: PathLike, config: Settings | None) -> VAE:
-    network = read_state(path, VQGAN, DVAE)
+    network = read_state(path, VQGAN, DVAE, DETOKER)
     if network.kind == DVAE:
         return discrete_vae_of(network, path, config)
     if config is not None and not isinstance(config, PathLike):
