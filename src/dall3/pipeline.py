@@ -1056,7 +1056,7 @@ class Dall3Pipeline:
             image = self.decode_tokens(tokens, seamless=settings.seamless)  # type: ignore[arg-type]
         if image is not None:
             image = center_crop(to_tensor(image)).to(self.device)
-        if config.super_resolution:
+        if config.super_resolution and not config.embedding_dims:
             low_res = F.interpolate(image, side // 4, mode="area") * 2 - 1
             return None, {"low_res": low_res.to(dtype)}, side
         if not config.embedding_dims:
@@ -1070,15 +1070,19 @@ class Dall3Pipeline:
         require(embeddings.shape[-1] % 2 == 0, f"{tokens.shape[1]} tokens; expected a square with an even side")
         require(embeddings.shape[1] == wanted, f"code embeddings have {embeddings.shape[1]} channels, not {wanted}")
         side = embeddings.shape[-1] // 2 * step
-        picture = None
+        picture, told = None, {"image_embeds": embeddings.to(dtype)}
         if image is not None and len(image) != len(tokens):
             raise ValueError(
                 f"{len(tokens)} rows of tokens and {len(image)} pictures; give as many of both, or one of them"
             )
-        if settings.strength is not None and settings.strength < 1:
+        is_noised = settings.strength is not None and settings.strength < 1
+        if is_noised or config.super_resolution:
             coarse = self.decode_tokens(tokens, seamless=settings.seamless) if image is None else image
-            picture = enlarge(coarse, side) * 2 - 1
-        return picture, {"image_embeds": embeddings.to(dtype)}, side
+            picture = enlarge(coarse, side) * 2 - 1 if is_noised else None
+        if config.super_resolution:
+            low_res = F.interpolate(coarse, embeddings.shape[-1] * vqgan.downsampling, mode="area")
+            told["low_res"] = (low_res * 2 - 1).to(dtype)
+        return picture, told, side
 
     def _guidance_targets(
         self, texts: Weighted, image_prompts: Weighted, cutn: int, side: int, seed: int

@@ -141,7 +141,8 @@ def make_parser() -> argparse.ArgumentParser:
     train_parser = commands.add_parser("train", help="train a part of a folder of weights on pictures with captions")
     train_parser.set_defaults(run=train)
     add = train_parser.add_argument
-    add("model", choices=("tokenizer", "vqgan", "transformer", "clip", "upsampler"), help="in this order")
+    parts = ("tokenizer", "vqgan", "transformer", "clip", "upsampler")
+    add("model", choices=(*parts, "family"), help="a part, in this order, or all of them from nothing")
     add("--out", required=True, help="the folder of weights; parts trained before are read from it")
     add("--config", metavar="TOML", help="tables model, loss and train (default: those of the bundled weights)")
     sources = "scenes, emoji[:FOLDER], folder:PATH, webdataset:PATTERN"
@@ -150,6 +151,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--initial", metavar="FOLDER", help="a part's folder whose weights are started from")
     for name in ("steps", "batch_size", "workers", "seed", "every"):
         add(f"--{name}", type=int, help="in place of the config's")
+    add("--minutes", type=float, default=600.0, help="family: all the time there is (default: %(default)g)")
+    add(
+        "--emoji", default="emoji", help="family: their folder, fetched where needed, or archive (default: %(default)s)"
+    )
+    add("--device", help="family: cuda, cuda:1, cpu, … (default: every GPU, or the CPU)")
+    add("--tiny", action="store_true", help="family: networks of a few weights, to try the command")
+    add("--commit", default="not stated", help="family: of this library, for the model card")
 
     web_parser = commands.add_parser("web", help="a page in the browser to draw pictures with")
     web_parser.set_defaults(run=web)
@@ -475,7 +483,22 @@ def upsample(args: argparse.Namespace) -> None:
     print(f'created {count} images at "{folder}"')
 
 
+def train_family(args: argparse.Namespace) -> None:
+    try:
+        from dall3.training import family
+    except ImportError as error:
+        raise ValueError(f"training needs {error.name}; run pip install 'dall3[train]'") from None
+    how = {name: getattr(args, name) for name in ("minutes", "device", "resume", "tiny", "commit")}
+    failed = family.train_family(args.config or family.RECIPE, args.out, args.emoji, **how)
+    if failed:
+        raise ValueError(f"{', '.join(failed)} failed; what the others made is in {args.out}, and --resume goes on")
+    print(f'trained the family in "{args.out}"')
+
+
 def train(args: argparse.Namespace) -> None:
+    if args.model == "family":
+        train_family(args)
+        return
     try:
         from dall3.training.run import train_model
     except ImportError as error:
