@@ -241,7 +241,7 @@ def starting_point(
         image = parts.decode_tokens(tokens, seamless=settings.seamless)  # type: ignore[arg-type]
     if image is not None:
         image = center_crop(to_tensor(image)).to(parts.device)
-    if config.super_resolution:
+    if config.super_resolution and not config.embedding_dims:
         assert image is not None
         low_res = F.interpolate(image, side // 4, mode="area") * 2 - 1
         return None, {"low_res": low_res.to(dtype)}, side
@@ -259,11 +259,15 @@ def starting_point(
     if image is not None and len(image) != len(tokens):
         words = f"{len(tokens)} rows of tokens and {len(image)} pictures; give as many of both, or one of them"
         raise ValueError(words)
-    picture = None
-    if settings.strength is not None and settings.strength < 1:
+    picture, conditioning = None, {"image_embeds": embeddings.to(dtype)}
+    is_noised = settings.strength is not None and settings.strength < 1
+    if is_noised or config.super_resolution:
         coarse = parts.decode_tokens(tokens, seamless=settings.seamless) if image is None else image
-        picture = enlarge(coarse, side) * 2 - 1
-    return picture, {"image_embeds": embeddings.to(dtype)}, side
+        picture = enlarge(coarse, side) * 2 - 1 if is_noised else None
+        if config.super_resolution:
+            low_res = F.interpolate(coarse, embeddings.shape[-1] * vqgan.downsampling, mode="area")
+            conditioning["low_res"] = (low_res * 2 - 1).to(dtype)
+    return picture, conditioning, side
 
 
 def guidance_targets(parts: Parts, request: Request, side: int) -> tuple[Tensor, Tensor]:
