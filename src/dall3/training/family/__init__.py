@@ -192,7 +192,7 @@ def train_part(job: Job) -> None:
         settings = replace(settings, first=min(settings.first, 256), chunk=min(settings.chunk, 64))
     torch.manual_seed(seed)
     world = World(device, emoji=job.emoji, side=settings.side)
-    part = make_part(job, recipe, device).to(device, memory_format=torch.channels_last)
+    part = make_part(job, recipe, device).to(device).to(memory_format=torch.channels_last)
     how = (settings.capacity, settings.first, settings.chunk, settings.draw_share)
     pool = Pool(world, part.rows, settings.kinds, seed, *how)
     if job.part in NEEDS_CODES:
@@ -240,8 +240,8 @@ def train_family(
         (out / "runs" / part / "failed").unlink(missing_ok=True)
         window = recipe["family"]["windows"].get(part, [0.0, 1.0])
         where = f"cuda:{(number - 1) % count}" if device == "cuda" else device
-        times = [begun + 60 * minutes * share for share in window]
-        job = Job(part, str(config), str(out), str(emoji), where, *times, tiny)
+        start, end = (begun + 60 * minutes * share for share in window)
+        job = Job(part, str(config), str(out), str(emoji), where, start, end, tiny)
         command = [sys.executable, "-m", "dall3.training.family", json.dumps(job.__dict__)]
         running[part] = subprocess.Popen(command)
     ends = {part: begun + 60 * minutes * recipe["family"]["windows"].get(part, [0.0, 1.0])[1] for part in running}

@@ -42,6 +42,8 @@ class CLIPLoss:
 
 
 class CLIPPart(Part):
+    model: CLIP
+
     def __init__(self, config: CLIPConfig, loss: CLIPLoss, tokenizer: Tokenizer, device: torch.device) -> None:
         super().__init__()
         self.settings, self.model = loss, CLIP.from_config(config, tokenizer)

@@ -36,6 +36,8 @@ class TransformerLoss:
 
 
 class TransformerPart(Part):
+    model: DalleTransformer
+
     def __init__(
         self,
         config: TransformerConfig,

@@ -48,6 +48,8 @@ class UpsamplerLoss:
 
 
 class UpsamplerPart(Part):
+    model: UNet
+
     def __init__(self, config: UNetConfig, loss: UpsamplerLoss, vqgan: VQModel, device: torch.device) -> None:
         super().__init__()
         if config.diffusion.learn_sigma or not config.diffusion.predict_xstart:

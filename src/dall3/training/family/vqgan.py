@@ -89,6 +89,7 @@ class Codebook(nn.Module):
 
 
 class VQGANPart(Part):
+    model: GumbelVQ
     has_codes: Tensor
 
     def __init__(self, config: VQGANConfig, loss: VQGANLoss, device: torch.device) -> None:
@@ -112,7 +113,8 @@ class VQGANPart(Part):
         s, model, pictures = self.settings, self.model, rows["pictures"]
         images = pictures.to(memory_format=torch.channels_last).float() / 127.5 - 1
         features = model.quant_conv(model.encoder(images)).float()
-        loss, figures = images.new_zeros(()), {}
+        loss = images.new_zeros(())
+        figures: dict[str, Tensor] = {}
         with torch.autocast(images.device.type, enabled=False):
             flat = F.normalize(features.permute(0, 2, 3, 1).flatten(0, 2), dim=1)
             if progress >= s.codes_from:
