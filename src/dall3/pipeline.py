@@ -155,6 +155,7 @@ class Dall3Pipeline(LoadedParts):
 
         image: PIL's, float (3, height, width) in [0, 1], or tokens, int64 (image tokens,). settings: those of the call.
 
+        >>> from PIL import Image
         >>> pipe = Dall3Pipeline.from_pretrained()
         >>> blue = Image.new("RGB", (128, 128), "blue")
         >>> out = pipe.variations(blue, "a blue cube", 2, seed=0, num_inference_steps=2, progress=False)
@@ -262,6 +263,7 @@ class Dall3Pipeline(LoadedParts):
 
         Raises ValueError for other pictures, or without a clip.
 
+        >>> from PIL import Image
         >>> red, blue = (Image.new("RGB", (128, 128), colour) for colour in ("red", "blue"))
         >>> Dall3Pipeline.from_pretrained().rank([blue, red], "a red cube", progress=False).indices.shape
         torch.Size([2])
@@ -308,6 +310,7 @@ class Dall3Pipeline(LoadedParts):
         clip_guidance_scale.
         Raises ValueError for a setting out of range or a missing part, before any work.
 
+        >>> from PIL import Image
         >>> pipe, blue = Dall3Pipeline.from_pretrained(), Image.new("RGB", (256, 256), "blue")
         >>> pipe.upsample(image=blue, num_inference_steps=2, seed=0, progress=False).shape
         torch.Size([1, 3, 256, 256])
