@@ -12,7 +12,7 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 from judge import load_judge
 
 JUDGE = Path(__file__).parent.parent / "benchmarks/judge.safetensors"
-EMOJI = {"an avocado": "1f951", "a red apple": "1f34e", "a rocket": "1f680", "a soccer ball": "26bd"}
+EMOJI = {"an avocado": "1F951", "a red apple": "1F34E", "a rocket": "1F680", "a soccer ball": "26BD"}
 PROMPTS: dict[str, dict[str, str]] = {
     "a cube made of cloud": {"shape": "cube", "material": "cloud"},
     "a golden torus": {"shape": "torus", "material": "gold"},
