@@ -1,11 +1,10 @@
-"""`dall3 batch` in a loop, on one worker of Ray and on a cluster: python benchmarks/batch.py [--sections …]
+"""Benchmark `dall3 batch` in a loop, with one Ray worker and on a cluster: python benchmarks/batch.py [--sections …]
 
-same: the same index from all three. failures: nodes, actors and the driver killed. speed: two workers against one, and
-Ray against the loop, as ratios from one run, each with the processor's cores that it names and one thread a stage.
-memory, driver: the object store, and the prompts a second that one driver takes, while 1,024 candidates of each prompt
-pass through stages that draw and rank nothing.
+same: compare the indices of all three. failures: kill nodes, actors and the driver. speed: two workers relative to one,
+and Ray relative to the loop, from one run, with one thread per stage. memory, driver: peak of the object store, and
+prompts per second of one driver, while 1,024 candidates per prompt pass through stages that do no work.
 
-The bundled weights, coarse pictures: refining is a stage like the others and would only add time to all.
+Uses the bundled weights and coarse images; refinement would add the same time to all.
 """
 
 import argparse
@@ -87,7 +86,7 @@ parser.add_argument("--sections", nargs="+", default=["same", "failures", "speed
 parser.add_argument("--prompts", type=int, default=40)
 parser.add_argument("--candidates", type=int, default=32)
 parser.add_argument("--images", type=int, default=8)
-parser.add_argument("--cond_scale", type=float, help="of the draws; the weights' own if not given")
+parser.add_argument("--cond_scale", type=float, help="of the draws (default: the weights')")
 parser.add_argument("--memory_prompts", type=int, nargs="+", default=[100, 1000])
 args = parser.parse_args()
 home = Path(tempfile.mkdtemp())
@@ -99,7 +98,7 @@ environment |= {"OMP_NUM_THREADS": "1", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
 
 
 def start(name: str, *options: str, script: str = COMMAND, before: tuple[str, ...] = (), cores: int = 0):
-    """`dall3 batch` in a process of its own, on so many cores, or on all for 0."""
+    """Start `dall3 batch` in a process. cores: number of cores, 0 for all."""
     settings = ["--num-images", str(args.images), "--num-candidates", str(args.candidates), "--coarse"]
     settings += [] if args.cond_scale is None else ["--cond-scale", str(args.cond_scale)]
     settings += [] if "--ray" in options else ["--device", "cpu"]
@@ -115,7 +114,7 @@ def run(name: str, *options: str, **how) -> list[dict]:
 
 
 def finished(name: str) -> int:
-    """Prompts whose pictures are on disk."""
+    """The number of prompts whose images are on disk."""
     beside, shards = list(home.glob(f"{name}/prompts/*.tar")), list(home.glob(f"{name}/index/*.parquet"))
     return min(len(beside) + PER_SHARD * len(shards), args.prompts)
 
@@ -134,7 +133,7 @@ def compare(name: str, rows: list[dict], plain: list[dict]) -> None:
 
 
 class Nodes:
-    """A Ray cluster of three nodes on this machine, of one CPU each; one that is killed is replaced."""
+    """A Ray cluster of three nodes with one CPU each on this machine. A killed node is replaced."""
 
     def __enter__(self):
         from ray.cluster_utils import Cluster
@@ -199,7 +198,7 @@ def speed() -> None:
         "Ray, 2 workers, 2 cores": ((*ray_options, "2"), 2),
     }
     seconds = {}
-    skip = min(4, args.prompts // 2)  # what is done while actors still start is not the pace
+    skip = min(4, args.prompts // 2)  # exclude the start of the actors from the measurement
     print("\n| run | s a prompt, at its pace | s, whole |\n|---|---|---|")
     for i, (name, (options, cores)) in enumerate(runs.items()):
         file = home / f"times-{i}.json"
@@ -213,7 +212,7 @@ def speed() -> None:
 
 
 def nothing(count: int, sleep: float) -> float:
-    """Prompts a second through stages that draw and rank nothing, of which ranking sleeps so many seconds."""
+    """Prompts per second through stages that do no work. sleep: seconds that ranking waits per prompt."""
     command = [sys.executable, "-c", NOTHING, str(count), str(sleep)]
     return float(
         subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()[-1]
@@ -222,7 +221,7 @@ def nothing(count: int, sleep: float) -> float:
 
 def memory() -> None:
     def used() -> int:
-        found = os.statvfs("/dev/shm")  # where the object store lies; pages once used stay, so that this is the peak
+        found = os.statvfs("/dev/shm")  # holds the object store; used pages are not returned, so this is the peak
         return (found.f_blocks - found.f_bfree) * found.f_frsize
 
     print("\n| prompts of 1,024 candidates | passed through, MB | most in the object store, MB |\n|---|---|---|")
@@ -235,7 +234,7 @@ def memory() -> None:
 
         thread = threading.Thread(target=watch)
         thread.start()
-        nothing(count, 0.05)  # slower than drawing: what is drawn has to wait
+        nothing(count, 0.05)  # slower than drawing, so that drawn prompts have to wait
         ended.set()
         thread.join()
         passed = count * (1024 * 512 + 800_000 + 8 * 512)

@@ -1,6 +1,6 @@
-"""The pictures in the README, as they come: python benchmarks/gallery.py [--weights FOLDER] [--out docs]
+"""Draw the images of the README: python benchmarks/gallery.py [--weights FOLDER] [--out docs]
 
-The first prompts of each kind that a fixed seed gives, each drawn once with seed 0; nothing is chosen by hand.
+The prompts of each kind follow from a fixed seed. Each is drawn with seed 0, and no image is selected by hand.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SIDE, IMAGES, BEST, DRAWN = 160, 2, 8, 64
 
 
 def label(picture: Image.Image, texts: list[str], height: int) -> Image.Image:
-    """The picture with a column of texts to its left, one every `height` pixels."""
+    """Add a column of texts to the left of an image, one every `height` pixels."""
     width = 230
     sheet = Image.new("RGB", (picture.width + width, picture.height), "white")
     sheet.paste(picture, (width, 0))
@@ -35,8 +35,8 @@ def label(picture: Image.Image, texts: list[str], height: int) -> Image.Image:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", help="a pipeline's folder; the bundled weights if not given")
-    parser.add_argument("--out", type=Path, default=Path("docs"), help="the folder that the pictures go to")
+    parser.add_argument("--weights", help="a pipeline folder (default: the bundled weights)")
+    parser.add_argument("--out", type=Path, default=Path("docs"), help="output folder")
     args = parser.parse_args()
     pipe = Dall3Pipeline.from_pretrained(args.weights)
     args.out.mkdir(parents=True, exist_ok=True)

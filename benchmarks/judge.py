@@ -1,10 +1,10 @@
-"""The judge of benchmarks/quality.py: a small network that names what is in a picture.
+"""Train the judge of benchmarks/quality.py, a small classifier of what an image shows.
 
 python benchmarks/judge.py --emoji FOLDER --out judge.safetensors
 
-It learns from fresh renders of every pair of shape and material and from every emoji on every background, blurred,
-shifted and tinted a little: it is to judge decoded and refined pictures, not only clean ones. What it gets right on
-clean pictures that it has not seen is printed and stored beside the weights.
+It is trained on renders of all pairs of shape and material and on all emoji on all backgrounds. The images are slightly
+blurred, shifted and tinted, because the judge classifies decoded and refined images too. Its accuracy on clean test
+images is printed and stored with the weights.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from dall3.scenes import BACKGROUNDS, MATERIALS, SHAPES, random_scene, render
 from dall3.scenes.emoji import Emoji, draw_emoji, fetch_emoji, list_emoji, random_placement
 
 SIDE, WIDTH, UNKNOWN = 128, 192, -1
-ABOUT = ("classes", "accuracy")  # a judge's attributes that are stored beside its weights
+ABOUT = ("classes", "accuracy")  # attributes stored with the weights
 HEADS = ("shape", "material", "background", "emoji")
 
 
 class Block(nn.Module):
-    """Two convolutions, the first of which halves the side, and a shortcut around them (arXiv 1512.03385)."""
+    """A residual block of two convolutions with stride 2 (arXiv 1512.03385)."""
 
     def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__()
@@ -55,9 +55,9 @@ class Block(nn.Module):
 
 
 class Judge(nn.Module):
-    """Classifies the shape, the material, the background and the emoji of a picture.
+    """Classifies the shape, the material, the background and the emoji of an image.
 
-    classes: the names that each head tells apart, in order; of emoji their hexcodes. accuracy: as `evaluate` found it.
+    classes: class names of each head, in order; hexcodes for emoji. accuracy: the result of `evaluate`.
     """
 
     def __init__(self, classes: dict[str, list[str]], accuracy: dict[str, float] | None = None) -> None:
@@ -74,33 +74,33 @@ class Judge(nn.Module):
         self.heads = nn.ModuleDict({head: nn.Linear(WIDTH, len(classes[head])) for head in HEADS})
 
     def features(self, images: Tensor) -> Tensor:
-        """Pictures, float (n, 3, side, side) in [0, 1], to the features that all heads read, (n, WIDTH)."""
+        """The shared features, (n, WIDTH), of images, float (n, 3, side, side) in [0, 1]."""
         if images.shape[-1] != SIDE:
             images = F.interpolate(images, (SIDE, SIDE), mode="area")
         return self.body((images - 0.5) * 4).mean((2, 3))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Pictures, float (n, 3, side, side) in [0, 1], to each head's logits, (n, classes)."""
+        """The logits of each head, (n, classes), for images, float (n, 3, side, side) in [0, 1]."""
         features = self.features(images)
         return {head: layer(features) for head, layer in self.heads.items()}
 
 
 def all_classes(emoji: Sequence[Emoji]) -> dict[str, list[str]]:
-    """The names of every class of the rendered world and of the emoji, by head."""
+    """The class names of scenes and emoji, by head."""
     hexcodes = [drawing.hexcode for drawing in emoji]
     names = (list(SHAPES), list(MATERIALS), list(BACKGROUNDS), hexcodes)
     return dict(zip(HEADS, names, strict=True))
 
 
 def save_judge(judge: Judge, path: str | Path) -> None:
-    """Write a judge's weights, in half precision, what its classes are and how good it is to a safetensors file."""
+    """Write a judge's weights in half precision, its classes and its accuracy to a safetensors file."""
     about = {name: json.dumps(getattr(judge, name)) for name in ABOUT}
     weights = {k: t.half() if t.is_floating_point() else t for k, t in judge.state_dict().items()}
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path, about)
 
 
 def load_judge(path: str | Path) -> Judge:
-    """The judge that `save_judge` wrote to `path`, ready to judge. Raises ValueError for another safetensors file."""
+    """Load the judge that `save_judge` wrote, in eval mode. Raises ValueError for another safetensors file."""
     with safe_open(path, "pt") as file:
         about = {name: json.loads(text) for name, text in (file.metadata() or {}).items() if name in ABOUT}
     if len(about) < len(ABOUT):
@@ -113,9 +113,9 @@ def load_judge(path: str | Path) -> Judge:
 def draw_example(
     index: int, emoji: Sequence[Emoji], renders: int, side: int, seed: int
 ) -> tuple[np.ndarray, list[int]]:
-    """Picture number `index`, uint8 (side, side, 3), and its class in each of HEADS, UNKNOWN where it has none.
+    """Image number `index`, uint8 (side, side, 3), and its class in each of HEADS, UNKNOWN if it has none.
 
-    The first `renders` are scenes; after them each emoji has its turn again and again.
+    The first `renders` images are scenes; after them the emoji are repeated in order.
     """
     rng = np.random.default_rng((seed, index))
     backgrounds = list(BACKGROUNDS)
@@ -132,7 +132,7 @@ def draw_example(
 def draw_examples(
     emoji: Sequence[Emoji], renders: int, rounds: int, side: int, seed: int, workers: int
 ) -> tuple[Tensor, Tensor]:
-    """Scenes and `rounds` pictures of every emoji, reduced to SIDE: uint8 (n, 3, SIDE, SIDE), and classes (n, 4)."""
+    """Scenes and `rounds` images of every emoji, downscaled: uint8 (n, 3, SIDE, SIDE), and classes (n, 4)."""
     count = renders + rounds * len(emoji)
     pictures, classes = np.empty((count, SIDE, SIDE, 3), np.uint8), np.empty((count, len(HEADS)), np.int64)
     draw = partial(draw_example, emoji=emoji, renders=renders, side=side, seed=seed)
@@ -145,10 +145,7 @@ def draw_examples(
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Pictures as a decoder might leave them: moved, resized, tinted, noisy, and half of them blurred.
-
-    images: float (n, 3, SIDE, SIDE) in [0, 1].
-    """
+    """Augment images, float (n, 3, SIDE, SIDE) in [0, 1]: shift, resize, tint, add noise, and blur half of them."""
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return torch.rand(len(images), *shape, generator=generator) * (high - low) + low
@@ -159,7 +156,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     grid = F.affine_grid(transform, list(images.shape), align_corners=False)
     images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
     parts = []
-    for part in images.chunk(8):  # each blurred by going through a side of its own
+    for part in images.chunk(8):  # blur each by resizing to another size and back
         side = min(int(torch.randint(48, 2 * SIDE - 48, (), generator=generator)), SIDE)
         small = F.interpolate(part, (side, side), mode="area")
         parts.append(F.interpolate(small, (SIDE, SIDE), mode="bilinear", align_corners=False))
@@ -171,7 +168,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 def train(
     judge: Judge, pictures: Tensor, classes: Tensor, epochs: int, seed: int, bf16: bool, batch_size: int = 128
 ) -> Judge:
-    """Train on pictures, uint8 (n, 3, SIDE, SIDE), and their classes in each head, (n, 4)."""
+    """Train on images, uint8 (n, 3, SIDE, SIDE), and their classes in each head, (n, 4)."""
     generator = torch.Generator().manual_seed(seed)
     steps = epochs * (len(pictures) // batch_size)
     optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.05)
@@ -198,7 +195,7 @@ def train(
 
 
 def evaluate(judge: Judge, pictures: Tensor, classes: Tensor) -> dict[str, float]:
-    """The share of pictures, uint8 (n, 3, SIDE, SIDE), that each head has right, and of scenes both of whose are."""
+    """The accuracy of each head on images, uint8 (n, 3, SIDE, SIDE), and of shape and material together."""
     logits = [judge(batch.float() / 255) for batch in tqdm(pictures.split(128), desc="judging")]
     right = {
         head: (torch.cat([part[head] for part in logits]).argmax(-1) == target)[target != UNKNOWN]
@@ -210,16 +207,16 @@ def evaluate(judge: Judge, pictures: Tensor, classes: Tensor) -> dict[str, float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--emoji", default="emoji", help="the folder of the Fluent emoji, fetched where needed")
+    parser.add_argument("--emoji", default="emoji", help="folder of the Fluent emoji, downloaded if needed")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("judge.safetensors"))
-    parser.add_argument("--renders", type=int, default=20000, help="scenes to learn from")
-    parser.add_argument("--rounds", type=int, default=10, help="pictures of every emoji to learn from")
+    parser.add_argument("--renders", type=int, default=20000, help="scenes to train on")
+    parser.add_argument("--rounds", type=int, default=10, help="training images of every emoji")
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--fresh", type=int, default=2000, help="scenes to be examined on")
+    parser.add_argument("--fresh", type=int, default=2000, help="scenes to test on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that render")
-    parser.add_argument("--pictures", type=Path, help="a file that keeps what is drawn to learn from, for another time")
-    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast, for a CPU that is fast at it")
+    parser.add_argument("--pictures", type=Path, help="a file that caches the training images")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast, for CPUs with hardware support")
     args = parser.parse_args()
     start = time.perf_counter()
     torch.manual_seed(args.seed)
@@ -232,7 +229,7 @@ def main() -> None:
         examples = draw_examples(emoji, args.renders, args.rounds, SIDE, args.seed, args.workers)
         if args.pictures:
             torch.save(examples, args.pictures)
-    train(judge, *examples, args.epochs, args.seed, args.bf16).half().float()  # as it is saved
+    train(judge, *examples, args.epochs, args.seed, args.bf16).half().float()  # rounded to the precision of the file
     judge.accuracy = evaluate(judge, *draw_examples(emoji, args.fresh, 1, 2 * SIDE, args.seed + 1, args.workers))
     save_judge(judge, args.out)
     print("right on fresh pictures: " + ", ".join(f"{name} {share:.2%}" for name, share in judge.accuracy.items()))

@@ -1,6 +1,7 @@
-"""The pictures of docs/guidance.md, as they come: python benchmarks/knobs.py [--out docs/knobs]
+"""Draw the grids of docs/guidance.md: python benchmarks/knobs.py [--out docs/knobs]
 
-One row a prompt, one column a value of one setting, all else the weights' own settings and seed 0.
+Each grid has one row per prompt and one column per value of a setting. The seed is 0, and the other settings are the
+weights' defaults.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ FINE: dict[str, tuple[Any, ...]] = {
 
 
 def sheet(values: tuple[Any, ...], draw: Callable[[str, Any], Image.Image]) -> Image.Image:
-    """A grid of pictures with the setting's values above it."""
+    """A grid of images with the setting's values above it."""
     grid = make_grid([[draw(prompt, value) for value in values] for prompt in PROMPTS], SIDE, GAP)
     page = Image.new("RGB", (grid.width, grid.height + TOP), "white")
     page.paste(grid, (0, TOP))
@@ -53,7 +54,7 @@ def main() -> None:
         return lambda prompt, value: to_pil(pipe.decode_tokens(pipe.generate_tokens(prompt, **how, **{name: value})))[0]
 
     def fine(name: str) -> Callable[[str, Any], Image.Image]:
-        guided = {"clip_guidance_scale": pipe.defaults["clip_guidance_scale"]} | how  # as the one call does
+        guided = {"clip_guidance_scale": pipe.defaults["clip_guidance_scale"]} | how  # as the pipeline's call does
         return lambda prompt, value: to_pil(pipe.upsample(tokens[prompt], prompt=prompt, **guided | {name: value}))[0]
 
     def redrawn(prompt: str, value: float) -> Image.Image:

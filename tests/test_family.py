@@ -43,11 +43,11 @@ def test_the_rate_rises_by_steps_and_falls_to_nothing_by_the_clock() -> None:
 
 
 def test_who_waits_for_a_part_that_failed_or_is_late_is_told(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="vqgan did not come in time"):
+    with pytest.raises(RuntimeError, match="vqgan was not finished in time"):
         wait_for(tmp_path, "vqgan", time.time() - 1)
     (tmp_path / "runs/vqgan").mkdir(parents=True)
     (tmp_path / "runs/vqgan/failed").write_text("")
-    with pytest.raises(RuntimeError, match="no vqgan"):
+    with pytest.raises(RuntimeError, match="vqgan failed"):
         wait_for(tmp_path, "vqgan", time.time() + 60)
 
 

@@ -426,7 +426,7 @@ def test_the_decoder_alone_learns_while_the_codes_stay(pictures: Path, tmp_path:
     train(small_task(), config, tmp_path / "first", tmp_path / "vqgan", progress=False)
     before = load_part(tmp_path / "vqgan")
     task = small_task(decoder_only=True, discriminator_from=0)
-    with pytest.raises(ValueError, match="decoder_only paints the codes of a trained VQGAN"):
+    with pytest.raises(ValueError, match="decoder_only needs a trained VQGAN"):
         train(task, config, tmp_path / "none", tmp_path / "none", progress=False)
     task.start_from(before)
     train(task, replace(config, steps=20), tmp_path / "second", tmp_path / "sharper", progress=False)
@@ -624,7 +624,7 @@ def test_vqgan_and_upsampler_look_through_the_clip_of_their_folder(pictures: Pat
     weight, out = "perceptual_weight = 1.0\n", tmp_path / "weights"
     settings = write_small_settings(tmp_path, pictures, vqgan=f"{weight}crop = 16\n", upsampler=weight)
     train_model("tokenizer", out, settings["tokenizer"], progress=False)
-    with pytest.raises(ValueError, match="holds no clip, in whose features perceptual_weight compares"):
+    with pytest.raises(ValueError, match="holds no clip, which perceptual_weight needs"):
         train_model("vqgan", out, settings["vqgan"], progress=False)
     train_model("clip", out, settings["clip"], progress=False)
     for model in ("vqgan", "upsampler"):  # on crops, of which this CLIP, a ViT, takes none as they are
@@ -956,10 +956,10 @@ def test_what_cannot_be_trained_is_said_before_any_work(
         assert main(["train", model, "--config", str(settings[model]), "--out", str(out), *more]) == 2
         assert words in capsys.readouterr().err
 
-    fails("transformer", words="holds no vqgan, on whose codes this is trained; train that first")
+    fails("transformer", words="holds no vqgan, which this part needs; run `dall3 train vqgan` first")
     fails("vqgan", "--data", "folder:/nowhere", words="holds no picture")
     fails("vqgan", "--steps", "0", words="steps=0; expected a whole number from 1")
-    with pytest.raises(ValueError, match="initial_share=0.5 needs initial, the part that it is a share of"):
+    with pytest.raises(ValueError, match="initial_share=0.5 needs initial, the folder of a trained part"):
         train_model("vqgan", out, settings["vqgan"], progress=False, initial_share=0.5)
     good = settings["vqgan"].read_text()
     for line, words in (
@@ -977,7 +977,7 @@ def test_what_cannot_be_trained_is_said_before_any_work(
     fails("vqgan", words="holds a run already; resume it, or give another folder")
     fails("transformer", words="run `dall3 train tokenizer` on the same data first")
     (out / "tokenizer.json").write_text("mine")
-    fails("tokenizer", words="tokenizer.json is there already, and the parts trained after it need it")
+    fails("tokenizer", words="tokenizer.json exists already, and later parts depend on it")
     assert (out / "tokenizer.json").read_text() == "mine"
 
 

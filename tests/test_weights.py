@@ -236,7 +236,7 @@ def test_the_command_draws_on_the_bundled_weights(
         assert coarse.size == (128, 128)
     for more, words in (
         (["--bpe_path", "bpe.model"], "--bpe_path goes with --dalle_path; a folder of weights has its own"),
-        (["--weights", "w", "--dalle_path", "d.pt"], "--weights and --dalle_path are two places for the same"),
+        (["--weights", "w", "--dalle_path", "d.pt"], "--weights and --dalle_path exclude each other"),
         (["--weights", str(tmp_path)], "holds none of transformer, vqgan"),
     ):
         assert main([*generate, *more]) == 2

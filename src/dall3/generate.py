@@ -1,9 +1,9 @@
-"""From a prompt to its pictures: `run` draws image tokens, ranks their coarse pictures, and refines the best.
+"""From a prompt to images: `run` draws image tokens, ranks the coarse images, and refines the best.
 
 prompt ─text encoder─▶ ids ─transformer─▶ image tokens ─VQ decoder─▶ coarse picture ─UNet, CLIP─▶ fine picture
                                                          CLIP ranks here ▲        ▲ and guides here
 
-Each function is a generator: it yields previews as it goes, and returns its result at the end.
+Each stage is a generator that yields previews and returns its result.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ Previews = Generator[Preview, None, Result]
 
 @dataclass
 class Record:
-    """What became of a request: what its recipe must say besides what was asked for."""
+    """What happened during a call. The recipe stores it beside the request."""
 
-    sizes: dict[str, int] = field(default_factory=dict)  # of batches that the device's memory did not hold, halved
+    sizes: dict[str, int] = field(default_factory=dict)  # batch sizes after halving on out-of-memory errors
     stopped: bool = False  # by a callback
-    changes: list[Tensor] = field(default_factory=list)  # whether a callback changed a tensor, on the device
+    changes: list[Tensor] = field(default_factory=list)  # bool scalars on the device: a callback changed a tensor
 
     def callback(self) -> list[str]:
-        """What a callback did: some of "stopped" and "changed"."""
+        """The effects of the callback: a subset of "stopped" and "changed"."""
         changed = bool(self.changes) and bool(torch.stack(self.changes).any())
         return ["stopped"] * self.stopped + ["changed"] * changed
 
@@ -57,14 +57,14 @@ class Record:
 class Ranked(NamedTuple):
     """The best candidates, best first."""
 
-    candidates: Tensor  # int64 (n,), their numbers among those that were drawn
+    candidates: Tensor  # int64 (n,), candidate numbers
     scores: Tensor | None  # float32 (n,), cosine similarities to the prompt, descending; None without a CLIP
     tokens: Tensor  # int64 (n, image tokens)
     pictures: Tensor  # float32 (n, 3, height, width) in [0, 1], coarse
 
 
 def run(parts: Parts, request: Request, every: int = 1) -> Previews[Dall3Output]:
-    """Draw candidates, rank them and refine the best. every: denoising steps from one preview to the next."""
+    """Draw candidates, rank them and refine the best. every: number of denoising steps between previews."""
     record = Record()
     parts.load_clip_early()  # while the tokens are drawn
     tokens = yield from draw(parts, request, record)
@@ -78,7 +78,7 @@ def run(parts: Parts, request: Request, every: int = 1) -> Previews[Dall3Output]
 
 
 def draw(parts: Parts, request: Request, record: Record) -> Previews[Tensor]:
-    """Tokens of the candidates, int64 (candidates, image tokens), that the transformer draws for the prompt."""
+    """Draw the candidates' tokens with the transformer: int64 (candidates, image tokens)."""
     sampling, numbers, count = request.sampling, request.candidates(), request.num_images
     with parts.using("drawing tokens", "transformer", "text_encoder") as [transformer, encode]:
         prompts = [request.prompt, *([request.negative_prompt] if request.negative_prompt else [])]
@@ -92,7 +92,7 @@ def draw(parts: Parts, request: Request, record: Record) -> Previews[Tensor]:
             rows = [candidate_uniforms(seed, range(k, k + 1), length) for seed, k in map(request.source, numbers)]
             uniforms = torch.cat(rows).to(parts.device)
             steps = image_token_steps(transformer, texts, uniforms, sampling, request.batch_size, kept=request.kept)
-        sizes: dict[int, int] = {}  # of each batch, by the number of its first candidate
+        sizes: dict[int, int] = {}  # batch sizes, by the index of the batch's first candidate
         desc = f"drawing {len(numbers)} candidate{'s' * (len(numbers) > 1)}"
         with tqdm(total=len(numbers) * length, desc=desc, disable=not request.progress) as bar:
             for tokens, batch, drawn in steps:
@@ -108,7 +108,7 @@ def draw(parts: Parts, request: Request, record: Record) -> Previews[Tensor]:
 
 
 def rank(parts: Parts, request: Request, tokens: Tensor) -> Previews[Ranked]:
-    """The `num_images` candidates that CLIP likes best; of a picture that is made again, its own."""
+    """The `num_images` candidates with the highest CLIP scores; for `repeat`, the candidate of the recipe."""
     how: dict[str, Any] = dict(batch_size=request.batch_size, seamless=request.refinement.seamless)
     numbers = request.candidates()
     count = len(numbers) if request.repeated is not None else request.num_images
@@ -128,10 +128,10 @@ def rank(parts: Parts, request: Request, tokens: Tensor) -> Previews[Ranked]:
 def choose_best(
     parts: Parts, tokens: Tensor, prompt: str, count: int, *, batch_size: int, seamless: bool, progress: bool
 ) -> Ranked:
-    """The `count` candidates that CLIP likes best; without a CLIP the first ones, and no scores.
+    """The `count` candidates with the highest CLIP scores; without a CLIP the first ones, with no scores.
 
     tokens: int64 (candidates, image tokens) on the pipeline's device. batch_size: candidates decoded and scored at a
-    time; of the others' pictures none is kept.
+    time. Only the images of the best candidates so far are kept.
     """
     numbers = torch.arange(len(tokens), device=tokens.device)
     best: tuple[Tensor, Tensor, Tensor] | None = None
@@ -148,7 +148,7 @@ def choose_best(
             for batch, found in batches_that_fit(len(tokens), batch_size, look):
                 pairs = zip(best or (found[0][:0], found[1][:0], found[2][:0]), found, strict=True)
                 chosen, scores, pictures = (torch.cat(pair) for pair in pairs)
-                # Stable, so that equal pictures keep the order in which they were drawn.
+                # A stable sort keeps equal images in the order in which they were drawn.
                 order = scores.sort(descending=True, stable=True).indices[:count]
                 best = (chosen[order], scores[order], pictures[order])
                 bar.update(len(batch))
@@ -156,7 +156,7 @@ def choose_best(
     return Ranked(best[0], best[1] if has_clip else None, tokens[best[0]], best[2])
 
 
-@torch.inference_mode(False)  # guidance needs gradients, whatever the caller does not
+@torch.inference_mode(False)  # guidance needs gradients, even under a caller's inference mode
 @torch.no_grad()
 def refine(
     parts: Parts,
@@ -168,10 +168,10 @@ def refine(
     candidates: Tensor | None = None,
     every: int = 1,
 ) -> Previews[Tensor]:
-    """Fine pictures, float32 (n, 3, side, side) in [0, 1], by the UNet of a stage, a name of `Parts`.
+    """Refine tokens or images with the UNet of a stage: float32 (n, 3, side, side) in [0, 1].
 
-    tokens, image: what it starts from, as `Dall3Pipeline.upsample` has them. candidates: the pictures' numbers as they
-    were drawn.
+    stage: "upsampler" or "super_resolution". tokens, image: the input, as in `Dall3Pipeline.upsample`. candidates: the
+    candidate number of each image.
     """
     settings, unet = request.refinement, parts.require(stage, "refining")
     others = ["clip"] * (settings.clip_guidance_scale > 0) + ["vqgan"] * bool(unet.config.embedding_dims)
@@ -179,7 +179,7 @@ def refine(
         start, conditioning, side = starting_point(parts, request, unet, tokens, image)
         count = len(next(iter(conditioning.values()), start))  # type: ignore[arg-type]
         places, numbers = request.places(count), range(count) if candidates is None else candidates.tolist()
-        if len(places) > count:  # a picture that is made again stands for all of its batch
+        if len(places) > count:  # `repeat` fills the batch with copies, so that its shape and rounding are the same
             conditioning = {name: torch.cat([value] * len(places)) for name, value in conditioning.items()}
             start = None if start is None else torch.cat([start] * len(places))
         targets = guidance_targets(parts, request, side) if settings.clip_guidance_scale else None
@@ -194,7 +194,7 @@ def refine(
             guide = make_guide(parts, request, targets, sources[0][0])
             return denoising_steps(unet, (3, side, side), generators, part, settings, picture, guide, bar)
 
-        fine: dict[int, Tensor] = {}  # by the number of a batch's first picture, of each the last step's
+        fine: dict[int, Tensor] = {}  # each batch's latest prediction, by the index of its first image
         for batch, step in batches_that_fit(len(places), request.refine_batch_size, work):
             fine[batch.start] = step.pred_xstart
             if request.callback is not None and tell(parts, request.callback, record, step):
@@ -211,7 +211,7 @@ def refine(
 
 
 def make_output(parts: Parts, request: Request, record: Record, best: Ranked, fine: Tensor) -> Dall3Output:
-    """What the call returns: the pictures, and the recipe that makes them again."""
+    """The output of the call: the images and their recipe."""
     coarse_images = to_pil(best.pictures)
     recipe = request.recipe() | record.sizes | {"weights": parts.fingerprints()}
     recipe |= {"callback": record.callback()} if record.callback() else {}
@@ -231,7 +231,7 @@ def make_output(parts: Parts, request: Request, record: Record, best: Ranked, fi
 def starting_point(
     parts: Parts, request: Request, unet: UNet, tokens: Tensor | np.ndarray | None, image: Picture | None
 ) -> tuple[Tensor | None, dict[str, Tensor], int]:
-    """The picture to noise, if any, in [-1, 1]; what the UNet is conditioned on; the side of the result."""
+    """The image in [-1, 1] that noise is added to, or None; the UNet's conditioning; the side of the result."""
     config, step, dtype = unet.config, unet.config.downsampling, next(unet.parameters()).dtype
     require(tokens is not None or image is not None, "nothing to refine; give tokens or an image")
     settings, side = request.refinement, request.output_size or config.image_size
@@ -250,7 +250,7 @@ def starting_point(
         return enlarge(image, side) * 2 - 1, {}, side
     vqgan: Any = parts.require("vqgan", "conditioning on code embeddings")
     require(not isinstance(vqgan, OpenAIDiscreteVAE), "OpenAI's dVAE has no code embeddings to condition on")
-    if tokens is None:  # the middle block's side is half the codes'
+    if tokens is None:  # the middle block has half the side of the grid of codes
         tokens = parts.encode(F.interpolate(image, 2 * side // step * vqgan.downsampling, mode="area"))  # type: ignore[arg-type]
     embeddings, wanted = vqgan.embed(tokens), config.embedding_dims[0]
     require(embeddings.shape[-1] % 2 == 0, f"{tokens.shape[1]} tokens; expected a square with an even side")
@@ -271,9 +271,9 @@ def starting_point(
 
 
 def guidance_targets(parts: Parts, request: Request, side: int) -> tuple[Tensor, Tensor]:
-    """What CLIP guides to, float32 (targets, width), and how much each counts, (targets,), summing to ±1.
+    """Target embeddings of CLIP guidance, float32 (targets, width), and their weights, (targets,), which sum to ±1.
 
-    side: of the refined pictures; larger picture prompts are reduced to it.
+    side: side of the refined images; larger image prompts are downscaled to it.
     """
     clip, cutn = parts.clip, request.refinement.cutn
     assert clip is not None
@@ -291,7 +291,7 @@ def guidance_targets(parts: Parts, request: Request, side: int) -> tuple[Tensor,
 
 
 def make_guide(parts: Parts, request: Request, targets: tuple[Tensor, Tensor] | None, seed: int) -> Guide | None:
-    """What guides a batch of pictures; None where nothing does. seed: of the cut-outs, the same for every batch."""
+    """The guidance of a batch, or None without guidance. seed: seed of the cut-outs, the same for all batches."""
     settings, pull = request.refinement, None
     if targets is not None:
         assert parts.clip is not None
@@ -303,7 +303,7 @@ def make_guide(parts: Parts, request: Request, targets: tuple[Tensor, Tensor] | 
 
 
 def tell(parts: Parts, callback: Callback, record: Record, step: Step) -> bool:
-    """Call back after a denoising step. Returns whether that ends the call."""
+    """Call `callback` after a denoising step. Returns whether the call stops."""
     tensors = {"x": step.x, "pred_xstart": step.pred_xstart}
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     try:
@@ -320,9 +320,9 @@ def tell(parts: Parts, callback: Callback, record: Record, step: Step) -> bool:
 
 
 def size_used(asked: int, count: int, sizes: dict[int, int]) -> int:
-    """The size of batches after halving, if the device's memory did not hold those that were asked for.
+    """The batch size after halving on out-of-memory errors; `asked` if it was not halved.
 
-    sizes: of the batches that were done, by the number of their first picture.
+    count: number of items. sizes: sizes of the completed batches, by the index of their first item.
     """
     if len(sizes) <= math.ceil(count / asked):
         return asked
@@ -330,13 +330,13 @@ def size_used(asked: int, count: int, sizes: dict[int, int]) -> int:
 
 
 def check_finite(pictures: Tensor, what: str) -> None:
-    """Raise RuntimeError for pictures with values that are no numbers, which would be saved as black."""
+    """Raise RuntimeError for images with NaN or infinite values, which would be saved as black."""
     if not bool(pictures.isfinite().all()):
         raise RuntimeError(f"the {what} have values that are not finite; try float32 or bfloat16, or other weights")
 
 
 def show_rows(parts: Parts, tokens: Tensor, rows: int) -> list[Image.Image]:
-    """Tokens of which so many rows are drawn, as pictures; the rest is grey."""
+    """Decode partially drawn tokens to images. The part below the first `rows` rows is grey."""
     pictures = parts.decode_tokens(tokens)
     pictures[:, :, rows * pictures.shape[-2] // math.isqrt(tokens.shape[1]) :] = 0.5
     return to_pil(pictures)
@@ -347,7 +347,7 @@ def show_estimate(pred_xstart: Tensor) -> list[Image.Image]:
 
 
 def result_of(steps: Generator[Any, None, Result]) -> Result:
-    """What a generator returns, after all that it yields."""
+    """Exhaust a generator and return its return value."""
     while True:
         try:
             next(steps)

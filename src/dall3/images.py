@@ -21,9 +21,9 @@ from dall3.errors import require
 
 Source = str | os.PathLike[str] | bytes | BinaryIO  # an image file: its path, its content, or the open file
 
-# Pillow's other readers stay out of reach: that of EPS, for example, runs Ghostscript on the file.
+# Pillow's other readers are disabled: the one for EPS, for example, runs Ghostscript on the file.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-MAX_PIXELS = 8192 * 8192  # decoding and converting takes about 20 bytes a pixel
+MAX_PIXELS = 8192 * 8192  # decoding and converting takes about 20 bytes per pixel
 UNNAMED = "the picture"
 EXPECTED = "float in [0, 1] or uint8, (n, 3, height, width) or (n, height, width, 3)"
 
@@ -179,7 +179,7 @@ def to_tensor(images: Any) -> Tensor:
     if isinstance(images, np.ndarray):
         kind = images.dtype
         require(kind.kind == "f" or kind == np.uint8, f"pictures are {kind} {images.shape}; expected {EXPECTED}")
-        # A copy of the machine's byte order and positive strides, as torch needs it.
+        # A copy with native byte order and positive strides, which torch requires.
         images = torch.from_numpy(np.array(images, np.float32 if kind.kind == "f" else np.uint8, order="C"))
     if not isinstance(images, Tensor):
         raise ValueError(f"expected a picture (a path, PIL's, an array or a tensor), not {type(images).__name__}")
@@ -196,7 +196,7 @@ def from_uint8(images: Tensor) -> Tensor:
 
 
 def channels_first(images: Tensor) -> Tensor:
-    """Bring a tensor in any order that `to_tensor` takes to (n, 3, height, width). Raises ValueError for others."""
+    """Convert a tensor in any layout that `to_tensor` accepts to (n, 3, height, width). Raises ValueError otherwise."""
     shape, kind = tuple(images.shape), str(images.dtype).removeprefix("torch.")
     found = f"pictures are {kind} {shape}"
     fits = images.is_floating_point() or images.dtype == torch.uint8
@@ -220,7 +220,7 @@ def enlarge(images: Tensor, side: int) -> Tensor:
 
 
 def center_crop(images: Tensor) -> Tensor:
-    """The largest central square of pictures (…, height, width)."""
+    """The largest central square of images (…, height, width)."""
     height, width = images.shape[-2:]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2

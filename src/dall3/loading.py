@@ -1,4 +1,4 @@
-"""Parts from weights and back: folders, files of 2021, the Hugging Face hub."""
+"""Load and save parts: pipeline folders, checkpoints of 2021, the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 class Defaults(dict[str, Any]):
-    """Settings of weights, checked whenever one of them is set."""
+    """Default settings of weights. Every assignment is validated."""
 
     def __setitem__(self, name: str, value: Any) -> None:
         super().update(check_defaults({**self, name: value}))
@@ -51,9 +51,9 @@ class Defaults(dict[str, Any]):
 
 
 def load_defaults(folder: PathLike) -> dict[str, Any]:
-    """The settings that suit the weights of a pipeline folder; none where it has none.
+    """Read the default settings of a pipeline folder; empty if it has none.
 
-    Raises CheckpointError for a file that holds others than those of `Sampling` and `Denoising`.
+    Raises CheckpointError for a file with settings other than those of `Sampling` and `Denoising`.
     """
     try:
         return check_defaults(read_defaults(folder))
@@ -62,13 +62,13 @@ def load_defaults(folder: PathLike) -> dict[str, Any]:
 
 
 class LoadedParts(Parts):
-    """Parts that are loaded from weights and saved, with the settings that suit the weights and their origins."""
+    """Parts that can be loaded and saved, with the default settings of the weights and their origins."""
 
     @property
     def defaults(self) -> Defaults:
-        """Settings of `Sampling` and `Denoising` that suit these weights, used where a call gives none.
+        """Default settings of `Sampling` and `Denoising` for the loaded weights. Arguments of a call take precedence.
 
-        Raises ValueError when they are set to some that are not known or out of range.
+        Assigning raises ValueError for an unknown setting or a value out of range.
 
         >>> from dall3 import Dall3Pipeline
         >>> pipe = Dall3Pipeline.from_pretrained()
@@ -93,17 +93,20 @@ class LoadedParts(Parts):
         dtype: torch.dtype = torch.float32,
         progress: bool = True,
     ) -> Self:
-        """A pipeline from weights by name, straight to a device; without a name the bundled small ones.
+        """Load a pipeline by name.
 
-        name: a set in weights.toml ("mini", "dall3", …), fetched, verified and kept in the cache; a folder that
-        `save_pretrained` wrote; or "owner/name" of the Hugging Face hub. A folder that has the name of a set is
-        written "./dall3". registry: a weights.toml of your own, whose sets are known too.
+        name: a set in weights.toml ("mini", "dall3", …), which is downloaded, verified and cached; a folder written by
+        `save_pretrained`; or "owner/name" on the Hugging Face hub. Write a folder with the name of a set as "./dall3"
+        (default: the bundled small weights).
+        registry: path of an additional weights.toml.
+        device, dtype: where the weights are loaded to, and their floating point type.
+        progress: show progress bars of downloads.
 
         >>> from dall3 import Dall3Pipeline
         >>> pipe = Dall3Pipeline.from_pretrained()
 
-        Raises CheckpointError (a ValueError) for a folder that holds no parts, or broken ones, ValueError for a name
-        that is neither, FetchError (an OSError) for weights that cannot be had.
+        Raises CheckpointError (a ValueError) for a folder without parts or with damaged ones, ValueError for an unknown
+        name, and FetchError (an OSError) if weights cannot be downloaded.
         """
         found = find_weights(BUNDLED if name is None else name, registry)
         if isinstance(found, WeightsSet):
@@ -122,13 +125,13 @@ class LoadedParts(Parts):
         return pipe.to(device)
 
     def save_pretrained(self, folder: PathLike, dtype: torch.dtype | None = None) -> Path:
-        """Write every part to a folder that `from_pretrained` reads, and return its path.
+        """Save all parts to a folder that `from_pretrained` reads, and return its path.
 
-        For each part config.json and model.safetensors; tokenizer.json; generation_config.json, the settings that suit
-        the weights (`defaults`); and a model card, README.md. dtype: of the
-        floats in the files, torch.float16 for half the size; as they are if None.
+        The folder holds config.json and model.safetensors for each part, tokenizer.json, generation_config.json (the
+        `defaults`), and a model card, README.md.
+        dtype: floating point type in the files; torch.float16 halves their size (default: unchanged).
 
-        Raises FileExistsError for a folder that holds something; nothing is written then.
+        Raises FileExistsError, before it writes, if the folder is not empty.
 
         >>> from dall3 import Dall3Pipeline
         >>> folder = Dall3Pipeline.from_pretrained().save_pretrained("my-weights", torch.float16)
@@ -142,9 +145,10 @@ class LoadedParts(Parts):
     def push_to_hub(
         self, repository: str, dtype: torch.dtype | None = None, private: bool = False, token: str | None = None
     ) -> str:
-        """Upload what `save_pretrained` writes to "owner/name" of the Hugging Face hub, made if need be.
+        """Upload the folder that `save_pretrained` writes to "owner/name" on the Hugging Face hub.
 
-        token: of an account that may write there; the one that `hf auth login` keeps if None. Returns its address.
+        The repository is created if needed. dtype: as in `save_pretrained`. private: create a private repository.
+        token: access token with write permission (default: the one stored by `hf auth login`). Returns the address.
         """
         from huggingface_hub import HfApi
 
@@ -157,9 +161,9 @@ class LoadedParts(Parts):
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """Tokenizer that prompts are read with: the transformer's, and a CLIP's that shares it.
+        """The tokenizer of the transformer and the CLIP, None without one.
 
-        Raises ValueError for two different ones.
+        Raises ValueError if the two have different tokenizers.
 
         >>> from dall3 import Dall3Pipeline
         >>> Dall3Pipeline.from_pretrained().tokenizer.vocab_size
@@ -187,17 +191,19 @@ class LoadedParts(Parts):
         dalle_config: PathLike | dict[str, Any] | None = None,
         clip_config: PathLike | dict[str, Any] | None = None,
     ) -> Self:
-        """A pipeline from the files of 2021, in float32 on the CPU. What is not given is left out.
+        """Load a pipeline from original checkpoints, in float32 on the CPU. Parts without a file are None.
 
-        dalle: DALLE-pytorch's checkpoint, or DeepSpeed's folder. dalle_config: its hyper-parameters, a dictionary or
-        JSON, where it has none. bpe: its tokenizer, of any kind that `load_tokenizer` knows; CLIP's if not
-        given. vqgan, vqgan_config: taming's checkpoint and YAML; or a DiscreteVAE's file and its hyper-parameters; or
-        OpenAI's (encoder.pkl, decoder.pkl); if not given, the VAE inside `dalle`, if there is one. diffusion,
-        super_resolution: guided-diffusion's checkpoints, with their flags as JSON where they are not upstream's. clip:
-        a file or a name of open_clip's, as "ViT-B-16/openai". clip_config: what a file's tensors cannot tell, as
-        `load_clip` has it.
+        dalle: checkpoint of DALLE-pytorch, or DeepSpeed's folder. dalle_config: its hyper-parameters, a dictionary or a
+        JSON file, if the checkpoint has none.
+        bpe: its tokenizer, any kind that `load_tokenizer` reads (default: CLIP's).
+        vqgan, vqgan_config: checkpoint and YAML of taming-transformers; a DiscreteVAE's file and hyper-parameters; or
+        OpenAI's pair (encoder.pkl, decoder.pkl) (default: the VAE inside `dalle`, if any).
+        diffusion, super_resolution: checkpoints of guided-diffusion. diffusion_config, super_resolution_config: their
+        flags, a dictionary or a JSON file, if they differ from upstream's.
+        clip: a file, or a name of open_clip such as "ViT-B-16/openai". clip_config: what the file's tensors do not
+        determine; see `load_clip`.
 
-        Raises CheckpointError (a ValueError) for a file that is broken, of another kind or does not fit.
+        Raises CheckpointError (a ValueError) for a file that is damaged, of another kind, or incompatible.
         """
         transformer = None if dalle is None else load_transformer(dalle, dalle_config)
         text_encoder = None

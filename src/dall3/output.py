@@ -23,7 +23,7 @@ from dall3.errors import require
 from dall3.images import make_grid, open_image, to_rgb
 
 File = str | np.ndarray | Image.Image
-RECIPE = "dall3"  # the text chunk of a PNG that holds, as JSON, what made it
+RECIPE = "dall3"  # key of the PNG text chunk that holds the recipe as JSON
 CAPTION_HEIGHT = 18  # pixels
 
 
@@ -65,7 +65,7 @@ def write_file(path: Path, content: File) -> None:
     elif isinstance(content, np.ndarray):
         np.save(path, content)
     else:
-        content.save(path, pnginfo=png_text(content))  # which formats other than PNG leave out
+        content.save(path, pnginfo=png_text(content))  # formats other than PNG ignore pnginfo
 
 
 def read_tokens(path: str | Path) -> Tensor:
@@ -76,7 +76,7 @@ def read_tokens(path: str | Path) -> Tensor:
     with open(path, "rb") as file:
         try:
             tokens = np.lib.format.read_array(file, allow_pickle=False)
-        except Exception as error:  # of many types where the header is damaged, MemoryError where its shape is
+        except Exception as error:  # numpy raises many types for a damaged header, MemoryError for a huge shape
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise ValueError(f"{path}: not a .npy of image tokens ({reason})") from None
     fits = tokens.dtype.kind in "iu" and tokens.ndim > 0 and 0 < tokens.size == tokens.shape[-1]
@@ -85,7 +85,7 @@ def read_tokens(path: str | Path) -> Tensor:
 
 
 def png_text(image: Image.Image) -> PngInfo:
-    """The texts that a picture carries into its PNG: the prompt and the recipe."""
+    """The text chunks of an image's PNG: the prompt and the recipe."""
     text = PngInfo()
     for key, value in image.info.items():
         if key in (RECIPE, "Description"):
@@ -94,11 +94,11 @@ def png_text(image: Image.Image) -> PngInfo:
 
 
 def check_recipe(recipe: Any) -> dict[str, Any]:
-    """A recipe as it is. Raises ValueError for one without the fields of `Dall3Output.recipe` or of other types."""
+    """Validate a recipe and return it. Raises ValueError for missing fields of `Dall3Output.recipe` or other types."""
     require(isinstance(recipe, dict), f"a {type(recipe).__name__}; expected an object")
     prompt, settings, tokens, score = (recipe.get(name) for name in ("prompt", "settings", "tokens", "clip_score"))
     require(isinstance(prompt, str), "the prompt is no text")
-    prompt.encode()  # half a surrogate pair is a UnicodeEncodeError, which is a ValueError
+    prompt.encode()  # raises UnicodeEncodeError, a ValueError, for a lone surrogate
     require(isinstance(settings, dict), "the settings are no object")
     whole = isinstance(tokens, list) and all(type(token) is int for token in tokens)
     require(whole, "the tokens are no list of whole numbers")
@@ -110,10 +110,10 @@ def check_recipe(recipe: Any) -> dict[str, Any]:
 
 @dataclass
 class Preview:
-    """How far a call is: what `Dall3Pipeline.stream` yields.
+    """The progress of a call, yielded by `Dall3Pipeline.stream`.
 
-    stage: "drawing" (steps are tokens), "ranking", "refining" (steps are those of the denoising) or "done".
-    In a notebook `show` takes the place of the preview before.
+    stage: "drawing" (steps are tokens), "ranking", "refining" (steps are denoising steps) or "done". step, total: the
+    progress within the stage. images: the images so far, decoded when read.
 
     >>> preview = Preview("drawing", 128, 256, lambda: [Image.new("RGB", (8, 8))])
     >>> preview.images[0].size
@@ -124,11 +124,11 @@ class Preview:
     step: int
     total: int
     make_images: Callable[[], list[Image.Image]]
-    output: Dall3Output | None = None  # when done
+    output: Dall3Output | None = None  # the result, in the stage "done"
 
     @property
     def images(self) -> list[Image.Image]:
-        """The pictures as they are now."""
+        """The images so far."""
         return self.make_images()
 
     def _repr_png_(self) -> bytes:
@@ -138,8 +138,8 @@ class Preview:
         return png_bytes(make_grid([images], images[0].width))
 
     def show(self) -> None:
-        """Show the pictures: in a notebook in place of those before, elsewhere in the system's viewer."""
-        ipython = sys.modules.get("IPython")  # there already, where a notebook runs
+        """Show the images: in a notebook in place of the previous preview, elsewhere in the system's image viewer."""
+        ipython = sys.modules.get("IPython")  # a running notebook has imported it
         if ipython is None or ipython.get_ipython() is None:
             images = self.images
             make_grid([images], images[0].width).show()
@@ -156,9 +156,16 @@ def png_bytes(image: Image.Image) -> bytes:
 
 @dataclass(repr=False, eq=False)
 class Dall3Output:
-    """What `Dall3Pipeline` returns for a prompt: `num_images` results, best first where CLIP ranked them.
+    """The result of `Dall3Pipeline` for a prompt: n images, best first if CLIP ranked them.
 
-    A number takes one result out of it, a slice several, as outputs of their own; iterating gives them one by one.
+    Indexing with an integer or a slice returns a `Dall3Output` of these images. Iterating yields one output per image.
+
+    images: PIL images after diffusion; the coarse ones without an upsampler.
+    coarse_images: PIL images before diffusion; empty if the output was loaded from a PNG.
+    tokens: int64 (n, image tokens).
+    clip_scores: float32 (n,), cosine similarities to the prompt in [-1, 1]; None without a CLIP.
+    candidates: int64 (n,), the candidate number of each image.
+    settings: the settings of the call, including the seed.
 
     >>> import torch
     >>> black, white = (Image.new("RGB", (8, 8), colour) for colour in ("black", "white"))
@@ -171,19 +178,19 @@ class Dall3Output:
     """
 
     prompt: str
-    images: list[Image.Image]  # after diffusion; the coarse ones again where there is no upsampler
-    coarse_images: list[Image.Image]  # before diffusion; none where a picture was loaded from its file
-    tokens: Tensor  # int64 (n, image tokens)
-    clip_scores: Tensor | None  # float32 (n,), cosine similarity to the prompt; None without CLIP
-    candidates: Tensor  # int64 (n,), the number of the draw that each picture comes from
-    settings: dict[str, Any] = field(default_factory=dict)  # what made them, the seed among it
+    images: list[Image.Image]
+    coarse_images: list[Image.Image]
+    tokens: Tensor
+    clip_scores: Tensor | None
+    candidates: Tensor
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         size = "×".join(str(side) for image in self.images[:1] for side in image.size)
         return f"Dall3Output({self.prompt!r}, {len(self)} of {size}: {'; '.join(self.captions())})"
 
     def __eq__(self, other: object) -> bool:
-        """Whether both hold the same images, tokens, scores and settings of the same prompt."""
+        """Whether prompts, images, tokens, scores and settings are equal."""
         if not isinstance(other, Dall3Output):
             return NotImplemented
         return self._contents() == other._contents()
@@ -198,7 +205,7 @@ class Dall3Output:
         return len(self.images)
 
     def __getitem__(self, which: int | slice) -> Dall3Output:
-        # A number out of range is the list's IndexError.
+        # range raises IndexError for an index out of range.
         chosen = which if isinstance(which, slice) else [range(len(self))[which]]
         numbers = list(range(len(self)))[chosen] if isinstance(chosen, slice) else chosen
         places = self.settings.get("places", range(len(self)))
@@ -216,7 +223,7 @@ class Dall3Output:
         return (self[i] for i in range(len(self)))
 
     def to_numpy(self) -> np.ndarray:
-        """The pictures: uint8 (n, height, width, 3).
+        """The images as an array: uint8 (n, height, width, 3).
 
         >>> one = [Image.new("RGB", (8, 8))]
         >>> Dall3Output("a cube", one, one, torch.zeros(1, 4).long(), None, torch.arange(1)).to_numpy().shape
@@ -225,7 +232,7 @@ class Dall3Output:
         return np.stack([np.asarray(image) for image in self.images])
 
     def captions(self) -> list[str]:
-        """What stands under each picture: CLIP's score, the seed, and the number of the draw."""
+        """A caption for each image: CLIP score, seed and candidate number."""
         scores = [None] * len(self) if self.clip_scores is None else self.clip_scores.tolist()
         seed = [f"seed {self.settings['seed']}"] if "seed" in self.settings else []
         return [
@@ -234,7 +241,10 @@ class Dall3Output:
         ]
 
     def recipe(self, i: int) -> dict[str, Any]:
-        """What made result i, of plain values, as its PNG holds it: `Dall3Pipeline.repeat` makes it again from that."""
+        """The recipe of image i, as plain values: prompt, place, candidate number, CLIP score, tokens and settings.
+
+        `Dall3Pipeline.repeat` makes the image again from it.
+        """
         return {
             "prompt": self.prompt,
             "place": self.settings.get("places", range(len(self)))[i],
@@ -245,7 +255,7 @@ class Dall3Output:
         }
 
     def labelled(self, i: int) -> Image.Image:
-        """Picture i with the prompt and the recipe, which go into its PNG as text.
+        """A copy of image i whose `info` holds the prompt and the recipe, which are saved as PNG text chunks.
 
         >>> one = [Image.new("RGB", (8, 8))]
         >>> out = Dall3Output("a cube", one, one, torch.zeros(1, 4).long(), None, torch.arange(1))
@@ -258,9 +268,9 @@ class Dall3Output:
 
     @classmethod
     def load(cls, path: str | Path) -> Dall3Output:
-        """The result that `save` wrote to a PNG: its picture, and what made it, without the coarse picture.
+        """Load an output of one image from a PNG that `save` wrote. The coarse image is not in the file.
 
-        Raises ValueError for a file that is no picture or carries no recipe, FileNotFoundError for none.
+        Raises ValueError for a file that is not an image or has no recipe, and FileNotFoundError for a missing file.
         """
         picture = open_image(path)
         text = picture.info.get(RECIPE)
@@ -284,7 +294,7 @@ class Dall3Output:
             raise ValueError(f"{path}: its recipe is damaged ({reason})") from None
 
     def grid(self, captions: bool = False) -> Image.Image:
-        """One picture of all: before diffusion above, after diffusion below; with `captions` under them."""
+        """All images in one: coarse images in the first row, refined ones in the second. captions: add captions."""
         one_row = not self.coarse_images or self.images == self.coarse_images
         grid = make_grid([self.images] if one_row else [self.coarse_images, self.images], side=self.images[0].width)
         if not captions:
@@ -300,10 +310,12 @@ class Dall3Output:
         return png_bytes(self.grid(captions=True))
 
     def save(self, folder: str | Path, overwrite: bool = False) -> Path:
-        """Write `0.png`, `0-coarse.png` and `0.npy` (int64, the seed's format) a result, `caption.txt` and
-        `settings.json` into a folder, made if need be, and return its path. A PNG carries its recipe as text.
+        """Save the images to a folder, which is created if needed, and return its path.
 
-        Raises FileExistsError if one of the files is there already, before it writes any, unless `overwrite`.
+        Writes `0.png`, `0-coarse.png` and `0.npy` (tokens, int64, upstream's format) for each image, `caption.txt` and
+        `settings.json`. Each PNG contains its recipe as text.
+
+        Raises FileExistsError if one of the files exists, before it writes any, unless `overwrite`.
         """
         scores = None if self.clip_scores is None else self.clip_scores.tolist()
         settings = json.dumps(self.settings | {"prompt": self.prompt, "clip_scores": scores}, indent=2)

@@ -1,4 +1,4 @@
-"""Parts: the networks of a pipeline, the device that they are on, offloading, fingerprints; encoding and decoding."""
+"""Parts: the networks of a pipeline, their device, offloading and fingerprints, encoding and decoding."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ if TYPE_CHECKING:
     from dall3.weights.folder import Origin
 
 NETWORKS = ("transformer", "vqgan", "clip", "upsampler", "super_resolution")
-BLOCK = 64  # words of 8 bytes that `signature` adds up to one
+BLOCK = 64  # 8-byte words per sum in `signature`
 
-# Held while a CLIP is loaded and while parts are moved. A fork waits for it: in the child it is free, and nothing is
-# half loaded.
+# Held while a CLIP is loaded and while parts are moved. A fork acquires it first, so that in the child the lock is free
+# and no part is half loaded.
 LOCK = threading.RLock()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release)
 
 
 class Parts:
-    """The networks of a pipeline. Each can be replaced, or left out (None) where it is not used.
+    """The networks of a pipeline. Parts can be replaced, or None if they are not used.
 
-    clip: a CLIP, or a function that loads one when it is first needed.
+    clip: a CLIP, or a function without arguments that loads one at first use.
 
-    Raises ValueError for parts that do not fit each other.
+    Raises ValueError for parts that are incompatible with each other.
     """
 
-    held_clip: CLIP | Callable[[], CLIP] | None  # as it was given; `clip` loads it
+    held_clip: CLIP | Callable[[], CLIP] | None  # the CLIP or its loader; `clip` calls the loader
 
     def __init__(
         self,
@@ -74,16 +74,16 @@ class Parts:
         self.text_encoder, self.transformer, self.vqgan = text_encoder, transformer, vqgan
         self.clip = clip
         self.upsampler, self.super_resolution = upsampler, super_resolution
-        self.offload_device: torch.device | None = None  # where parts work that otherwise wait on the CPU
-        self.defaults: Mapping[str, Any] = {}  # settings of `Sampling` and `Denoising` that suit these weights
-        self.origins: dict[str, Origin] = {}  # licence and source of the parts, where they are known
-        self._hashes: dict[str, tuple[str, str]] = {}  # of the parts: signature, fingerprint
-        self._users: Counter[str] = Counter()  # of the parts, while they are offloaded: who works with them now
+        self.offload_device: torch.device | None = None  # device of a part in use; the other parts are on the CPU
+        self.defaults: Mapping[str, Any] = {}  # default settings of `Sampling` and `Denoising` for these weights
+        self.origins: dict[str, Origin] = {}  # licence and source of each part, if known
+        self._hashes: dict[str, tuple[str, str]] = {}  # signature and fingerprint, by part
+        self._users: Counter[str] = Counter()  # number of calls that use an offloaded part, by part
 
     @property
     def clip(self) -> CLIP | None:
-        """The CLIP that ranks and guides, loaded now where a function that loads it was given."""
-        with LOCK, torch.inference_mode(False):  # guidance needs gradients later, whoever asks first
+        """CLIP for ranking and guidance. Loads it if a loader was given."""
+        with LOCK, torch.inference_mode(False):  # guidance needs gradients, even if loaded in inference mode
             if self.held_clip is not None and not isinstance(self.held_clip, nn.Module):
                 self.clip = self.held_clip()
         return cast("CLIP | None", self.held_clip)
@@ -95,10 +95,10 @@ class Parts:
         self.held_clip = clip
 
     def load_clip_early(self) -> None:
-        """Load the CLIP in a thread of its own, while something else works."""
+        """Start loading the CLIP in a background thread."""
 
         def load() -> None:
-            with suppress(Exception):  # said where it is needed
+            with suppress(Exception):  # raised again at first use
                 self.clip  # noqa: B018
 
         if self.held_clip is not None and not isinstance(self.held_clip, nn.Module):
@@ -106,7 +106,7 @@ class Parts:
 
     @property
     def components(self) -> dict[str, Any]:
-        """The parts by name, None for those left out: `Dall3Pipeline(**pipe.components)` shares them.
+        """The parts by name, None for missing ones. `Dall3Pipeline(**pipe.components)` shares them.
 
         >>> from dall3 import Dall3Pipeline
         >>> pipe = Dall3Pipeline.from_pretrained()
@@ -117,13 +117,13 @@ class Parts:
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        """The networks that are there and loaded, by name."""
+        """The loaded networks by name."""
         held = {name: self.held(name) for name in NETWORKS}
         return {name: part for name, part in held.items() if isinstance(part, nn.Module)}
 
     @property
     def device(self) -> torch.device:
-        """Device that the pipeline runs on; parts that replace others must be there too."""
+        """Device the pipeline runs on. Replacement parts must be on it too."""
         if self.offload_device is not None:
             return self.offload_device
         parameters = (parameter for part in self.networks.values() for parameter in part.parameters())
@@ -131,26 +131,26 @@ class Parts:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of the weights."""
+        """Floating point type of the weights."""
         parameters = (parameter for part in self.networks.values() for parameter in part.parameters())
         return next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
 
     def held(self, name: str) -> Any:
-        """A part where it is, the function that loads it, or None."""
+        """A part without moving or loading it: the part, its loader, or None."""
         return self.held_clip if name == "clip" else getattr(self, name)
 
     def require(self, name: str, purpose: str) -> Any:
-        """A part where it is, or the function that loads it. Raises ValueError where there is none."""
+        """A part without moving or loading it: the part or its loader. Raises ValueError if it is None."""
         held = self.held(name)
         require(held is not None, f"this pipeline has no {name}, which {purpose} needs; give one when making it")
         return held
 
     @contextmanager
     def using(self, purpose: str, *names: str) -> Iterator[list[Any]]:
-        """Parts to work with, loaded, and on the device while it lasts.
+        """Context manager that yields parts, loaded and on the pipeline's device.
 
-        Where parts are offloaded, the first user brings a part to the device and the last one, also after an error,
-        back to the CPU. Raises ValueError for a part that there is not.
+        With offloading, the first concurrent user moves a part to the device, and the last one moves it back to the
+        CPU, also after an error. Raises ValueError for a missing part.
         """
         for name in names:
             self.require(name, purpose)
@@ -176,7 +176,7 @@ class Parts:
                         part.to("cpu")
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Self:
-        """Move every part to a device, and to a precision if given: float32, float16, bfloat16. Returns itself.
+        """Move all parts to a device and convert them to `dtype` (float32, float16 or bfloat16) if given. Returns self.
 
         >>> from dall3 import Dall3Pipeline
         >>> Dall3Pipeline.from_pretrained().to("cpu", torch.bfloat16).device
@@ -195,8 +195,9 @@ class Parts:
         return self
 
     def enable_model_offload(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Self:
-        """Keep the parts on the CPU, and move each to a device only while it works: the device's memory need only hold
-        the largest stage. dtype: as `to` has it. `to` ends it. Returns itself.
+        """Keep the parts on the CPU and move each to `device` only while it is used. Returns self.
+
+        The device needs memory for the largest stage only. dtype: as in `to`. Calling `to` disables offloading.
 
         >>> from dall3 import Dall3Pipeline
         >>> pipe = Dall3Pipeline.from_pretrained().enable_model_offload("cpu")  # "cuda", where there is a GPU
@@ -208,10 +209,10 @@ class Parts:
         return self
 
     def compile(self, **options: Any) -> Self:
-        """Compile the decode step and the denoising step with torch.compile when they are first run, a graph each.
+        """Compile the decode step and the denoising step with torch.compile, one graph each. Returns self.
 
-        options: of torch.compile, such as mode="max-autotune". Compiling takes a minute or so, and pays where many
-        pictures follow; a new batch size or picture size is compiled anew. Returns itself.
+        options: those of torch.compile, such as mode="max-autotune". Compilation runs at first use and takes about a
+        minute. Each new batch size or image size is compiled again.
 
         >>> from dall3 import Dall3Pipeline
         >>> pipe = Dall3Pipeline.from_pretrained().compile(backend="eager")
@@ -226,7 +227,7 @@ class Parts:
         return self
 
     def fingerprints(self) -> dict[str, str]:
-        """A short hash of each part's weights, by the part's name; made anew only where the weights changed."""
+        """A short hash of the weights of each loaded network, by name. Computed again only if the weights changed."""
         for name, part in self.networks.items():
             now = signature(part)
             if name not in self._hashes or self._hashes[name][0] != now:
@@ -235,9 +236,10 @@ class Parts:
 
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Tensor:
-        """Pictures, float (n, 3, height, width) in [0, 1], of a size that the vqgan takes, to tokens, int64 (n, side²).
+        """Encode images to tokens: int64 (n, side²).
 
-        Raises ValueError without a vqgan.
+        pictures: float (n, 3, height, width) in [0, 1]; height and width must be multiples of the vqgan's downsampling
+        factor. Raises ValueError without a vqgan.
 
         >>> from dall3 import Dall3Pipeline
         >>> Dall3Pipeline.from_pretrained().encode(torch.zeros(1, 3, 128, 128)).shape
@@ -249,10 +251,12 @@ class Parts:
 
     @torch.no_grad()
     def decode_tokens(self, tokens: Tensor | np.ndarray, batch_size: int = 32, seamless: bool = False) -> Tensor:
-        """Tokens, int64 (n, side²) or (side²,), to coarse pictures, float32 (n, 3, height, width) in [0, 1].
+        """Decode tokens to coarse images: float32 (n, 3, height, width) in [0, 1].
 
-        seamless: the decoder sees beyond each edge what lies at the opposite one. Raises ValueError for tokens of
-        another shape or outside the vocabulary, or without a vqgan.
+        tokens: int64 (n, side²) or (side²,). batch_size: images decoded at a time. seamless: pad with the tokens of the
+        opposite edge, so that the image can be tiled.
+
+        Raises ValueError for tokens of another shape or outside the vocabulary, or without a vqgan.
 
         >>> from dall3 import Dall3Pipeline
         >>> Dall3Pipeline.from_pretrained().decode_tokens(torch.zeros(256, dtype=torch.int64)).shape
@@ -271,12 +275,12 @@ class Parts:
         return pictures[..., edge : pictures.shape[-2] - edge, edge : pictures.shape[-1] - edge]
 
     def check_tokens(self, tokens: Tensor | np.ndarray) -> Tensor:
-        """Tokens of any integer type, (n, side²) or (side²,), as int64 (n, side²) on the device.
+        """Validate tokens of any integer type, (n, side²) or (side²,), and return int64 (n, side²) on the device.
 
-        Raises ValueError for another shape or type, or numbers outside the vocabulary.
+        Raises ValueError for another shape or type, or values outside the vocabulary.
         """
         if isinstance(tokens, np.ndarray) and tokens.dtype.kind == "u":
-            tokens = tokens.astype(np.int64)  # torch computes little with unsigned ones
+            tokens = tokens.astype(np.int64)  # torch supports few operations on unsigned integers
         tokens = torch.as_tensor(tokens)
         tokens = tokens[None] if tokens.ndim == 1 else tokens
         shape, codes = tuple(tokens.shape), self.require("vqgan", "reading tokens").num_tokens
@@ -293,7 +297,7 @@ def load_and_move(load: Callable[[], CLIP], device: str | torch.device, dtype: t
 
 
 def fingerprint(part: nn.Module) -> str:
-    """Sixteen hexadecimal digits that follow from a network's tensors."""
+    """A hash of a network's state dict, 16 hexadecimal digits."""
     digest = blake2b(digest_size=8)
     for name, tensor in sorted(part.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -302,15 +306,15 @@ def fingerprint(part: nn.Module) -> str:
 
 
 def signature(part: nn.Module) -> str:
-    """What tells that a network's tensors hold the same numbers as before, wherever they are.
+    """A fast checksum of a network's state dict, independent of the device.
 
-    Computed from sums of blocks and of columns over all blocks, which are read as fast as memory allows and change
-    where two numbers change places. Version counters would not do: they miss edits of `.data`.
+    It hashes the sums of blocks of words and the sums of columns over all blocks. These are limited by memory bandwidth
+    only and change if two values are exchanged. Version counters are not enough, because they miss changes to `.data`.
     """
     digest = blake2b(digest_size=8)
     for tensor in part.state_dict().values():
         tensor = tensor.detach()
-        in_order = tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor  # channels last, as convolutions have it
+        in_order = tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor  # channels_last layout of convolutions
         numbers = (in_order if in_order.is_contiguous() else tensor).reshape(-1).view(torch.uint8)
         numbers = numbers if numbers.storage_offset() % 8 == 0 else numbers.clone()
         whole = len(numbers) // (8 * BLOCK) * 8 * BLOCK

@@ -1,4 +1,4 @@
-"""Dall3Pipeline: prompt to picture in one call. `dall3.generate` says how a call goes, step by step."""
+"""Dall3Pipeline: a prompt to images in one call. `dall3.generate` implements the steps of a call."""
 
 from __future__ import annotations
 
@@ -51,23 +51,23 @@ __all__ = ["Dall3Pipeline", "Ranking", "StopGeneration", "parse_prompts"]
 
 
 class Ranking(NamedTuple):
-    """Pictures in CLIP's order, best first."""
+    """The order of images by CLIP similarity, best first."""
 
     indices: Tensor  # int64 (n,)
     scores: Tensor  # float32 (n,), cosine similarities, descending
 
 
 class Dall3Pipeline(LoadedParts):
-    """Text to picture on DALL-3's checkpoints. Each part can be replaced, or left out (None) where it is not used.
+    """Text-to-image pipeline for the checkpoints of DALL-3. Parts can be replaced, or None if they are not used.
 
-    clip: a CLIP, or a function that loads one when it is first needed.
+    clip: a CLIP, or a function without arguments that loads one at first use.
 
     >>> pipe = Dall3Pipeline.from_pretrained()
     >>> out = pipe("a cube made of cloud", num_images=2, seed=0, num_inference_steps=2, progress=False)
     >>> sorted(path.name for path in out.save("outputs").glob("*.npy"))
     ['0.npy', '1.npy']
 
-    Raises ValueError for parts that do not fit each other.
+    Raises ValueError for parts that are incompatible with each other.
     """
 
     @overload
@@ -91,42 +91,44 @@ class Dall3Pipeline(LoadedParts):
         num_candidates: int | None = None,
         **settings: Unpack[CallSettings],
     ) -> Dall3Output | list[Dall3Output]:
-        """Draw `num_candidates` token grids for a prompt, keep the `num_images` that CLIP likes best, refine them.
+        """Draw `num_candidates` token grids for a prompt, keep the `num_images` with the highest CLIP scores, and
+        refine them by diffusion.
 
-        prompt: a text, for a `Dall3Output`; or a list of texts, for a list of them, each as if it were alone.
-        num_candidates: num_images if not given.
+        prompt: a text, or a list of texts. A text returns a `Dall3Output`. A list returns a list of them, each equal to
+        the result of its own call.
+        num_candidates: at least num_images (default: num_images).
 
-        Settings by name, all optional (`dall3.settings.CallSettings`):
+        Keyword arguments, all optional (`dall3.settings.CallSettings`):
 
-        - image (or init_image), keep_rows, redraw, mask_image, change: as `generate_tokens` has them.
-        - guidance_scale (or cond_scale), temperature, top_k, top_p, quantize, jacobi_window: those of `Sampling`; or
-          `sampling`, such a one whole.
-        - num_inference_steps, scheduler, strength, clip_guidance_scale and the others of `Denoising`; or `denoising`,
-          such a one whole. clip_guidance_scale, if neither the call nor `defaults` says, is 1000 where there are a CLIP
-          and an upsampler. scheduler: also by diffusers' names, such as "euler" or "dpm++_2m_karras".
-        - negative_prompt: what the pictures should not show. It takes the place of the empty text in classifier-free
-          guidance (guidance_scale above 1), and counts -0.5 in CLIP guidance, where the prompt counts 1.
-        - guidance_prompt: what CLIP guides to, if not the prompt, and weighted if you like: "a cube:2|a cloud".
-        - output_size: with a super_resolution part, pixels a side of the final pictures.
-        - seed, a whole number in [0, 2**63), or generator: one, or a list of one a picture. Drawn if not given.
-        - batch_size: candidates at a time, chosen from the free memory if not given; refine_batch_size: pictures
-          refined at a time, 1 on a CPU and 4 elsewhere if not given; both are halved where the device's memory does not
-          hold them. The results depend on them by rounding only.
-        - truncate: cut a prompt that is too long. progress: show progress bars.
+        - image (or init_image), keep_rows, redraw, mask_image, change: see `generate_tokens`.
+        - guidance_scale (or cond_scale), temperature, top_k, top_p, quantize, jacobi_window: fields of `Sampling`.
+          sampling: a `Sampling` that sets them all.
+        - num_inference_steps, scheduler, strength, clip_guidance_scale, …: fields of `Denoising`. denoising: a
+          `Denoising` that sets them all. The default of clip_guidance_scale is 1000 if the pipeline has a CLIP and an
+          upsampler, else 0. scheduler accepts names of diffusers, such as "euler" or "dpm++_2m_karras".
+        - negative_prompt: what the images should not show. It replaces the empty text in classifier-free guidance
+          (guidance_scale above 1) and has weight -0.5 in CLIP guidance, where the prompt has weight 1.
+        - guidance_prompt: target of CLIP guidance, optionally weighted: "a cube:2|a cloud" (default: the prompt).
+        - output_size: width and height of the final images in pixels; needs a super_resolution part.
+        - seed: integer in [0, 2**63). generator: a torch.Generator, or a list of one per image. Random by default.
+        - batch_size: candidates drawn at a time (default: chosen from the free memory). refine_batch_size: images
+          refined at a time (default: 1 on a CPU, 4 on a GPU). Both are halved if the device runs out of memory. They
+          change the results by rounding only.
+        - truncate: cut prompts that are too long. progress: show progress bars.
         - callback_on_step_end(pipe, step, timestep, tensors): called after each denoising step with "x" and
-          "pred_xstart", float32 (batch, 3, height, width) about [-1, 1]. What it changes in place, or returns in a
-          dictionary, takes their place. Where it raises StopGeneration the call ends and returns what is there.
+          "pred_xstart", float32 (batch, 3, height, width), about [-1, 1]. It may change them in place or return a
+          dictionary of replacements. If it raises StopGeneration, the call returns the images as they are.
 
-        What is given neither one by one nor whole is as `defaults` has it for these weights.
+        Settings that are not given come from `defaults`, the settings of the loaded weights.
 
         >>> pipe = Dall3Pipeline.from_pretrained()
         >>> out = pipe("a red cube", num_images=2, seed=0, num_inference_steps=2, progress=False)
         >>> len(out), out.coarse_images[0].size, out.tokens.shape
         (2, (128, 128), torch.Size([2, 256]))
 
-        Raises ValueError for a setting out of range, or one that asks for a part that this pipeline does not have,
-        and TypeError for an unknown one or a prompt that is no text, before any work. Raises RuntimeError for pictures
-        whose values are not finite.
+        Raises, before any work, ValueError for a setting out of range or one that needs a missing part, and TypeError
+        for an unknown setting or a prompt that is not a string. Raises RuntimeError if an image has values that are not
+        finite.
         """
         if isinstance(prompt, str):
             return result_of(run(self, make_request(self, prompt, num_images, num_candidates, **settings)))
@@ -151,9 +153,10 @@ class Dall3Pipeline(LoadedParts):
         change: float = 0.5,
         **settings: Unpack[VariationSettings],
     ) -> Dall3Output:
-        """Pictures like a picture: a share `change` of its tokens, in (0, 1], is drawn anew for the prompt.
+        """Variations of an image: a fraction `change` in (0, 1] of its tokens is drawn again for the prompt.
 
-        image: PIL's, float (3, height, width) in [0, 1], or tokens, int64 (image tokens,). settings: those of the call.
+        image: a PIL image; float (3, height, width) in [0, 1]; or tokens, int64 (image tokens,). settings: those of the
+        pipeline's call. Returns a `Dall3Output` of `num_images` images.
 
         >>> from PIL import Image
         >>> pipe = Dall3Pipeline.from_pretrained()
@@ -162,7 +165,7 @@ class Dall3Pipeline(LoadedParts):
         >>> len(out), len(set(map(bytes, out.tokens.numpy())))
         (2, 2)
 
-        Raises ValueError as the call does, before any work.
+        Raises the same errors as the call.
         """
         how: dict[str, Any] = dict(settings) | {"init_image": image, "change": change}
         return result_of(run(self, make_request(self, prompt, num_images, call="variations()", **how)))
@@ -170,11 +173,12 @@ class Dall3Pipeline(LoadedParts):
     def stream(
         self, prompt: str, num_images: int = 1, *, every: int = 5, **settings: Unpack[CallSettings]
     ) -> Iterator[Preview]:
-        """The one call as it goes: previews after each row of tokens, after ranking, and every few denoising steps.
+        """The pipeline's call as an iterator of previews: after each row of tokens, after ranking, and during
+        denoising.
 
-        every: denoising steps from one preview to the next. settings: those of the call. The last preview has the
-        stage "done" and the `output` that the call would return. Leaving the loop ends the work; what is there is in
-        the preview at hand. Pictures are made when a preview is asked for them.
+        every: number of denoising steps between previews. settings: those of the call. The last preview has the stage
+        "done" and holds the `output` that the call would return. Leaving the loop stops the work. A preview decodes its
+        images when `images` is read.
 
         >>> pipe = Dall3Pipeline.from_pretrained()
         >>> for preview in pipe.stream("a red cube", seed=0, num_inference_steps=2, progress=False):
@@ -183,7 +187,7 @@ class Dall3Pipeline(LoadedParts):
         >>> half.size, preview.stage, len(preview.output)
         ((128, 128), 'done', 1)
 
-        Raises ValueError as the call does, before any work.
+        Raises the same errors as the call, when `stream` is called.
         """
         check_counts(every=every)
         how: dict[str, Any] = dict(settings)
@@ -196,20 +200,22 @@ class Dall3Pipeline(LoadedParts):
         return steps()
 
     def repeat(self, source: PathLike | Dall3Output, progress: bool = True) -> Dall3Output:
-        """Make a picture again from the recipe that its PNG carries, or from an output of one picture.
+        """Make an image again from the recipe in its PNG.
 
-        The same machine and weights give the same picture to the bit. Of the candidates only the batch that holds the
-        picture's own is drawn. Warns where the weights differ, naming them, and where a callback changed or stopped the
-        call, of which a recipe tells no more.
+        source: path of the PNG, or a `Dall3Output` of one image. Returns a `Dall3Output` of one image. On the same
+        machine with the same weights it is identical to the bit. Only the batch that contains the image's candidate is
+        drawn.
+
+        Warns about each network whose weights differ, about other tokens than the recipe's, and about a callback that
+        changed or stopped the original call.
 
         >>> pipe = Dall3Pipeline.from_pretrained()
         >>> out = pipe("a red cube", seed=3, num_inference_steps=2, progress=False)
         >>> pipe.repeat(out, progress=False).images == out.images
         True
 
-        A recipe does not tell how a scheduler of diffusers was made that was not named by a text: that is refused.
-        Raises ValueError for a picture without a recipe, one that does not fit, or one that needs a part that this
-        pipeline does not have.
+        Raises ValueError for an image without a recipe, for a recipe that does not fit this pipeline or needs a part
+        that it lacks, and for one made with a scheduler object of diffusers, whose configuration is not in the recipe.
         """
         found = source if isinstance(source, Dall3Output) else Dall3Output.load(source)
         require(len(found) == 1, f"an output of {len(found)} pictures; give one of them, such as out[0]")
@@ -232,20 +238,24 @@ class Dall3Pipeline(LoadedParts):
     def generate_tokens(self, prompt: str, num_candidates: int = 1, **settings: Unpack[TokenSettings]) -> Tensor:
         """Draw image tokens for a prompt: int64 (num_candidates, image tokens).
 
-        Settings by name, all optional (`dall3.settings.TokenSettings`):
+        Keyword arguments, all optional (`dall3.settings.TokenSettings`):
 
-        - image, the same as init_image: a picture, or tokens, int64 (image tokens,), of which some stay: the first
-          keep_rows rows (0.4375 of them if not said, as DALLE-pytorch primes); or all but the rectangle `redraw`,
-          (top, left, height, width) in tokens; or all but what `mask_image` marks, a picture of the same size that is
-          white there, or a box (left, top, right, bottom) in pixels; or all but a share `change` of them, in (0, 1],
-          chosen at random. What is drawn sees what stands before it, row by row, and nothing after it.
-        - seed: a whole number in [0, 2**63), or generator: one, or a list of one a candidate. Drawn if not given.
-        - batch_size: candidates at a time, chosen from the free memory if not given.
-        - negative_prompt: in place of the empty text, with guidance_scale above 1.
+        - image (or init_image): an image, or tokens, int64 (image tokens,), part of which is kept. At most one of the
+          next four says which part. Tokens are drawn row by row and depend on earlier positions only.
+        - keep_rows: keep the first rows of tokens, an integer (default: 0.4375 of the rows, as in DALLE-pytorch).
+        - redraw: draw the rectangle (top, left, height, width), in tokens.
+        - mask_image: draw where this image of the same size is white, or the box (left, top, right, bottom) in pixels.
+        - change: draw a random fraction of the tokens, in (0, 1].
+        - seed: integer in [0, 2**63). generator: a torch.Generator, or a list of one per candidate. Random by default.
+        - batch_size: candidates drawn at a time (default: chosen from the free memory).
+        - negative_prompt: replaces the empty text in classifier-free guidance; needs guidance_scale above 1.
         - truncate: cut a prompt that is too long. progress: show a progress bar.
-        - those of `Sampling`, or `sampling`, such a one whole; where not given, what `defaults` has for these weights.
+        - fields of `Sampling`, or sampling: a `Sampling` that sets them all.
 
-        Raises ValueError for a setting out of range, a prompt that does not fit, or a missing transformer.
+        Settings that are not given come from `defaults`, the settings of the loaded weights.
+
+        Raises ValueError for a setting out of range, a prompt that is too long, or a missing transformer, and TypeError
+        for an unknown setting.
 
         >>> pipe = Dall3Pipeline.from_pretrained()
         >>> tokens = pipe.generate_tokens("a red cube", 2, seed=0, progress=False)
@@ -259,9 +269,10 @@ class Dall3Pipeline(LoadedParts):
 
     @torch.no_grad()
     def rank(self, images: Picture, prompt: str, *, batch_size: int = 32, progress: bool = True) -> Ranking:
-        """Sort pictures (PIL's, or float (n, 3, height, width) in [0, 1]) by CLIP's similarity to a prompt, best first.
+        """Sort images by CLIP similarity to a prompt, best first.
 
-        Raises ValueError for other pictures, or without a clip.
+        images: PIL images, or float (n, 3, height, width) in [0, 1]; their central squares are scored. batch_size:
+        images scored at a time. Raises ValueError for invalid images, or without a clip.
 
         >>> from PIL import Image
         >>> red, blue = (Image.new("RGB", (128, 128), colour) for colour in ("red", "blue"))
@@ -275,7 +286,7 @@ class Dall3Pipeline(LoadedParts):
         with self.using("ranking", "clip") as [clip]:
             text, bar = clip.embed_text([prompt]), tqdm(pictures, desc="ranking", disable=not progress)
             scores = torch.cat([clip.score(batch.to(self.device), text) for batch in bar])
-        # Stable, so that equal pictures keep the order in which they were drawn.
+        # A stable sort keeps equal images in the order in which they were drawn.
         scores, indices = scores.sort(descending=True, stable=True)
         return Ranking(indices, scores)
 
@@ -295,27 +306,33 @@ class Dall3Pipeline(LoadedParts):
         callback_on_step_end: Callback | None = None,
         **settings: Unpack[DenoisingSettings],
     ) -> Tensor:
-        """Coarse to fine by diffusion: float32 (n, 3, side, side) in [0, 1].
+        """Refine image tokens or images by diffusion: float32 (n, 3, side, side) in [0, 1].
 
-        What it starts from depends on the UNet. On code embeddings: `tokens` (n, side²), or `image`, encoded to them;
-        with a `strength` below 1 also the coarse picture, decoded if not given, enlarged and noised. Unconditional:
-        `image`, noised to a step. Super-resolution: `image`, reduced to a quarter of `output_size`.
-        image: PIL's, or float (n, 3, height, width) in [0, 1]; its middle square.
+        The input depends on the UNet. Conditioned on code embeddings: `tokens`, or `image`, which is encoded; with a
+        `strength` below 1 denoising starts from the enlarged coarse image, decoded if not given. Unconditional:
+        `image`, with noise added. Super-resolution: `image`, downscaled to a quarter of `output_size`.
 
-        prompt: what CLIP guides to; "a cube:2|a cloud" weighs two, as pairs [("a cube", 2), ("a cloud", 1)] do.
-        image_prompts: pairs of a picture and a weight. output_size: pixels a side; if not given, what the UNet was
-        trained on; tokens have their own. stage: "upsampler" or "super_resolution", the part that does it. batch_size:
-        pictures refined at a time, 1 on a CPU and 4 elsewhere if not given. settings: those of `Denoising`, or
-        `denoising`, such a one whole; where not given, what `defaults` has for these weights, but for
-        clip_guidance_scale.
-        Raises ValueError for a setting out of range or a missing part, before any work.
+        tokens: int64 (n, side²) or (side²,). image: a PIL image or a list, or float (n, 3, height, width) in [0, 1];
+        the central square is used.
+        prompt: target of CLIP guidance: "a cube:2|a cloud" or the pairs [("a cube", 2), ("a cloud", 1)].
+        image_prompts: pairs of an image and a weight, further targets.
+        output_size: width and height of the result in pixels (default: the size of the UNet's training images; with
+        tokens, the size that follows from them).
+        stage: the part to use, "upsampler" or "super_resolution".
+        seed, generator, callback_on_step_end, progress: as in the call.
+        batch_size: images refined at a time (default: 1 on a CPU, 4 on a GPU).
+        settings: fields of `Denoising`, or denoising: a `Denoising` that sets them all. Settings that are not given
+        come from `defaults`; clip_guidance_scale is 0 by default.
+
+        Raises, before any work, ValueError for a setting out of range or a missing part, and TypeError for an unknown
+        setting.
 
         >>> from PIL import Image
         >>> pipe, blue = Dall3Pipeline.from_pretrained(), Image.new("RGB", (256, 256), "blue")
         >>> pipe.upsample(image=blue, num_inference_steps=2, seed=0, progress=False).shape
         torch.Size([1, 3, 256, 256])
 
-        A picture of 256 px goes through the same UNet again for one of 512, and that for one of 1,024:
+        The same UNet refines an image of 256 px to 512, and one of 512 px to 1,024:
 
         >>> pipe.upsample(image=blue, output_size=512, num_inference_steps=5, seed=0, progress=False).shape
         torch.Size([1, 3, 512, 512])
@@ -339,11 +356,13 @@ class Dall3Pipeline(LoadedParts):
     def complete_text(
         self, prompt: str = "", *, seed: int | None = None, truncate: bool = False, **settings: Unpack[SamplingSettings]
     ) -> str:
-        """Let the transformer write on from a prompt, which may be empty, and return both.
+        """Complete a prompt with the transformer's text tokens. Returns the prompt followed by the completion.
 
-        truncate: cut a prompt that is too long. settings: temperature, top_k and top_p of `Sampling`; where not given,
-        what `defaults` has for these weights. Raises ValueError as `generate_tokens` does, and for the other settings
-        of `Sampling`, which are for pictures.
+        prompt: may be empty. seed: integer in [0, 2**63), random by default. truncate: cut a prompt that is too long.
+        settings: temperature, top_k and top_p of `Sampling`; those not given come from `defaults`.
+
+        Raises ValueError as `generate_tokens` does, and for the other settings of `Sampling`, which apply to images
+        only.
 
         >>> Dall3Pipeline.from_pretrained().complete_text("a red cube", seed=0).startswith("a red cube")
         True
@@ -363,11 +382,11 @@ class Dall3Pipeline(LoadedParts):
             given_ids = encode(prompt, truncate) if prompt.strip() else torch.zeros(length, dtype=torch.int64)
             uniforms = candidate_uniforms(choose_seed(plain(seed)), range(1), length).to(self.device)
             ids = draw_text_tokens(transformer, given_ids.to(self.device), uniforms, sampling)
-        # The prompt itself stays as it was written: decoding would lose the characters that the tokenizer lacks.
+        # Return the prompt as given: decoding its tokens would lose characters that the tokenizer lacks.
         return prompt + encode.decode(ids)[len(encode.decode(given_ids)) :]
 
     def with_defaults(self, kind: type[Sampling | Denoising], given: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings of `kind` (Sampling or Denoising) that are given, and the weights' own where they are not.
+        """The given settings of `kind` (`Sampling` or `Denoising`), completed from `defaults`.
 
         >>> pipe = Dall3Pipeline.from_pretrained()
         >>> pipe.defaults = {"top_p": 0.9, "cond_scale": 2.0}

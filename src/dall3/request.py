@@ -1,4 +1,4 @@
-"""Request: every argument of a call, typed and checked once, before any work; and its way into a recipe and back."""
+"""Request: the arguments of a call, typed and checked once before any work, and their conversion to a recipe."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from dall3.tokens.batching import fitting_batch_size
 from dall3.tokens.sampling import Sampling, check_counts
 from dall3.tokens.seeds import choose_seed
 
-NEGATIVE_WEIGHT = -0.5  # of negative_prompt in CLIP guidance, where the prompt has 1
+NEGATIVE_WEIGHT = -0.5  # weight of negative_prompt in CLIP guidance; the prompt has weight 1
 
 
 class StopGeneration(Exception):
-    """Raised by a `callback_on_step_end` to end the call, which then returns what is there.
+    """Raised by a `callback_on_step_end` to stop the denoising. The call then returns the images as they are.
 
     >>> from dall3 import Dall3Pipeline
     >>> def after_two(pipe, step, timestep, tensors):
@@ -50,30 +50,30 @@ class StopGeneration(Exception):
 
 
 class Repeated(NamedTuple):
-    """Which picture of a recipe is made again."""
+    """The image of a call that `repeat` makes again."""
 
-    candidate: int  # the number of the draw
-    place: int  # among the pictures of the call
+    candidate: int  # candidate number
+    place: int  # index among the images of the call
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What a call is to do, checked."""
+    """The validated arguments of a call."""
 
     prompt: str = ""
     num_images: int = 1
     num_candidates: int = 1
     sampling: Sampling = field(default_factory=Sampling)
     refinement: Denoising = field(default_factory=Denoising)
-    scheduler: str = "ddim"  # by name, or its class
+    scheduler: str = "ddim"  # its name, or the class name of a scheduler object
     negative_prompt: str | None = None
     guidance_prompt: str | None = None
-    texts: Weighted = ()  # that CLIP guides to
-    image_prompts: WeightedPictures = ()  # and pictures
-    kept: Tensor | None = None  # int64 (image tokens,), -1 where they are drawn
+    texts: Weighted = ()  # targets of CLIP guidance
+    image_prompts: WeightedPictures = ()  # further targets
+    kept: Tensor | None = None  # int64 (image tokens,), -1 for tokens to draw
     output_size: int | None = None
     seed: int = 0
-    seeds: tuple[int, ...] | None = None  # one a picture, where there are so many generators
+    seeds: tuple[int, ...] | None = None  # one per image, from a list of generators
     batch_size: int = 1
     refine_batch_size: int = 1
     truncate: bool = False
@@ -82,29 +82,30 @@ class Request:
     repeated: Repeated | None = None
 
     def candidates(self) -> range:
-        """The numbers of the candidates to draw: all, or the batch that holds the one that is made again."""
+        """The numbers of the candidates to draw: all, or for `repeat` the batch with the repeated one."""
         if self.repeated is None:
             return range(self.num_candidates)
         batch = batch_of(self.repeated.candidate, self.batch_size, self.num_candidates)
-        # A last batch of one is drawn after another: alone, its weights would be laid out, and round, otherwise.
+        # A last batch of one is drawn together with the batch before it: decoding a single candidate uses another
+        # weight layout, which rounds differently.
         return range(max(batch.start - self.batch_size, 0), batch.stop) if len(batch) == 1 else batch
 
     def places(self, count: int) -> range:
-        """The numbers of `count` pictures to refine, or of the batch that holds the one that is made again."""
+        """The indices of the images to refine: all `count`, or for `repeat` the batch with the repeated one."""
         if self.repeated is None:
             return range(count)
         return batch_of(self.repeated.place, self.refine_batch_size, self.num_images)
 
     def source(self, number: int) -> tuple[int, int]:
-        """The seed and the number under it from which a candidate's draws follow."""
+        """The random seed of a candidate's draws, and the number combined with it."""
         return (self.seed, number) if self.seeds is None else (self.seeds[number], 0)
 
     def noise_source(self, place: int, candidate: int) -> tuple[int, int]:
-        """The seed and the number under it from which a picture's noise follows."""
+        """The random seed of an image's noise, and the number combined with it."""
         return (self.seed, place) if self.seeds is None else (self.seeds[candidate], 0)
 
     def recipe(self) -> dict[str, Any]:
-        """The request but for the prompt, of plain values, as a picture's PNG holds it."""
+        """The request without the prompt, as plain values for the PNG's recipe."""
         names = ("num_images", "num_candidates", "guidance_prompt", "output_size", "seed", "batch_size")
         how = {name: getattr(self, name) for name in (*names, "refine_batch_size", "truncate")}
         how["kept"] = None if self.kept is None else self.kept.tolist()
@@ -118,18 +119,18 @@ def batch_of(number: int, size: int, count: int) -> range:
     return range(start, min(start + size, count))
 
 
-# The call's arguments that a recipe holds besides settings, and the most that a stranger's recipe may ask for.
+# Arguments in a recipe besides those of Sampling and Denoising: their upper bounds, or types. Recipes are untrusted.
 REPEATABLE: dict[str, Any] = {
     **dict(num_images=4096, num_candidates=2**20, batch_size=2**16, refine_batch_size=4096, output_size=4096),
     **dict(seed=2**63, truncate=True, guidance_prompt=str, negative_prompt=str),
 }
-NOT_ARGUMENTS = ("kept", "weights", "seeds", "callback")  # in a recipe, besides
+NOT_ARGUMENTS = ("kept", "weights", "seeds", "callback")  # entries of a recipe that are not arguments of the call
 
 
 def request_of_recipe(parts: Parts, recipe: Mapping[str, Any], progress: bool = True) -> Request:
-    """The request that makes the picture of a recipe again.
+    """The request that makes the image of a recipe again.
 
-    A recipe may come from a stranger: what does not fit is a ValueError.
+    A recipe is untrusted input. Raises ValueError for invalid entries.
     """
     found, place, candidate = recipe["settings"], recipe["place"], recipe["candidate"]
     settings = {name: value for name, value in found.items() if name not in NOT_ARGUMENTS}
@@ -172,10 +173,10 @@ def make_request(
     call: str = "Dall3Pipeline()",
     **settings: Any,
 ) -> Request:
-    """The arguments of a pipeline's call, `CallSettings`, checked.
+    """Validate the arguments of the pipeline's call (`CallSettings`).
 
-    call: its name in the TypeError for an unknown argument. Raises ValueError for a setting out of range, or one that
-    asks for a part that is missing, TypeError for an unknown one or a prompt that is no text.
+    call: name of the call in error messages. Raises ValueError for a setting out of range or one that needs a missing
+    part, and TypeError for an unknown setting or a prompt that is not a string.
     """
     given = named(call, settings, CallSettings)
     check_prompt(prompt)
@@ -215,7 +216,7 @@ def make_request(
         guidance_prompt=guidance_prompt,
         texts=texts,
         output_size=output_size,
-        # Pictures of their own seeds have cut-outs of their own too.
+        # With one seed per image the cut-outs differ per image too, so images are refined one at a time.
         refine_batch_size=refine_batch_size if drawing["seeds"] is None else 1,
         callback=given.pop("callback_on_step_end", None),
         **drawing,
@@ -225,7 +226,7 @@ def make_request(
 def make_token_request(
     parts: Parts, prompt: str, num_candidates: int = 1, *, call: str = "generate_tokens()", **settings: Any
 ) -> Request:
-    """The arguments of `Dall3Pipeline.generate_tokens`, `TokenSettings`, checked as `make_request` does."""
+    """Validate the arguments of `Dall3Pipeline.generate_tokens` (`TokenSettings`). Raises as `make_request`."""
     given = named(call, settings, TokenSettings)
     check_prompt(prompt)
     num_candidates = plain(num_candidates)
@@ -253,7 +254,7 @@ def make_refining(
     callback: Callback | None,
     **settings: Any,
 ) -> Request:
-    """The arguments of `Dall3Pipeline.upsample`, checked as `make_request` does."""
+    """Validate the arguments of `Dall3Pipeline.upsample`. Raises as `make_request`."""
     refinement, scheduler = take_refinement(parts, named("upsample()", settings, DenoisingSettings), 0.0)
     texts = (
         parse_prompts(prompt) if isinstance(prompt, str) else [(text, plain(weight)) for text, weight in prompt or ()]
@@ -281,7 +282,7 @@ def check_prompt(prompt: str) -> None:
 
 
 def take_sampling(parts: Parts, given: dict[str, Any]) -> Sampling:
-    """The settings of a draw, taken out of those given."""
+    """Remove the fields of `Sampling` from `given` and return them validated."""
     sampling = Sampling(**take(given, Sampling, given.pop("sampling", None), parts.defaults))
     on_cpu = sampling.quantize is None or parts.device.type == "cpu"
     require(on_cpu, f"quantize='{sampling.quantize}' is for a CPU, and this pipeline is on {parts.device}")
@@ -289,9 +290,9 @@ def take_sampling(parts: Parts, given: dict[str, Any]) -> Sampling:
 
 
 def take_refinement(parts: Parts, given: dict[str, Any], guidance: float) -> tuple[Denoising, str]:
-    """The settings of the denoising, taken out of those given, and the scheduler's name.
+    """Remove the fields of `Denoising` from `given` and return them validated, with the scheduler's name.
 
-    guidance: the clip_guidance_scale where none is given.
+    guidance: default of clip_guidance_scale.
     """
     whole = given.pop("denoising", None)
     if whole is None:
@@ -305,7 +306,7 @@ def take_refinement(parts: Parts, given: dict[str, Any], guidance: float) -> tup
 def take_drawing(
     parts: Parts, given: dict[str, Any], sampling: Sampling, num_images: int, num_candidates: int
 ) -> dict[str, Any]:
-    """The arguments of a `Request` that say how tokens are drawn."""
+    """The fields of a `Request` that control the drawing of tokens, removed from `given`."""
     batch_size, generator, seeds = given.pop("batch_size", None), given.pop("generator", None), None
     if isinstance(generator, list | tuple):
         require(given.get("seed") is None, "seed and a list of generators are both given; choose one")
@@ -333,7 +334,7 @@ def check_stage(
     image_prompts: WeightedPictures = (),
     output_size: int | None = None,
 ) -> None:
-    """Raise ValueError for a refinement that the UNet of a stage, a name of `Parts`, cannot do."""
+    """Raise ValueError if the UNet of a stage ("upsampler" or "super_resolution") cannot do the refinement."""
     require(stage in ("upsampler", "super_resolution"), f"stage '{stage}'; expected upsampler or super_resolution")
     unet: UNet = parts.require(stage, "refining")
     space_timesteps(unet.config.diffusion.diffusion_steps, refinement.num_inference_steps)
@@ -350,9 +351,9 @@ def check_stage(
 
 
 def parse_prompts(text: str) -> list[tuple[str, float]]:
-    """Prompts with weights, as upstream writes them: "a cube:2|a cloud" is [("a cube", 2), ("a cloud", 1)].
+    """Parse weighted prompts in upstream's syntax: "a cube:2|a cloud" is [("a cube", 2), ("a cloud", 1)].
 
-    A colon that no number follows belongs to the prompt. Raises ValueError for an empty prompt among several.
+    A colon that is not followed by a number is part of the prompt. Raises ValueError for an empty prompt between bars.
     """
     prompts = []
     for part in text.split("|") if text else []:

@@ -1,4 +1,4 @@
-"""Settings of the public calls, by name and type, and what they make: `Sampling` and `Denoising`."""
+"""Typed keyword arguments of the public calls, and their conversion to `Sampling` and `Denoising`."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
 Picture = Image.Image | Sequence[Image.Image] | Tensor | np.ndarray
-Weighted = Sequence[tuple[str, float]]  # texts, and how much each counts
+Weighted = Sequence[tuple[str, float]]  # texts and their weights
 WeightedPictures = Sequence[tuple[Picture, float]]
-Callback = Callable[[Any, int, int, dict[str, Tensor]], object]  # of the pipeline, step, timestep, tensors
+Callback = Callable[[Any, int, int, dict[str, Tensor]], object]  # called with pipeline, step, timestep, tensors
 
-# Schedulers of diffusers by name: the class, and what it is made with.
+# Schedulers of diffusers by name: the class and its arguments.
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "euler": ("EulerDiscreteScheduler", {}),
     "euler_karras": ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
@@ -44,20 +44,20 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class SamplingSettings(TypedDict, total=False):
-    """Settings of `Sampling`, one by one or whole."""
+    """Fields of `Sampling`, or a `Sampling`."""
 
     temperature: float
     top_k: float | None
     top_p: float | None
     cond_scale: float
-    guidance_scale: float  # the same as cond_scale
+    guidance_scale: float  # alias of cond_scale
     quantize: Literal["int8"] | None
     jacobi_window: int | None
     sampling: Sampling
 
 
 class DenoisingSettings(TypedDict, total=False):
-    """Settings of `Denoising`, one by one or whole."""
+    """Fields of `Denoising`, or a `Denoising`."""
 
     num_inference_steps: int | str
     scheduler: str | SchedulerMixin
@@ -73,9 +73,9 @@ class DenoisingSettings(TypedDict, total=False):
 
 
 class StartSettings(TypedDict, total=False):
-    """A picture to start from, and what of it stays."""
+    """An initial image, and which of its tokens are kept."""
 
-    image: Picture | None  # the same as init_image
+    image: Picture | None  # alias of init_image
     init_image: Picture | None
     keep_rows: int | None
     redraw: Sequence[int] | None
@@ -84,7 +84,7 @@ class StartSettings(TypedDict, total=False):
 
 
 class DrawSettings(SamplingSettings, total=False):
-    """How tokens are drawn."""
+    """Settings that control how tokens are drawn."""
 
     negative_prompt: str | None
     seed: int | None
@@ -108,11 +108,15 @@ class VariationSettings(DrawSettings, DenoisingSettings, total=False):
 
 
 class CallSettings(VariationSettings, StartSettings, total=False):
-    """Keyword arguments of a pipeline's call and of `stream`."""
+    """Keyword arguments of the pipeline's call and of `stream`."""
 
 
 def named(call: str, settings: Mapping[str, Any], known: Any) -> dict[str, Any]:
-    """The settings of plain values, by the names of a TypedDict and by one name each. Raises TypeError for others."""
+    """Check the names of keyword arguments against a TypedDict, resolve aliases and convert numpy values.
+
+    call: name of the call in error messages. Raises TypeError for an unknown name, with the closest known one, and
+    ValueError if an argument and its alias are both given.
+    """
     for name in settings:
         if name not in known.__annotations__:
             near = get_close_matches(name, known.__annotations__, 1)
@@ -128,13 +132,16 @@ def named(call: str, settings: Mapping[str, Any], known: Any) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """A number of numpy's or a tensor of one number as Python's, anything else as it is."""
+    """Convert a numpy scalar or a zero-dimensional array or tensor to a Python number; keep other values."""
     single = isinstance(value, np.generic) or (isinstance(value, np.ndarray | Tensor) and value.ndim == 0)
     return value.item() if single else value
 
 
 def with_defaults(defaults: Mapping[str, Any], kind: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of `kind` (Sampling or Denoising) that are given, and the weights' own where they are not."""
+    """The given settings of `kind` (`Sampling` or `Denoising`), completed from `defaults`.
+
+    A given top_k or top_p replaces both filters of the defaults.
+    """
     filters = {"top_k", "top_p"}
     unwanted = filters if any(given.get(name) is not None for name in filters) else set()
     own = {k: v for k, v in defaults.items() if k in kind.__dataclass_fields__ and k not in unwanted}
@@ -142,7 +149,11 @@ def with_defaults(defaults: Mapping[str, Any], kind: Any, given: Mapping[str, An
 
 
 def take(given: dict[str, Any], kind: Any, whole: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Take the settings of `kind` out of those given: on top of `whole`, or of the weights' own where that is None."""
+    """Remove the fields of `kind` from `given` and return them, completed from `whole`, or from `defaults` if it is
+    None.
+
+    whole: a `kind` with all settings, or None. Raises TypeError for another type.
+    """
     one_by_one = {name: given.pop(name) for name in kind.__dataclass_fields__ if name in given}
     if whole is None:
         return with_defaults(defaults, kind, one_by_one)
@@ -152,9 +163,9 @@ def take(given: dict[str, Any], kind: Any, whole: Any, defaults: Mapping[str, An
 
 
 def find_scheduler(scheduler: str | SchedulerMixin) -> str | SchedulerMixin:
-    """One of ours by name, or one of diffusers, made where it is named as in SCHEDULERS.
+    """Return the name of a built-in sampler or a scheduler of diffusers; a name in SCHEDULERS is instantiated.
 
-    Raises ValueError for a name that is not known, or one of diffusers' where it is not installed.
+    Raises ValueError for an unknown name, or a name of diffusers if diffusers is not installed.
     """
     if not isinstance(scheduler, str) or scheduler in SAMPLERS:
         return scheduler
@@ -170,9 +181,7 @@ def find_scheduler(scheduler: str | SchedulerMixin) -> str | SchedulerMixin:
 
 
 def check_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that suit weights, as they are. Raises ValueError for one that `Sampling` and `Denoising` lack or do
-    not take.
-    """
+    """Validate default settings and return a copy. Raises ValueError for an unknown setting or a value out of range."""
     settings = dict(settings)
     check_limits(settings)
     known = (*Sampling.__dataclass_fields__, *Denoising.__dataclass_fields__)

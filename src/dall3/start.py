@@ -1,4 +1,4 @@
-"""A picture to start from: which of its tokens stay, and which are drawn anew."""
+"""Initial images: which of their tokens are kept, and which are drawn."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from dall3.tokens.seeds import make_generator
 
 
 def kept_tokens(parts: Parts, given: Mapping[str, Any], seed: int) -> Tensor | None:
-    """The tokens that are not drawn, int64 (image tokens,), -1 for those that are; None where all are drawn.
+    """The tokens to keep: int64 (image tokens,), -1 for tokens to draw; None without an initial image.
 
-    given: of `TokenSettings`, the picture to start from and what of it stays.
+    given: arguments of the call, including those of `StartSettings`. Raises ValueError for invalid ones.
     """
     image = given.get("init_image")
     ways = [name for name in ("keep_rows", "redraw", "mask_image", "change") if given.get(name) is not None]
@@ -43,7 +43,7 @@ def kept_tokens(parts: Parts, given: Mapping[str, Any], seed: int) -> Tensor | N
 
 
 def drawn_tokens(given: Mapping[str, Any], way: str, side: int, picture: Tensor | None, seed: int) -> Tensor:
-    """Which tokens are drawn anew: bool (side, side). way: the argument that says it."""
+    """The tokens to draw: bool (side, side). way: name of the argument that selects them."""
     drawn = torch.zeros(side, side, dtype=torch.bool)
     value: Any = given.get(way)
     if way == "redraw":
@@ -69,7 +69,10 @@ def drawn_tokens(given: Mapping[str, Any], way: str, side: int, picture: Tensor 
 
 
 def masked_tokens(mask: Any, side: int, picture: Tensor | None) -> Tensor:
-    """The tokens, bool (side, side), that a mask touches where it is white, or a box of pixels, PIL's order."""
+    """The tokens that the white part of a mask overlaps: bool (side, side).
+
+    mask: an image of the size of `picture`, or a box (left, top, right, bottom) in pixels.
+    """
     if isinstance(mask, Image.Image):
         mask = np.array(mask.convert("L")) / 255
     if isinstance(mask, list | tuple):

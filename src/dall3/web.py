@@ -1,4 +1,4 @@
-"""`dall3 web`: the pipeline as a page in the browser, made of gradio's components."""
+"""`dall3 web`: a web page for the pipeline, built with gradio."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from dall3.output import Dall3Output, Preview
 from dall3.pipeline import Dall3Pipeline
 
 UPLOAD = "8mb"
-LARGEST_SEED = 2**53 - 1  # a browser keeps no larger whole number
+LARGEST_SEED = 2**53 - 1  # the largest integer that JavaScript represents exactly
 THEME = gr.themes.Soft(
     primary_hue="slate",
-    font=["system-ui", "sans-serif"],  # no font is fetched: the page works without a network
+    font=["system-ui", "sans-serif"],  # no web fonts: the page works without a network
     font_mono=["ui-monospace", "monospace"],
 )
 CSS = """
@@ -37,7 +37,7 @@ CSS = """
 
 @dataclass(frozen=True)
 class Limits:
-    """The most that one visitor may ask for. pixels: of a picture that is uploaded."""
+    """Upper bounds for the settings of a request. pixels: width times height of an uploaded image."""
 
     images: int = 8
     candidates: int = 256
@@ -45,11 +45,11 @@ class Limits:
     pixels: int = 4096**2
 
 
-Update = tuple[Any, str, Any, Any]  # of the forming picture, the status, the gallery and the downloads
+Update = tuple[Any, str, Any, Any]  # new values of the preview, the status, the gallery and the downloads
 
 
 def open_picture(path: str, limits: Limits) -> Image.Image:
-    """Read an uploaded picture. Raises ValueError for a file that is none, or is larger than `limits` allow."""
+    """Read an uploaded image. Raises ValueError for a file that is not an image or exceeds `limits`."""
     try:
         return read_picture(path, Path(path).name, limits.pixels)
     except OSError as error:
@@ -59,19 +59,19 @@ def open_picture(path: str, limits: Limits) -> Image.Image:
 class Page(gr.Blocks):
     """Blocks whose events accept only files that were uploaded to this page.
 
-    gradio itself accepts any path in its cache folder, which other programs share, and fetches an http address, in the
-    place of any input.
+    gradio itself accepts any path in its cache folder, which other programs share, and fetches any http address given
+    in place of a file.
     """
 
     async def preprocess_data(self, block_fn: Any, inputs: list[Any], *args: Any, **kwargs: Any) -> Any:
-        """Raise gradio's Error, shown on the page, where an input names another file."""
+        """Raise gradio's Error, which the page shows, if an input names any other file."""
         if not paths_in(inputs) <= self.upload_file_set:
             raise gr.Error("the file was not uploaded to this page", title="Upload it first", print_exception=False)
         return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
 
 
 def paths_in(value: Any) -> set[str]:
-    """Every path that an event's inputs name, at any depth, in gradio's {"path": …}."""
+    """All paths in an event's inputs, at any depth, in gradio's form {"path": …}."""
     if isinstance(value, dict):
         named = {str(value["path"])} if value.get("path") else set()
         return named.union(*map(paths_in, value.values()))
@@ -79,7 +79,7 @@ def paths_in(value: Any) -> set[str]:
 
 
 class WithoutFetching:
-    """ASGI middleware that refuses gradio's routes that fetch an address for a visitor."""
+    """ASGI middleware that blocks the gradio routes that fetch an address for a visitor."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -90,17 +90,17 @@ class WithoutFetching:
         await app(scope, receive, send)
 
 
-# Keyword arguments of the FastAPI application that the page runs in: `app_kwargs` of gradio's launch and mounting.
+# Keyword arguments of the FastAPI application: `app_kwargs` of gradio's `launch` and `mount_gradio_app`.
 APP: dict[str, Any] = {"middleware": [Middleware(WithoutFetching)]}
 
 
 def refusal(error: object, title: str) -> gr.Error:
-    """An error to show on the page. gradio shows messages as HTML, and parts of this one may be a stranger's."""
+    """An error to show on the page. The message is escaped, because gradio renders it as HTML."""
     return gr.Error(html.escape(str(error), quote=False), title=title, print_exception=False)
 
 
 def number_in(recipe: dict[str, Any], name: str, low: int, high: float, kind: type = int) -> int | float | None:
-    """A number of a recipe, None where it has none. Raises ValueError for other values, and those out of range."""
+    """A number from a recipe, or None if it has none. Raises ValueError for another type or a value out of range."""
     value = recipe.get(name)
     if value is None:
         return None
@@ -120,7 +120,7 @@ def status_of(preview: Preview) -> str:
 
 
 def show_output(out: Dall3Output, folder: str) -> tuple[list[tuple[str, str]], list[str]]:
-    """The gallery, each picture before and after, and the files to download, which carry their recipes."""
+    """The gallery, with each image before and after diffusion, and the files to download, which contain recipes."""
     saved = out.save(Path(folder) / "pictures")
     gallery, files = [], []
     for i, caption in enumerate(out.captions()):
@@ -131,15 +131,15 @@ def show_output(out: Dall3Output, folder: str) -> tuple[list[tuple[str, str]], l
 
 
 def make_page(pipe: Dall3Pipeline, limits: Limits = Limits()) -> gr.Blocks:
-    """The page of a pipeline, to be launched, or mounted in another application as gradio has it.
+    """The page of a pipeline as gradio Blocks, to be launched, or mounted in another application.
 
-    One visitor's picture is made at a time, the others wait in a queue. The cancel button and closing the tab end the
-    work at its next step.
+    One request runs at a time; others wait in a queue. The cancel button, or closing the tab, stops the work at its
+    next step.
 
     >>> isinstance(make_page(Dall3Pipeline.from_pretrained()), gr.Blocks)
     True
 
-    Mounted, it fetches nothing for visitors where the application has the middleware of `APP`, too.
+    When it is mounted, give the application the middleware of `APP`, so that it fetches no addresses for visitors.
     """
 
     def shown(value: Any) -> Any:
@@ -186,7 +186,7 @@ def make_page(pipe: Dall3Pipeline, limits: Limits = Limits()) -> gr.Blocks:
             raise refusal(error, "That cannot be drawn") from None
 
     def read_recipe(path: str) -> list[Any]:
-        """Values for the fields, from the recipe in a PNG; a field that the recipe lacks stays as it is."""
+        """Field values from the recipe in a PNG; fields that the recipe lacks are unchanged."""
         try:
             open_picture(path, limits)
             out = Dall3Output.load(path)
@@ -249,9 +249,9 @@ def make_page(pipe: Dall3Pipeline, limits: Limits = Limits()) -> gr.Blocks:
                         visible=guides,
                     )
                     start = gr.File(label=f"A picture to vary, up to {UPLOAD}", file_types=["image"], height=110)
-                    change = gr.Slider(0.05, 1, 0.5, step=0.05, label="How much of it is drawn anew")
+                    change = gr.Slider(0.05, 1, 0.5, step=0.05, label="Fraction of its tokens to draw again")
                     recipe = gr.File(
-                        label="A picture made here, whose settings to take over", file_types=[".png"], height=110
+                        label="A picture made here, to restore its settings", file_types=[".png"], height=110
                     )
             with gr.Column(min_width=320):
                 status = gr.Markdown("", elem_id="status")
@@ -264,7 +264,7 @@ def make_page(pipe: Dall3Pipeline, limits: Limits = Limits()) -> gr.Blocks:
         fields = [prompt, seed, images, candidates, steps, guidance]
         event: dict[str, Any] = dict(inputs=[*fields, start, change], outputs=[forming, status, gallery, files])
         runs: list[Any] = [trigger(draw, **event, show_progress="hidden") for trigger in (go.click, prompt.submit)]
-        # The word comes after the end of the run, whose last progress, on its way still, would otherwise replace it.
+        # Set the status after the run has ended; otherwise its last progress update would replace it.
         ended = cancel.click(lambda: None, cancels=runs, queue=False)
         ended.then(lambda: (gone, "cancelled"), None, [forming, status], queue=False)
         recipe.upload(read_recipe, recipe, fields)
@@ -275,10 +275,10 @@ def make_page(pipe: Dall3Pipeline, limits: Limits = Limits()) -> gr.Blocks:
 def serve(
     pipe: Dall3Pipeline, host: str = "127.0.0.1", port: int | None = 7860, limits: Limits = Limits(), block: bool = True
 ) -> str:
-    """Serve the page of a pipeline, and return its address.
+    """Serve the page of a pipeline and return its address.
 
-    host: the address to listen at; others than this machine can reach it only where that is not loopback. port: None
-    for the first free one from 7860 on. block: return only when it is stopped. Raises OSError for a port that is taken.
+    host: the address to listen on; other machines can reach the page only if it is not a loopback address. port: None
+    for the first free port from 7860. block: return only when the server stops. Raises OSError for a port in use.
     """
     page = make_page(pipe, limits)
     how: dict[str, Any] = dict(server_name=host, server_port=port, share=False, quiet=True, show_error=True)

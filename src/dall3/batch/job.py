@@ -1,4 +1,4 @@
-"""What a run does to every prompt, checked once and the same on every machine."""
+"""Job: the validated settings of a run, the same on every machine."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ STAGE_NAMES = ("draw", "rank", "refine")
 
 @dataclass(frozen=True)
 class Job:
-    """A run's settings, of plain values. weights: the name that every machine finds them by."""
+    """The settings of a run as plain values. weights: the name that every machine loads them by."""
 
     weights: str | None
     dtype: str
-    threads: int  # of torch, in each stage: another number can tip a draw by rounding
-    devices: dict[str, str]  # by stage
+    threads: int  # torch threads per stage; another number can change a sampled token by rounding
+    devices: dict[str, str]  # device of each stage
     refine: bool
     rank_batch_size: int
-    tokens: int  # of a picture
-    token_type: str  # in which they travel
+    tokens: int  # per image
+    token_type: str  # dtype of tokens between stages
     sampling: dict[str, Any]
     refinement: dict[str, Any]
-    recipe: dict[str, Any]  # what a picture's recipe holds, but for the prompt's seed
+    recipe: dict[str, Any]  # the recipe of an image, without the prompt's seed
 
     def settings(self) -> dict[str, Any]:
-        """What the pictures depend on, once: where the weights lie is not of it, what is in them is."""
+        """The settings that determine the images. They include the content of the weights, but not their location."""
         repeated = ("weights", "sampling", "refinement")
         return {name: value for name, value in asdict(self).items() if name not in repeated}
 
 
 def load_pipeline(weights: PathLike | None, dtype: str, refine: bool) -> Dall3Pipeline:
-    """The pipeline of a run, on the CPU. Without `refine` it has no part that goes on from the coarse picture."""
+    """Load the pipeline of a run, on the CPU. Without `refine` it has no upsampler and no super_resolution."""
     pipe = Dall3Pipeline.from_pretrained(weights, dtype=getattr(torch, dtype), progress=False)
     pipe.super_resolution = None
     if not refine:
@@ -62,8 +62,8 @@ def make_job(
     threads: int,
     settings: dict[str, Any],
 ) -> Job:
-    """The job, checked. Raises ValueError for a setting out of range or a part that is missing, TypeError for an
-    unknown setting.
+    """Validate the settings of a run. Raises ValueError for a setting out of range or a missing part, and TypeError for
+    an unknown setting.
     """
     rank_batch_size = batch_size if rank_batch_size is None else rank_batch_size
     check_counts(rank_batch_size=rank_batch_size, threads=threads)

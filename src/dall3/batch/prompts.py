@@ -15,7 +15,7 @@ import numpy as np
 
 from dall3.errors import require
 
-SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell them one by one; no file can hold them as text
+SURROGATE = re.compile("[\ud800-\udfff]")  # lone surrogates: JSON can contain them, but they cannot be encoded
 
 
 class Prompt(NamedTuple):
@@ -37,13 +37,13 @@ def prompt_seed(seed: int, number: int) -> int:
 
 
 def read_prompts(source: str | Path | Sequence[str], seed: int = 0) -> list[Prompt]:
-    """The prompts of a file or a list of texts, in order. None is left out: a prompt's number is that of its line.
+    """Read the prompts of a file or a list of texts, in order. A prompt's number is that of its line, from 0.
 
     A .txt holds one prompt a line. A .csv, .jsonl or .parquet holds them in the column "prompt". Its optional column
     "seed", integers in [0, 2**63), replaces the seeds that follow from `seed`, the run's.
 
-    Raises ValueError for a file of another kind, without a "prompt", or with one that is no Unicode text, before any
-    work.
+    Raises ValueError for a file of another kind, without the column "prompt", or with a prompt that is not Unicode
+    text.
 
     >>> [prompt.text for prompt in read_prompts(["a cube", "a cloud"])]
     ['a cube', 'a cloud']
@@ -61,7 +61,7 @@ def read_prompts(source: str | Path | Sequence[str], seed: int = 0) -> list[Prom
     require(bool(rows), f"{place}: holds no prompt; expected one a line")
     found = []
     for number, (text, own) in enumerate(rows):
-        text = "" if text is None else text  # an empty cell is an empty prompt, recorded as such
+        text = "" if text is None else text  # an empty cell is an empty prompt, which is recorded as a failure
         where = f"{place}, prompt {number}"
         require(isinstance(text, str), f"{where}: the prompt is {type(text).__name__}; expected text")
         broken = SURROGATE.search(text)
@@ -75,12 +75,12 @@ def read_prompts(source: str | Path | Sequence[str], seed: int = 0) -> list[Prom
 
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:
-    """Sixteen hexadecimal digits that follow from the texts and the seeds."""
+    """A hash of the texts and the seeds, 16 hexadecimal digits."""
     text = json.dumps([(prompt.text, prompt.seed) for prompt in prompts])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-Row = tuple[Any, Any]  # the prompt and its own seed, as the file has them
+Row = tuple[Any, Any]  # a prompt and its seed, unvalidated
 
 
 def read_txt(data: bytes) -> Iterable[Row]:

@@ -1,7 +1,8 @@
-"""The three stages that every prompt passes: draw tokens, rank them and keep the best, refine and encode those.
+"""The three stages of a run: draw tokens, rank the candidates, refine and encode the best.
 
-A row is a prompt on its way, of plain values and bytes. Between drawing and ranking a candidate is its tokens, 2 bytes
-each; after ranking only the best are left, with their scores; pictures are made, looked at and dropped inside a stage.
+A row holds a prompt and its results so far, as plain values and bytes. Between drawing and ranking a candidate is its
+tokens, 2 bytes each. After ranking only the best candidates remain, with their scores. Decoded images never leave a
+stage.
 """
 
 from __future__ import annotations
@@ -26,25 +27,25 @@ from dall3.pipeline import Dall3Pipeline
 from dall3.weights.registry import PARTS
 
 Row = dict[str, Any]
-ATTEMPTS = 4  # at a stage, before a prompt is given up for this run
-MOST_CHARACTERS = 10_000  # of a prompt: tokenizing megabytes takes gigabytes, and no text of that length fits
+ATTEMPTS = 4  # per stage, before a prompt is recorded as failed
+MOST_CHARACTERS = 10_000  # of a prompt: tokenizing megabytes takes gigabytes, and no such text fits the transformer
 
 
 def first_row(prompt: Prompt) -> Row:
-    """A prompt before the first stage. error: why it failed, if it did; retry: whether it may go better next time."""
+    """The row of a prompt before the first stage. error: why it failed; retry: whether to try it again later."""
     return {"number": prompt.number, "prompt": prompt.text, "seed": prompt.seed, "error": "", "retry": False}
 
 
 class Stage(ABC):
-    """One stage as an actor holds it: called with a row, it returns the row that goes to the next stage.
+    """One stage, held by an actor. Called with a row, it returns the row for the next stage.
 
-    pipe: a pipeline that is there already and is shared; None to load one here, with only the parts of this stage.
-    Raises ValueError where the weights of that name are not the run's.
+    pipe: an existing pipeline to share; None to load one with the parts of this stage only. Raises ValueError if the
+    loaded weights differ from the run's.
     """
 
     name: ClassVar[str]
     parts: ClassVar[tuple[str, ...]]
-    adds: ClassVar[tuple[str, ...]]  # the row's bytes after it, beside those of `first_row`
+    adds: ClassVar[tuple[str, ...]]  # columns that the stage adds to those of `first_row`
 
     def __init__(self, job: Job, pipe: Dall3Pipeline | None = None) -> None:
         self.job = job
@@ -68,14 +69,14 @@ class Stage(ABC):
             try:
                 row = row | {"error": "", "retry": False} | self.work(row)
                 break
-            except Exception as error:  # whatever it is, the run goes on with the other prompts
+            except Exception as error:  # of any type: the run continues with the other prompts
                 row = row | {"error": f"{type(error).__name__}: {error}", "retry": True}
         kept = {name: row[name] for name in ("number", "prompt", "seed", "error", "retry")}
         return kept | {name: b"" if row["error"] else row[name] for name in self.adds}
 
     @abstractmethod
     def work(self, row: Row) -> Row:
-        """The columns that change. An error in them is the prompt's own; what is raised may pass."""
+        """The columns to update. An error column marks a permanent failure; a raised exception may be temporary."""
 
     def tokens(self, row: Row) -> np.ndarray:
         """The candidates' tokens, (n, image tokens)."""
@@ -86,7 +87,7 @@ class Stage(ABC):
 
 
 class Draw(Stage):
-    """The prompt's candidates, by the transformer."""
+    """Draws the candidates with the transformer."""
 
     name, parts, adds = "draw", ("transformer",), ("tokens",)
 
@@ -106,7 +107,7 @@ class Draw(Stage):
 
 
 class Rank(Stage):
-    """The candidates that CLIP likes best: decoded and scored batch after batch, of which only the best are kept."""
+    """Decodes and scores the candidates batch by batch, and keeps those with the highest CLIP scores."""
 
     name, parts, adds = "rank", ("vqgan", "clip"), ("tokens", "candidates", "scores")
 
@@ -122,7 +123,7 @@ class Rank(Stage):
 
 
 class Refine(Stage):
-    """The best candidates as files in a tar: refined, if the run does that, and encoded."""
+    """Refines the best candidates, if the run does so, and packs the encoded files in a tar."""
 
     name, parts, adds = "refine", ("vqgan", "clip", "upsampler"), ("files",)
 
@@ -151,7 +152,7 @@ STAGES: tuple[type[Stage], ...] = (Draw, Rank, Refine)
 
 
 def pack(out: Dall3Output, number: int) -> bytes:
-    """A tar of a prompt's pictures as webdataset has them: files of one picture share a name before the first dot."""
+    """A tar of a prompt's images in webdataset's form: files of one image share a name before the first dot."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for i in range(len(out)):

@@ -1,4 +1,4 @@
-"""The `dall3` command, whose generate and upsample take the options of upstream's generate.py and sample.py."""
+"""The `dall3` command. `generate` and `upsample` take the options of upstream's generate.py and sample.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dall3.cli import batch, convert, generate, scenes, train, upsample, web, we
 
 
 class Command(NamedTuple):
-    """One command. extra: the extra of the package, "[name]", that brings the libraries it needs, if any."""
+    """A subcommand. extra: the package's extra, "[name]", that installs the libraries it needs, if any."""
 
     help: str
     add_options: Callable[[argparse.ArgumentParser], None]
@@ -27,16 +27,16 @@ COMMANDS = {
     "weights": Command("list, fetch, verify or remove sets of weights", weights.add_options, weights.run),
     "convert": Command("convert weights to a folder of safetensors", convert.add_options, convert.run),
     "train": Command("train a part of a folder of weights", train.add_options, train.run, "[train]"),
-    "scenes": Command("render the world that the bundled weights know", scenes.add_options, scenes.run),
-    "web": Command("serve a page in the browser", web.add_options, web.run, "[web]"),
+    "scenes": Command("render the scenes that the bundled weights were trained on", scenes.add_options, scenes.run),
+    "web": Command("serve a web page", web.add_options, web.run, "[web]"),
 }
-# What a user's input or machine can cause: its message stands alone. The name of another error is said with it.
+# Errors caused by input or by the machine: only the message is shown. Other errors are shown with their type.
 EXPECTED = (ValueError, TypeError, OSError, MemoryError, RuntimeError, AssertionError)
 
 
 def make_parser() -> argparse.ArgumentParser:
     debug = argparse.ArgumentParser(add_help=False)
-    # Without a default: a command's would replace what was given before the command.
+    # No default: a subcommand's default would override the option given before the subcommand.
     debug.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
     parser = argparse.ArgumentParser(prog="dall3", description=(__doc__ or "").partition("\n")[0], parents=[debug])
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
@@ -46,9 +46,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command. Returns 0, 2 after one line that says what was wrong, or 130 when interrupted."""
+    """Run the command. Returns 0, 2 after printing a one-line error, or 130 when interrupted."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # in an encoding without a prompt's letters, print them escaped
+        if isinstance(stream, io.TextIOWrapper):  # escape characters that the encoding lacks
             stream.reconfigure(errors="backslashreplace")
     args = make_parser().parse_args(argv)
     command = COMMANDS[args.command]
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def message_of(error: Exception, name: str, extra: str) -> str:
-    """An error in one line."""
+    """A one-line error message."""
     text = " ".join(str(error).split())
     if isinstance(error, ImportError):
         missing = f"needs {error.name}" if isinstance(error, ModuleNotFoundError) else f"cannot run: {text}"

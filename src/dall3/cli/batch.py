@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def numbers(name: str, words: list[str] | None, kind: Any) -> Any:
-    """One number, or numbers by stage, from the words of an option. Raises ValueError for others."""
+    """Parse the words of an option: one number, or numbers by stage. Raises ValueError for others."""
     if words is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""`dall3 convert`: a set of weights, or checkpoints of 2021, as a folder of safetensors."""
+"""`dall3 convert`: convert a set of weights, or upstream's checkpoints, to a folder of safetensors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
     from dall3.pipeline import Dall3Pipeline
     from dall3.weights.folder import check_empty
 
-    check_empty(Path(args.out))  # before anything is fetched or loaded
+    check_empty(Path(args.out))  # before any download
     files = {
         "dalle": args.dalle_path,
         "bpe": args.bpe_path,

@@ -15,7 +15,7 @@ from dall3.cli.options import WHICH_WEIGHTS, add_refinement, add_sampling, decod
 from dall3.cli.options import sampling as given_sampling
 
 WITH_DALLE_PATH = ("bpe_path", "vqgan_model_path", "vqgan_config_path", "openai_vae", "diffusion_path", "model_config")
-RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9¹²³])(\..*)?", re.IGNORECASE)  # names of devices on Windows
+RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9¹²³])(\..*)?", re.IGNORECASE)  # device names on Windows
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -61,9 +61,9 @@ def run(args: argparse.Namespace) -> None:
         write = {"seed": args.seed, "top_k": 0.5} | given(args, "temperature", "top_k")
         prompts = [pipe.complete_text(prompt, truncate=args.truncate, **write) for prompt in prompts]
     truncate = args.truncate or args.gentxt
-    for prompt in prompts:  # a prompt that does not fit is an error before the first picture is drawn
+    for prompt in prompts:  # raise for a prompt that is too long before drawing any
         pipe.text_encoder(prompt, truncate)
-    # Encoded and decoded: the same bytes, also where Python takes the file system's encoding for ASCII.
+    # Encode and decode, so that the bytes are the same if Python assumes ASCII as the file system's encoding.
     folders = [Path(args.outputs_dir) / os.fsdecode(name.encode()) for name in folder_names(prompts)]
     for folder in folders:
         check_free(folder, [] if args.overwrite else ["caption.txt", "0.npy", "0.jpg", "0-fine.png"])
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace, candidates: int, sampling: dict[str, Any]) -> None:
-    """Raise ValueError for options that are out of range or contradict each other, before anything is loaded."""
+    """Raise ValueError for options that are out of range or conflict, before loading."""
     from dall3.diffusion.denoising import Denoising
     from dall3.errors import require
     from dall3.tokens.sampling import Sampling, check_counts
@@ -84,7 +84,7 @@ def check(args: argparse.Namespace, candidates: int, sampling: dict[str, Any]) -
     for name in WITH_DALLE_PATH:
         alone = from_folder and getattr(args, name) is not None
         require(not alone, f"--{name} goes with --dalle_path; a folder of weights has its own")
-    require(from_folder or args.weights is None, "--weights and --dalle_path are two places for the same; give one")
+    require(from_folder or args.weights is None, "--weights and --dalle_path exclude each other; give one of them")
     Sampling(**sampling), choose_seed(args.seed, None)
     if refines(args):
         Denoising(**refinement(args))
@@ -97,12 +97,12 @@ def check(args: argparse.Namespace, candidates: int, sampling: dict[str, Any]) -
 
 
 def refines(args: argparse.Namespace) -> bool:
-    """Whether diffusion may follow; a folder of weights decides that for itself."""
+    """Whether the images may be refined. With a folder of weights that depends on its parts."""
     return args.dalle_path is None or args.diffusion_path is not None
 
 
 def load(args: argparse.Namespace, candidates: int) -> Any:
-    """The pipeline of --weights or of the files, on its device. Raises ValueError where it cannot draw."""
+    """Load the pipeline from --weights or from the files. Raises ValueError if it cannot draw."""
     from dall3.errors import require
     from dall3.models.vqgan import VQModel
     from dall3.pipeline import Dall3Pipeline
@@ -136,10 +136,10 @@ def draw(
     how: dict[str, Any],
     args: argparse.Namespace,
 ) -> None:
-    """Draw every prompt into its folder.
+    """Draw each prompt and write its files to its folder.
 
-    Where a file cannot be written, for example on a full disk, all files and folders of this call are removed, so that
-    the same command can be run again.
+    If a file cannot be written, for example on a full disk, the files and folders of this call are removed, so that the
+    command can be repeated.
     """
     from dall3.output import File, write_files
 
@@ -167,13 +167,13 @@ def draw(
             for path in written:
                 path.unlink(missing_ok=True)
         for folder in made:
-            with suppress(OSError):  # it is not empty
+            with suppress(OSError):  # the folder is not empty
                 folder.rmdir()
         raise
 
 
 def folder_names(prompts: Sequence[str]) -> list[str]:
-    """A folder's name for each prompt, valid on Linux, macOS and Windows; equal ones are numbered.
+    """A folder name for each prompt, valid on Linux, macOS and Windows; duplicates are numbered.
 
     >>> folder_names(["a cube", "a/cube", "what is it?"])
     ['a_cube', 'a_cube-2', 'what_is_it_']
@@ -183,7 +183,7 @@ def folder_names(prompts: Sequence[str]) -> list[str]:
     for prompt in prompts:
         wanted = name = folder_name(prompt)
         number = 1
-        while (key := unicodedata.normalize("NFC", name).casefold()) in taken:  # as Windows and macOS compare them
+        while (key := unicodedata.normalize("NFC", name).casefold()) in taken:  # how Windows and macOS compare names
             number += 1
             name = f"{wanted}-{number}"
         taken.add(key)
@@ -192,7 +192,7 @@ def folder_names(prompts: Sequence[str]) -> list[str]:
 
 
 def folder_name(prompt: str) -> str:
-    """A prompt as a folder's name: file systems allow 255 bytes, and Windows fewer characters than others."""
+    """Convert a prompt to a folder name. File systems allow 255 bytes; Windows forbids some characters."""
     name = re.sub(r'[\s/\\:?*"<>|\x00-\x1f\x7f]|^\.', "_", prompt)[:100].encode()[:240].decode(errors="ignore")
     name = re.sub(r"\.+$", lambda dots: "_" * len(dots[0]), name)
     return f"_{name}" if RESERVED.fullmatch(name) else name

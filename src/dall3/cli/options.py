@@ -1,4 +1,4 @@
-"""Options that several commands share, and what their values mean."""
+"""Options that several commands share, and the conversion of their values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling(parser: argparse.ArgumentParser, or_else: str = "none") -> None:
-    """or_else: the top_p that applies where neither the options nor the weights set one."""
+    """Add the options of token sampling. or_else: the top_p that applies if neither options nor weights set one."""
     add = parser.add_argument
     add("--top_k", type=float, help="fraction of the vocabulary to drop, in [0, 1)")
     own = f"default: the weights' own, or {or_else} if --top_k is not given"
@@ -50,7 +50,7 @@ def add_diffusion(parser: argparse.ArgumentParser) -> None:
 
 
 def add_refinement(parser: argparse.ArgumentParser) -> None:
-    """The options of the commands that take a UNet and a CLIP from files."""
+    """Add the options of the commands that load a UNet and a CLIP from files."""
     add = parser.add_argument
     add("--model_config", metavar="JSON", help="guided-diffusion's flags, for a UNet of an unusual size")
     add("--clip_path", default="ViT-B-16/openai", help="CLIP: a file, or an open_clip name (default: %(default)s)")
@@ -66,12 +66,12 @@ def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 
 def sampling(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings of `add_sampling` that were given; the weights have defaults for the others."""
+    """The settings of `add_sampling` that were given. The others come from the weights' defaults."""
     return given(args, "temperature", "top_k", "top_p", "cond_scale")
 
 
 def refinement(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
-    """The settings of `add_diffusion` that were given; the weights have defaults for the others."""
+    """The settings of `add_diffusion` that were given. The others come from the weights' defaults."""
     steps = args.timestep_respacing
     if steps is not None:
         more["num_inference_steps"] = int(steps) if steps.isdecimal() else steps
@@ -83,7 +83,7 @@ def refinement(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
 
 
 def placement(args: argparse.Namespace) -> tuple[Any, Any]:
-    """The device and the dtype. Raises before anything is loaded where there is no such device."""
+    """The device and the dtype. Raises an error for an unavailable device, before loading."""
     import torch
 
     device = "cpu" if getattr(args, "cpu", False) else args.device
@@ -93,9 +93,9 @@ def placement(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def decoded(text: str) -> str:
-    """Text of the command line, also where Python took the locale's encoding for ASCII.
+    """Decode text from the command line, also if Python assumed ASCII as the locale's encoding.
 
-    Python then holds the bytes of other characters as lone surrogates. Raises ValueError for bytes that are not UTF-8.
+    In that case Python holds non-ASCII bytes as lone surrogates. Raises ValueError for bytes that are not UTF-8.
 
     >>> decoded(b"caf\\xc3\\xa9".decode("ascii", "surrogateescape"))
     'café'
@@ -112,7 +112,7 @@ def decoded(text: str) -> str:
 
 
 def open_image(path: str) -> Image:
-    """A picture from a file or an http(s) address. Raises ValueError for a file that is none."""
+    """Read an image from a file or an http(s) address. Raises ValueError for a file that is not an image."""
     import urllib.request
 
     from dall3.images import read_picture

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def render_scene(index: int, out: Path, size: int, seed: int) -> None:
-    """Write scene number `index` of a seed and four captions, the same whichever process does it."""
+    """Write scene number `index` of a seed, with four captions. The result does not depend on the process."""
     import numpy as np
     from PIL import Image
 

@@ -1,4 +1,4 @@
-"""`dall3 train`: train a part of a folder of weights, or a whole family of parts by one recipe."""
+"""`dall3 train`: train one part of a pipeline folder, or all parts from one recipe."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ OVERRIDES = ("steps", "batch_size", "workers", "seed", "every")
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", choices=(*MODELS, "family"), help="the part to train, in this order; or all of them from nothing")
+    add("model", choices=(*MODELS, "family"), help="the part to train, in this order, or family for all from scratch")
     add("--out", required=True, metavar="FOLDER", help="the folder of weights; earlier parts are read from it")
     add("--config", metavar="TOML", help="tables model, loss and train (default: those of the bundled weights)")
     sources = "scenes, emoji[:FOLDER], folder:PATH or webdataset:PATTERN, whose braces and * are expanded"
@@ -24,10 +24,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     family = parser.add_argument_group("options of `dall3 train family`")
     add = family.add_argument
     add("--minutes", type=float, default=600.0, help="time for all parts (default: %(default)g)")
-    add("--emoji", default="emoji", help="folder of the emoji, fetched if needed, or archive (default: %(default)s)")
+    add("--emoji", default="emoji", help="folder or archive of the emoji, already fetched (default: %(default)s)")
     add("--device", help="cuda, cuda:1, cpu, … (default: every GPU, or the CPU)")
-    add("--tiny", action="store_true", help="networks of a few weights, to try the command")
-    add("--commit", default="not stated", help="of this library, for the model card")
+    add("--tiny", action="store_true", help="train very small networks, to try the command")
+    add("--commit", default="not stated", help="commit of this library, for the model card")
 
 
 def run_family(args: argparse.Namespace) -> None:

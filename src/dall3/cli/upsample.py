@@ -1,4 +1,4 @@
-"""`dall3 upsample`: image tokens or a picture to a finer picture, with the options of upstream's sample.py."""
+"""`dall3 upsample`: refine image tokens or an image, with the options of upstream's sample.py."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def run(args: argparse.Namespace) -> None:
     from dall3.weights.convert.vae import load_vae
 
     check_counts(num_batches=args.num_batches, batch_size=args.batch_size, stop_at=args.stop_at)
-    settings = refinement(args, stop_at=args.stop_at + 2)  # sample.py takes two more before it looks
+    settings = refinement(args, stop_at=args.stop_at + 2)  # sample.py runs two more steps before it stops
     Denoising(**settings), choose_seed(args.seed, None)
     text = None if args.text is None else decoded(args.text)
     wanted = text or args.image_prompts or not args.clip_guidance
-    require(bool(wanted), "--clip_guidance needs --text or --image_prompts to look for")
+    require(bool(wanted), "--clip_guidance needs a target: --text or --image_prompts")
     count, folder = args.num_batches * args.batch_size, Path(args.outputs_dir)
     names = [f"progress_{i:05}.png" for i in range(count)]
     check_free(folder, [] if args.overwrite else names)
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     device, dtype = placement(args)
     if args.weights is not None:
         for name in ("model_path", "model_config", "model_size", "vae_path", "vqgan_config_path"):
-            require(getattr(args, name) is None, f"--{name} and --weights are two places for the same; give one")
+            require(getattr(args, name) is None, f"--{name} and --weights exclude each other; give one of them")
         pipe = Dall3Pipeline.from_pretrained(args.weights, device=device, dtype=dtype)
         pipe.upsampler = pipe.upsampler or pipe.super_resolution
         require(pipe.upsampler is not None, f"{args.weights} holds no upsampler")

@@ -1,4 +1,4 @@
-"""`dall3 web`: the pipeline as a page in the browser."""
+"""`dall3 web`: serve the pipeline as a web page."""
 
 from __future__ import annotations
 

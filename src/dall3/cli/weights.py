@@ -1,4 +1,4 @@
-"""`dall3 weights`: which sets of weights there are, and what of them is on this machine."""
+"""`dall3 weights`: list, fetch, verify, locate and remove sets of weights."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def run(args: argparse.Namespace) -> None:
             wrong |= {one.name: problem} if problem else {}
             print(f"{one.name}: {path}" if args.action == "where" else f"{one.name}: {problem or 'good'}")
         if wrong:
-            raise ValueError(f"{len(wrong)} of {len(found)} files are not what they were; remove and fetch them again")
+            raise ValueError(f"{len(wrong)} of {len(found)} files failed verification; remove and fetch them again")
 
 
 def weights_table(sets: list[Any]) -> str:
-    """A line a part: set, part, size, licence, and whether it is here."""
+    """A table with one line per part: set, part, size, licence, and whether it is on this machine."""
     from dall3.weights.cache import files_of, home
 
     rows = [("set", "part", "size", "licence", "here")]

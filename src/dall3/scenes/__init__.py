@@ -1,4 +1,4 @@
-"""A small world to learn pictures from: one solid object on a ground before a background, with captions."""
+"""Rendered training images with captions: one solid object on a ground plane in front of a plain background."""
 
 from dall3.scenes.captions import caption, describe
 from dall3.scenes.render import render

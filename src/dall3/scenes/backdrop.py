@@ -1,4 +1,4 @@
-"""The studio: a backdrop that curves into the ground, and the object's shadow on it."""
+"""The background: a studio backdrop that curves into the ground, with the object's shadow."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ TRANSLUCENT = ("cloud", "water", "ice")
 
 
 def linear(colour: tuple[int, int, int]) -> Array:
-    """A colour 0..255 as light, float (3,) in [0, 1]: the display's curve is taken for a square."""
+    """Convert an 8-bit colour to linear light, float (3,) in [0, 1], with a gamma of 2."""
     return np.square(np.array(colour, np.float32) / np.float32(255))
 
 
 @cache
 def light(colour: tuple[int, int, int], device: torch.device) -> Tensor:
-    """A colour 0..255 as light in [0, 1], float (3, 1, 1)."""
+    """Convert an 8-bit colour to linear light on a device: float (3, 1, 1) in [0, 1]."""
     return torch.from_numpy(linear(colour)).reshape(3, 1, 1).to(device)
 
 
 def lerp(start: Tensor, end: Tensor, t: Tensor) -> Tensor:
-    """From start to end, (3, ...) each, as t (...) goes from 0 to 1."""
+    """Interpolate linearly between start and end, (3, ...) each, by t (...) in [0, 1]."""
     return start + (end - start) * t
 
 
 def mix(a: tuple[int, int, int], b: tuple[int, int, int], t: Tensor) -> Tensor:
-    """Colours (3, b, k) from a to b, each 0..255, as t (b, k) goes from 0 to 1."""
+    """Interpolate between two 8-bit colours by t (b, k) in [0, 1]: linear light (3, b, k)."""
     return lerp(light(a, t.device), light(b, t.device), t)
 
 
@@ -45,8 +45,8 @@ def smooth_step(low: float, high: float, x: Tensor) -> Tensor:
 
 
 def soft_shadow(shape: str, p: Tensor, light: Tensor, hardness: float = 5.0) -> Tensor:
-    """How much of the light (3, n, 1) reaches points (3, n, k), by how closely the rays to it pass the object
-    (Quilez, "Soft shadows in raymarched SDFs", iquilezles.org/articles/rmshadows).
+    """The fraction of light from directions `light` (3, n, 1) that reaches points (3, n, k), estimated from how closely
+    shadow rays pass the object (Quilez, "Soft shadows in raymarched SDFs", iquilezles.org/articles/rmshadows).
     """
     distance, radius = DISTANCES[shape], bound(shape)
     along = dot(light, p)
@@ -61,13 +61,13 @@ def soft_shadow(shape: str, p: Tensor, light: Tensor, hardness: float = 5.0) -> 
 
 
 def centres(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Picture coordinates (x, y) of count² samples, row by row, each (count²,)."""
+    """Image coordinates (x, y) of the centres of count² samples, row by row, each (count²,)."""
     along = (torch.arange(count, device=device) + 0.5) / count
     return along.repeat(count), along.repeat_interleave(count)
 
 
 def draw_backdrops(scenes: Sequence[Scene], groups: Sequence[tuple[str, slice]], cameras: Cameras, size: int) -> Tensor:
-    """The pictures without their objects, light (n, 3, size, size). groups: the runs of scenes of one shape."""
+    """Render images without their objects: linear light (n, 3, size, size). groups: runs of scenes of one shape."""
     device, half = cameras.scale.device, (size + 1) // 2
     wall = np.stack([linear(BACKGROUNDS[s.background]) for s in scenes], axis=1)
     floor = np.where(wall.max(0) > 0.1, wall * np.float32(0.80), wall * np.float32(1.6) + np.float32(0.02))

@@ -1,4 +1,4 @@
-"""Where the eye, the light and the ground are, seen from the object, and the way to the picture and back."""
+"""Perspective cameras, the light and the ground in object coordinates; projection to the image and back."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from dall3.scenes.noise import Array
 from dall3.scenes.scene import SHAPES, Scene
 from dall3.scenes.shapes import dot, surface_points, unit
 
-DISTANCE = 6.0  # from the eye to the object's centre, whose radius is about 1
-WIDTHS = {"small": 0.36, "medium": 0.53, "large": 0.71}  # the object's larger side, of the picture's
+DISTANCE = 6.0  # from the camera to the object's centre; objects have a radius of about 1
+WIDTHS = {"small": 0.36, "medium": 0.53, "large": 0.71}  # the object's larger side relative to the image
 
 
 def turns(axis: int, degrees: Array) -> Array:
-    """The matrices (n, 3, 3) of turns about x, y or z (0, 1, 2)."""
+    """Rotation matrices (n, 3, 3) about the axis 0, 1 or 2 (x, y, z)."""
     i, j = (axis + 1) % 3, (axis + 2) % 3
     matrix = np.tile(np.eye(3), (len(degrees), 1, 1))
     matrix[:, i, i] = matrix[:, j, j] = np.cos(np.radians(degrees))
@@ -29,13 +29,13 @@ def turns(axis: int, degrees: Array) -> Array:
 
 
 def on_dome(azimuth: Array, elevation: Array) -> Array:
-    """Unit vectors (n, 3) to places above the ground, the azimuth measured from the viewer's side to the right."""
+    """Unit vectors (n, 3) by azimuth, measured from the viewer to the right, and elevation above the ground."""
     a, e = np.radians(azimuth), np.radians(elevation)
     return np.stack([np.sin(a) * np.cos(e), np.sin(e), np.cos(a) * np.cos(e)], axis=1)
 
 
 def axes(scenes: Sequence[Scene]) -> Array:
-    """The unit vectors that a camera is made of, in the object's own coordinates: (5, 3, n), in `Cameras`' order."""
+    """A camera's unit vectors in object coordinates, in the order of the fields of `Cameras`: (5, 3, n)."""
     angles = np.array([(s.azimuth, s.roll, s.lean, s.elevation, s.light_azimuth, s.light_elevation) for s in scenes])
     azimuth, roll, lean, elevation, light_azimuth, light_elevation = angles.reshape(-1, 6).T
     turn = turns(1, azimuth) @ turns(2, roll) @ turns(0, lean)
@@ -55,19 +55,19 @@ def axes(scenes: Sequence[Scene]) -> Array:
 
 @cache
 def outlines(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Every shape's surface points and their normals, (3, shapes, 2400) each."""
+    """Surface points and normals of all shapes, (3, shapes, 2400) each."""
     points, normals = zip(*(surface_points(shape) for shape in SHAPES), strict=True)
     return torch.stack(points, dim=1).to(device), torch.stack(normals, dim=1).to(device)
 
 
 @dataclass
 class Cameras:
-    """Perspective cameras in the objects' own coordinates; picture coordinates run across and down in [0, 1].
+    """Perspective cameras in object coordinates. Image coordinates are in [0, 1], x to the right and y down.
 
-    right, up, forward: the pictures' axes, unit (3, n). vertical, light: the ways up from the ground and to the light,
-    unit (3, n). eye: where it is, (3, n). ground: the height of the ground under the object's centre, (n,). scale (n,)
-    and middle (2, n): how object and picture coordinates belong together. centre: the object's place in the picture,
-    (2, n).
+    right, up, forward: axes of the image, unit (3, n). vertical, light: directions upwards and to the light, unit
+    (3, n). eye: position of the camera, (3, n). ground: height of the ground relative to the object's centre, (n,).
+    scale (n,), middle (2, n): scale and offset from object to image coordinates. centre: image coordinates of the
+    object, (2, n).
     """
 
     right: Tensor
@@ -82,32 +82,32 @@ class Cameras:
     centre: Tensor
 
     def take(self, which: Tensor) -> Cameras:
-        """The cameras for parts of pictures, by picture numbers (b,), with one more dimension of 1 at the end."""
+        """Select cameras by image numbers (b,), with a trailing dimension of 1."""
         return Cameras(*(getattr(self, field.name)[..., which, None] for field in fields(self)))
 
     def part(self, which: slice) -> Cameras:
-        """The cameras of a run of pictures."""
+        """Select the cameras of a slice of images."""
         return Cameras(*(getattr(self, field.name)[..., which] for field in fields(self)))
 
     def project(self, p: Tensor) -> Tensor:
-        """Points (3, ...) -> across, down and depth along the view, (3, ...)."""
+        """Project points (3, ...) to x, y and depth along the view, (3, ...)."""
         depth = dot(self.forward, p) + DISTANCE
         x = (dot(self.right, p) / depth - self.middle[0]) * self.scale + self.centre[0]
         y = self.centre[1] - (dot(self.up, p) / depth - self.middle[1]) * self.scale
         return torch.stack([x, y, depth])
 
     def rays(self, x: Tensor, y: Tensor) -> Tensor:
-        """Unit directions (3, ...) from the eye through picture coordinates (...)."""
+        """Unit directions (3, ...) from the camera through image coordinates (...)."""
         across = (x - self.centre[0]) / self.scale + self.middle[0]
         upwards = (self.centre[1] - y) / self.scale + self.middle[1]
         return unit((self.forward + self.right * across).addcmul_(self.up, upwards))
 
 
 def aim(scenes: Sequence[Scene], reach: Sequence[float], device: torch.device) -> Cameras:
-    """The cameras of scenes.
+    """Create the cameras of scenes.
 
-    A picture's scale and shift follow from its object's outline, `reach` beyond its surface (for what grows on it), so
-    that its larger side takes its size's share of the picture and its middle lies at the scene's offset.
+    Scale and offset follow from the object's outline, extended by `reach` for strands on the surface: its larger side
+    has the relative width of the scene's size, and its centre is at the scene's offset.
     """
     n = len(scenes)
     numbers = np.concatenate(

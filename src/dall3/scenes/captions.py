@@ -1,4 +1,4 @@
-"""Captions of scenes: a small grammar with many wordings for one picture."""
+"""Captions of scenes: a small grammar with many wordings for one image."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from dall3.scenes.scene import COLOURS, FRUIT, Scene
 
-# {m} is the material, {s} the shape, {z} the size with a blank behind it, or nothing. "a" becomes "an" at the end.
+# {m} is the material, {s} the shape, {z} the size with a trailing space, or empty. `with_articles` turns "a" to "an".
 OF_SUBSTANCE = (
     "a {z}{s} made of {m}",
     "a {z}{s} made of {m}",
@@ -23,7 +23,7 @@ OF_SUBSTANCE = (
     "{m} in the shape of a {z}{s}",
     "a {z}{s}, made of {m}",
 )
-# Things that can be counted: "an armchair shaped like an avocado".
+# Countable materials: "an armchair shaped like an avocado".
 OF_FRUIT = (
     "a {z}{s} shaped like a {m}",
     "a {z}{s} shaped like a {m}",
@@ -77,7 +77,7 @@ BEHIND = (
 
 
 def with_articles(text: str) -> str:
-    """The text with "a" as "an" before a vowel."""
+    """Replace "a" by "an" before vowels."""
     words = text.split(" ")
     for k in range(len(words) - 1):
         if words[k] in ("a", "an"):
@@ -90,7 +90,7 @@ def pick(rng: np.random.Generator, wordings: tuple[str, ...]) -> str:
 
 
 def wordings(material: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The forms for a material: those that name it and the shape, the plainest first, and those that name one."""
+    """Templates for a material: those that name it and the shape, the plainest first, and those that name only one."""
     if material in COLOURS:
         return OF_COLOUR, ONE_NAME_COLOUR
     if material in FRUIT:
@@ -101,17 +101,17 @@ def wordings(material: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def fill(form: str, scene: Scene, size: bool) -> str:
-    """The form with the scene's words in their places."""
+    """Fill a template with the scene's words."""
     adjective = ADJECTIVES.get(scene.material, scene.material)
     words = {"s": scene.shape, "m": scene.material, "adjective": adjective, "b": scene.background}
     return with_articles(form.format(z=f"{scene.size} " if size else "", **words))
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """One of many wordings for the scene, lower case ASCII.
+    """A random caption for the scene, lower-case ASCII.
 
-    Nineteen in twenty name shape and material ("polka dots" and "stripes" also as "polka dot" and "striped"), the
-    others one of them; half name the background, a third the size.
+    95 % of the captions name shape and material ("polka dots" and "stripes" also as "polka dot" and "striped"), the
+    others one of them. Half name the background, a third the size.
     """
     both, one = wordings(scene.material)
     kind = rng.random()
@@ -120,14 +120,15 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     else:
         form = pick(rng, one if kind > 0.95 else both)
         form = pick(rng, PREFIXES) + form if rng.random() < 0.4 else form
-    # Not every form has room for a size: 0.37 of those that have are a third of all.
+    # Not every template has a size; 0.37 of those that do are a third of all.
     size = rng.random() < 0.37
     return fill(form + pick(rng, BEHIND) if rng.random() < 0.5 else form, scene, size)
 
 
 def describe(scene: Scene, background: bool = False, size: bool = False) -> str:
-    """The scene's one plain caption: "a cube made of cloud", "a red cube", "a cube with stripes", and where asked its
-    size ("a small red cube") and its background ("a red cube on a blue background").
+    """The scene's plain caption: "a cube made of cloud", "a red cube", "a cube with stripes".
+
+    background: add the background ("a red cube on a blue background"). size: add the size ("a small red cube").
     """
     form = wordings(scene.material)[0][0]
     return fill(form + BEHIND[0] if background else form, scene, size)

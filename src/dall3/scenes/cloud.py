@@ -1,4 +1,4 @@
-"""Solids filled with cloud: no surface, but a density that rises inwards, marched through front to back."""
+"""Clouds: a density that rises towards the inside of a solid, rendered by ray marching from front to back."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from dall3.scenes.noise import billows, look_up
 from dall3.scenes.shapes import DISTANCES, bound, delicacy, dot
 from dall3.scenes.trace import Blocks
 
-REACH = 0.12  # how far wisps stand out from the solid
+REACH = 0.12  # how far wisps extend from the solid
 STEPS = 20
 
 
 def draw_clouds(
     runs: Sequence[tuple[str, slice]], blocks: Blocks, cameras: Cameras, shifts: Tensor, samples: int
 ) -> tuple[Tensor, Tensor]:
-    """Premultiplied light (3, b, k) and coverage (b, k) in blocks of pictures `samples` wide.
+    """Premultiplied light (3, b, k) and coverage (b, k) in blocks of images `samples` wide.
 
-    runs: the shapes, each with its run of blocks. shifts: where each picture looks into the noise, (3, n).
+    runs: shapes with their slices of blocks. shifts: offsets into the noise per image, (3, n).
     """
     light = shifts.new_zeros(3, len(blocks.which), blocks.coordinates(slice(0, 1), samples)[0].shape[1])
     cover = torch.zeros_like(light[0])

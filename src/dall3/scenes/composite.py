@@ -1,4 +1,4 @@
-"""Emoji laid on plain backgrounds, many at once on any device, as `draw_emoji` lays one."""
+"""Composite emoji on plain backgrounds in batches on any device, with the results of `draw_emoji`."""
 
 from __future__ import annotations
 
@@ -15,15 +15,13 @@ from dall3.scenes.emoji import GRID, WIDTHS, Emoji, read_drawings
 from dall3.scenes.scene import BACKGROUNDS
 from dall3.scenes.shapes import put
 
-SIDE = 256  # of the drawings
-LOBES = 3  # of Lanczos' filter
+SIDE = 256  # pixels of a drawing
+LOBES = 3  # lobes of the Lanczos filter
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A drawing in a picture: its number among the drawings, and the left, top and width of its square, as shares of
-    the picture's side.
-    """
+    """A drawing placed in an image: its number, and the left, top and width of its square relative to the image."""
 
     drawing: int
     left: float
@@ -32,15 +30,15 @@ class Layer:
 
 
 def placed(drawing: int, size: str, shift: tuple[int, int]) -> Layer:
-    """The layer that `draw_emoji` draws for a size and a shift."""
+    """The layer for a size and a shift, as in `draw_emoji`."""
     margin = (GRID - WIDTHS[size]) / 2
     return Layer(drawing, (margin + shift[0]) / GRID, (margin + shift[1]) / GRID, WIDTHS[size] / GRID)
 
 
 class Drawings:
-    """The emoji's drawings on a device, uint8 (n, 4, 256, 256), premultiplied: 0.9 GB for all of them.
+    """The emoji's drawings on a device, uint8 (n, 4, 256, 256), premultiplied: 0.9 GB for all.
 
-    A GPU gets them all at once, in a few seconds. A CPU decodes each when it is first asked for.
+    On a GPU all drawings are decoded at construction, which takes a few seconds. On a CPU each is decoded at first use.
     """
 
     def __init__(self, emoji: Sequence[Emoji], device: torch.device) -> None:
@@ -65,13 +63,13 @@ class Drawings:
         self.loaded[missing] = True
 
     def draw(self, layers: Sequence[Layer], side: int) -> Tensor:
-        """Premultiplied colour and alpha, float (n, 4, side, side) in [0, 255]."""
+        """Resize and place drawings: premultiplied RGBA, float (n, 4, side, side) in [0, 255]."""
         self.load(layer.drawing for layer in layers)
         numbers = put([layer.drawing for layer in layers], self.device)
         places = put([(layer.left, layer.top, layer.width) for layer in layers], self.device, torch.float32)
         left, top, width = (places.T * side)[..., None, None]
         drawn = self.pixels[numbers].float() @ resampling(left, width, side)[:, None].mT
-        # Pillow rounds after either direction; the filter overshoots at edges.
+        # Pillow rounds after each of the two passes; the filter overshoots at edges.
         drawn = drawn.round_().clamp_(0, 255)
         drawn = (resampling(top, width, side)[:, None] @ drawn).round_().clamp_(0, 255)
         drawn[:, :3] = torch.minimum(drawn[:, :3], drawn[:, 3:])
@@ -79,8 +77,8 @@ class Drawings:
 
 
 def resampling(start: Tensor, width: Tensor, side: int) -> Tensor:
-    """Matrices (n, side, SIDE) that resize a row of a drawing to `width` pixels from `start`, (n, 1, 1) each, with
-    Lanczos' filter (C. Lanczos, Applied Analysis, 1956), and leave the other pixels 0.
+    """Matrices (n, side, SIDE) that resample a row of a drawing to `width` pixels from `start`, (n, 1, 1) each, with a
+    Lanczos filter (C. Lanczos, Applied Analysis, 1956). Other pixels are 0.
     """
     place = torch.arange(side, device=start.device)[:, None] + 0.5 - start
     source = torch.arange(SIDE, device=start.device) + 0.5
@@ -92,7 +90,7 @@ def resampling(start: Tensor, width: Tensor, side: int) -> Tensor:
 
 
 def lay(drawings: Drawings, pictures: Sequence[Sequence[Layer]], backgrounds: Sequence[str], side: int) -> Tensor:
-    """Pictures, uint8 (n, 3, side, side): each its layers, the lowest first, on its background."""
+    """Composite layers, the lowest first, on background colours: images, uint8 (n, 3, side, side)."""
     colours = put([BACKGROUNDS[name] for name in backgrounds], drawings.device, torch.float32)
     canvas = colours[..., None, None].expand(-1, -1, side, side).contiguous()
     for level in range(max(map(len, pictures))):

@@ -1,7 +1,7 @@
-"""Fluent emoji: Microsoft's pictures (MIT licence) with the names and tags of emojibase, laid on plain backgrounds.
+"""Fluent emoji by Microsoft (MIT licence) on plain backgrounds, with the names and tags of emojibase.
 
-Both come from the npm registry: `npm install @lobehub/fluent-emoji-3d emojibase-data`. `pack_emoji` puts them into one
-file, for machines without a network.
+Both come from the npm registry: `npm install @lobehub/fluent-emoji-3d emojibase-data`. `pack_emoji` archives them for
+machines without a network.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from dall3.images import open_image
 from dall3.scenes.scene import BACKGROUNDS, SIZES, is_held_out
 
 PACKAGES = ("@lobehub/fluent-emoji-3d@1.1.0", "emojibase-data@17.0.0")
-# Widths and shifts count in sixteenths of the picture's side, the grid of a coarse picture's codes: a drawing has
-# nearly the same codes wherever it stands (93 of 100, by the bundled VQGAN), and need not be learned anew for each.
+# Widths and shifts are in sixteenths of the image's side, the grid of codes. A drawing then has nearly the same codes
+# at any position (93 % with the bundled VQGAN), so that the transformer need not learn each position separately.
 GRID = 16
 SIZE = (256, 256)  # pixels of a drawing
 WIDTHS = {"small": 8, "medium": 10, "large": 14}
-HOW_OFTEN = {"small": 0.08, "medium": 0.12, "large": 0.8}  # mostly the one that is learned soonest
-FLAGS = 9  # emojibase's group
+HOW_OFTEN = {"small": 0.08, "medium": 0.12, "large": 0.8}  # mostly large, which is learned fastest
+FLAGS = 9  # emojibase's group number
 
 
 @dataclass(frozen=True)
 class Emoji:
-    """One drawing: emojibase's code point string, what it is called, and its file of 256×256 pixels with alpha.
+    """One emoji: emojibase's code point string, its name and tags, and its RGBA file of 256×256 pixels.
 
-    archive: the file of `pack_emoji` that holds it under `path`, or None where `path` is a file of its own.
+    archive: the file of `pack_emoji` that contains `path`, or None if `path` is a file on disk.
     """
 
     hexcode: str
@@ -42,14 +42,14 @@ class Emoji:
     tags: tuple[str, ...]
     path: Path
     group: int | None
-    toned: bool = False  # one of several skin tones
+    toned: bool = False  # a skin tone variant
     archive: Path | None = None
 
 
 def fetch_emoji(folder: str | Path) -> Path:
-    """Fetch the pictures and their names with npm into `folder`, once; about 30 MB. Returns the folder.
+    """Download drawings and names with npm to `folder`, about 30 MB, unless they exist. Returns the folder.
 
-    Raises RuntimeError where there is no npm or it fails, with its words.
+    Raises RuntimeError if npm is missing or fails, with its message.
     """
     folder = Path(folder)
     if not (folder / "node_modules/emojibase-data/en/data.json").exists():
@@ -63,11 +63,11 @@ def fetch_emoji(folder: str | Path) -> Path:
     return folder
 
 
-NAMES = "names.json"  # in an archive: one object a drawing, in emojibase's order
+NAMES = "names.json"  # in an archive: one object per drawing, in emojibase's order
 
 
 def pack_emoji(folder: str | Path, archive: str | Path) -> Path:
-    """Put what `fetch_emoji` fetched into one zip file, about 20 MB, that `list_emoji` reads. Returns its path.
+    """Pack the files of `fetch_emoji` into a zip file, about 20 MB, that `list_emoji` reads. Returns its path.
 
     Raises FileNotFoundError where `folder` has no emoji.
     """
@@ -83,10 +83,10 @@ def pack_emoji(folder: str | Path, archive: str | Path) -> Path:
 
 
 def list_emoji(place: str | Path, toned: bool = False) -> list[Emoji]:
-    """Every drawing that emojibase names, in its order; with `toned` those in other skin tones too.
+    """List all drawings that emojibase names, in its order. toned: include skin tone variants.
 
-    place: the folder where `fetch_emoji` put them, or the file of `pack_emoji`. Raises FileNotFoundError where they
-    are not, and ValueError for a file that is no such archive.
+    place: the folder of `fetch_emoji`, or the file of `pack_emoji`. Raises FileNotFoundError if they are missing, and
+    ValueError for a file that is not such an archive.
     """
     place = Path(place)
     if place.is_file():
@@ -123,7 +123,7 @@ def read_names(archive: Path) -> list[Emoji]:
 
 
 def read_drawings(emoji: Iterable[Emoji]) -> Iterable[Image.Image]:
-    """The drawings one by one, RGBa: 256×256 pixels whose colours are multiplied by alpha."""
+    """Yield the drawings as PIL images of mode RGBa (premultiplied), 256×256 pixels."""
     opened: dict[Path, zipfile.ZipFile] = {}
     try:
         for drawing in emoji:
@@ -142,16 +142,16 @@ def read_drawings(emoji: Iterable[Emoji]) -> Iterable[Image.Image]:
 
 
 def training_pool(emoji: Sequence[Emoji]) -> list[Emoji]:
-    """The drawings as often as training should see them: flags and skin tones are many and much alike."""
+    """The drawings, repeated by how often training should draw them. Flags and skin tones are many and similar."""
     return [drawing for drawing in emoji for _ in range(1 if drawing.toned else 2 if drawing.group == FLAGS else 8)]
 
 
 def draw_emoji(
     emoji: Emoji, background: str, size: str, side: int = 256, shift: tuple[int, int] = (0, 0)
 ) -> np.ndarray:
-    """A drawing on a background colour: uint8 (side, side, 3).
+    """Draw an emoji on a background colour: uint8 (side, side, 3).
 
-    shift: to the right and down, in sixteenths of the side.
+    shift: (right, down) in sixteenths of the side.
     """
     width = round(WIDTHS[size] * side / GRID)
     (premultiplied,) = read_drawings([emoji])
@@ -164,7 +164,7 @@ def draw_emoji(
 
 
 def random_placement(rng: np.random.Generator) -> tuple[str, tuple[int, int]]:
-    """A size, and a shift within half of the margin, as `draw_emoji` takes them."""
+    """A random size, and a random shift within half of the margin, as in `draw_emoji`."""
     size = str(rng.choice(SIZES, p=[HOW_OFTEN[size] for size in SIZES]))
     reach = (GRID - WIDTHS[size]) // 4
     right, down = rng.integers(-reach, reach + 1, 2).tolist()
@@ -172,7 +172,7 @@ def random_placement(rng: np.random.Generator) -> tuple[str, tuple[int, int]]:
 
 
 def random_background(emoji: Emoji, rng: np.random.Generator, held_out: bool | None = False) -> str | None:
-    """A background for a drawing, or None where it has none: held_out as `random_emoji_picture` takes it."""
+    """A random background for a drawing, or None if it has none. held_out: as in `random_emoji_picture`."""
     backgrounds = [b for b in BACKGROUNDS if held_out is None or is_held_out(emoji.hexcode, b) == held_out]
     return backgrounds[rng.integers(len(backgrounds))] if backgrounds else None
 
@@ -180,10 +180,10 @@ def random_background(emoji: Emoji, rng: np.random.Generator, held_out: bool | N
 def random_emoji_picture(
     emoji: Emoji, rng: np.random.Generator, side: int = 256, held_out: bool | None = False
 ) -> tuple[np.ndarray, str]:
-    """A drawing on a random background in a random size and place, and a caption: uint8 (side, side, 3), str.
+    """Draw an emoji with random background, size and position, and a caption: uint8 (side, side, 3), str.
 
-    held_out: False leaves out the (drawing, background) pairs that training never sees, True takes only those, None
-    takes any. Raises ValueError for a drawing that has none such.
+    held_out: False excludes the (drawing, background) pairs held out from training, True uses only those, None uses
+    all. Raises ValueError if the drawing has no such pair.
     """
     background = random_background(emoji, rng, held_out)
     if background is None:
@@ -197,7 +197,7 @@ def with_article(words: str) -> str:
 
 
 def emoji_caption(emoji: Emoji, background: str, size: str, rng: np.random.Generator) -> str:
-    """One of many wordings: the name always, the background in about half, the size and the tags in some."""
+    """A random caption. It always contains the name, in half of the cases the background, in some the size or tags."""
     name = emoji.name.lower()
     if rng.random() < 0.25 and emoji.tags:
         tags = [tag.lower() for tag in rng.permutation(np.array(emoji.tags, dtype=object))[: rng.integers(1, 4)]]

@@ -1,4 +1,4 @@
-"""Fruit: the solids as if cut from it, so that the eye sees a rim of skin round the flesh, with its stone or seeds."""
+"""Fruit materials: solids that look cut from a fruit, with a rim of skin, flesh, and a stone or seeds."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dall3.scenes.shapes import dot, nearest_square, spaced_points, top
 
 
 def paint(under: Tensor, colour: tuple[int, int, int], share: Tensor) -> Tensor:
-    """Light (3, b, k) with a colour 0..255 over that share (b, k) of it."""
+    """Blend an 8-bit colour over light (3, b, k) with opacity `share` (b, k)."""
     return under + (light(colour, share.device) - under) * share
 
 
 def rim(s: Surface) -> Tensor:
-    """How far points (b, k) lie inside the outline that the eye sees, by how thick the solid is behind them."""
+    """The distance of points (b, k) from the visible outline, estimated from the solid's thickness behind them."""
     return s.thickness(s.view)
 
 
@@ -28,7 +28,7 @@ def avocado(s: Surface) -> Look:
     skin = mix((26, 44, 20), (62, 86, 34), (0.4 + 0.3 * grain[0]).clamp_(0, 1))
     flesh = mix((150, 186, 62), (240, 228, 130), smooth_step(0.30, 0.75, inside))
     cut = smooth_step(0.20, 0.26, inside)
-    # The stone is a ball before the middle of the solid, as the eye sees it.
+    # The stone is a ball in front of the solid's centre, in view coordinates.
     across, upwards = dot(s.camera.right, s.p), dot(s.camera.up, s.p) + 0.12
     off = (across * across).addcmul_(upwards, upwards) * (1 / 0.30**2)
     stone = smooth_step(1.05, 0.92, off) * cut
@@ -45,7 +45,7 @@ def avocado(s: Surface) -> Look:
 
 
 def seeds(s: Surface, spacing: float) -> Tensor:
-    """The squared distances (b, k) to the nearest seed."""
+    """Squared distances (b, k) to the nearest seed."""
     return s.by_shape(lambda shape, run: nearest_square(spaced_points(shape, spacing, s.p.device), s.p[:, run]))
 
 
@@ -55,7 +55,7 @@ def strawberry(s: Surface) -> Look:
     blush = look_up((fractal, (1, 8, 1.6)), s.shifted(), 0.4)[0]
     albedo = mix((206, 18, 30), (236, 54, 44), (0.5 + 0.3 * blush).clamp_(0, 1)) * (1 - 0.45 * dimple)
     albedo = paint(albedo, (250, 214, 110), smooth_step(0.0022, 0.0014, square))
-    # Leaves lie on the top, their edge in points.
+    # Leaves cover the top, with a jagged edge.
     heights = s.by_shape(lambda shape, run: s.p[1, run] / top(shape))
     turn = torch.atan2(s.p[0], s.p[2]) * (9 / 6.2831853)
     points = (turn - turn.floor() - 0.5).abs() * 0.5

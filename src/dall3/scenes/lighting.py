@@ -1,4 +1,4 @@
-"""How a point of the surface turns light into colour."""
+"""Shading: the light that leaves a surface point towards the camera."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from dall3.scenes.shapes import DISTANCES, dot, unit
 
 @dataclass
 class Surface:
-    """What a material is told of points of objects, in their own coordinates, in b blocks of k points.
+    """A material's input: surface points in object coordinates, in b blocks of k points.
 
-    runs: the shapes, each with its run of blocks. p, n, view: points, unit normals and unit directions from the eye,
-    (3, b, k). which: the blocks' pictures, (b,). camera: theirs. pictures: the scenes without their objects, light
-    (n, 3, size, size). details: the scenes' own random numbers, (numbers, b, 1), as `details` draws them.
+    runs: shapes with their slices of blocks. p, n, view: points, unit normals and unit directions from the camera,
+    (3, b, k). which: image numbers of the blocks, (b,). camera: their cameras. pictures: the scenes without objects,
+    linear light (n, 3, size, size). details: random numbers of the scenes, (numbers, b, 1), as `details` draws them.
     """
 
     runs: Sequence[tuple[str, slice]]
@@ -32,15 +32,15 @@ class Surface:
     details: Tensor
 
     def shifted(self) -> Tensor:
-        """The points (3, b, k) moved by the scenes' own random vectors: where they look into a noise."""
+        """The points (3, b, k), offset by a random vector per scene, for noise lookups."""
         return self.p + self.details[:3]
 
     def by_shape(self, make: Callable[[str, slice], Tensor]) -> Tensor:
-        """What `make` says of each shape's run, put together along the blocks."""
+        """Call `make` for each shape's slice and concatenate the results along the blocks."""
         return torch.cat([make(shape, run) for shape, run in self.runs], dim=-2)
 
     def thickness(self, directions: Tensor, steps: int = 7) -> Tensor:
-        """How far unit directions (3, b, k) lead through the object from each point, (b, k), roughly."""
+        """The approximate length (b, k) of the path through the object along unit directions (3, b, k)."""
 
         def through(shape: str, run: slice) -> Tensor:
             p, towards = self.p[:, run], directions[:, run]
@@ -52,7 +52,7 @@ class Surface:
         return self.by_shape(through)
 
     def seen_behind(self, points: Tensor) -> Tensor:
-        """The light (3, b, k) of the picture where points (3, b, k) would appear in it."""
+        """The background's light (3, b, k) at the projections of points (3, b, k)."""
         size = self.pictures.shape[-1]
         across, down, _ = (self.camera.project(points) * size).nan_to_num_(0).clamp_(0, size - 1).long()
         place = (self.which[:, None] * (3 * size) + down) * size + across
@@ -62,9 +62,11 @@ class Surface:
 
 @dataclass
 class Look:
-    """What a material says of points: albedo (3, b, k) or (3, 1, 1); normals with its bumps, (3, b, k), or None for
-    the solid's; specular highlights of that strength and exponent; how strongly it mirrors the studio, in which tint
-    (3, 1, 1) or as the Fresnel term alone; and its own glow (3, b, k).
+    """A material's output at surface points.
+
+    albedo: (3, b, k) or (3, 1, 1). normal: bump-mapped normals, (3, b, k), or None for the solid's. specular, gloss:
+    strength and exponent of highlights. mirror: strength of the reflection of the studio. tint: its colour, (3, 1, 1),
+    or None for the Fresnel term. glow: emitted light, (3, b, k).
     """
 
     albedo: Tensor
@@ -77,12 +79,12 @@ class Look:
 
 
 def bend(n: Tensor, slope: Tensor, amount: float) -> Tensor:
-    """Unit normals (3, ...) tilted against a height's slope (3, ...): bump mapping (Blinn, SIGGRAPH 1978)."""
+    """Bump mapping (Blinn, SIGGRAPH 1978): unit normals (3, ...) tilted by the gradient of a height field (3, ...)."""
     return unit(n - slope * amount)
 
 
 def fresnel(n: Tensor, view: Tensor) -> Tensor:
-    """The mirrored share of light by Schlick's approximation (1994), from 0.04 head on to 1 at grazing angles."""
+    """Schlick's approximation (1994) of the reflectance, from 0.04 at normal incidence to 1 at grazing angles."""
     facing = (1 + dot(n, view)).clamp_(0, 1)
     square = facing * facing
     return square * square * facing * 0.96 + 0.04
@@ -93,7 +95,7 @@ def reflect(view: Tensor, n: Tensor) -> Tensor:
 
 
 def studio(camera: Cameras, direction: Tensor) -> Tensor:
-    """The light (...) that comes from directions (3, ...): a dim room, a bright ceiling, a window beside the light."""
+    """An environment map: the light (...) from directions (3, ...), of a dim room, a bright ceiling and a window."""
     height = dot(camera.vertical, direction)
     side = dot(camera.right, direction)
     towards = dot(camera.light, direction)
@@ -103,7 +105,7 @@ def studio(camera: Cameras, direction: Tensor) -> Tensor:
 
 
 def shade(surface: Surface, look: Look, openness: Tensor) -> Tensor:
-    """Light (3, b, k) that leaves the surface to the eye; openness (b, k): what the surroundings leave of the sky."""
+    """The light (3, b, k) that leaves the surface towards the camera. openness: ambient visibility, (b, k)."""
     camera, view = surface.camera, surface.view
     n = surface.n if look.normal is None else look.normal
     facing = dot(camera.light, n)
@@ -123,5 +125,5 @@ def shade(surface: Surface, look: Look, openness: Tensor) -> Tensor:
 
 
 def expose(light: Tensor) -> Tensor:
-    """Light from 0 up, brought below 1: what passes 0.7 is compressed, so that bright faces keep their shading."""
+    """Tone mapping: compress light above 0.7 to below 1, so that bright faces keep their shading."""
     return light.clamp(max=0.7) + 0.3 * torch.tanh((light - 0.7).clamp_(min=0) / 0.3)

@@ -1,4 +1,4 @@
-"""What the solids are made of: each material looks at points of a surface and says how they take the light."""
+"""Materials: functions from surface points to their appearance."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def wood(s: Surface) -> Look:
 
 
 def lay_courses(s: Surface, height: float, length: float) -> Tensor:
-    """The surface's coordinates of `courses`, (2, b, k)."""
+    """The brick coordinates of `courses` for a surface, (2, b, k)."""
     return s.by_shape(lambda shape, run: torch.stack(courses(shape, s.p[:, run], s.n[:, run], height, length)))
 
 
@@ -178,7 +178,7 @@ def stripes(s: Surface) -> Look:
 
 
 def soil(dark: tuple[int, int, int], pale: tuple[int, int, int]) -> Callable[[Surface], Look]:
-    """What shows between the strands of porcupine and grass."""
+    """The ground between strands, for porcupine and grass."""
 
     def look(s: Surface) -> Look:
         grain = look_up((fractal, (3, 24, 0.8)), s.shifted(), 0.7)[0]
@@ -211,10 +211,10 @@ NUMBERS = 10
 
 
 def details(scene: Scene) -> list[float]:
-    """A scene's own random numbers, from its seed: where it looks into the noises (3), then what its material asks for.
+    """The random numbers of a scene, from its seed: the offset into the noise (3), then those of its material.
 
-    Wood: its centre (2). Stripes: their axis (3, in place of the noises'), their phase, their two colours. Polka dots:
-    their two colours.
+    Wood: the centre of the rings (2). Stripes: the axis (3, in place of the offset), the phase, the two colours. Polka
+    dots: the two colours.
     """
     rng = np.random.default_rng(scene.seed)
     numbers = [0.0] * NUMBERS

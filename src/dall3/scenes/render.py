@@ -1,4 +1,4 @@
-"""Pictures of scenes, many at once on any device: sphere tracing at two samples a pixel each way, then a box filter."""
+"""Render scenes in batches on any device: sphere tracing with 2×2 samples per pixel and a box filter."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from dall3.scenes.shapes import DISTANCES, delicacy, dot, normals, put
 from dall3.scenes.strands import STRANDS, draw_strands
 from dall3.scenes.trace import BLOCK, Blocks, find_blocks, trace
 
-SAMPLES = 2  # a pixel, each way
-CLOUD_REACH = 0.25  # how far from a solid its cloud may be
-CHUNK = {"cpu": 2, "cuda": 1024}  # pictures of 256 pixels that are drawn at once
-PIECE = 256  # blocks
+SAMPLES = 2  # per pixel and axis
+CLOUD_REACH = 0.25  # maximum distance of a cloud from its solid
+CHUNK = {"cpu": 2, "cuda": 1024}  # images of 256 pixels rendered at a time
+PIECE = 256  # blocks processed at a time on a CPU
 
 
 def runs_of(names: Sequence[str], counts: Sequence[int]) -> list[tuple[str, slice]]:
-    """The runs of equal names, by how much each name takes."""
+    """Merge consecutive equal names into slices. counts: the length of each."""
     runs, end = [], 0
     for name, group in groupby(zip(names, counts, strict=True), key=lambda pair: pair[0]):
         start, end = end, end + sum(count for _, count in group)
@@ -42,7 +42,7 @@ def reach(scene: Scene) -> float:
 
 
 def pieces(runs: Sequence[tuple[str, slice]], device: torch.device) -> list[tuple[str, slice]]:
-    """Runs of blocks, on a CPU cut so short that what is computed for one stays in the processor's cache."""
+    """Slices of blocks, on a CPU split so that the intermediate results of one fit the processor's cache."""
     if device.type != "cpu":
         return list(runs)
     return [
@@ -53,28 +53,28 @@ def pieces(runs: Sequence[tuple[str, slice]], device: torch.device) -> list[tupl
 
 
 def shrink(layer: Tensor) -> Tensor:
-    """The mean of each pixel's samples in blocks: (channels, b, BLOCK²) -> (channels, b, (BLOCK / SAMPLES)²)."""
+    """Average the samples of each pixel: (channels, b, BLOCK²) -> (channels, b, (BLOCK / SAMPLES)²)."""
     rows = layer.unflatten(-1, (BLOCK // SAMPLES, SAMPLES, BLOCK // SAMPLES, SAMPLES))
     return ((rows[..., 0, :, 0] + rows[..., 0, :, 1] + rows[..., 1, :, 0] + rows[..., 1, :, 1]) * 0.25).flatten(-2)
 
 
 def lay_out(pixels: Tensor, across: int, size: int) -> Tensor:
-    """Blocks of pixels (channels, n · across², k²) -> pictures (n, channels, size, size)."""
+    """Arrange blocks of pixels (channels, n · across², k²) as images (n, channels, size, size)."""
     channels, wide = len(pixels), round(pixels.shape[-1] ** 0.5)
     grid = pixels.reshape(channels, -1, across, across, wide, wide).permute(1, 0, 2, 4, 3, 5)
     return grid.reshape(-1, channels, across * wide, across * wide)[..., :size, :size]
 
 
 def draw_solids(scenes: Sequence[Scene], cameras: Cameras, numbers: Tensor, pictures: Tensor) -> Tensor:
-    """Premultiplied light and coverage (n, 4, size, size) of scenes, sorted by shape. numbers: their details (k, n).
+    """Render solids: premultiplied light and coverage (n, 4, size, size) of scenes sorted by shape.
 
-    pictures: the scenes without their objects, light (n, 3, size, size).
+    numbers: the scenes' random numbers, (k, n). pictures: the scenes without objects, linear light (n, 3, size, size).
     """
     size, device, n = pictures.shape[-1], pictures.device, len(scenes)
     samples = size * SAMPLES
     shapes = [scene.shape for scene in scenes]
     blocks = find_blocks(runs_of(shapes, [1] * n), cameras, samples)
-    # Points, normals, directions from the eye, openness: what the materials are told, kept for all blocks.
+    # Points, normals, view directions and openness of all blocks, the input of the materials.
     points = torch.empty(10, len(blocks.which), BLOCK**2, device=device)
     depth = torch.empty_like(points[0])
     for shape, run in pieces(runs_of(shapes, blocks.counts), device):
@@ -107,7 +107,7 @@ def draw_solids(scenes: Sequence[Scene], cameras: Cameras, numbers: Tensor, pict
 
 
 def by_material(scenes: Sequence[Scene], blocks: Blocks) -> list[tuple[str, Tensor, list[tuple[str, slice]]]]:
-    """Each material with the numbers of its blocks, (b,), and in them the run of each shape."""
+    """For each material the indices of its blocks, (b,), and the slices of each shape among them."""
     device, starts = blocks.which.device, np.cumsum([0, *blocks.counts])
     found = []
     for material in MATERIALS:
@@ -128,8 +128,8 @@ def by_material(scenes: Sequence[Scene], blocks: Blocks) -> list[tuple[str, Tens
 def grow(
     scenes: Sequence[Scene], cameras: Cameras, blocks: Blocks, depth: Tensor, layer: Tensor, samples: int
 ) -> list[tuple[Tensor, Tensor]]:
-    """What grows on the objects, laid over their light and coverage (4, b, BLOCK²): the pictures' numbers (m,) and
-    their pixels, (4, m · across², (BLOCK / SAMPLES)²), for each material and size.
+    """Draw strands over the objects' light and coverage (4, b, BLOCK²). Returns image numbers (m,) and pixels
+    (4, m · across², (BLOCK / SAMPLES)²) for each material and size.
     """
     groups: dict[tuple[str, str], list[int]] = {}
     for k, scene in enumerate(scenes):
@@ -155,7 +155,7 @@ def grow(
 
 
 def draw_cloudy(scenes: Sequence[Scene], cameras: Cameras, numbers: Tensor, size: int) -> Tensor:
-    """Premultiplied light and coverage (n, 4, size, size) of scenes of cloud, sorted by shape."""
+    """Render clouds: premultiplied light and coverage (n, 4, size, size) of scenes sorted by shape."""
     shapes = [scene.shape for scene in scenes]
     blocks = find_blocks(runs_of(shapes, [1] * len(scenes)), cameras, size, CLOUD_REACH)
     runs = pieces(runs_of(shapes, blocks.counts), numbers.device)
@@ -166,7 +166,7 @@ def draw_cloudy(scenes: Sequence[Scene], cameras: Cameras, numbers: Tensor, size
 
 
 def draw_sorted(scenes: Sequence[Scene], size: int, device: torch.device) -> Tensor:
-    """The pictures, uint8 (n, 3, size, size), of scenes sorted by `sorting`."""
+    """Render scenes sorted by `sorting`: uint8 (n, 3, size, size)."""
     cameras = aim(scenes, [reach(scene) for scene in scenes], device)
     numbers = put([details(scene) for scene in scenes], device, torch.float32).T
     pictures = draw_backdrops(scenes, runs_of([scene.shape for scene in scenes], [1] * len(scenes)), cameras, size)
@@ -185,16 +185,16 @@ def draw_sorted(scenes: Sequence[Scene], size: int, device: torch.device) -> Ten
 
 
 def chunk_length(size: int, device: torch.device) -> int:
-    """How many pictures are drawn at once, so that memory suffices: well under 1 GB on a CPU, about 10 GB on a GPU."""
+    """The number of images rendered at a time. Uses less than 1 GB of memory on a CPU, and about 10 GB on a GPU."""
     most = CHUNK.get(device.type, CHUNK["cuda"])
     return max(most * 256 * 256 // (size * size), 1)
 
 
 @torch.no_grad()
 def render_many(scenes: Sequence[Scene], size: int = 256, device: str | torch.device = "cpu") -> Tensor:
-    """Scenes as pictures, uint8 (n, 3, size, size) on the device. A scene gives the same picture in any company.
+    """Render scenes: uint8 (n, 3, size, size) on the device. An image does not depend on the other scenes.
 
-    The device is waited for once a chunk of hundreds. Raises ValueError for a size under 16 pixels.
+    Synchronizes with the device once per chunk. Raises ValueError for a size below 16 pixels.
 
     >>> render_many([Scene("cube", "wood"), Scene("egg", "cloud")], 64).shape
     torch.Size([2, 3, 64, 64])
@@ -211,13 +211,13 @@ def render_many(scenes: Sequence[Scene], size: int = 256, device: str | torch.de
 
 
 def sorting(scene: Scene) -> tuple[bool, int, int]:
-    """Clouds before solids, and among them shape by shape, since each shape is drawn in one go."""
+    """Sort key: clouds before solids, then by shape, so that each shape is rendered in one batch."""
     return scene.material != "cloud", SHAPES.index(scene.shape), MATERIALS.index(scene.material)
 
 
 def render(scene: Scene, size: int = 256) -> NDArray[np.uint8]:
-    """The scene as a picture, uint8 (size, size, 3); the same scene gives the same bytes.
+    """Render a scene on the CPU: uint8 (size, size, 3). The same scene gives the same bytes.
 
-    Raises ValueError for a size under 16 pixels.
+    Raises ValueError for a size below 16 pixels.
     """
     return render_many([scene], size)[0].permute(1, 2, 0).contiguous().numpy()

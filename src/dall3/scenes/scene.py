@@ -1,4 +1,4 @@
-"""The vocabulary of the small world, and one scene of it: everything that `render` needs to know."""
+"""The vocabulary of the rendered scenes, and `Scene`, the description of one."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ BACKGROUNDS = {
 }
 SIZES = ("small", "medium", "large")
 
-# Objects that a stranger would not see, or not name, on these backgrounds; any colour is also lost on its own name.
+# Colours that are hard to tell apart from these backgrounds. A colour is also excluded on a background of its own name.
 CONFUSABLE = {"orange": ("red", "yellow"), "purple": ("blue",), "red": ("pink",)}
 
 
 @dataclass(frozen=True)
 class Pose:
-    """The angles, (low, high) in degrees, at which a shape is still known for what it is."""
+    """Ranges of angles, (low, high) in degrees, at which a shape is recognizable."""
 
     azimuth: tuple[float, float] = (0, 360)
     elevation: tuple[float, float] = (16, 34)
@@ -74,12 +74,12 @@ POSES = {
 
 @dataclass(frozen=True)
 class Scene:
-    """One object on a ground before a background. Angles in degrees.
+    """One object on a ground plane in front of a background. Angles are in degrees.
 
-    The object leans towards the viewer (lean), then rolls in the picture's plane (roll), then turns about the
-    vertical (azimuth). The camera looks down at it from `elevation`. The light comes from light_azimuth, measured from
-    the camera's side to the right, at light_elevation. `offset` moves the object's centre from the picture's, (right,
-    down) in picture widths. `seed` decides the texture's details.
+    lean, roll, azimuth: rotations of the object, applied in this order: towards the viewer, in the image plane, about
+    the vertical. elevation: of the camera. light_azimuth, light_elevation: direction of the light; the azimuth is
+    measured from the camera to the right. offset: of the object's centre from the image's, (right, down) relative to
+    the image. seed: random seed of the texture.
 
     Raises ValueError for a name outside the vocabulary.
     """
@@ -104,7 +104,7 @@ class Scene:
 def check_names(
     shape: str | None = None, material: str | None = None, background: str | None = None, size: str | None = None
 ) -> None:
-    """Raise ValueError for a name outside the vocabulary; None passes."""
+    """Raise ValueError for a name outside the vocabulary. None is accepted."""
     kinds: tuple[tuple[str, str | None, Iterable[str]], ...] = (
         ("shape", shape, SHAPES),
         ("material", material, MATERIALS),
@@ -117,7 +117,7 @@ def check_names(
 
 
 def is_held_out(first: str, second: str) -> bool:
-    """Whether a pair of names, such as (shape, material), is kept from training: about one in eight is."""
+    """Whether a pair of names, such as (shape, material), is held out from training. About one in eight is."""
     return crc32(f"{first}/{second}".encode()) % 8 == 0
 
 
@@ -131,7 +131,7 @@ def is_visible(material: str, background: str) -> bool:
 def choices(
     shape: str | None, material: str | None, background: str | None, held_out: bool | None
 ) -> list[tuple[str, str, str]]:
-    """Every (shape, material, background) that random_scene may draw from."""
+    """All combinations (shape, material, background) that `random_scene` chooses from."""
     return [
         (s, m, b)
         for s in ([shape] if shape else SHAPES)
@@ -149,10 +149,10 @@ def random_scene(
     size: str | None = None,
     held_out: bool | None = False,
 ) -> Scene:
-    """A scene drawn at random; a name that is given stays.
+    """A random scene with the given names.
 
-    held_out: False for (shape, material) pairs that are not held out, True for those that are, None for any.
-    Raises ValueError for an unknown name and when no scene fits what is asked.
+    held_out: False excludes the held-out (shape, material) pairs, True uses only those, None uses all.
+    Raises ValueError for an unknown name, or if no scene has the given names.
     """
     check_names(shape, material, background, size)
     triples = choices(shape, material, background, held_out)

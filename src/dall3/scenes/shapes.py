@@ -1,7 +1,7 @@
-"""The solids as signed distance functions (Hart, "Sphere Tracing", 1996), each about 1 in radius, y upwards.
+"""Solids as signed distance functions (Hart, "Sphere Tracing", 1996), with a radius of about 1 and y upwards.
 
-A distance function takes points, float (3, ...), and returns the distances (...), negative inside. It does not exceed
-the true distance, so that a ray may always step that far.
+A distance function maps points, float (3, ...), to distances (...), negative inside. It never exceeds the true
+distance, so that a ray can step by it safely.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ ROUNDING = 0.1
 
 
 def put(values: Sequence[object], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor of the values on the device, without waiting for what the device has to do before."""
+    """Create a tensor on the device without synchronizing."""
     return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
-    """The scalar products (...) of vectors (3, ...)."""
+    """Scalar products (...) of vectors (3, ...)."""
     return (a[0] * b[0]).addcmul_(a[1], b[1]).addcmul_(a[2], b[2])
 
 
 def unit(vectors: Tensor) -> Tensor:
-    """Vectors (3, ...) at length 1."""
+    """Normalize vectors (3, ...)."""
     return vectors * dot(vectors, vectors).rsqrt_()
 
 
 def smooth_max(a: Tensor, b: Tensor, k: float = ROUNDING) -> Tensor:
-    """The larger of a and b, with the crease between them rounded over the width k: it rounds a solid's edges."""
+    """A smooth maximum with a transition of width k, which rounds the edges of intersections."""
     overlap = (a - b).abs_().neg_().add_(k).clamp_(min=0)
     return torch.maximum(a, b).addcmul_(overlap, overlap, value=0.25 / k)
 
@@ -97,7 +97,7 @@ def egg(p: Tensor) -> Tensor:
 
 
 def star(p: Tensor) -> Tensor:
-    # The plane is folded to half a point of the star; its one edge runs from the tip to the notch between two points.
+    # Fold the plane by symmetry to half of one point, whose edge runs from the tip to the notch between two points.
     sector = 2 * pi / 5
     angle = torch.atan2(p[0], p[1])
     angle = (angle - sector * (angle / sector).round_()).abs_()
@@ -113,14 +113,14 @@ STAR_EDGE_ANGLE = atan2(_across[0], _across[1])
 
 
 def box(p: Tensor, middle: tuple[float, float, float], half: tuple[float, float, float], rounding: float) -> Tensor:
-    """A box (by its middle and half sides) with rounded edges."""
+    """A box with rounded edges, given by its centre and half sides."""
     x, y, z = ((p[i] - middle[i]).abs_() - (half[i] - rounding) for i in range(3))
     outside = (x.clamp(min=0) ** 2).addcmul_(y.clamp(min=0), y.clamp(min=0)).addcmul_(z.clamp(min=0), z.clamp(min=0))
     return outside.sqrt_() + torch.maximum(torch.maximum(x, y), z).clamp_(max=0) - rounding
 
 
 def armchair(p: Tensor) -> Tensor:
-    # Left and right are alike, so that one arm and one pair of legs do for both.
+    # Mirror symmetry: one arm and one pair of legs represent both sides.
     q = torch.stack([p[0].abs(), p[1], p[2]])
     seat = box(q, (0.0, -0.27, 0.06), (0.60, 0.20, 0.56), 0.10)
     back = box(q, (0.0, 0.22, -0.50), (0.62, 0.68, 0.17), 0.16)
@@ -132,7 +132,7 @@ def armchair(p: Tensor) -> Tensor:
 def teapot(p: Tensor) -> Tensor:
     body = (length(radial(p), (p[1] + 0.08) * 1.18) - 0.62) * 0.85
     lid = length(radial(p), p[1] - 0.56) - 0.11
-    # The spout is a segment that narrows towards its end.
+    # The spout is a tapered segment.
     x, y = p[0] - 0.42, p[1] + 0.22
     along = ((x * 0.50 + y * 0.58) / (0.50**2 + 0.58**2)).clamp_(0, 1)
     spout = (length(length(x - along * 0.50, y - along * 0.58), p[2]) - (0.16 - 0.085 * along)) * 0.9
@@ -153,7 +153,7 @@ FACETED = ("cube", "pyramid", "octahedron", "star", "armchair")
 
 
 def normals(distance: Distance, p: Tensor, step: float = 0.004) -> Tensor:
-    """Unit normals (3, ...) at points (3, ...) near the surface: the distance's gradient by four evaluations."""
+    """Unit normals (3, ...) at points (3, ...) near the surface: the gradient of the distance from four evaluations."""
     total = torch.zeros_like(p)
     for corner in ((1, -1, -1), (-1, -1, 1), (-1, 1, -1), (1, 1, 1)):
         moved = torch.stack([p[i] + step * corner[i] for i in range(3)])
@@ -165,9 +165,9 @@ def normals(distance: Distance, p: Tensor, step: float = 0.004) -> Tensor:
 
 @cache
 def surface_points(shape: str) -> tuple[Tensor, Tensor]:
-    """Points (3, 2400) on the surface and their normals, spread so evenly that so is any number of the first ones.
+    """Points (3, 2400) on the surface and their normals. The points, and any prefix of them, are evenly distributed.
 
-    Random points drop to the surface along the gradient; then the point farthest from those chosen is always next.
+    Random points are projected to the surface along the gradient and ordered by farthest-point sampling.
     """
     distance = DISTANCES[shape]
     start = np.random.default_rng(7).uniform(-1.2, 1.2, (3, 9000)).astype(np.float32)
@@ -188,7 +188,7 @@ def surface_points(shape: str) -> tuple[Tensor, Tensor]:
 
 @cache
 def bound(shape: str) -> float:
-    """The radius of a ball about the origin that holds the solid."""
+    """The radius of a bounding sphere about the origin."""
     points, _ = surface_points(shape)
     return float(dot(points, points).max().sqrt()) + 0.03
 
@@ -201,14 +201,14 @@ def top(shape: str) -> float:
 
 @cache
 def delicacy(shape: str) -> float:
-    """From 1 for a bulky solid down to 0.6 for a thin one: by how much to shorten what grows on it."""
+    """A factor for the length of strands on the solid, from 1 for bulky solids to 0.6 for thin ones."""
     p = np.random.default_rng(8).uniform(-1, 1, (3, 4000)).astype(np.float32)
     return float(np.clip(0.3 - float(DISTANCES[shape](torch.from_numpy(p)).min()), 0.6, 1))
 
 
 @cache
 def spaced_points(shape: str, spacing: float, device: torch.device) -> Tensor:
-    """Points (3, n) all over the surface, at least that far from each other."""
+    """Points (3, n) on the whole surface with a minimum distance of `spacing`."""
     points = surface_points(shape)[0][:, : 800 if spacing < 0.3 else 400].numpy()
     count = points.shape[1]
     apart = ((points[:, :, None] - points[:, None]) ** 2).sum(0) + np.triu(np.full((count, count), np.inf, np.float32))
@@ -216,19 +216,19 @@ def spaced_points(shape: str, spacing: float, device: torch.device) -> Tensor:
 
 
 def nearest_square(centres: Tensor, p: Tensor) -> Tensor:
-    """The squared distances (b, k) from points (3, b, k) to the nearest of centres (3, n)."""
+    """Squared distances (b, k) from points (3, b, k) to the nearest of centres (3, n)."""
     x, y, z = centres[..., None, None]
-    # Without a matrix product, whose rounding on a GPU (TF32) would show.
+    # No matrix product: TF32 rounding on a GPU would be visible.
     closeness = (x * p[0]).addcmul_(y, p[1]).addcmul_(z, p[2]).sub_(0.5 * (x * x + y * y + z * z)).amax(0)
     return dot(p, p) - 2 * closeness
 
 
-LOWEST = 2.0  # no solid reaches that far below its centre
+LOWEST = 2.0  # more than any solid extends below its centre
 
 
 @cache
 def bricks_around(shape: str, height: float, length: float, device: torch.device) -> Tensor:
-    """How many bricks of that length lie round a round solid in each course of that height, from -LOWEST upwards."""
+    """The number of bricks around a round solid in each course, from -LOWEST upwards."""
     points = surface_points(shape)[0]
     rows = torch.floor(points[1] / height).long() + int(LOWEST / height) + 1
     courses = 2 * int(LOWEST / height) + 3
@@ -237,9 +237,9 @@ def bricks_around(shape: str, height: float, length: float, device: torch.device
 
 
 def courses(shape: str, p: Tensor, n: Tensor, height: float, length: float) -> tuple[Tensor, Tensor]:
-    """Coordinates (u, v) for laying bricks of that height and length round the solid: whole numbers are the joints.
+    """Brick coordinates (u, v) of points for bricks of the given height and length. Joints are at integers.
 
-    Flat faces are laid in their own plane, round solids along their circles, with a whole number of bricks a circle.
+    Flat faces use coordinates in their plane. Round solids use angles, with an integer number of bricks per course.
     """
     if shape == "torus":
         turn, tube = torch.atan2(p[0], p[2]), torch.atan2(p[1], radial(p) - 0.66)

@@ -1,4 +1,4 @@
-"""A table of every shape in every material."""
+"""A contact sheet of all shapes and materials."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dall3.scenes.scene import MATERIALS, SHAPES, random_scene
 
 
 def contact_sheet(seed: int = 0, size: int = 128) -> Image.Image:
-    """Shapes across, materials down, each picture `size` pixels wide, with the names at the edges."""
+    """Draw a table with one column per shape and one row per material. size: pixels per image."""
     left, top, gap = 76, 18, 2
     step = size + gap
     sheet = Image.new("RGB", (left + len(SHAPES) * step, top + len(MATERIALS) * step), "white")
@@ -29,5 +29,5 @@ def contact_sheet(seed: int = 0, size: int = 128) -> Image.Image:
 
 
 def write_contact_sheet(path: str | Path, seed: int = 0, size: int = 128) -> None:
-    """Draw the table into a file, whose name's ending says its format."""
+    """Write the contact sheet to a file. The suffix determines the format."""
     contact_sheet(seed, size).save(path)

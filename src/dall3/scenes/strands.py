@@ -1,4 +1,4 @@
-"""Quills, blades and fibres: many thin strands that grow from a surface, the nearest before the others."""
+"""Quills, blades of grass and fibres: thin strands on a surface, drawn with a depth test."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from dall3.scenes.trace import BLOCK
 
 @dataclass(frozen=True)
 class Strands:
-    """`count` strands of that length and root width, in object units, narrower by `taper` at the tip.
+    """The appearance of strands.
 
-    They leave the surface along its normal but for a random `stray`, a `sweep` along it, combed one way, a `rise` of
-    the tip towards the sky, and coils of radius `curl`. colours gives light (3, n, k) for places t (n, k), 0 at the
-    root and 1 at the tip, and the strands' random tones (n, k) in [0, 1).
+    count: strands per object. length, width: in object units; `taper` narrows the tip. stray, sweep, rise: deviations
+    from the normal: random, along the surface in one direction, and of the tip upwards. curl: radius of coils.
+    colours: function from positions t (n, k), 0 at the root and 1 at the tip, and random tones (n, k) in [0, 1) to
+    linear light (3, n, k).
     """
 
     count: int
@@ -38,7 +39,7 @@ class Strands:
 
 
 def ramp(t: Tensor, *stops: tuple[float, tuple[int, int, int]]) -> Tensor:
-    """Light (3, n, k) at t (n, k) on a line of (place, colour 0..255) stops."""
+    """A colour gradient: linear light (3, n, k) at t (n, k), from stops (position, 8-bit colour)."""
     value = light(stops[0][1], t.device)
     for (low, start), (high, end) in zip(stops, stops[1:], strict=False):
         step = light(end, t.device) - light(start, t.device)
@@ -69,12 +70,14 @@ STRANDS = {
     ),
     "wool": Strands(700, length=0.10, width=0.010, taper=0.5, stray=0.8, sweep=0.0, rise=0.0, curl=0.03, colours=fibre),
 }
-TURNS = 2  # of a coil
-NARROWEST = 1.3  # no solid's larger side looks shorter than that
+TURNS = 2  # per coil
+NARROWEST = 1.3  # lower bound of a solid's larger visible side
 
 
 def random_numbers(scenes: Sequence[Scene], strands: Strands, device: torch.device) -> Tensor:
-    """Tone, length and phase in [0, 1), and a normal vector, for each strand from its scene's seed: (6, n, count)."""
+    """Random numbers per strand from its scene's seed, (6, n, count): tone, length and phase in [0, 1), and a normally
+    distributed vector.
+    """
     numbers = np.empty((len(scenes), 6, strands.count), np.float32)
     for row, scene in zip(numbers, scenes, strict=True):
         rng = np.random.default_rng(scene.seed)
@@ -90,10 +93,10 @@ def cross(a: Tensor, b: Tensor) -> Tensor:
 def draw_strands(
     scenes: Sequence[Scene], cameras: Cameras, which: Tensor, depth: Tensor, across: int, samples: int
 ) -> tuple[Tensor, Tensor]:
-    """The strands of scenes of one material and size, before what lies at a depth (n, across², BLOCK²).
+    """Draw the strands of scenes of one material and size in front of surfaces at `depth`, (n, across², BLOCK²).
 
-    cameras, which: the cameras, and which of them are the scenes', (n,). samples: the width of the pictures.
-    Returns light (3, n · across², BLOCK²), and where there is a strand, bool (n · across², BLOCK²).
+    cameras, which: all cameras, and the indices of the scenes' cameras, (n,). samples: width of the images in samples.
+    Returns linear light (3, n · across², BLOCK²) and a mask of the strands, bool (n · across², BLOCK²).
     """
     strands, device, n = STRANDS[scenes[0].material], depth.device, len(scenes)
     camera = cameras.take(which)
@@ -107,7 +110,7 @@ def draw_strands(
     along = normal + strands.stray * torch.stack(stray)
     along = unit(along + strands.sweep * (comb - normal * dot(comb, normal)))
     along = along * ((0.54 + 0.46 * grown) * strands.length * delicate)
-    # As many steps as a strand may be samples long, at most; each picture takes its own share of them.
+    # The maximum number of steps is the maximum length of a strand in samples; each image uses a part of them.
     path, per_unit = strands.length + 2 * pi * TURNS * strands.curl, samples * camera.scale / DISTANCE
     largest = samples * WIDTHS[scenes[0].size] / (NARROWEST + 0.96 * strands.length)
     most_steps, most_dots = max(ceil(path * largest * 1.25), 4), max(ceil(strands.width * largest * 1.2), 1)
@@ -132,13 +135,13 @@ def draw_strands(
     view = Cameras(*(getattr(camera, name)[..., None] for name in camera.__dataclass_fields__))
     x, y, z = view.project(p)
     x, y = x * samples, y * samples
-    # Each step of a strand is a row of dots across it.
+    # Each step along a strand is a row of dots across it.
     dot_number = torch.arange(most_dots, device=device)
     offset = (dot_number + 0.5) / dots - 0.5
     width = strands.width * per_unit[..., None] * (1 - strands.taper * t)
     run, fall = x[..., -1:] - x[..., :1], y[..., -1:] - y[..., :1]
     spread = width / (run * run + fall * fall + 1e-6).sqrt()
-    # A part thinner than a sample paints only that share of the samples it meets.
+    # Parts thinner than a sample are drawn with a probability equal to their width.
     chance = torch.sin(tone[..., None] * 1e4 + step * 78.233) * 43758.5453
     painted = (width > chance - chance.floor()) & (step < steps) & facing[..., None]
     column = (x[..., None] - (fall * spread)[..., None] * offset[:, :, None]).floor_().int()
@@ -150,7 +153,7 @@ def draw_strands(
     place += torch.arange(n, device=device, dtype=torch.int32).reshape(n, 1, 1, 1) * (across**2 * BLOCK**2)
     place = torch.where(inside, place, 0).long()
     inside &= z[..., None] < depth.reshape(-1)[place] + 0.03
-    # Where several paint one sample, the nearest strand stays, and of that the last dot.
+    # If several dots fall on one sample, the nearest strand's last dot is kept.
     key = (rank[..., None, None] * most_steps + step[:, None]) * most_dots + dot_number
     key = torch.where(inside, key, -1).int()
     best = torch.full((depth.numel(),), -1, dtype=torch.int32, device=device)

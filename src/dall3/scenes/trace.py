@@ -1,4 +1,4 @@
-"""From the eye to the objects: the blocks of a picture's samples that show something, and where their rays meet it."""
+"""Sphere tracing: find the blocks of samples that may show the object, and intersect their rays with it."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor
 from dall3.scenes.camera import DISTANCE, Cameras
 from dall3.scenes.shapes import DISTANCES, bound
 
-BLOCK = 8  # samples, across and down
+BLOCK = 8  # samples per side of a block
 COARSE_STEPS, STEPS, SECANT_STEPS = 24, 10, 4
-TOUCH = 0.005  # how near a ray comes to have met the surface
+TOUCH = 0.005  # distance at which a ray hits the surface
 
 
 @dataclass
 class Blocks:
-    """Squares of BLOCK² samples in pictures of `across`² of them.
+    """Blocks of BLOCK² samples in images of `across`² blocks.
 
-    which: their pictures, (b,). place: their numbers in their pictures, row by row, (b,). start: how far along their
-    rays there is nothing yet, (b, 1). counts: how many each picture has.
+    which: image number of each block, (b,). place: index of the block in its image, row by row, (b,). start: distance
+    along the rays that is empty, (b, 1). counts: number of blocks per image.
     """
 
     across: int
@@ -32,11 +32,11 @@ class Blocks:
 
     @property
     def index(self) -> Tensor:
-        """The blocks' numbers among those of all pictures, (b,)."""
+        """The indices of the blocks among all blocks of all images, (b,)."""
         return self.which * self.across**2 + self.place
 
     def coordinates(self, run: slice, samples: int) -> tuple[Tensor, Tensor]:
-        """Picture coordinates (x, y), (blocks of the run, BLOCK²) each, of pictures `samples` wide."""
+        """Image coordinates (x, y) of a slice of blocks, (blocks, BLOCK²) each. samples: width of the images."""
         inside = torch.arange(BLOCK, device=self.place.device) + 0.5
         place = self.place[run, None]
         column, row = place % self.across, place // self.across
@@ -46,10 +46,10 @@ class Blocks:
 
 
 def find_blocks(groups: Sequence[tuple[str, slice]], cameras: Cameras, samples: int, reach: float = 0.0) -> Blocks:
-    """The blocks of pictures `samples` wide whose rays may come within `reach` of the object.
+    """Find the blocks of images `samples` wide whose rays may come within `reach` of the object.
 
-    One cone a block is marched (Crassin et al., "Interactive Indirect Illumination Using Voxel Cone Tracing", 2011).
-    groups: the runs of pictures of one shape. It waits for the device once, for the counts.
+    One cone per block is marched (Crassin et al., "Interactive Indirect Illumination Using Voxel Cone Tracing", 2011).
+    groups: slices of images of one shape. Synchronizes with the device once, for the counts.
     """
     device, n = cameras.scale.device, len(cameras.scale)
     across = -(-samples // BLOCK)
@@ -72,9 +72,9 @@ def find_blocks(groups: Sequence[tuple[str, slice]], cameras: Cameras, samples: 
 
 
 def trace(shape: str, origin: Tensor, rays: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Where unit rays (3, b, k) from origin (3, b, 1), empty as far as start (b, 1), meet the solid.
+    """Intersect unit rays (3, b, k) from origin (3, b, 1) with the solid, starting at distance start (b, 1).
 
-    Returns how far along, (b, k), the points (3, b, k), and whether they do, bool (b, k).
+    Returns distances (b, k), points (3, b, k), and whether the rays hit, bool (b, k).
     """
     distance = DISTANCES[shape]
     p = origin + rays * start
@@ -83,10 +83,10 @@ def trace(shape: str, origin: Tensor, rays: Tensor, start: Tensor) -> tuple[Tens
     for k in range(STEPS + SECANT_STEPS):
         d = distance(p)
         if k < STEPS:
-            # Rays that pass the object must not run off to where numbers end.
+            # Limit the step, so that rays that miss the object do not overflow.
             step = d.clamp(max=1)
         else:
-            # On grazing rays the distance shrinks slowly, and nearly in proportion: follow its secant.
+            # On grazing rays the distance shrinks slowly and nearly linearly: use a secant step.
             step = torch.where(before > d, d * step / (before - d).clamp_(min=1e-6), d).clamp_(-0.05, 0.3)
         before = d
         t += step

@@ -1,4 +1,4 @@
-"""Emoji that wear glasses, hats and crowns: faces with those drawings laid on them in the right place."""
+"""Emoji that wear glasses, hats and crowns, composited from the drawings."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from dall3.scenes.scene import is_held_out
 
 @dataclass(frozen=True)
 class Head:
-    """Where a face's eyes are, and the brow on which a hat sits, as shares of the drawing's height, and how wide
-    glasses and hats are on it, of its width.
+    """The geometry of a face: heights of the eyes and of the brow on which a hat sits, relative to the drawing's
+    height, and widths of glasses and hats, relative to its width.
     """
 
     eyes: float
@@ -63,8 +63,8 @@ HEADS = {
 
 @dataclass(frozen=True)
 class Thing:
-    """What is worn: its emoji, its names in captions, the share of the drawing that it fills across, and the height of
-    its middle (of glasses) or its lower edge (of a hat), as a share of the drawing's.
+    """Something to wear: its emoji, its names in captions, its width relative to the drawing, and the relative height
+    of its middle (glasses) or lower edge (hats).
     """
 
     emoji: str
@@ -84,18 +84,18 @@ THINGS = (
     Thing("crown", ("crown", "crown", "golden crown"), 0.84, 0.90, True, ON_HEAD),
     Thing("billed cap", ("cap", "billed cap", "blue cap"), 0.86, 0.88, True, ON_HEAD),
 )
-LOWERED = 0.74  # the width of a face that makes room for a hat, of its own
-HAT_WIDTHS = {"crown": 0.84}  # of what a top hat has
+LOWERED = 0.74  # scale of a face that wears a hat
+HAT_WIDTHS = {"crown": 0.84}  # relative to a top hat
 
 
 class Wardrobe:
-    """Who may wear what. emoji: all drawings, in the order of their numbers."""
+    """The pairs of faces and things to wear. emoji: all drawings; their order defines the drawing numbers."""
 
     def __init__(self, emoji: Sequence[Emoji]) -> None:
         self.emoji = emoji
         numbers = {drawing.name.lower(): k for k, drawing in enumerate(emoji)}
         self.things = [(thing, numbers[thing.emoji]) for thing in THINGS if thing.emoji in numbers]
-        # A face in other skin tones is called "girl: dark skin tone"; each face is drawn as often as any other.
+        # Skin tone variants, such as "girl: dark skin tone", are grouped, so that all faces are equally frequent.
         self.faces: dict[str, list[int]] = {name: [] for name in HEADS}
         for name, number in numbers.items():
             face = name if name in HEADS else untoned(name)
@@ -104,7 +104,7 @@ class Wardrobe:
         self.faces = {name: drawings for name, drawings in self.faces.items() if drawings}
 
     def pairs(self, held_out: bool | None) -> list[tuple[str, Thing, int]]:
-        """Faces, what they may wear, and the number of its drawing."""
+        """Triples of a face, a thing it may wear, and the thing's drawing number. held_out: as in `dress`."""
         return [
             (face, thing, number)
             for face in self.faces
@@ -113,9 +113,9 @@ class Wardrobe:
         ]
 
     def dress(self, rng: np.random.Generator, held_out: bool | None = False) -> tuple[list[Layer], str, str]:
-        """A face with something on it, as layers, its background and a caption.
+        """A random face that wears something: its layers, its background and a caption.
 
-        held_out: False leaves out the (face, thing) pairs that training never sees, True takes only those.
+        held_out: False excludes the (face, thing) pairs held out from training, True uses only those, None uses all.
         """
         pairs = self.pairs(held_out)
         face, thing, worn = pairs[rng.integers(len(pairs))]
@@ -135,20 +135,20 @@ class Wardrobe:
 
 
 def untoned(name: str) -> str:
-    """A name without skin tones: "girl: dark skin tone" -> "girl", "man: dark skin tone, beard" -> "man: beard"."""
+    """Remove skin tones from a name: "girl: dark skin tone" -> "girl", "man: dark skin tone, beard" -> "man: beard"."""
     parts = [part for part in name.replace(": ", ", ").split(", ") if not part.endswith("skin tone")]
     return ": ".join([parts[0], ", ".join(parts[1:])]) if len(parts) > 1 else parts[0]
 
 
 def called(name: str) -> str:
-    """A name as a caption says it: "man: dark skin tone, beard" -> "man with dark skin tone and beard"."""
+    """Convert a name to caption text: "man: dark skin tone, beard" -> "man with dark skin tone and beard"."""
     return name.lower().replace(": ", " with ").replace(", ", " and ")
 
 
 def worn_layers(
     face: int, worn: int, head: Head, thing: Thing, words: str, size: str, shift: tuple[int, int]
 ) -> list[Layer]:
-    """The layers of a face, by its drawing's number, that wears what another drawing shows."""
+    """The layers of a face that wears a thing. face, worn: drawing numbers."""
     whole = WIDTHS[size] / GRID
     left, top = ((GRID - WIDTHS[size]) / 2 + shift[0]) / GRID, ((GRID - WIDTHS[size]) / 2 + shift[1]) / GRID
     scale = LOWERED if thing.hat else 1.0

@@ -1,4 +1,4 @@
-"""Endless pictures with captions, drawn on the device that trains: scenes, emoji, emoji that wear things."""
+"""An infinite sequence of images with captions, rendered on the training device from scenes and emoji."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KINDS = ("scenes", "emoji", "wearing")
 
 @dataclass
 class Plan:
-    """What is to be drawn: the scenes and the laid emoji, each with its place in the batch, and all captions."""
+    """The content of a batch: scenes and emoji layers, each with its index in the batch, and all captions."""
 
     captions: list[str] = field(default_factory=list)
     scenes: list[Scene] = field(default_factory=list)
@@ -35,18 +35,18 @@ class Plan:
 
 @dataclass
 class Batch:
-    """pictures: uint8 (n, 3, side, side) on the world's device. captions: n."""
+    """pictures: uint8 (n, 3, side, side) on the world's device. captions: one per image."""
 
     pictures: Tensor
     captions: list[str]
 
 
 class World:
-    """The pictures that the bundled weights are trained on, drawn in batches on a device.
+    """The training images of the bundled weights, rendered in batches on a device.
 
-    emoji: the folder of `fetch_emoji` or the file of `pack_emoji`; None for scenes alone. side: the pictures' width in
-    pixels, a multiple of 16. held_out: False for what training sees, True for the pairs that it never sees, None for
-    all. Raises ValueError for another side, and FileNotFoundError where there are no emoji.
+    emoji: the folder of `fetch_emoji` or the file of `pack_emoji`; None for scenes only. side: width and height in
+    pixels, a multiple of 16. held_out: False excludes the pairs held out from training, True uses only those, None uses
+    all. Raises ValueError for an invalid side, and FileNotFoundError if the emoji are missing.
 
     >>> batch = World("cpu", side=64).draw(range(4), seed=0, kinds={"scenes": 1})
     >>> batch.pictures.shape, len(batch.captions)
@@ -70,15 +70,15 @@ class World:
         self.wardrobe = Wardrobe(self.emoji)
 
     def draw(self, numbers: Sequence[int], seed: int = 0, kinds: Mapping[str, float] | None = None) -> Batch:
-        """Pictures by number: a number and a seed give the same picture and caption in any batch.
+        """Render images by number. A number and a seed determine the image and its caption, in any batch.
 
-        kinds: the weights of "scenes", "emoji" and "wearing"; scenes alone by default. Raises ValueError for another
-        kind, weights that are not above 0 in sum, or kinds that need emoji where there are none.
+        kinds: weights of "scenes", "emoji" and "wearing" (default: scenes only). Raises ValueError for an unknown kind,
+        negative weights or a sum of 0, or kinds that need emoji if there are none.
         """
         return self.render(self.plan(numbers, seed, kinds or {"scenes": 1}))
 
     def plan(self, numbers: Sequence[int], seed: int, kinds: Mapping[str, float]) -> Plan:
-        """What `draw` draws, chosen without the device."""
+        """Plan the content of `draw`, on the CPU."""
         unknown = [kind for kind in kinds if kind not in KINDS]
         if unknown:
             raise ValueError(f"unknown kind {unknown[0]!r}; expected {', '.join(KINDS)}")
@@ -119,7 +119,7 @@ class World:
 
     @torch.no_grad()
     def render(self, plan: Plan) -> Batch:
-        """The plan's pictures. The device is waited for once a chunk of hundreds of scenes."""
+        """Render a plan. Synchronizes with the device once per chunk of scenes."""
         with torch.autocast(self.device.type, enabled=False):
             return self._render(plan)
 
@@ -138,5 +138,5 @@ class World:
         return Batch(pictures, plan.captions)
 
     def plan_scenes(self, scenes: Sequence[Scene], captions: Sequence[str]) -> Plan:
-        """The plan of given scenes with given captions."""
+        """A plan of the given scenes and captions."""
         return Plan(list(captions), list(scenes), list(range(len(scenes))))

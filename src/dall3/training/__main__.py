@@ -1,4 +1,4 @@
-"""`accelerate launch -m dall3.training MODEL …` is `dall3 train MODEL …` on as many processes as it starts."""
+"""Run `dall3 train MODEL …` in every process of a launcher: `accelerate launch -m dall3.training MODEL …`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Training a CLIP of open_clip's (arXiv 2103.00020) on pictures and captions."""
+"""Train a CLIP of open_clip (arXiv 2103.00020) on images and captions."""
 
 from __future__ import annotations
 
@@ -27,13 +27,15 @@ from dall3.weights.folder import save_part
 
 @dataclass(frozen=True)
 class CLIPTraining:
-    """decoded: the share of pictures that are seen as the VQGAN decodes them, since such pictures are to be ranked.
-    cut_out: the smallest share of a picture's side that a batch is cut to, since guidance looks at cut-outs. noise:
-    the largest standard deviation of noise added. swaps: groups of words; to a caption that has some of them,
-    `negatives` wrong ones are made, each with one exchanged for another of its group, and a picture has to tell its
-    caption from those too (hard negatives: arXiv 2210.01936). Other captions of a batch mostly differ in more.
-    max_scale: the most that the learned scale of the similarities grows to; CLIP's own is 100. With less of it a
-    picture has to be further from wrong captions, so that the similarities of pictures to one caption tell more.
+    """Settings of the loss.
+
+    decoded: fraction of the images that are encoded and decoded by the VQGAN, because CLIP ranks decoded images.
+    cut_out: minimum side of the random crop of a batch, relative to the image, because guidance scores cut-outs.
+    noise: maximum standard deviation of the added noise.
+    swaps: groups of words for hard negatives (arXiv 2210.01936). negatives: number of hard negatives per caption that
+    contains such a word. Each has one word replaced by another of its group.
+    max_scale: upper bound of the learned logit scale; CLIP's is 100. A lower bound requires a larger margin between
+    right and wrong captions, so that scores of images for one caption are more informative.
     """
 
     decoded: float = 0.15
@@ -53,8 +55,8 @@ class CLIPTraining:
 
 
 def swap_word(text: str, groups: Sequence[Sequence[str]], chance: random.Random) -> str | None:
-    """The text with a word of one group, wherever it stands, exchanged for another; None for a text without any."""
-    letters = ((word, group) for group in groups for word in group if word in text)  # few are, and that is soon seen
+    """Replace all occurrences of a word by another one of its group. Returns None if the text has no such word."""
+    letters = ((word, group) for group in groups for word in group if word in text)  # a fast filter: few words occur
     found = [(word, group) for word, group in letters if re.search(rf"\b{re.escape(word)}\b", text)]
     if not found:
         return None
@@ -72,10 +74,10 @@ class CLIPTask(Task):
 
         super().__init__()
         self.settings, self.model = training, CLIP.from_config(config, tokenizer)
-        self.model.model.requires_grad_(True).train()  # a convolutional tower's normalisation gathers its statistics
+        self.model.model.requires_grad_(True).train()  # train mode updates batch normalization's statistics
         self.model.to(memory_format=torch.channels_last)  # faster convolutions
         state = PartialState()
-        # Every process sees the pictures and captions of all, so that the loss is that of the whole batch.
+        # Each process gathers the embeddings of all, so that the loss is that of the whole batch.
         self.contrast = ClipLoss(gather_with_grad=True, rank=state.process_index, world_size=state.num_processes)
         self.frozen = [vqgan]
 
@@ -96,14 +98,14 @@ class CLIPTask(Task):
             device, shape = images.device, images.shape[1:]
             noise = self.per_item(lambda generator: torch.randn(shape, generator=generator, device=device), device)
             images = images + noise * (s.noise * torch.rand(()).to(device))
-        # On a CPU the fused attention's backward costs twice that of the plain one at so few positions.
+        # On a CPU the backward pass of fused attention takes twice as long for such short sequences.
         with sdpa_kernel(SDPBackend.MATH) if images.device.type == "cpu" else nullcontext():
             places, wrong = self.hard_negatives(captions)
             picture = F.normalize(self.model.embed_images(images), dim=-1)
             texts = F.normalize(self.model.embed_text([*captions, *wrong]), dim=-1)
             text, hard = texts.split((len(captions), len(wrong)))
         scale = self.model.model.logit_scale.exp()
-        with torch.autocast(device.type, enabled=False):  # in half precision close similarities would be the same
+        with torch.autocast(device.type, enabled=False):  # half precision cannot tell close similarities apart
             loss = self.contrast(picture, text, scale)
             right = (picture @ text.T).argmax(dim=1) == torch.arange(len(images), device=device)
             figures = {"accuracy": right.float().mean()}
@@ -116,7 +118,7 @@ class CLIPTask(Task):
         return loss, figures
 
     def hard_negatives(self, captions: list[str]) -> tuple[list[int], list[str]]:
-        """The places of the captions that have words to swap, and so many wrong ones for each, in a row."""
+        """The indices of captions with words to swap, and `negatives` wrong captions for each, in sequence."""
         places, wrong = [], []
         for place, (number, text) in enumerate(zip(self.items, captions, strict=True)):
             chance = random.Random(seed_of(self.seed, "swap", number))
@@ -131,7 +133,7 @@ class CLIPTask(Task):
             self.model.model.logit_scale.clamp_(max=math.log(self.settings.max_scale))
 
     def sample(self, images: Tensor, captions: list[str]) -> Image:
-        """Every picture of the batch, and beside it the three of the batch that its caption likes best."""
+        """Each image of the batch, followed by the three images with the highest similarity to its caption."""
         small = F.interpolate(images, self.model.image_size, mode="bilinear", antialias=True)
         picture = F.normalize(self.model.embed_images(small), dim=-1)
         text = F.normalize(self.model.embed_text(captions), dim=-1)

@@ -1,7 +1,7 @@
-"""Training data: pictures with captions, from the rendered world, emoji, folders and webdataset shards.
+"""Training data: images with captions from rendered scenes, emoji, folders and webdataset shards.
 
-A source gives item number i the same picture and caption whatever came before, so that a run which resumes at a step
-sees what it would have seen, and processes share the numbers out among themselves.
+An item's number alone determines its image and caption. A resumed run therefore sees the same items, and processes
+divide the numbers among themselves.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from dall3.training.files import Folder, Shards, shuffled
 
 
 class Source(Protocol):
-    """Pictures with captions, by number."""
+    """A map from item numbers to images with captions."""
 
     def draw(self, index: int, rng: np.random.Generator, side: int) -> tuple[np.ndarray, str]:
-        """Item number `index` of an endless row: uint8 (side, side, 3) and its caption."""
+        """Item number `index` of an infinite sequence: uint8 (side, side, 3) and its caption."""
 
     def look(self) -> list[str]:
-        """What there is and what is odd about it, a statement a line. Raises ValueError where nothing can be read."""
+        """Describe the data and anything unusual, one statement per line. Raises ValueError if nothing can be read."""
 
 
 class Scenes:
-    """The rendered world without the pairs of shape and material that are held out."""
+    """Rendered scenes without the held-out pairs of shape and material."""
 
     def draw(self, index: int, rng: np.random.Generator, side: int) -> tuple[np.ndarray, str]:
         scene = random_scene(rng)
@@ -45,7 +45,7 @@ class Scenes:
 
 
 class EmojiPictures:
-    """Fluent emoji on plain backgrounds without the pairs that are held out; fetched into `folder` where needed."""
+    """Fluent emoji on plain backgrounds without the held-out pairs, downloaded to `folder` if needed."""
 
     def __init__(self, folder: str | Path) -> None:
         self.pool = training_pool(list_emoji(fetch_emoji(folder), toned=True))
@@ -58,8 +58,8 @@ class EmojiPictures:
 
 
 def open_source(name: str) -> Source:
-    """A source by name: "scenes", "emoji" (fetched into a folder of that name) or "emoji:FOLDER", "folder:PATH" or
-    "webdataset:PATTERN". Raises ValueError for another.
+    """Open a source by name: "scenes", "emoji" (downloaded to a folder of that name), "emoji:FOLDER", "folder:PATH" or
+    "webdataset:PATTERN". Raises ValueError for an unknown name.
     """
     kind, _, place = name.partition(":")
     if kind == "scenes":
@@ -74,9 +74,9 @@ def open_source(name: str) -> Source:
 
 
 def split_weight(name: str) -> tuple[str, float]:
-    """A source's name and its weight, 1 where none is given.
+    """Split "SOURCE=WEIGHT" into the source's name and its weight, by default 1.
 
-    "=" begins a weight only where a number follows and the path does not have it in its name.
+    "=" starts a weight only if a number follows and no file has the whole name.
 
     >>> split_weight("scenes=3"), split_weight("folder:/data/date=today")
     (('scenes', 3.0), ('folder:/data/date=today', 1.0))
@@ -91,10 +91,10 @@ def split_weight(name: str) -> tuple[str, float]:
 
 
 class Mixture(Dataset[tuple[Tensor, str]]):
-    """Several sources, drawn by weight: item i is a picture, uint8 (3, side, side), and its caption.
+    """A weighted mixture of sources. Item i is an image, uint8 (3, side, side), and its caption.
 
-    names: as `open_source` takes them, each with "=WEIGHT" behind it or 1. Raises ValueError for a name or a weight
-    that is none.
+    names: sources as in `open_source`, each optionally followed by "=WEIGHT". Raises ValueError for an unknown source
+    or an invalid weight.
     """
 
     def __init__(self, names: Sequence[str], side: int, seed: int = 0) -> None:
@@ -106,9 +106,9 @@ class Mixture(Dataset[tuple[Tensor, str]]):
         self.shares, self.side, self.seed = weights / weights.sum(), side, seed
 
     def look(self) -> list[str]:
-        """What the sources hold and what is odd about it, a statement a line, within seconds.
+        """Describe the sources and anything unusual, one statement per line. Takes a few seconds.
 
-        Raises ValueError for a source of which nothing can be read.
+        Raises ValueError for a source from which nothing can be read.
         """
         return [line for source in self.sources for line in source.look()]
 
@@ -120,9 +120,7 @@ class Mixture(Dataset[tuple[Tensor, str]]):
 
 
 class StepSampler(Sampler[list[int]]):
-    """The numbers of this process's items in each of so many steps, from `first_item` on: the processes share out
-    what each step takes, and none has what another has.
-    """
+    """The item numbers of this process in each step, starting at `first_item`. Processes get disjoint items."""
 
     def __init__(self, steps: int, batch_size: int, process: int = 0, processes: int = 1, first_item: int = 0) -> None:
         self.steps, self.batch_size, self.first_item = steps, batch_size, first_item
@@ -141,5 +139,5 @@ class StepSampler(Sampler[list[int]]):
 
 
 def loader(data: Dataset[Any], sampler: StepSampler, workers: int) -> DataLoader[Any]:
-    """Batches of items, as pictures, uint8 (batch, 3, side, side), and captions, in the sampler's order."""
+    """Batches of images, uint8 (batch, 3, side, side), and captions, in the sampler's order."""
     return DataLoader(data, batch_sampler=sampler, num_workers=workers, persistent_workers=workers > 0)

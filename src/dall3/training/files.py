@@ -1,7 +1,7 @@
-"""Pictures with captions on disk: folders and webdataset shards.
+"""Images with captions on disk: folders and webdataset shards.
 
-A picture that cannot be read is left out, and another one takes its place. Which one depends on the item's number
-alone: a resumed run, and any number of processes, see the same items.
+An unreadable image is replaced by another one. The item's number alone determines which, so that a resumed run and any
+number of processes see the same items.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 LOOK_SECONDS = 5.0
 MOST_BYTES, MOST_CAPTION_BYTES = 256 << 20, 1 << 20
 MOST_SHARDS = 1_000_000
-NAMED = 5  # unreadable pictures that a look names; the others are counted
+NAMED = 5  # unreadable images that `look` names; the others are counted
 
-said: set[str] = set()  # why pictures could not be read, as far as this process has said it already
+said: set[str] = set()  # warnings that this process has already printed
 
 
 @lru_cache(maxsize=16)
@@ -41,15 +41,15 @@ def permutation(epoch: int, length: int) -> np.ndarray:
 
 
 def shuffled(index: int, length: int) -> int:
-    """The place of item `index` in an endless row of shuffled epochs, each place once an epoch."""
+    """The file number of item `index` in an infinite sequence of shuffled epochs; each occurs once per epoch."""
     return int(permutation(index // length, length)[index % length])
 
 
 class CaptionedFiles(ABC):
-    """Numbered pictures, each with the text of its captions, one a line.
+    """Numbered images, each with a text of one caption per line.
 
-    notes: what is odd about the files' names and places. unreadable: the pictures known to be unreadable, by number,
-    with the reason.
+    notes: anything unusual about the files' names and locations. unreadable: the reason, by number, for each image
+    known to be unreadable.
     """
 
     def __init__(self, place: str, length: int, notes: list[str]) -> None:
@@ -58,14 +58,14 @@ class CaptionedFiles(ABC):
 
     @abstractmethod
     def name(self, number: int) -> str:
-        """What errors call a picture."""
+        """The name of an image in error messages."""
 
     @abstractmethod
     def read(self, number: int) -> tuple[bytes, bytes]:
-        """The bytes of the picture and of its captions. Raises OSError or ValueError."""
+        """The bytes of the image and of its captions. Raises OSError or ValueError."""
 
     def item(self, number: int, side: int) -> tuple[np.ndarray, list[str]]:
-        """The picture, uint8 (side, side, 3), and its captions. Raises OSError or ValueError where it is unreadable."""
+        """The image, uint8 (side, side, 3), and its captions. Raises OSError or ValueError if it is unreadable."""
         picture, text = self.read(number)
         try:
             lines = text.decode("utf-8-sig").splitlines()
@@ -75,7 +75,7 @@ class CaptionedFiles(ABC):
         return fit_picture(picture, side, self.name(number)), captions or [""]
 
     def draw(self, index: int, rng: np.random.Generator, side: int) -> tuple[np.ndarray, str]:
-        """Item number `index` of an endless row. Raises ValueError where no picture can be read."""
+        """Item number `index` of an infinite sequence. Raises ValueError if no image can be read."""
         first = shuffled(index, self.length)
         for number in ((first + i) % self.length for i in range(self.length)):
             if number in self.unreadable:
@@ -92,8 +92,9 @@ class CaptionedFiles(ABC):
         raise ValueError(f"{self.place}: none of the {self.length} pictures can be read: {self.unreadable[first]}")
 
     def look(self) -> list[str]:
-        """How many pictures and captions there are and what is odd about them, after reading as many as a few seconds
-        allow. Raises ValueError where none of those can be read.
+        """Count images and captions and describe anything unusual, after reading images for a few seconds.
+
+        Raises ValueError if none of those can be read.
         """
         captions = empty = looked = 0
         bad: list[str] = []
@@ -130,9 +131,10 @@ def counted(number: int, noun: str) -> str:
 
 
 class Folder(CaptionedFiles):
-    """Pictures of a folder, at any depth, each with a .txt of the same name: a caption a line, one drawn at a time.
+    """Images at any depth of a folder, each with a .txt of the same name and one caption per line.
 
-    Names that begin with a dot are left out. Raises ValueError where there is no picture with a caption.
+    An item has one of the captions, chosen at random. Names that begin with a dot are ignored. Raises ValueError if no
+    image has a caption.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -173,13 +175,13 @@ def read_plain(path: str, most: int) -> bytes:
 
 
 class Shards(CaptionedFiles):
-    """Webdataset shards on disk: tar files in which a picture and a .txt share a name.
+    """Webdataset shards on disk: tar files in which an image and a .txt share a name.
 
-    pattern: a path with * and ? as in a shell, {000..012} for a range and {a,b} for alternatives. A shard that is cut
-    gives the pictures before the cut. Names that begin with a dot are left out.
+    pattern: a path with * and ? as in a shell, {000..012} for a range and {a,b} for alternatives. Of a truncated shard
+    the images before the end are used. Names that begin with a dot are ignored.
 
-    Raises ValueError for a shard that is not there, is compressed or is no tar, for links, devices and sparse files in
-    one, and where no shard has a picture with a caption.
+    Raises ValueError for a shard that is missing, compressed or not a tar, or contains links, devices or sparse files,
+    and if no shard has an image with a caption.
     """
 
     def __init__(self, pattern: str | Path) -> None:
@@ -215,7 +217,7 @@ class Shards(CaptionedFiles):
 
 
 def captioned(members: Iterable[Member]) -> list[tuple[Member, Member]]:
-    """The pictures of a shard with their captions: files of one picture share a name before the first dot."""
+    """The images of a shard with their captions. Files of one image share a name before the first dot."""
     found: dict[str, dict[str, Member]] = {}
     for member in members:
         folder, _, file = member.name.rpartition("/")
@@ -228,10 +230,10 @@ def captioned(members: Iterable[Member]) -> list[tuple[Member, Member]]:
 
 
 def find_shards(pattern: str) -> list[str]:
-    """The files of a pattern, in order. Raises ValueError for a part of it that matches none."""
+    """The files that match a pattern, in order. Raises ValueError if an expanded part of it matches none."""
     shards: list[str] = []
     for part in expand_braces(pattern):
-        # A name that is there is meant, whatever a shell would make of its characters.
+        # An existing file is taken literally, even if its name contains wildcards.
         found = [part] if os.path.exists(part) else sorted(glob.glob(part))
         require(bool(found), f"no shard at {part}")
         for shard in found:
@@ -241,7 +243,7 @@ def find_shards(pattern: str) -> list[str]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """The names that braces stand for, as shells and webdataset have them.
+    """Expand braces as shells and webdataset do.
 
     >>> expand_braces("{a,b}-{08..10}.tar")
     ['a-08.tar', 'a-09.tar', 'a-10.tar', 'b-08.tar', 'b-09.tar', 'b-10.tar']
@@ -264,9 +266,9 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def fit_picture(data: bytes, side: int, name: str = "the picture") -> np.ndarray:
-    """The middle square of an encoded picture, upright and on white where it is transparent: uint8 (side, side, 3).
+    """Decode an image and return its central square: uint8 (side, side, 3), upright, composited on white.
 
-    name: what an error calls it. Raises ValueError for data that is no picture.
+    name: name in error messages. Raises ValueError for data that is not an image.
     """
     picture = read_picture(data, name)
     width, height = picture.size

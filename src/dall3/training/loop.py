@@ -1,10 +1,10 @@
-"""One training loop for every model: batches in, one loss out, with everything that a long run needs around it.
+"""The training loop of all models, with checkpoints, resuming, logging, weight averaging and several processes.
 
-A `Task` is a module whose `forward` is the loss; its parameters are what is trained. The run lives in a folder:
-`log.jsonl`, `loss.png`, `samples/` and `checkpoint.pt`; at its end, or when it is stopped, the model is exported.
+A `Task` is a module whose `forward` returns the loss. The run's folder holds `log.jsonl`, `loss.png`, `samples/` and
+`checkpoint.pt`. The model is exported when the run ends or is interrupted.
 
-Under `accelerate launch` the processes share out the items of each step, and random numbers belong to a step or to an
-item, never to a process: two processes train as one does with twice the batch.
+Under `accelerate launch` the processes divide the items of each step. Random numbers belong to a step or to an item,
+never to a process: two processes train like one with twice the batch size.
 """
 
 from __future__ import annotations
@@ -39,13 +39,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How a run goes, whatever the model.
+    """Settings of a run that do not depend on the model: the table [train].
 
-    batch_size: of one process; gradient_accumulation: batches a step. decay: the share of the steps at the end over
-    which the learning rate falls to 0. precision: "no", "bf16" or "fp16" (autocast). ema_decay: of the averaged
-    weights, which are what is exported. initial_share: the share in them of the weights that the run started from, if
-    from a trained part: a short training on something new forgets less so (WiSE-FT, arXiv 2109.01903). muon: matrices
-    of the named submodule are trained by Muon at this rate. every: steps between checkpoints and samples.
+    steps: optimizer steps. batch_size: items per process and batch. gradient_accumulation: batches per step.
+    learning_rate, betas, weight_decay: of AdamW. muon_learning_rate: learning rate of Muon for the matrices inside
+    `layers`; 0 uses AdamW for all parameters.
+    warmup: steps over which the learning rate rises. decay: fraction of the steps, at the end, over which it falls to
+    0.
+    ema_decay: decay of the averaged weights, which are exported. initial_share: fraction of the initial weights that is
+    mixed into the exported ones, so that a short run on new data forgets less (WiSE-FT, arXiv 2109.01903).
+    precision: "no", "bf16" or "fp16" (autocast). compile: use torch.compile.
+    workers: data loader processes. every: steps between checkpoints and samples. side: width and height of the images
+    in pixels. data: sources as in `Mixture`.
     """
 
     steps: int = 10_000
@@ -78,15 +83,15 @@ class TrainingConfig:
             raise ValueError(f"precision '{self.precision}' is not known; expected no, bf16 or fp16")
 
     def rate(self, step: int) -> float:
-        """The share of the learning rate at a step: up, level, and down to 0 at the end."""
+        """The learning rate's factor at a step: linear warm-up, constant, linear decay to 0."""
         rest = (self.steps - step) / max(self.steps * self.decay, 1)
         return min((step + 1) / max(self.warmup, 1), rest, 1.0)
 
 
 class Task(nn.Module, ABC):
-    """What is trained and how its loss is made; one file a model beside this one.
+    """A model and its loss. Each model has its own file in this package.
 
-    items: the numbers of the items that `forward` is given, of all that the run sees. seed: the run's.
+    items: item numbers of the batch passed to `forward`. seed: random seed of the run.
     """
 
     items: range = range(0)
@@ -94,49 +99,49 @@ class Task(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, images: Tensor, captions: list[str], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch, and figures for the log. images: float (batch, 3, side, side) in [0, 1]."""
+        """The loss of a batch, and metrics for the log. images: float (batch, 3, side, side) in [0, 1]."""
 
     @abstractmethod
     def sample(self, images: Tensor, captions: list[str]) -> Image:
-        """A picture that shows how far the training is, of a fixed batch."""
+        """A sheet of samples for a fixed batch."""
 
     @abstractmethod
     def export(self, folder: Path) -> None:
         """Write the trained model as a part of a pipeline folder."""
 
     def make_data(self, config: TrainingConfig, folder: Path, device: torch.device, progress: bool) -> Dataset[Any]:
-        """What is trained on, by number: the pictures and captions of `config.data`, unless a task has something made
-        of them. folder: the run's, for what is made.
+        """The data set: images and captions of `config.data`, unless a task preprocesses them. folder: the run's
+        folder, for preprocessed data.
         """
         return Mixture(config.data, config.side, config.seed)
 
     def per_item(self, draw: Callable[[torch.Generator], Tensor], device: torch.device) -> Tensor:
-        """Random numbers for each of the items, one below the other: the same for an item whichever process has it.
+        """Random numbers for each item, stacked. They depend on the item's number and not on the process.
 
-        torch's own generator is alike on all processes: for what is chosen once for a whole step.
+        Use torch's default generator, which is equal on all processes, for choices that hold for a whole step.
         """
         generator = torch.Generator(device)
         return torch.stack([draw(generator.manual_seed(seed_of(self.seed, "item", number))) for number in self.items])
 
     def start_from(self, model: nn.Module) -> None:
-        """Take over the weights of a trained model."""
+        """Load the weights of a trained model."""
         self.get_submodule("model").load_state_dict(model.state_dict())
 
     def compile_parts(self) -> None:
-        """Compile what `forward` spends its time in; nothing unless a task says so."""
+        """Compile the expensive modules with torch.compile. Does nothing by default."""
 
     def after_step(self) -> None:
-        """What happens between steps without gradients; nothing unless a task says so."""
+        """Called after each optimizer step, without gradients. Does nothing by default."""
 
 
 def seed_of(*what: object) -> int:
-    """A generator's seed that follows from what it is for."""
+    """A generator's seed, derived from its purpose."""
     return int.from_bytes(sha256(repr(what).encode()).digest()[:8], "little") >> 1
 
 
 @dataclass
 class Optimizers:
-    """AdamW, and Muon beside it for matrices where asked for, stepped as one."""
+    """AdamW, and optionally Muon, with their learning rates."""
 
     parts: list[torch.optim.Optimizer]
     rates: list[float] = field(default_factory=list)
@@ -148,7 +153,9 @@ class Optimizers:
 
 
 def make_optimizers(task: nn.Module, config: TrainingConfig) -> Optimizers:
-    """Decay on matrices and kernels only; Muon (arXiv 2502.16982), where asked for, on those of the layers inside."""
+    """Create the optimizers. Weight decay applies to matrices and kernels only; Muon (arXiv 2502.16982), if enabled, to
+    the matrices inside `layers`.
+    """
     named = [(name, p) for name, p in task.named_parameters() if p.requires_grad]
     muon = [p for name, p in named if config.muon_learning_rate and p.ndim == 2 and ".layers." in f".{name}"]
     taken = {id(p) for p in muon}
@@ -160,7 +167,7 @@ def make_optimizers(task: nn.Module, config: TrainingConfig) -> Optimizers:
     found = Optimizers([torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)], [config.learning_rate])
     if muon:
         rate = config.muon_learning_rate
-        # The updates' size is matched to AdamW's, so that weight decay means the same for both.
+        # The update's RMS matches AdamW's, so that weight decay has the same effect in both.
         found.parts.append(
             torch.optim.Muon(muon, lr=rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
         )
@@ -169,15 +176,16 @@ def make_optimizers(task: nn.Module, config: TrainingConfig) -> Optimizers:
 
 
 def moving_average(decay: float, average: Tensor, value: Tensor, count: Tensor) -> Tensor:
-    """The average after one more value; the first ones count more, so that the start is soon forgotten."""
+    """Update an exponential moving average. The decay rises from 0.1 to `decay`, so that early values fade fast."""
     return average.lerp(value, 1 - torch.clamp((1 + count) / (10 + count), max=decay).to(average.dtype))
 
 
 @contextmanager
 def stop_on_interrupt() -> Iterator[list[float]]:
-    """A list that is non-empty once Ctrl-C was pressed; a second one interrupts at once.
+    """Context manager that yields a list which is non-empty after Ctrl-C. A second Ctrl-C raises KeyboardInterrupt.
 
-    A second signal within a second is the first one, which `accelerate launch` passes on to processes that have it.
+    A second signal within a second is ignored: `accelerate launch` forwards the first one to processes that already
+    received it.
     """
     pressed: list[float] = []
 
@@ -186,7 +194,7 @@ def stop_on_interrupt() -> Iterator[list[float]]:
             raise KeyboardInterrupt
         pressed.append(time.monotonic())
 
-    if threading.current_thread() is not threading.main_thread():  # only that one may listen to signals
+    if threading.current_thread() is not threading.main_thread():  # signal handlers need the main thread
         yield pressed
         return
     before = signal.signal(signal.SIGINT, press)
@@ -197,11 +205,10 @@ def stop_on_interrupt() -> Iterator[list[float]]:
 
 
 def train(task: Task, config: TrainingConfig, folder: Path, model_folder: Path, progress: bool = True) -> Task:
-    """Train until `config.steps`, from the folder's checkpoint where there is one, and export the averaged model.
+    """Train until `config.steps`, starting from the folder's checkpoint if there is one, and export the averaged model.
 
-    Every step seeds torch's generator, so that a run that resumes goes on with the same losses, on any number of
-    processes; the caller's generator is put back. Ctrl-C ends the step, writes the checkpoint and the model, and
-    returns.
+    Every step seeds torch's generator, so that a resumed run has the same losses on any number of processes. The
+    caller's generator state is restored. Ctrl-C finishes the step, writes the checkpoint and the model, and returns.
     """
     from accelerate import Accelerator
 
@@ -209,13 +216,13 @@ def train(task: Task, config: TrainingConfig, folder: Path, model_folder: Path, 
         mixed_precision=usable(config.precision), gradient_accumulation_steps=config.gradient_accumulation
     )
     main = accelerator.is_main_process
-    initial = deepcopy(task) if config.initial_share else None  # a checkpoint that is found replaces the task's weights
+    initial = deepcopy(task) if config.initial_share else None  # copied before a checkpoint replaces the weights
     averaged = AveragedModel(task, avg_fn=partial(moving_average, config.ema_decay))
     optimizers = make_optimizers(task, config)
     best = cast(Task, averaged.module)
     first, seen = load_checkpoint(folder, task, averaged, optimizers)
     averaged.to(accelerator.device)
-    if accelerator.device.type != "cpu":  # the layout of a GPU's convolutions; on a CPU some gradients are slower so
+    if accelerator.device.type != "cpu":  # faster convolutions on a GPU; on a CPU some gradients are slower
         task.to(memory_format=torch.channels_last)
     wrapped = accelerator.prepare(task)
     optimizers.parts = [accelerator.prepare(part) for part in optimizers.parts]
@@ -262,13 +269,13 @@ def train(task: Task, config: TrainingConfig, folder: Path, model_folder: Path, 
             look = step % min(config.every, 50) == 0 or step == config.steps
             stop = bool(interrupted)
             if accelerator.num_processes > 1 and (look or accelerator.device.type == "cpu"):
-                # All end after the same step: one that went on would wait for the others for ever.
+                # All processes stop after the same step; otherwise one would wait for the others forever.
                 stop = bool(accelerator.reduce(torch.tensor(float(stop), device=accelerator.device)) > 0)
             elif accelerator.num_processes > 1:
                 stop = False
             done = step == config.steps or stop
             if look or done:
-                # Read together: a look at each step's figures would make the device wait.
+                # Reading metrics synchronizes with the device, so they are read once per logging interval.
                 figures = {name: torch.stack([p[name].float() for p in pending]).mean() for name in pending[0]}
                 means = {name: float(accelerator.reduce(value, "mean")) for name, value in figures.items()}
                 bar.set_postfix({name: f"{value:.4g}" for name, value in means.items()})
@@ -292,7 +299,7 @@ def train(task: Task, config: TrainingConfig, folder: Path, model_folder: Path, 
 
 @torch.no_grad()
 def mix_in(model: nn.Module, other: nn.Module, share: float) -> None:
-    """Replace `share` of the model's weights, and of its statistics, by those of another of the same configuration."""
+    """Interpolate the model's weights and buffers in place: 1 - share of its own, `share` of the other model's."""
     theirs = other.state_dict()
     for name, ours in model.state_dict().items():
         if ours.is_floating_point():
@@ -300,7 +307,7 @@ def mix_in(model: nn.Module, other: nn.Module, share: float) -> None:
 
 
 def usable(precision: str) -> str:
-    """The precision, but "no" for bfloat16 where all there is is a CPU that would only imitate it, far slower."""
+    """The precision to use: "no" in place of "bf16" on a CPU without bfloat16 instructions, where emulation is slow."""
     has_units = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if precision == "bf16" and not has_units and not torch.accelerator.is_available():
         logger.warning("this CPU has no bfloat16 arithmetic; training in float32")
@@ -311,10 +318,7 @@ def usable(precision: str) -> str:
 def save_checkpoint(
     folder: Path, step: int, seen: int, task: nn.Module, averaged: nn.Module, optimizers: Optimizers
 ) -> None:
-    """Written beside and moved into place: a run that is killed meanwhile keeps the one before.
-
-    seen: so many items all processes together have trained on.
-    """
+    """Write the checkpoint atomically. seen: number of items that all processes have trained on."""
     state = {"step": step, "seen": seen, "task": task.state_dict(), "averaged": averaged.state_dict()}
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(state | {"optimizers": [part.state_dict() for part in optimizers.parts]}, folder / "checkpoint.new")
@@ -322,9 +326,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path, task: nn.Module, averaged: nn.Module, optimizers: Optimizers) -> tuple[int, int]:
-    """The step that the folder's checkpoint was written after and how many items were seen, its state put into place;
-    0 and 0 without one.
-    """
+    """Load the folder's checkpoint. Returns its step and the number of items seen, 0 and 0 without a checkpoint."""
     if not (folder / "checkpoint.pt").exists():
         return 0, 0
     state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
@@ -333,7 +335,7 @@ def load_checkpoint(folder: Path, task: nn.Module, averaged: nn.Module, optimize
     for part, saved in zip(optimizers.parts, state["optimizers"], strict=True):
         part.load_state_dict(saved)
     step, log = int(state["step"]), folder / "log.jsonl"
-    # A run that was killed may have logged steps after its checkpoint; they are about to come again.
+    # A killed run may have logged steps after its last checkpoint. They will be repeated.
     lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step] if log.exists() else []
     log.write_text("".join(f"{line}\n" for line in lines))
     return step, int(state["seen"])
@@ -357,7 +359,7 @@ def save_samples(folder: Path, step: int, task: Any, shown: list[tuple[Tensor, s
 
 
 def plot_log(folder: Path) -> None:
-    """The log's figures over the steps, a panel each, in `loss.png`."""
+    """Plot the log's metrics over the steps to `loss.png`, one panel each."""
     from matplotlib.figure import Figure
 
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]

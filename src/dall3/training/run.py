@@ -1,7 +1,7 @@
-"""`dall3 train`: settings from a TOML file, the parts trained before from the folder, one model trained into it.
+"""`dall3 train`: train one part of a pipeline folder.
 
-A folder of weights grows part by part: tokenizer, vqgan, transformer, clip, upsampler, each by one command, and is a
-pipeline folder at any time. What a run needs to go on lies beside them in `runs/<model>`.
+The parts are tokenizer, vqgan, transformer, clip and upsampler, in this order. Settings come from a TOML file, earlier
+parts from the folder. The state of a run is in `runs/<model>`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from dall3.training.vqgan import VQGANTask, VQGANTraining
 from dall3.weights.folder import TOKENIZER, from_json, load_part
 from dall3.weights.registry import read_toml
 
-SETTINGS = Path(__file__).parent / "settings"  # those of the bundled weights
+SETTINGS = Path(__file__).parent / "settings"  # settings of the bundled weights
 
 
 def make_vqgan(model: dict[str, Any], loss: dict[str, Any], folder: Path) -> Task:
@@ -75,13 +75,13 @@ TRAINABLE = ("tokenizer", *MAKERS)
 
 def need_vqgan(folder: Path) -> VQModel:
     if not (folder / "vqgan").is_dir():
-        raise ValueError(f"{folder} holds no vqgan, on whose codes this is trained; train that first")
+        raise ValueError(f"{folder} holds no vqgan, which this part needs; run `dall3 train vqgan` first")
     return load_part(folder / "vqgan")
 
 
 def need_clip(folder: Path) -> CLIP:
     if not (folder / "clip").is_dir():
-        raise ValueError(f"{folder} holds no clip, in whose features perceptual_weight compares; train that first")
+        raise ValueError(f"{folder} holds no clip, which perceptual_weight needs; run `dall3 train clip` first")
     return load_part(folder / "clip", need_tokenizer(folder))
 
 
@@ -92,28 +92,28 @@ def need_tokenizer(folder: Path) -> Tokenizer:
 
 
 def check_libraries() -> None:
-    """Raise ModuleNotFoundError where a library of the extra "train" is missing, before any work."""
+    """Raise ModuleNotFoundError if a library of the extra "train" is missing."""
     for name in ("accelerate", "matplotlib", "vector_quantize_pytorch"):
         if find_spec(name) is None:
             raise ModuleNotFoundError(f"training needs {name}; run pip install 'dall3[train]'", name=name)
 
 
 def join_processes() -> bool:
-    """Join the processes that a launcher started, and return whether this is the first of them.
+    """Initialize the process group of a launcher. Returns whether this is the main process.
 
-    It comes before a model is made: some parts ask whether there are other processes. They wait for each other as long
-    as making a pool of codes may take.
+    Called before the model is created, because some modules depend on the number of processes. The timeout is long
+    enough for encoding a pool of codes.
     """
     from accelerate import PartialState
 
     on_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     state = PartialState(cpu=on_cpu, timeout=timedelta(hours=12))
-    atexit.register(state.destroy_process_group)  # whose threads, left running, now and then abort a process that ends
+    atexit.register(state.destroy_process_group)  # its threads may abort the process at exit
     return bool(state.is_main_process)
 
 
 def look_at(data: Mixture, progress: bool) -> Mixture:
-    """Say what the data holds and what is odd about it. Raises ValueError where it cannot be read."""
+    """Print what the data contains and anything unusual. Raises ValueError if it cannot be read."""
     lines = data.look()
     if progress:
         print("\n".join(lines), file=sys.stderr)
@@ -121,7 +121,7 @@ def look_at(data: Mixture, progress: bool) -> Mixture:
 
 
 def read_settings(path: str | Path) -> dict[str, dict[str, Any]]:
-    """The tables [model], [loss] and [train] of a TOML file. Raises ValueError for another file."""
+    """Read the tables [model], [loss] and [train] of a TOML file. Raises ValueError for other content."""
     found = read_toml(path)
     unknown = found.keys() - {"model", "loss", "train"}
     if unknown or not all(isinstance(table, dict) for table in found.values()):
@@ -139,18 +139,19 @@ def train_model(
     progress: bool = True,
     **overrides: Any,
 ) -> None:
-    """Train one part of a folder of weights, and write it there.
+    """Train one part of a pipeline folder.
 
-    model: "tokenizer", "vqgan", "transformer", "clip" or "upsampler". config: a TOML file; the bundled weights'
-    settings if not given. data: sources as `open_source` takes them, in place of the settings'. resume: go on from
-    the folder's checkpoint of this model. initial: the folder of a trained part of the same configuration, whose
-    weights are started from. overrides: of `TrainingConfig`.
+    model: "tokenizer", "vqgan", "transformer", "clip" or "upsampler".
+    folder: the pipeline folder; earlier parts are read from it.
+    config: a TOML file (default: the settings of the bundled weights).
+    data: sources as in `Mixture`, in place of those of the settings.
+    resume: continue from the checkpoint in the folder.
+    initial: folder of a trained part of the same configuration, whose weights initialize the model.
+    progress: show a progress bar, and print a summary of the data to stderr before the first step.
+    overrides: fields of `TrainingConfig`.
 
-    What the data holds and what is odd about it is printed to stderr before the first step, if `progress`.
-
-    Raises ValueError for settings that are unknown or out of range, parts that are missing, and data that is not
-    there or cannot be read, FileExistsError for a run or a part that is there already, and ModuleNotFoundError for a
-    library that is missing, before any work.
+    Raises, before any work, ValueError for settings that are unknown or out of range, missing parts, and data that is
+    missing or unreadable; FileExistsError for an existing run or part; ModuleNotFoundError for a missing library.
     """
     if model not in TRAINABLE:
         raise ValueError(f"model '{model}' is not known; expected one of {', '.join(TRAINABLE)}")
@@ -160,9 +161,7 @@ def train_model(
         if (run / "checkpoint.pt").exists():
             raise FileExistsError(f"{run} holds a run already; resume it, or give another folder")
         if target.exists():
-            raise FileExistsError(
-                f"{target} is there already, and the parts trained after it need it; give another folder"
-            )
+            raise FileExistsError(f"{target} exists already, and later parts depend on it; give another folder")
     settings = read_settings(path)
     if model != "tokenizer":
         check_libraries()
@@ -170,7 +169,7 @@ def train_model(
         training = from_json(TrainingConfig, settings["train"])
         training = replace(training, **({"data": tuple(data)} if data else {}), **overrides)
         if training.initial_share and initial is None:
-            raise ValueError(f"initial_share={training.initial_share} needs initial, the part that it is a share of")
+            raise ValueError(f"initial_share={training.initial_share} needs initial, the folder of a trained part")
         if model == "tokenizer":
             captions = draw_captions(look_at(Mixture(training.data, 16), progress), training.steps)
             text = train_tokenizer(captions, **settings["model"])

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer (arXiv 1508.07909) made from the captions of the training data."""
+"""Train a byte-level BPE tokenizer (arXiv 1508.07909) on the captions of the training data."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from tqdm.auto import tqdm
 
 from dall3.training.data import Mixture
 
-PADDING = "<pad>"  # id 0, as the transformer expects it
+PADDING = "<pad>"  # id 0, the transformer's padding
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int, replacements: Mapping[str, str] | None = None) -> str:
-    """The JSON of a tokenizer of Hugging Face's `tokenizers` with at most `vocab_size` tokens; 0 is padding.
+    """Train a tokenizer with at most `vocab_size` tokens and return its JSON, in the format of Hugging Face's
+    tokenizers.
 
-    Every byte is a token, so that no text is unknown. replacements: text, lower case, that is read as other text
-    wherever it stands, such as {"gray": "grey"}: a prompt may have a word that the captions have not. Raises ValueError
-    for a vocabulary without room for the bytes, and for a replacement of no text.
+    Id 0 is padding. Every byte is a token, so that any text can be encoded. replacements: lower-case text to replace
+    everywhere before tokenizing, such as {"gray": "grey"}, for words that the captions lack.
+
+    Raises ValueError for a vocabulary smaller than the byte alphabet, and for a replacement of the empty text.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -39,6 +41,6 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, replacements: Mapp
 
 
 def draw_captions(data: Mixture, count: int) -> Iterator[str]:
-    """The captions of the first `count` items, each drawn when it is asked for, its picture as small as can be."""
+    """Yield the captions of the first `count` items."""
     for i in tqdm(range(count), desc="captions"):
         yield data[i][1]

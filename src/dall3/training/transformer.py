@@ -1,4 +1,4 @@
-"""Training the DALL·E transformer on captions and the codes of a trained VQGAN (arXiv 2102.12092)."""
+"""Train the DALL·E transformer on captions and the codes of a trained VQGAN (arXiv 2102.12092)."""
 
 from __future__ import annotations
 
@@ -34,17 +34,18 @@ POOL_BATCH = 64
 
 @dataclass(frozen=True)
 class TransformerTraining:
-    """null_text: the share of captions that are left out, so that classifier-free guidance has its other half.
-    wrong_codes: up to this share of a picture's codes, as much as chance has it, is shown to the transformer as the
-    codes that another picture of the batch has there: when it draws, its own are not all right either, and the text has
-    to outweigh them (scheduled sampling's aim, arXiv 1506.03099, without its draws). own_codes: up to this share, after
-    that, is shown as the transformer itself would draw them, all at once, each after the codes that were shown before
-    it, `own_passes` times over: what goes wrong there is what goes wrong when it draws (parallel scheduled sampling,
-    arXiv 1906.04331). true_codes: so many of a picture's first codes are always shown as they are. Where the text
-    leaves a choice open, such as the background, the first codes make it; a transformer to which they were shown drawn,
-    each for itself, would learn to make nothing of them. pool: so many pictures are drawn and encoded once, before the
-    first step, and trained on in shuffled epochs, which costs no drawing and no encoding after that; 0 for new pictures
-    in every step.
+    """Settings of the loss and the data.
+
+    null_text: fraction of captions that are replaced by the empty text, for classifier-free guidance.
+    wrong_codes: maximum fraction of an image's input codes that are replaced by those of another image of the batch.
+    The fraction is random per image. When sampling, the input contains errors too, and the text should outweigh them.
+    The aim is that of scheduled sampling (arXiv 1506.03099), without sampling from the model.
+    own_codes: maximum fraction of the input codes that are replaced by the model's own predictions, sampled for all
+    positions in parallel and `own_passes` times in succession (parallel scheduled sampling, arXiv 1906.04331).
+    true_codes: number of codes at the start of an image that are never replaced. They decide what the text leaves open,
+    such as the background; independently sampled ones would teach the model to ignore them.
+    pool: number of images that are encoded once, before the first step, and then used in shuffled epochs; 0 encodes new
+    images in every step.
     """
 
     null_text: float = 0.1
@@ -62,7 +63,7 @@ class TransformerTraining:
 
 
 class CodePool(Dataset[tuple[Tensor, str]]):
-    """Pictures as their codes, int16 or int32 (codes,), with captions: an endless row of shuffled epochs."""
+    """An infinite sequence of shuffled epochs of images as codes, int16 or int32 (codes,), with captions."""
 
     def __init__(self, codes: np.ndarray, captions: list[str]) -> None:
         self.codes, self.captions = codes, captions
@@ -73,9 +74,7 @@ class CodePool(Dataset[tuple[Tensor, str]]):
 
 
 def encode_pool(data: Dataset[Any], count: int, vqgan: VQModel, path: Path, workers: int, progress: bool) -> CodePool:
-    """The first `count` items of `data` as codes: from the file at `path`, which is made where it is not there yet or
-    comes from another VQGAN.
-    """
+    """Encode the first `count` items of `data`, or load them from `path` if it holds the codes of the same VQGAN."""
     device = next(vqgan.parameters()).device
     dtype = np.dtype(np.int16 if vqgan.num_tokens <= 2**15 else np.int32)
     made_by = sha256(vqgan.codebook.detach().cpu().numpy().tobytes()).hexdigest()
@@ -101,9 +100,9 @@ def encode_pool(data: Dataset[Any], count: int, vqgan: VQModel, path: Path, work
 
 @torch.no_grad()
 def redraw(model: DalleTransformer, text_ids: Tensor, image_ids: Tensor, uniforms: Tensor) -> Tensor:
-    """Every code drawn anew after the text and the codes given before it: int64 like image_ids.
+    """Sample every code given the text and the input codes before it, all in parallel: int64, the shape of image_ids.
 
-    Shapes as `DalleTransformer.forward` has them; uniforms: a random number in [0, 1) for each code.
+    Shapes as in `DalleTransformer.forward`. uniforms: a random number in [0, 1) for each code.
     """
     _, logits = model.logits(text_ids, image_ids)
     return choose(logits.flatten(0, 1), uniforms.flatten()).view_as(image_ids)
@@ -116,9 +115,9 @@ class TransformerTask(Task):
         super().__init__()
         self.settings, self.model = training, DalleTransformer(config)
         self.loss, self.redraw = self.model.loss, redraw
-        # Training on a pool meets the same captions again and again, and a GPU is not to wait for their words.
+        # Captions of a pool repeat; without a cache the GPU would wait for the tokenizer.
         self.encode_text = lru_cache(maxsize=1 << 18)(partial(text_encoder, truncate=True))
-        self.frozen = [vqgan]  # in a list: not a part of what is trained and saved
+        self.frozen = [vqgan]  # in a list, so that it is not a submodule
 
     def compile_parts(self) -> None:
         self.loss = torch.compile(self.model.loss, dynamic=False)
@@ -131,7 +130,7 @@ class TransformerTask(Task):
         return encode_pool(data, self.settings.pool, vqgan, folder / "codes.npz", config.workers, progress)
 
     def forward(self, images: Tensor, captions: list[str], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """images: pictures as the other tasks take them, or codes, int16 or int32 (batch, codes)."""
+        """images: float (batch, 3, side, side) in [0, 1], or codes, int16 or int32 (batch, codes)."""
         with torch.no_grad():
             is_codes = not images.is_floating_point()
             image_ids = images.long() if is_codes else self.frozen[0].to(images.device).encode(images)
@@ -152,11 +151,11 @@ class TransformerTask(Task):
         shown = seen = torch.where(wrong, image_ids.roll(1, 0), image_ids)
         for uniforms in shares[2:] if s.own_codes else ():
             seen = torch.where(own, self.redraw(self.model, text_ids, seen, uniforms), shown)
-            torch.clear_autocast_cache()  # weights that were cast without gradients are not to be trained with
+            torch.clear_autocast_cache()  # it may hold weights cast without gradients
         return self.loss(text_ids, image_ids, seen), {"wrong": (seen != image_ids).float().mean()}
 
     def sample(self, images: Tensor, captions: list[str]) -> Image:
-        """For every caption the picture, its codes decoded, and two draws."""
+        """For each caption the image, its decoded codes, and two samples."""
         vqgan, model = self.frozen[0].to(images.device), self.model
         text_ids = [self.encode_text(caption).to(images.device) for caption in captions[:8]]
         uniforms = candidate_uniforms(0, range(2), model.config.image_seq_len).to(images.device)

@@ -1,7 +1,7 @@
-"""Training the diffusion upsampler: noisy pictures back to clean ones, told the codes of the picture.
+"""Train the diffusion upsampler, which is conditioned on the embeddings of an image's codes.
 
-Learned variance by the hybrid loss (arXiv 2102.09672, section 3.1). The network is convolutional up to its attention
-at low resolution, so it may be trained on crops and used on whole pictures.
+The variance is learned with the hybrid loss (arXiv 2102.09672, section 3.1). The network is convolutional except for
+attention at low resolution, so it can be trained on crops and applied to whole images.
 """
 
 from __future__ import annotations
@@ -27,21 +27,23 @@ from dall3.weights.folder import save_part, set_default
 
 @dataclass(frozen=True)
 class UpsamplerTraining:
-    """crop: pixels a side of the random crops, `crops` from each picture, that are trained on in `crop_share` of the
-    steps; a multiple of twice what a code stands for in the fine picture. snr_limits: bounds of the signal-to-noise
-    ratio that weighs a step's error in the predicted picture (arXiv 2202.00512, section 4); the error in the noise is
-    weighed by 1. vlb_weight: of the variational bound that trains the variance, against the error. max_strength:
-    the share of the noise schedule that is trained on, from its least noisy end: below 1 the weights can refine an
-    enlarged coarse picture with a `strength` up to that, and cannot start from pure noise. coarse_share: the share of
-    the crops that are noised as refining does it, from the enlarged coarse picture at some earlier step; what that one
-    lacks is then a part of the noise that is to be found, so that edges are drawn anew and not kept as they are.
-    perceptual_weight: of the distance between the predicted picture and the true one in the features of the folder's
-    CLIP (arXiv 2401.00110 trains a diffusion model so, on other features), the mean of that at the sizes that
-    `perceptual_reductions` divide theirs by: 2 for coarse pictures' size, of which CLIP knows whole ones, and 1 for
-    every pixel. discriminator_weight: of a patch discriminator's verdict on the predicted picture, beside the error
-    (arXiv 2311.17042, section 3.2, has such a loss on few steps too); it sees what the picture has beyond the enlarged
-    coarse one, and that one (arXiv 1611.07004), so that grain on a smooth thing is no true picture's. From step
-    `discriminator_from` on it counts, and until then the discriminator learns alone.
+    """Settings of the loss.
+
+    crop, crops, crop_share: train on `crops` random crops of `crop` pixels per image in this fraction of the steps, on
+    whole images in the others. crop is a multiple of twice the size of a code in the fine image.
+    snr_limits: bounds of the signal-to-noise ratio that weights the error of a predicted image (arXiv 2202.00512,
+    section 4). The error of predicted noise has weight 1.
+    vlb_weight: weight of the variational bound, which trains the variance.
+    max_strength: fraction of the noise schedule that is trained on, from its least noisy end. Below 1 the weights
+    refine enlarged coarse images with a `strength` up to this value, and cannot start from pure noise.
+    coarse_share: fraction of the crops whose noise includes the difference to the enlarged coarse image, as when
+    denoising started from that image at an earlier step. The network then redraws edges.
+    perceptual_weight: weight of the distance between predicted and true image in the features of the folder's CLIP
+    (arXiv 2401.00110 uses other features). perceptual_reductions: factors by which both are downscaled for it; the
+    distance is averaged over them. 2 gives the size of coarse images, on which CLIP was trained.
+    discriminator_weight: weight of the loss of a patch discriminator (arXiv 1611.07004; arXiv 2311.17042, section 3.2).
+    It sees the difference between the image and the enlarged coarse one, and the latter. discriminator_from: first step
+    at which its loss counts; before it only the discriminator is trained. discriminator_channels: its width.
     """
 
     crop: int = 128
@@ -81,14 +83,14 @@ class UpsamplerTask(Task):
         self.run = torch.compile(self.model.forward, dynamic=False)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Fine pictures (batch, 3, side, side) in [0, 1] to their coarse ones' codes."""
+        """Downscale images (batch, 3, side, side) in [0, 1] and encode them with the VQGAN."""
         vqgan, config = self.frozen[0].to(images.device), self.model.config
         coarse = 2 * images.shape[-1] // config.downsampling * vqgan.downsampling
         return vqgan.encode(F.interpolate(images, coarse, mode="area"))
 
     def coarse(self, ids: Tensor, side: int) -> Tensor:
-        """Codes to what refining starts from: coarse pictures enlarged to (batch, 3, side, side), in [0, 1]."""
-        return enlarge(self.frozen[0].decode(ids).float(), side)  # a CPU enlarges nothing in half precision
+        """Decode codes and enlarge the coarse images to (batch, 3, side, side) in [0, 1], where denoising starts."""
+        return enlarge(self.frozen[0].decode(ids).float(), side)  # no half-precision interpolation on a CPU
 
     def forward(self, images: Tensor, captions: list[str], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         s, diffusion, learn_sigma = self.settings, self.diffusion, self.model.config.diffusion.learn_sigma
@@ -98,7 +100,7 @@ class UpsamplerTask(Task):
             is_needed = s.coarse_share or self.discriminator is not None
             coarse = self.coarse(ids, images.shape[-1]) if is_needed else images
         if torch.rand(()) < s.crop_share:
-            unit = 2 * images.shape[-1] // embeddings.shape[-1]  # the convolution of the embeddings has stride 2
+            unit = 2 * images.shape[-1] // embeddings.shape[-1]  # the embeddings' convolution has stride 2
             room = (images.shape[-1] - s.crop) // unit + 1
             places = torch.randint(room, (s.crops, 2)).tolist()
             images, coarse = (
@@ -110,14 +112,15 @@ class UpsamplerTask(Task):
         crops = len(x_start) // len(captions)
 
         def draw(generator: torch.Generator) -> Tensor:
-            """Three shares in [0, 1) and noise, side by side, for every crop of one picture."""
+            """Three uniform numbers in [0, 1) and the noise, concatenated, for every crop of an image."""
             u = torch.rand(crops, 3, generator=generator, device=device)
             noise = torch.randn(crops, x_start[0].numel(), generator=generator, device=device)
             return torch.cat((u, noise), dim=1)
 
-        drawn = self.per_item(draw, device).transpose(0, 1).flatten(0, 1)  # the first crops of all, then the second
+        drawn = self.per_item(draw, device).transpose(0, 1).flatten(0, 1)  # first crops of all images, then second ones
         noise, is_coarse = drawn[:, 3:].view_as(x_start), drawn[:, 2] < s.coarse_share
-        # The step at which refining began: not the last ones, where what is missing would be many times the noise.
+        # The step at which denoising started. The least noisy quarter is excluded, because there the difference to the
+        # coarse image would be many times the noise.
         first = torch.where(is_coarse, ((0.25 + 0.75 * drawn[:, 1]) * steps).long(), steps).clamp(max=steps - 1)
         t = (drawn[:, 0] * (first + 1)).long()
         ratio = diffusion.at("sqrt_bar", first, x_start) / diffusion.at("sqrt_one_minus_bar", first, x_start)
@@ -150,7 +153,7 @@ class UpsamplerTask(Task):
         return loss, figures
 
     def sample(self, images: Tensor, captions: list[str]) -> Image:
-        """For every picture itself, its coarse one, and what diffusion makes of the codes."""
+        """Each image, its coarse image, and the result of denoising."""
         images = images[:6]
         vqgan, side = self.frozen[0], images.shape[-1]
         ids = self.encode(images)
@@ -169,7 +172,7 @@ class UpsamplerTask(Task):
 
 
 def end_branches_at_zero(unet: UNet) -> None:
-    """Start every residual branch, and the prediction, at zero (arXiv 2102.09672 and guided-diffusion do so too)."""
+    """Initialize the last layer of each residual branch and of the UNet with zeros, as guided-diffusion does."""
     blocks = [module for module in unet.modules() if isinstance(module, ResBlock | AttentionBlock)]
     ends = [block.out_layers[-1] if isinstance(block, ResBlock) else block.proj_out for block in blocks]
     for end in (*ends, unet.out[-1]):
@@ -178,16 +181,16 @@ def end_branches_at_zero(unet: UNet) -> None:
 
 
 def residual_and_coarse(pictures: Tensor, coarse: Tensor) -> Tensor:
-    """What pictures have beyond the enlarged coarse ones, eight times as large, and these: (batch, 6, side, side).
+    """The discriminator's input, (batch, 6, side, side): the difference to the coarse images, times 8, and those.
 
-    pictures, coarse: (batch, 3, side, side) about [-1, 1]. A discriminator that was shown the pictures in place of the
-    residuals, which are small beside them, told nothing apart in 250 steps.
+    pictures, coarse: (batch, 3, side, side), about [-1, 1]. The difference is scaled because it is small compared with
+    the images; a discriminator on the images themselves did not learn.
     """
     return torch.cat((8 * (pictures - coarse), coarse), dim=1)
 
 
 def crop_at(x: Tensor, place: list[int], unit: int, side: int) -> Tensor:
-    """The square of `side` whose corner is at `place`, (row, column) counted in units."""
+    """Crop a square of `side` whose top left corner is at `place`, (row, column) in multiples of `unit`."""
     top, left = (number * unit for number in place)
     return x[..., top : top + side, left : left + side]
 
@@ -195,10 +198,10 @@ def crop_at(x: Tensor, place: list[int], unit: int, side: int) -> Tensor:
 def variational_bound(
     diffusion: GaussianDiffusion, mean: Tensor, log_variance: Tensor, x_start: Tensor, x: Tensor, t: Tensor
 ) -> Tensor:
-    """The term of the variational bound that belongs to steps t, in bits a channel: float (batch,).
+    """The term of the variational bound at steps t, in bits per dimension: float (batch,).
 
-    From step 1 on the Kullback-Leibler divergence of q(x_{t-1} | x_t, x_0) from p(x_{t-1} | x_t); at step 0 the
-    likelihood of the picture's 8 bits.
+    For t > 0 it is the KL divergence between q(x_{t-1} | x_t, x_0) and p(x_{t-1} | x_t). For t = 0 it is the negative
+    log-likelihood of the 8-bit pixel values.
     """
     true_mean, true_log_variance = diffusion.posterior_mean(x_start, x, t), diffusion.at("log_posterior", t, x)
     divergence = 0.5 * (
@@ -208,7 +211,7 @@ def variational_bound(
         - 1
         + (true_mean - mean).square() * torch.exp(-log_variance)
     )
-    # The normal distribution's mass over the step of 1/255 around the pixel, open to both sides at black and white.
+    # The normal distribution's mass in the interval of one 8-bit level; unbounded below black and above white.
     scale = torch.exp(-0.5 * log_variance)
     upper = torch.where(x_start > 0.999, 1.0, torch.special.ndtr((x_start - mean + 1 / 255) * scale))
     lower = torch.where(x_start < -0.999, 0.0, torch.special.ndtr((x_start - mean - 1 / 255) * scale))

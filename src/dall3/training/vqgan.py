@@ -1,4 +1,4 @@
-"""Training a GumbelVQ: pictures to a grid of codes and back (arXiv 2012.09841)."""
+"""Train a GumbelVQ, which encodes images to a grid of codes and decodes them (arXiv 2012.09841)."""
 
 from __future__ import annotations
 
@@ -23,20 +23,24 @@ from dall3.weights.folder import save_part
 
 @dataclass(frozen=True)
 class VQGANTraining:
-    """What a VQGAN's loss is made of.
+    """Settings of the loss.
 
-    quantizer: "nearest" (a codebook that follows the features by moving averages, arXiv 1711.00937, with the rotation
-    trick, arXiv 2410.06424; a code used less often a step than `dead_code_threshold` is replaced) or "gumbel"
-    (arXiv 1611.01144), whose temperature falls from 1 to `gumbel_temperature` over `gumbel_steps` and whose KL to even
-    use of the codes counts `kl_weight`. quantize_from: the first step with codes; before it the autoencoder trains
-    without. crop: pixels a side of the random crops, `crops` from each picture, that are trained on in `crop_share` of
-    the steps; the others take whole pictures. decoder_only: train the decoder alone, so that a trained VQGAN's codes
-    mean what they meant to what was trained on them. perceptual_weight: of the distance in the features of the folder's
-    CLIP, which tell a material by what few pixels show. discriminator_from: the first step in which the patch
-    discriminator counts, `discriminator_weight` against the reconstruction. corner_weight: of the error at the top left
-    alone, two codes by two, where a decoder that nothing else stops paints a mark. wrong_first: with
-    decoder_only, the share of pictures whose first code is another picture's: a transformer draws that one before all
-    others, so that it often fits them least.
+    quantizer: "nearest", a codebook updated by moving averages (arXiv 1711.00937) with the rotation trick (arXiv
+    2410.06424), or "gumbel" (arXiv 1611.01144).
+    quantize_from: first step with quantization; before it a plain autoencoder is trained.
+    commitment_weight, codebook_decay: of "nearest". dead_code_threshold: codes used less often per step are replaced.
+    kl_weight: weight of the KL divergence to a uniform use of the codes, of "gumbel". gumbel_temperature, gumbel_steps:
+    the temperature falls from 1 to this value over this many steps.
+    edge_weight: weight of the error in the differences of neighbouring pixels.
+    perceptual_weight: weight of the distance in the features of the folder's CLIP, which respond to small details.
+    discriminator_weight: weight of the patch discriminator. discriminator_from: its first step.
+    discriminator_channels: its width.
+    crop, crops, crop_share: train on `crops` random crops of `crop` pixels per image in this fraction of the steps, on
+    whole images in the others.
+    decoder_only: train the decoder alone, so that the codes of a trained VQGAN keep their meaning.
+    corner_weight: weight of an additional error in the top left 2×2 codes, where decoders tend to paint an artefact.
+    wrong_first: with decoder_only, the fraction of images whose first code is replaced by another image's. A
+    transformer draws this code first, without context, so it is often wrong.
     """
 
     quantizer: str = "nearest"
@@ -67,7 +71,7 @@ class VQGANTraining:
 
 
 class PatchDiscriminator(nn.Sequential):
-    """Real or made, for every patch of 34 pixels (arXiv 1611.07004) of float (batch, in_channels, side, side)."""
+    """Patch discriminator (arXiv 1611.07004) of 34-pixel patches; input float (batch, in_channels, side, side)."""
 
     def __init__(self, channels: int, in_channels: int = 3) -> None:
         def layer(into: int, out: int, stride: int) -> list[nn.Module]:
@@ -83,8 +87,10 @@ class PatchDiscriminator(nn.Sequential):
 
 
 def adversarial_losses(discriminator: nn.Module, images: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of who made the images (batch, channels, side, side) and wants them taken for real ones, with gradients
-    to these alone, and the discriminator's hinge loss against the real others, with gradients to it alone.
+    """The generator's and the discriminator's hinge losses.
+
+    images: generated, float (batch, channels, side, side). others: real. The generator's loss has gradients to `images`
+    only, the discriminator's to its parameters only.
     """
     frozen = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
     fooled = -functional_call(discriminator, frozen, (images,)).mean()
@@ -93,15 +99,15 @@ def adversarial_losses(discriminator: nn.Module, images: Tensor, others: Tensor)
 
 
 class PerceptualDistance:
-    """How far apart pictures are for a CLIP's image tower: the squared distance of its features at every depth, each
-    of unit length at its place (LPIPS without learned weights: arXiv 1801.03924, section 3).
+    """Perceptual distance in the features of a CLIP's image tower: LPIPS without learned weights (arXiv 1801.03924,
+    section 3), the squared distance of the features of all layers, normalized at each position.
     """
 
     def __init__(self, clip: CLIP) -> None:
         self.clip = clip
 
     def __call__(self, images: Tensor, others: Tensor) -> Tensor:
-        """The mean over pictures, float (batch, 3, side, side) in [0, 1]; gradients go to the first."""
+        """The mean distance of images, float (batch, 3, side, side) in [0, 1]. Only `images` receives gradients."""
         self.clip.to(images.device)
         with torch.no_grad():
             targets = self.features(others)
@@ -109,7 +115,7 @@ class PerceptualDistance:
         return torch.stack([(a - b).square().sum(dim=1).mean() for a, b in pairs]).mean()
 
     def features(self, images: Tensor) -> list[Tensor]:
-        if hasattr(self.clip.model.visual, "positional_embedding"):  # a ViT takes pictures of its own size alone
+        if hasattr(self.clip.model.visual, "positional_embedding"):  # a ViT accepts its own image size only
             images = F.interpolate(images, self.clip.image_size, mode="bilinear", antialias=True)
         inputs = (images - self.clip.mean) / self.clip.std
         found = self.clip.model.visual.forward_intermediates(inputs, intermediates_only=True)["image_intermediates"]
@@ -117,13 +123,13 @@ class PerceptualDistance:
 
 
 def edges(images: Tensor) -> Tensor:
-    """Differences of neighbouring pixels to the right and below, side by side."""
+    """Horizontal and vertical differences of neighbouring pixels, flattened and concatenated."""
     return torch.cat((images.diff(dim=-1).flatten(1), images.diff(dim=-2).flatten(1)), dim=1)
 
 
 def rotate_to(features: Tensor, entries: Tensor) -> Tensor:
-    """The entries (…, width), with a gradient to the features as if a fixed rotation and scale had made them of these
-    (the rotation trick, arXiv 2410.06424, section 4.2).
+    """The rotation trick (arXiv 2410.06424, section 4.2): the codebook entries (…, width), with the gradient to the
+    features of a constant rotation and scaling that maps each feature to its entry.
     """
     here, there = F.normalize(features.detach(), dim=-1), F.normalize(entries, dim=-1)
     middle = F.normalize(here + there, dim=-1)
@@ -136,7 +142,7 @@ def rotate_to(features: Tensor, entries: Tensor) -> Tensor:
 
 
 class VQGANTask(Task):
-    has_codes: Tensor  # whether the quantiser has begun
+    has_codes: Tensor  # bool scalar: quantization has started
 
     def __init__(self, config: VQGANConfig, training: VQGANTraining, clip: CLIP | None = None) -> None:
         from vector_quantize_pytorch import VectorQuantize
@@ -150,14 +156,14 @@ class VQGANTask(Task):
             for part in (self.model.encoder, self.model.quant_conv, self.model.quantize):
                 part.requires_grad_(False)
         elif training.quantizer == "nearest":
-            self.model.quantize.requires_grad_(False)  # set from the moving averages at the end
+            self.model.quantize.requires_grad_(False)  # set from the moving averages in `finished`
             self.nearest = VectorQuantize(
                 dim=config.embed_dim,
                 codebook_size=config.n_embed,
                 kmeans_init=True,
                 decay=training.codebook_decay,
                 threshold_ema_dead_code=training.dead_code_threshold,
-                rotation_trick=False,  # ours below needs no matrix a vector
+                rotation_trick=False,  # `rotate_to` needs no matrix per vector
                 commitment_weight=training.commitment_weight,
             )
 
@@ -168,18 +174,18 @@ class VQGANTask(Task):
             book = self.nearest._codebook
             book.embed.copy_(self.model.codebook)
             book.embed_avg.copy_(self.model.codebook)
-            book.cluster_size.fill_(1)  # of how much a code was used, the file tells nothing
+            book.cluster_size.fill_(1)  # the file does not store how often a code was used
             book.initted.fill_(True)
 
     def make_data(self, config: TrainingConfig, folder: Path, device: torch.device, progress: bool) -> Dataset[Any]:
         require(
             not self.settings.decoder_only or bool(self.has_codes),
-            "decoder_only paints the codes of a trained VQGAN; name its folder as `initial`",
+            "decoder_only needs a trained VQGAN; give its folder as `initial`",
         )
         return super().make_data(config, folder, device, progress)
 
     def quantize(self, features: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Features (batch, embed_dim, h, w) to what is decoded, the quantiser's loss, and ids (batch, h, w)."""
+        """Quantize features (batch, embed_dim, h, w). Returns the decoder's input, the loss, and ids (batch, h, w)."""
         if self.settings.quantizer == "nearest":
             rows = features.float().flatten(2).transpose(1, 2)
             entries, ids, loss = self.nearest(rows)
@@ -194,7 +200,7 @@ class VQGANTask(Task):
         return quantized, self.settings.kl_weight * kl, choice.argmax(dim=1)
 
     def gumbel_softmax(self, logits: Tensor, tau: float) -> Tensor:
-        """One code a place, as 0 and 1 in dimension 1, with the gradient of the soft choice; noise by item."""
+        """Straight-through Gumbel softmax over dimension 1: one-hot values with the soft gradient, noise per item."""
         device, crops = logits.device, len(logits) // len(self.items)
         shape = (crops, *logits.shape[1:])
         waits = self.per_item(lambda g: torch.empty(shape, device=device).exponential_(generator=g), device)
@@ -205,7 +211,7 @@ class VQGANTask(Task):
 
     def forward(self, images: Tensor, captions: list[str], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         s, model = self.settings, self.model
-        if step != s.quantize_from and torch.rand(()) < s.crop_share:  # the codebook starts from whole pictures
+        if step != s.quantize_from and torch.rand(()) < s.crop_share:  # the codebook is initialized from whole images
             images = torch.cat([random_crops(images, s.crop) for _ in range(s.crops)])
         images = images * 2 - 1
         features = model.quant_conv(model.encoder(images))
@@ -234,27 +240,27 @@ class VQGANTask(Task):
             loss = loss + s.discriminator_weight * fooled + hinge
             figures |= {"hinge": hinge.detach()}
         else:
-            # Every parameter takes part in every step: processes that train together wait for each.
+            # Distributed training waits for the gradient of every parameter in every step.
             loss = loss + 0 * sum(p.sum() for p in self.discriminator.parameters())
         return loss, figures
 
     def distance(self, decoded: Tensor, images: Tensor) -> Tensor:
-        """Of pictures in [-1, 1], in their pixels and in the differences of neighbouring ones."""
+        """Reconstruction error of images in [-1, 1]: L1 and L2 of the pixels, and L1 of neighbouring differences."""
         error = decoded - images
         edge = (edges(decoded) - edges(images)).abs().mean()
         return error.abs().mean() + self.settings.edge_weight * edge + error.square().mean()
 
     def exchange_first(self, ids: Tensor) -> Tensor:
-        """Ids (batch, places) with the first code of a share of them that of the one before."""
+        """Replace the first id of a random fraction of the batch, ids (batch, positions), by the previous item's."""
         device, crops = ids.device, len(ids) // len(self.items)
         chance = self.per_item(lambda g: torch.rand(crops, generator=g, device=device), device).T.flatten()
         first = torch.where(chance < self.settings.wrong_first, ids[:, 0].roll(1), ids[:, 0])
         return torch.cat((first[:, None], ids[:, 1:]), dim=1)
 
     def finished(self) -> GumbelVQ:
-        """The model with the codebook in the seed's form, whose likeliest code is the nearest one.
+        """The model with the codebook in upstream's form, where the code of the highest logit is the nearest one.
 
-        |h - e|² = |h|² - 2 h·e + |e|²: a 1×1 convolution with weight 2 e and bias -|e|² ranks the codes alike.
+        |h - e|² = |h|² - 2 h·e + |e|², so a 1×1 convolution with weight 2 e and bias -|e|² ranks the codes by distance.
         """
         if hasattr(self, "nearest"):
             codebook = self.nearest.codebook.detach().float()
@@ -281,6 +287,6 @@ class VQGANTask(Task):
 
 
 def random_crops(images: Tensor, side: int) -> Tensor:
-    """A square from the same random place of every picture."""
+    """Crop a square at the same random position of every image."""
     top, left = (int(torch.randint(size - side + 1, ())) for size in images.shape[2:])
     return images[..., top : top + side, left : left + side]

@@ -1,8 +1,8 @@
-"""`dall3 train family`: every part of a family of weights, from nothing, by one file of settings and one command.
+"""`dall3 train family`: train all parts from scratch, from one settings file and within a given time.
 
-Each part trains in a process of its own, side by side on one device or spread over several, in its window of the time
-(`[family.windows]`), and waits for the parts that it needs. A part that fails costs the others nothing but what they
-need of it. What a run needs to go on lies in `runs/<part>`; the finished weights are a pipeline folder.
+Each part trains in its own process, on one device or several, within its window of the time (`[family.windows]`), and
+waits for the parts that it needs. If a part fails, the others continue. The state of a run is in `runs/<part>`; the
+result is a pipeline folder.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from dall3.training.tokenizer import train_tokenizer
 from dall3.weights.folder import DEFAULTS, TOKENIZER, Origin, from_json, load_part, model_card
 from dall3.weights.registry import read_toml
 
-RECIPE = Path(__file__).parents[1] / "settings/mini.toml"  # of the bundled weights
+RECIPE = Path(__file__).parents[1] / "settings/mini.toml"  # recipe of the bundled weights
 PARTS = ("vqgan", "upsampler", "transformer", "clip")
 NEEDS_CODES = ("transformer", "upsampler")
-LATE = 0.05  # of the time, and 10 seconds, that a part may take beyond its window to write what it has
-TINY: dict[str, Any] = {  # what `--tiny` lays over the settings: networks and pictures that a CPU trains in seconds
+LATE = 0.05  # fraction of the time, plus 10 seconds, that a part may take after its window to write its files
+TINY: dict[str, Any] = {  # overrides of `--tiny`: networks and images that a CPU trains in seconds
     "tokenizer": {"vocab_size": 400, "captions": 200},
     "vqgan": {
         "model": {"ch_mult": [1, 1, 1], "n_embed": 64, "z_channels": 32},
@@ -66,7 +66,7 @@ TINY: dict[str, Any] = {  # what `--tiny` lays over the settings: networks and p
 
 @dataclass(frozen=True)
 class Job:
-    """What the process of one part is told. start, until: `time.time()` at its window's ends."""
+    """The arguments of the process of one part. start, until: its window, in seconds as `time.time()`."""
 
     part: str
     config: str
@@ -79,7 +79,7 @@ class Job:
 
 
 def read_recipe(path: str | Path, tiny: bool = False) -> dict[str, Any]:
-    """The settings of a family. Raises ValueError for a file that lacks a part or has another."""
+    """Read the settings of a family. Raises ValueError for missing or unknown tables."""
     recipe = read_toml(path)
     wanted = {"family", "defaults", "tokenizer", *PARTS}
     if recipe.keys() != wanted:
@@ -88,7 +88,7 @@ def read_recipe(path: str | Path, tiny: bool = False) -> dict[str, Any]:
 
 
 def laid_over(settings: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
-    """The settings with others in place of theirs, table by table."""
+    """Override nested settings by others."""
     found = dict(settings)
     for name, value in others.items():
         found[name] = laid_over(found.get(name, {}), value) if isinstance(value, dict) else value
@@ -96,12 +96,12 @@ def laid_over(settings: dict[str, Any], others: dict[str, Any]) -> dict[str, Any
 
 
 def wait_for(out: Path, part: str, until: float, meanwhile: Callable[[], None] = lambda: None) -> None:
-    """Raises RuntimeError where the part failed or does not come in time."""
+    """Wait until a part is finished, calling `meanwhile` repeatedly. Raises RuntimeError if it failed or is late."""
     while not (out / "runs" / part / "finished").exists():
         if (out / "runs" / part / "failed").exists():
-            raise RuntimeError(f"there is no {part} to go on with")
+            raise RuntimeError(f"{part} failed, and this part needs it")
         if time.time() > until:
-            raise RuntimeError(f"{part} did not come in time")
+            raise RuntimeError(f"{part} was not finished in time")
         meanwhile()
         time.sleep(0.2)
 
@@ -113,7 +113,7 @@ def mark(out: Path, part: str, what: str) -> None:
 
 
 def make_tokenizer(recipe: dict[str, Any], out: Path, emoji: str) -> None:
-    """The tokenizer of the captions that the recipe names."""
+    """Train the tokenizer on the recipe's captions and write it."""
     settings = dict(recipe["tokenizer"])
     world, count, kinds = World("cpu", emoji=emoji, side=16), settings.pop("captions"), settings.pop("kinds")
     text = train_tokenizer(world.plan(range(count), recipe["family"]["seed"] + 1, kinds).captions, **settings)
@@ -123,7 +123,7 @@ def make_tokenizer(recipe: dict[str, Any], out: Path, emoji: str) -> None:
 
 
 def make_part(job: Job, recipe: dict[str, Any], device: torch.device) -> Part:
-    """The part with untrained weights; where it reads text, once the tokenizer is there."""
+    """Create the part with untrained weights. Parts that read text wait for the tokenizer."""
     settings, out = recipe[job.part], Path(job.out)
     model, loss = settings["model"], settings.get("loss", {})
 
@@ -150,7 +150,7 @@ def make_part(job: Job, recipe: dict[str, Any], device: torch.device) -> Part:
 
 
 def warm_up(part: Part, settings: PartTraining, pool: Pool, device: torch.device, name: str) -> None:
-    """Compile the part where its settings say so, and try it on a batch: what can fail fails before its window."""
+    """Compile the part, if enabled, and run it on a batch, so that errors occur before its window starts."""
     count = min(settings.batch_size, 256)
     rows = part.rows(pool.world.draw(range(count), pool.seed, pool.kinds))
     places = torch.arange(settings.batch_size, device=device) % count
@@ -170,14 +170,14 @@ def warm_up(part: Part, settings: PartTraining, pool: Pool, device: torch.device
             once()
             print(f"[{name}] compiled in {time.time() - started:.0f} s", flush=True)
             return
-        except Exception as error:  # without the compiler it is slower, no more
+        except Exception as error:  # training continues without the compiler
             print(f"[{name}] not compiled: {error!r}"[:2000], flush=True)
             part.run_eagerly()
     once()
 
 
 def train_part(job: Job) -> None:
-    """One part, in this process."""
+    """Train one part in this process."""
     recipe, out, device = read_recipe(job.config, job.tiny), Path(job.out), torch.device(job.device)
     if job.part == "tokenizer":
         make_tokenizer(recipe, out, job.emoji)
@@ -186,9 +186,9 @@ def train_part(job: Job) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-        CHUNK["cuda"] = 512  # several parts draw on one device
+        CHUNK["cuda"] = 512  # several parts draw on the same device
     seed, settings = recipe["family"]["seed"], from_json(PartTraining, recipe[job.part]["train"])
-    if device.type == "cpu":  # which draws a few pictures as fast as many
+    if device.type == "cpu":  # small chunks are as efficient there
         settings = replace(settings, first=min(settings.first, 256), chunk=min(settings.chunk, 64))
     torch.manual_seed(seed)
     world = World(device, emoji=job.emoji, side=settings.side)
@@ -214,13 +214,14 @@ def train_family(
     tiny: bool = False,
     commit: str = "not stated",
 ) -> list[str]:
-    """Make every part of a family that is not finished yet, and return the names of those that failed.
+    """Train all parts of a family that are not finished, and return the names of those that failed.
 
-    config: the recipe, such as settings/mini.toml. emoji: their folder or archive. minutes: all the time there is.
-    resume: go on with what `out` holds. commit: of this library, for the model card.
+    config: the recipe, such as settings/mini.toml. out: the pipeline folder to write. emoji: folder or archive of the
+    emoji. minutes: total time. device: such as "cuda", "cuda:1" or "cpu" (default: all GPUs, or the CPU). resume:
+    continue the run in `out`. tiny: train very small networks. commit: commit of this library, for the model card.
 
-    Raises ValueError for settings that are unknown or out of range, and FileExistsError for a folder that holds
-    something, before any work.
+    Raises, before any work, ValueError for settings that are unknown or out of range, and FileExistsError if `out` is
+    not empty.
     """
     out, begun = Path(out), time.time()
     recipe = read_recipe(config, tiny)
@@ -228,7 +229,7 @@ def train_family(
     for part in PARTS:
         from_json(PartTraining, recipe[part]["train"])
     if not resume and out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"{out} holds something already; resume it, or give another folder")
+        raise FileExistsError(f"{out} is not empty; resume its run, or give another folder")
     out.mkdir(parents=True, exist_ok=True)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     count = torch.cuda.device_count() if device == "cuda" else 1
@@ -250,7 +251,7 @@ def train_family(
         while running:
             for part, process in list(running.items()):
                 if process.poll() is None and time.time() > ends[part] + 10 + 60 * minutes * LATE:
-                    print(f"[{part}] too late; stopped", flush=True)
+                    print(f"[{part}] exceeded its time; stopped", flush=True)
                     process.kill()
                     process.wait()
                 if process.poll() is not None:
@@ -258,12 +259,14 @@ def train_family(
                     if (out / "runs" / part / "finished").exists():
                         continue
                     failed.append(part)
-                    # What its last checkpoint left is better than nothing for those that wait for it.
+                    # Parts that wait for it can use its last exported weights.
                     left = (out / part).exists() and time.time() < until
                     mark(out, part, "finished" if left else "failed")
-                    print(f"[{part}] failed ({process.returncode}); its last checkpoint goes on: {left}", flush=True)
+                    print(
+                        f"[{part}] failed ({process.returncode}); last exported weights available: {left}", flush=True
+                    )
             time.sleep(0.2)
-    except KeyboardInterrupt:  # the processes were told as well, and write what they have
+    except KeyboardInterrupt:  # the processes received the signal too, and write their files
         for process in running.values():
             process.wait()
         raise
@@ -272,7 +275,7 @@ def train_family(
 
 
 def describe(recipe: dict[str, Any], config: Path, out: Path, commit: str, minutes: float, device: str) -> None:
-    """The model card, the settings that suit the weights, and where they come from."""
+    """Write the model card, the default settings and the provenance of the weights."""
     (out / DEFAULTS).write_text(json.dumps(recipe["defaults"], indent=2) + "\n", encoding="utf-8")
     family = {
         "recipe": config.name,

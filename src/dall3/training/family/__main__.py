@@ -1,4 +1,4 @@
-"""The process of one part of a family: python -m dall3.training.family JOB"""
+"""Train one part of a family in this process: python -m dall3.training.family JOB"""
 
 import json
 import sys

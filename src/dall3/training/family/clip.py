@@ -1,4 +1,4 @@
-"""The CLIP that ranks and guides (arXiv 2103.00020), with hard negatives: captions with one word exchanged."""
+"""Train the CLIP (arXiv 2103.00020) with hard negatives: captions with one word replaced."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ from dall3.weights.folder import load_part, save_part
 
 @dataclass(frozen=True)
 class CLIPLoss:
-    """decoded: the share of a batch seen as the VQGAN decodes it, once there is one, since such pictures are to be
-    ranked. cut_out: the smallest share of a picture's side that a batch is cut to, since guidance looks at cut-outs.
-    noise: the largest standard deviation of noise added. swaps: groups of words; captions that have some get
-    `negatives` wrong ones, each with one word exchanged for another of its group (arXiv 2210.01936). max_scale: the
-    most that the learned scale of the similarities grows to.
+    """Settings of the loss.
+
+    decoded: fraction of a batch that is encoded and decoded by the VQGAN, once it exists, because CLIP ranks decoded
+    images. cut_out: minimum side of the random crop of a batch, relative to the image, because guidance scores
+    cut-outs.
+    noise: maximum standard deviation of the added noise. swaps: groups of words for hard negatives (arXiv 2210.01936).
+    negatives: number of hard negatives per caption. max_scale: upper bound of the learned logit scale.
     """
 
     decoded: float = 0.3
@@ -87,7 +89,7 @@ class CLIPPart(Part):
             text, wrong = texts.split((len(tokens), negatives.shape[0] * negatives.shape[1]))
             scale = network.logit_scale.exp()
             answers = torch.arange(len(images), device=device)
-            # Two pictures of one caption are no negatives of each other.
+            # Images with the same caption are not negatives of each other.
             alike = (tokens[:, None] == tokens[None]).all(dim=-1) & (answers[:, None] != answers)
             logits = (scale * picture @ text.T).masked_fill(alike, -1e4)
             loss = (F.cross_entropy(logits, answers) + F.cross_entropy(logits.T, answers)) / 2
@@ -108,7 +110,7 @@ class CLIPPart(Part):
 
     @torch.no_grad()
     def sheet(self, model: nn.Module, rows: Rows) -> Image:
-        """Every picture, and beside it the three that its caption likes best."""
+        """Each image, followed by the three images with the highest similarity to its caption."""
         assert isinstance(model, CLIP)
         model.eval()
         images = F.interpolate(rows["pictures"].float() / 255, model.image_size, mode="bilinear", antialias=True)

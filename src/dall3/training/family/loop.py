@@ -1,4 +1,4 @@
-"""The training of one part within a time: its schedule runs from 0 to 1 as the clock does, not by counting steps."""
+"""The training loop of a part within a time limit. Schedules follow the clock, as progress from 0 to 1."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ CHECKPOINT_SECONDS, LOG_SECONDS = 120.0, 15.0
 
 @dataclass(frozen=True)
 class PartTraining:
-    """How a part is trained, whatever it is.
+    """Settings of a part's training that do not depend on the part.
 
-    decay: the share of the time at the end in which the learning rate falls to 0. warmup: steps in which it rises.
-    muon_learning_rate: of Muon (arXiv 2502.16982) on the matrices inside the layers, beside AdamW on all else; 0 for
-    AdamW alone. share: of the time that the part computes; it rests in between, so that others on the device go faster.
-    kinds, capacity, first, chunk, draw_share: what is drawn and how, as `World` and `Pool` take them.
+    decay: fraction of the time, at the end, over which the learning rate falls to 0. warmup: steps over which it rises.
+    muon_learning_rate: learning rate of Muon (arXiv 2502.16982) for the matrices inside `layers`; 0 uses AdamW for all
+    parameters. share: fraction of the time that the part computes; it sleeps otherwise, to leave the device to other
+    parts. kinds, capacity, first, chunk, draw_share: the training data; see `World` and `Pool`.
     """
 
     batch_size: int
@@ -51,46 +51,46 @@ class PartTraining:
     draw_share: float = 0.25
 
     def rate(self, step: int, progress: float) -> float:
-        """The share of the learning rate: up, level, and down to 0 at the end."""
+        """The learning rate's factor: linear warm-up, constant, linear decay to 0."""
         return max(min((step + 1) / max(self.warmup, 1), (1 - progress) / max(self.decay, 1e-6), 1.0), 0.0)
 
 
 class Part(nn.Module, ABC):
-    """What is trained, as `model`, and how its loss is made; one file a part beside this one."""
+    """A network, `model`, and its loss. Each part has its own file in this package."""
 
     model: nn.Module
 
     @abstractmethod
     def rows(self, batch: Batch) -> Rows:
-        """What a pool keeps of pictures and captions: tensors (n, …) by name."""
+        """Convert images and captions to training rows: tensors (n, …) by name."""
 
     @abstractmethod
     def forward(self, rows: Rows, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of some rows, and figures for the log. progress: in [0, 1], of the training."""
+        """The loss of a batch of rows, and metrics for the log. progress: of the training, in [0, 1]."""
 
     @abstractmethod
     def export(self, model: nn.Module, folder: Path) -> None:
-        """Write the model, averaged over the last steps, as a part of a pipeline folder."""
+        """Write a model with averaged weights as a part of a pipeline folder."""
 
     def sheet(self, model: nn.Module, rows: Rows) -> Image | None:
-        """A picture that shows how far the training is."""
+        """A sheet of samples."""
         return None
 
     def after_step(self) -> None:
-        """What happens between steps without gradients."""
+        """Called after each optimizer step."""
 
     def compile_parts(self) -> None:
-        """Compile what `forward` spends its time in; nothing unless a part says so."""
+        """Compile the expensive modules with torch.compile. Does nothing by default."""
 
     def run_eagerly(self) -> None:
         """Undo `compile_parts`."""
 
     def look_for(self, out: Path) -> None:
-        """Take up what another part has finished meanwhile."""
+        """Load what other parts have finished since. Does nothing by default."""
 
 
 class Average:
-    """The moving average of a model's parameters; the first steps count more, so that the start is soon forgotten."""
+    """An exponential moving average of a model's parameters. Its decay rises, so that early values fade fast."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model, self.decay, self.count = deepcopy(model).requires_grad_(False), decay, 0
@@ -106,14 +106,14 @@ class Average:
 
     @torch.no_grad()
     def current(self) -> nn.Module:
-        """The averaged model, with the buffers of the model as they are."""
+        """The averaged model, with the current buffers."""
         for average, now in self.buffers:
             average.copy_(now)
         return self.model
 
 
 class Optimizers:
-    """AdamW, and Muon beside it where asked for. Decay on matrices and kernels only."""
+    """AdamW, and optionally Muon. Weight decay applies to matrices and kernels only."""
 
     def __init__(self, part: nn.Module, settings: PartTraining) -> None:
         named = [(name, p) for name, p in part.named_parameters() if p.requires_grad]
@@ -131,13 +131,13 @@ class Optimizers:
         ]
         if muon:
             rate, decay = settings.muon_learning_rate, settings.weight_decay
-            # The updates' size is matched to AdamW's, so that weight decay means the same for both.
+            # The update's RMS matches AdamW's, so that weight decay has the same effect in both.
             made = torch.optim.Muon(muon, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
             self.parts.append((made, rate))
 
     def step(self, share: float, clip_grad_norm: float) -> None:
         for p in self.parameters:
-            if p.grad is not None:  # one step without a number must not end the training
+            if p.grad is not None:  # a step with NaN must not spoil the weights
                 torch.nan_to_num_(p.grad, nan=0.0, posinf=0.0, neginf=0.0)
         torch.nn.utils.clip_grad_norm_(self.parameters, clip_grad_norm)
         for part, rate in self.parts:
@@ -162,8 +162,9 @@ def fit(
     device: torch.device,
     name: str,
 ) -> None:
-    """Train until the clock (`time.time()`) says `until`, from the run's checkpoint where there is one, and export to
-    `target`. Told to stop (SIGINT, SIGTERM), it writes both, and the run is not finished.
+    """Train until `time.time()` reaches `until`, from the run's checkpoint if there is one, and export to `target`.
+
+    SIGINT and SIGTERM stop the training. The checkpoint and the model are written, and the run is not marked finished.
     """
     optimizers = Optimizers(part, settings)
     average = Average(part.model, settings.ema_decay)
@@ -191,7 +192,7 @@ def fit(
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 loss, figures = part(rows, progress)
             loss.backward()
-        except torch.OutOfMemoryError:  # others share the device
+        except torch.OutOfMemoryError:  # other parts share the device
             loss, rows, figures = torch.zeros(()), {}, {}
             part.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
@@ -229,18 +230,18 @@ def fit(
     save_checkpoint(run, step, progress, part, average, optimizers)
     replace_folder(part, average, target)
     if not stopped:
-        (run / "finished").write_text("")  # those that wait need not wait for the sheet
+        (run / "finished").write_text("")  # before the sheet, so that waiting parts can start
     try:
         shown = part.eval().sheet(average.current(), pool.sample(16))
         if shown is not None:
             shown.save(run / "sheet.jpg", quality=90)
-    except Exception as error:  # a sheet that cannot be drawn costs nothing but itself
+    except Exception as error:  # an error in the sheet must not fail the part
         print(f"[{name}] no sheet: {error!r}", flush=True)
     print(f"[{name}] ended at step {step}, {time.time() - begun:.0f} s, progress {progress:.3f}", flush=True)
 
 
 def replace_folder(part: Part, average: Average, target: Path) -> None:
-    """Export beside the target and move it there: whoever reads it meanwhile finds a whole one."""
+    """Export to a temporary folder and rename it, so that readers always find a complete one."""
     new, old = (target.with_name(f".{target.name}.{kind}") for kind in ("new", "old"))
     with torch.no_grad():
         part.export(average.current(), new)
@@ -264,7 +265,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(run: Path, part: Part, average: Average, optimizers: Optimizers) -> tuple[int, float]:
-    """The step and the progress that the run's checkpoint was written at, its state put into place; 0 without one."""
+    """Load the run's checkpoint. Returns its step and its progress, 0 and 0.0 without a checkpoint."""
     if not (run / "checkpoint.pt").exists():
         return 0, 0.0
     state = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)

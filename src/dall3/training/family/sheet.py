@@ -1,4 +1,4 @@
-"""What a family draws, on one sheet: python -m dall3.training.family.sheet FOLDER FILE"""
+"""Draw a sheet of samples of a family: python -m dall3.training.family.sheet FOLDER FILE"""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ PROMPTS = (
 
 
 def draw_sheet(folder: str | Path, path: str | Path, device: str, prompts: tuple[str, ...] = PROMPTS) -> None:
-    """For every prompt a row: two draws, decoded and enlarged, and beside each what diffusion makes of it.
+    """Draw two images for each prompt, one prompt per row: the coarse image, enlarged, beside the refined one.
 
-    The file is written anew after each prompt: with little time there are fewer of them.
+    The file is written after each prompt, so an interrupted run leaves a sheet with fewer rows.
     """
     pipe = Dall3Pipeline.from_pretrained(folder, device=device)
     rows = []

@@ -1,4 +1,4 @@
-"""The transformer: captions and the codes of a trained VQGAN (arXiv 2102.12092)."""
+"""Train the transformer on captions and the codes of a trained VQGAN (arXiv 2102.12092)."""
 
 from __future__ import annotations
 
@@ -26,9 +26,11 @@ from dall3.weights.folder import save_part
 
 @dataclass(frozen=True)
 class TransformerLoss:
-    """null_text: the share of captions that are left out, so that classifier-free guidance has its other half.
-    wrong_codes: up to this share of a picture's codes is shown as another picture's: when the transformer draws, its
-    own are not all right either, and the text has to outweigh them.
+    """Settings of the loss.
+
+    null_text: fraction of captions that are replaced by the empty text, for classifier-free guidance. wrong_codes:
+    maximum fraction of an image's input codes that are replaced by another image's. When sampling, the input contains
+    errors too, and the text should outweigh them.
     """
 
     null_text: float = 0.1
@@ -77,7 +79,7 @@ class TransformerPart(Part):
 
     @torch.no_grad()
     def sheet(self, model: nn.Module, rows: Rows) -> Image:
-        """Pictures by their codes, and two draws by the caption of each."""
+        """The decoded codes of each image, and two samples for its caption."""
         assert isinstance(model, DalleTransformer)
         codes, text = rows["codes"][:3].long(), rows["text"][:3].long()
         uniforms = candidate_uniforms(0, range(2), model.config.image_seq_len).to(codes.device)

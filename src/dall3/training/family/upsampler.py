@@ -1,7 +1,7 @@
-"""The upsampler: from pure noise to the fine picture, told a coarse picture's codes and shown it as they decode.
+"""Train the upsampler, which denoises from pure noise, conditioned on codes and on the coarse image decoded from them.
 
-It predicts the picture itself at every step, by its pixels, by ImageNet's features and by a patch discriminator, so
-that a few steps are enough.
+It predicts the image itself. The loss combines the squared error, a perceptual distance and a patch discriminator, so
+that a few denoising steps are enough.
 """
 
 from __future__ import annotations
@@ -32,9 +32,11 @@ from dall3.weights.folder import save_part
 
 @dataclass(frozen=True)
 class UpsamplerLoss:
-    """crop: the side of the square of each picture that the perceptual distance and the discriminator look at.
-    snr_limits: of the signal-to-noise ratio by which the squared error counts (arXiv 2202.00512, section 4).
-    discriminator_from: the progress at which the discriminator comes in.
+    """Settings of the loss.
+
+    crop: side in pixels of the random crop used by the perceptual distance and the discriminator. snr_limits: bounds of
+    the signal-to-noise ratio that weights the squared error (arXiv 2202.00512, section 4). discriminator_from: progress
+    at which the discriminator starts.
     """
 
     perceptual_weight: float = 1.0
@@ -72,7 +74,7 @@ class UpsamplerPart(Part):
         return {"pictures": batch.pictures}
 
     def condition(self, images: Tensor) -> dict[str, Tensor]:
-        """What the UNet is told of fine pictures (batch, 3, side, side) in [0, 1], by their codes."""
+        """The UNet's conditioning for images (batch, 3, side, side) in [0, 1], computed from their codes."""
         vqgan = self.frozen[0]
         ids = encode(vqgan, F.avg_pool2d(images, 2))
         embeddings, coarse = vqgan.embed(ids), vqgan.decode(ids)
@@ -101,8 +103,8 @@ class UpsamplerPart(Part):
             figures["perceptual"] = distance.detach()
         if progress >= s.discriminator_from:
             coarse = F.interpolate(told["low_res"], side, mode="bicubic", antialias=True)[cut]
-            # What a picture has beyond the enlarged coarse one, eight times as large, and that one: grain on a smooth
-            # thing is no true picture's.
+            # The discriminator sees the difference to the enlarged coarse image, times 8 because it is small, and that
+            # image, so that it can penalize grain on smooth surfaces.
             pair = [torch.cat((8 * (picture[cut] - coarse), coarse), dim=1) for picture in (found, x_start)]
             fooled, hinge = adversarial_losses(self.discriminator, *pair)
             weight = s.discriminator_weight * min((progress - s.discriminator_from) / 0.05, 1.0)
@@ -115,7 +117,7 @@ class UpsamplerPart(Part):
 
     @torch.no_grad()
     def sheet(self, model: nn.Module, rows: Rows) -> Image:
-        """Pictures, their coarse ones enlarged, and what diffusion makes of their codes and noise."""
+        """The images, their enlarged coarse images, and the results of denoising."""
         assert isinstance(model, UNet)
         images = rows["pictures"][:6].float() / 255
         told, side = self.condition(images), images.shape[-1]

@@ -1,4 +1,4 @@
-"""The VQGAN: pictures to a grid of codes and back (arXiv 2012.09841), with perceptual and adversarial losses."""
+"""Train the VQGAN (arXiv 2012.09841) with perceptual and adversarial losses."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ from dall3.weights.folder import save_part
 
 @dataclass(frozen=True)
 class VQGANLoss:
-    """codes_from, discriminator_from: the progress at which the codebook and the discriminator come in. codebook_decay:
-    of the codebook's moving averages. dead: a code that is used less than this share of the mean is replaced.
+    """Settings of the loss.
+
+    codes_from, discriminator_from: progress at which quantization and the discriminator start. codebook_decay: decay of
+    the codebook's moving averages. dead: codes used less than this fraction of the mean are replaced.
     """
 
     perceptual_weight: float = 1.0
@@ -38,15 +40,15 @@ class VQGANLoss:
 
 @torch.no_grad()
 def encode(vqgan: VQModel, images: Tensor) -> Tensor:
-    """Pictures in [0, 1] to codes, int64 (batch, codes). The codes are compared in float32, whatever the autocast."""
+    """Encode images in [0, 1] to codes, int64 (batch, codes). Distances are computed in float32, even in autocast."""
     features = vqgan.quant_conv(vqgan.encoder(images * 2 - 1))
     with torch.autocast(images.device.type, enabled=False):
         return vqgan.choose(features.float()).flatten(1)
 
 
 class Codebook(nn.Module):
-    """Codes that follow the features by moving averages (arXiv 1711.00937, appendix A.1), each of unit length, as the
-    features are compared by direction (arXiv 2110.04627). Codes that nothing uses move to features of the batch.
+    """A codebook of unit vectors updated by moving averages (arXiv 1711.00937, appendix A.1) and compared by cosine
+    similarity (arXiv 2110.04627). Unused codes are replaced by features of the batch.
     """
 
     codes: Tensor
@@ -62,12 +64,12 @@ class Codebook(nn.Module):
         self.register_buffer("sums", codes.clone())
 
     def forward(self, rows: Tensor) -> Tensor:
-        """The ids, int64 (n,), of the codes nearest to rows of unit length, float32 (n, width)."""
+        """The ids, int64 (n,), of the nearest codes of unit vectors, float32 (n, width)."""
         return (rows @ self.codes.T).argmax(dim=1)
 
     @torch.no_grad()
     def start(self, rows: Tensor) -> None:
-        """Begin with some of these rows."""
+        """Initialize the codes with some of the rows."""
         places = torch.randint(len(rows), (len(self.codes),), device=rows.device)
         self.codes.copy_(rows[places])
         self.sums.copy_(rows[places])
@@ -75,7 +77,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def update(self, rows: Tensor, ids: Tensor, replace: bool) -> None:
-        """Move the codes towards the rows that chose them. replace: whether to replace those that nothing uses."""
+        """Update the moving averages with rows and their ids. replace: replace unused codes."""
         used = torch.zeros_like(self.counts).index_add_(0, ids, torch.ones_like(rows[:, 0]))
         found = torch.zeros_like(self.sums).index_add_(0, ids, rows)
         self.counts.lerp_(used, 1 - self.decay)
@@ -99,14 +101,14 @@ class VQGANPart(Part):
         self.codebook = Codebook(config.n_embed, config.embed_dim, loss.codebook_decay, loss.dead)
         self.discriminator = PatchDiscriminator(loss.discriminator_channels)
         self.started = False
-        # In a list: not a part of what is trained and saved.
+        # In a list, so that it is not a submodule.
         self.frozen = [Perceptual().to(device)] if loss.perceptual_weight else []
 
     def rows(self, batch: Batch) -> Rows:
         return {"pictures": batch.pictures}
 
     def load_state_dict(self, *args: object, **kwargs: object) -> object:  # type: ignore[override]
-        self.started = True  # a checkpoint is written long after the codes have begun
+        self.started = True  # checkpoints are written after the codebook is initialized
         return super().load_state_dict(*args, **kwargs)  # type: ignore[arg-type]
 
     def forward(self, rows: Rows, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -139,14 +141,14 @@ class VQGANPart(Part):
             figures["perceptual"] = distance.detach()
         if progress >= s.discriminator_from:
             fooled, hinge = adversarial_losses(self.discriminator, decoded, images)
-            # It comes in slowly: at first it knows nothing.
+            # Ramp up the weight, because the discriminator starts untrained.
             weight = s.discriminator_weight * min((progress - s.discriminator_from) / 0.05, 1.0)
             loss = loss + weight * fooled + hinge
             figures["hinge"] = hinge.detach()
         return loss, figures
 
     def finished(self, model: nn.Module) -> GumbelVQ:
-        """The model with the codebook in upstream's form: codes of unit length are ranked by the product alone."""
+        """The model with the codebook in upstream's form. For unit vectors the scalar product ranks the codes."""
         assert isinstance(model, GumbelVQ)
         codes = self.codebook.codes.detach()
         model.quantize.load_state_dict(
@@ -159,7 +161,7 @@ class VQGANPart(Part):
 
     @torch.no_grad()
     def sheet(self, model: nn.Module, rows: Rows) -> Image:
-        """Pictures, and below them what is left of them in their codes."""
+        """The images, and below them their reconstructions."""
         vqgan, images = self.finished(model), rows["pictures"][:16].float() / 255
         decoded = to_pil(vqgan.decode(vqgan.encode(images)))
         lines = [pair[i : i + 8] for i in range(0, len(images), 8) for pair in (to_pil(images), decoded)]
