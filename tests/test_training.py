@@ -982,7 +982,7 @@ def test_what_cannot_be_trained_is_said_before_any_work(
 
 
 def test_the_settings_of_the_bundled_weights_are_there_and_make_their_models() -> None:
-    names = {path.stem for path in SETTINGS.glob("*.toml")}
+    names = {path.stem for path in SETTINGS.glob("*.toml")} - {"mini"}  # the recipe of a family
     assert names == {*TRAINABLE}
     for name in names:
         settings = read_settings(SETTINGS / f"{name}.toml")

@@ -23,6 +23,7 @@ from dall3.models.clip import CLIPConfig
 from dall3.models.transformer import TransformerConfig
 from dall3.models.unet import UNetConfig
 from dall3.models.vqgan import GumbelVQ, VQGANConfig
+from dall3.scenes.emoji import fetch_emoji
 from dall3.scenes.render import CHUNK
 from dall3.scenes.world import World
 from dall3.settings import check_defaults
@@ -216,8 +217,8 @@ def train_family(
 ) -> list[str]:
     """Train all parts of a family that are not finished, and return the names of those that failed.
 
-    config: the recipe, such as settings/mini.toml. out: the pipeline folder to write. emoji: folder or archive of the
-    emoji. minutes: total time. device: such as "cuda", "cuda:1" or "cpu" (default: all GPUs, or the CPU). resume:
+    config: the recipe, such as settings/mini.toml. out: the pipeline folder to write. emoji: folder of the
+    emoji, fetched with npm if it lacks them, or an archive. minutes: total time. device: such as "cuda", "cuda:1" or "cpu" (default: all GPUs, or the CPU). resume:
     continue the run in `out`. tiny: train very small networks. commit: commit of this library, for the model card.
 
     Raises, before any work, ValueError for settings that are unknown or out of range, and FileExistsError if `out` is
@@ -230,6 +231,7 @@ def train_family(
         from_json(PartTraining, recipe[part]["train"])
     if not resume and out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty; resume its run, or give another folder")
+    emoji = emoji if Path(emoji).is_file() else fetch_emoji(emoji)
     out.mkdir(parents=True, exist_ok=True)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     count = torch.cuda.device_count() if device == "cuda" else 1
