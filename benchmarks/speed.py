@@ -34,7 +34,7 @@ from quality import to_markdown
 from torch import Tensor
 
 from dall3 import Dall3Pipeline
-from dall3.diffusion.denoising import Refinement, denoising_steps
+from dall3.diffusion.denoising import Denoising, denoising_steps
 from dall3.diffusion.guidance import clip_loss, guided, spherical_distance
 from dall3.diffusion.schedule import GaussianDiffusion
 from dall3.models.clip import CLIP
@@ -42,8 +42,10 @@ from dall3.models.packed import Float16Linear, Int8Linear, prepare
 from dall3.models.transformer import DalleTransformer, TransformerConfig
 from dall3.models.unet import UNet, UNetConfig
 from dall3.tokens.decoding import draw_image_tokens
-from dall3.tokens.sampling import Sampling, candidate_uniforms, make_generator
-from dall3.weights.checkpoints import load_transformer, load_unet
+from dall3.tokens.sampling import Sampling
+from dall3.tokens.seeds import candidate_uniforms, make_generator
+from dall3.weights.convert.dalle_pytorch import load_transformer
+from dall3.weights.convert.guided_diffusion import load_unet
 
 Row = dict[str, Any]
 WORDS, CODES, TEXT, GRID = 8192, 8192, 80, 16
@@ -307,11 +309,11 @@ def original_step(model: Any, diffusion: Any, clip: CLIP | None, target: Tensor,
         return out["sample"]
 
 
-ONE_STEP = Refinement(1000, scheduler="ddpm", stop_at=1)  # ancestral, as the seed's
+ONE_STEP = Denoising(1000, scheduler="ddpm", stop_at=1)  # ancestral, as the seed's
 
 
 def our_steps(
-    unet: UNet, clip: CLIP | None, target: Tensor, x: Tensor, embeds: Tensor, settings: Refinement = ONE_STEP
+    unet: UNet, clip: CLIP | None, target: Tensor, x: Tensor, embeds: Tensor, settings: Denoising = ONE_STEP
 ) -> None:
     """Steps of ours on the same UNet, with the same cut-outs."""
 
@@ -368,7 +370,7 @@ def prompt(args: argparse.Namespace) -> list[Row]:
 
     def ours(count: int) -> None:
         draw_image_tokens(transformer, text, uniforms, Sampling(top_k=TOP_K))
-        our_steps(unet, clip, target, x, embeds, Refinement(count))
+        our_steps(unet, clip, target, x, embeds, Denoising(count))
 
     works: dict[str, Callable[[], object]] = {
         "step": lambda: original_step(model, schedule, clip, target, x, embeds),

@@ -36,12 +36,14 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
 from dall3 import Dall3Output, Dall3Pipeline
+from dall3.loading import load_defaults
 from dall3.models.unet import UNetConfig
 from dall3.output import RECIPE
+from dall3.request import make_request, request_of_recipe
 from dall3.text import load_tokenizer
 from dall3.weights.archive import CheckpointError, Placeholder, module_tensors, read_archive
-from dall3.weights.checkpoints import read_taming_config
-from dall3.weights.folder import BUNDLED, DEFAULTS, load_part, read_defaults
+from dall3.weights.convert.vae import read_taming_config
+from dall3.weights.folder import BUNDLED, DEFAULTS, load_part
 from dall3.weights.registry import own_file, read_registry
 from test_archive import ATTACKS, CONTAINERS, Net, Unknown, contain, save, script, tensor, touch
 
@@ -153,7 +155,7 @@ def read_settings(path: Path) -> None:
     folder = path.parent / "settings"
     folder.mkdir(exist_ok=True)
     shutil.copy(path, folder / DEFAULTS)
-    read_defaults(folder)
+    load_defaults(folder)
 
 
 @cache
@@ -168,15 +170,16 @@ def read_recipe(path: Path) -> None:
     Image.new("RGB", (4, 4)).save(picture, pnginfo=about)
     found = Dall3Output.load(picture)
     found.to_numpy(), found.recipe(0)
-    pipeline()._plan_again(found.recipe(0))
+    request_of_recipe(pipeline(), found.recipe(0))
 
 
 def recipes() -> list[bytes]:
     """Recipes to start from, of pictures that were made in some ways."""
     pipe, found = pipeline(), []
     for settings in ({"top_k": 0.5}, {"seamless": True, "guidance_prompt": "a cube:2|a cone:-1", "scheduler": "ddpm"}):
-        plan = pipe._plan("a cube", num_images=1, seed=3, **settings)
-        about = plan.recipe | asdict(plan.sampling) | dict(vars(plan.refinement)) | {"weights": {"vqgan": "0" * 64}}
+        about = make_request(pipe, "a cube", num_images=1, seed=3, **settings).recipe() | {
+            "weights": {"vqgan": "0" * 64}
+        }
         recipe = dict(prompt="a cube", tokens=[1] * 256, clip_score=0.5, candidate=0, place=0, settings=about)
         found.append(json.dumps(recipe).encode())
         recipe["settings"] = about | {"kept": [-1, 3] * 128}

@@ -61,6 +61,17 @@ def save_vqgan(path: Path, golden: Golden) -> Path:
     return path
 
 
+def openai_clip() -> dict[str, torch.Tensor]:
+    """The tensors of OpenAI's CLIP, with the sizes that its file has beside them."""
+    golden = Golden("clip_vit")
+    about = golden.about["architecture"]
+    sizes = {
+        "input_resolution": about["image_resolution"],
+        **{name: about[name] for name in ("context_length", "vocab_size")},
+    }
+    return golden.weights() | {name: torch.tensor(size) for name, size in sizes.items()}
+
+
 def save_seedset(folder: Path) -> Path:
     """The files that the seed's README downloads, in the same formats and under the same names, with small networks
     and weights by rule: what comes out is noise, but every format, name and step is real.
@@ -72,7 +83,7 @@ def save_seedset(folder: Path) -> Path:
     shutil.copy(GOLDEN / "gumbel_vq" / "model.yaml", folder / "vqgan_gumbel_f8" / "model.yaml")
     torch.save(Golden("unet_embedding").weights(), folder / "model-latest.pt")
     shutil.copy(GOLDEN / "unet_embedding" / "config.json", folder / "model-latest.json")
-    torch.save(Golden("clip_vit").weights(), folder / "ViT-B-16.pt")
+    torch.save(openai_clip(), folder / "ViT-B-16.pt")
     return folder
 
 

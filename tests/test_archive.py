@@ -305,6 +305,13 @@ REFUSED = {
     "calls a number": (b"K\x01)R", "not a name"),
     "calls what a call gave": (name("builtins", "getattr") + b")R)R", "not a name"),
     "calls with a list": (name("a", "b") + b"]R", "not a name"),
+    "numbers that collide": (
+        b"}(" + b"".join(plain(k * (2**61 - 1)) + b"N" for k in range(1, 9)) + b"u",
+        "are no text",
+    ),
+    "many numbers": (b"}(" + b"".join(plain(k) + b"N" for k in range(20_001)) + b"u", "are no text"),
+    "many pairs": (b"}(" + b"".join(plain((k, 0)) + b"N" for k in range(1001)) + b"u", "are no text"),
+    "numbers in many sets": (b"(" + (b"\x8f(" + b"".join(map(plain, range(3000))) + b"\x90") * 7 + b"t", "are no text"),
     "bytes": (b"\x8e" + struct.pack("<Q", 2**40) + b"x", "damaged"),
     "bytearray": (b"\x96" + struct.pack("<Q", 2**40) + b"x", "damaged"),
     "text": (b"\x8d" + struct.pack("<Q", 2**40) + b"x", "damaged"),

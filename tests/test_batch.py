@@ -221,7 +221,7 @@ def test_a_book_that_cannot_be_read_is_an_error_before_any_work(name, content, m
         ({"top_p": 2.0}, "top_p=2.0"),
         ({"dtype": "int8"}, "dtype 'int8'"),
         ({"threads": 0}, "threads=0"),
-        ({"scheduler": "euler"}, "euler"),
+        ({"scheduler": "oiler"}, "oiler"),
         ({"workers": {"draw": 1}, "ray": "local"}, "workers of rank=0"),
         ({"workers": {"paint": 1}, "ray": "local"}, "names paint"),
         ({"num_gpus": 2, "ray": "local"}, "num_gpus=2; expected at most 1"),

@@ -14,7 +14,7 @@ from dall3.diffusion.denoising import Denoising, denoise, unet_predict
 from dall3.diffusion.samplers import DIFFUSERS, sample_ddim, sample_ddpm
 from dall3.diffusion.schedule import GaussianDiffusion, Prediction, space_timesteps
 from dall3.models.unet import DiffusionConfig, UNet, UNetConfig
-from dall3.weights.checkpoints import load_unet
+from dall3.weights import load_unet
 
 from originals import Golden, close
 

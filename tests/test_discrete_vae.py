@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from dall3.weights import load_discrete_vae, load_transformer
 from dall3.weights.archive import CheckpointError
-from dall3.weights.checkpoints import load_discrete_vae, load_openai_dvae, load_transformer, load_vae
+from dall3.weights.convert.vae import load_openai_dvae, load_vae
 
 from originals import GOLDEN, Golden, close, save_dalle
 

@@ -7,7 +7,7 @@ import socket
 import pytest
 
 import dall3
-from dall3 import batch, images, output, pipeline
+from dall3 import batch, images, loading, output, parts, pipeline, request
 from dall3.batch import prompts
 from dall3.output import Preview
 
@@ -26,7 +26,7 @@ def public_functions(owner):
 
 EXAMPLES = {
     test.name: test
-    for module in (images, output, pipeline, batch, prompts)
+    for module in (images, output, loading, parts, pipeline, request, batch, prompts)
     for test in doctest.DocTestFinder(exclude_empty=True).find(module)
     if test.examples
 }

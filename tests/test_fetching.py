@@ -17,13 +17,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import filelock  # noqa: F401  imported here, so that a process that is forked is at work at once
 import pytest
+import requests  # noqa: F401
 import torch
 
 from dall3.errors import FetchError
-from dall3.weights import fetching
-from dall3.weights.fetching import Wanted, check_here, fetch_file, fetch_set, files_of, remove_set
+from dall3.weights import download
+from dall3.weights.cache import Wanted, files_of
+from dall3.weights.download import fetch_file
+from dall3.weights.find import fetch_set, remove_set
 from dall3.weights.registry import find_set, read_registry
+from dall3.weights.verify import check_here
 
 DATA = random.Random(0).randbytes(1_500_000)
 SHA256 = hashlib.sha256(DATA).hexdigest()
@@ -233,8 +238,8 @@ def serve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[
     monkeypatch.setenv("DALL3_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("DALL3_OFFLINE", raising=False)
     monkeypatch.delenv("DALL3_WEIGHTS", raising=False)
-    monkeypatch.setattr(fetching, "BACK_OFF", 0.001)
-    monkeypatch.setattr(fetching, "TIMEOUT", (0.5, 0.2))
+    monkeypatch.setattr(download, "BACK_OFF", 0.001)
+    monkeypatch.setattr(download, "TIMEOUT", (0.5, 0.2))
     servers: list[Server] = []
 
     def start(data: bytes = DATA) -> Server:
@@ -355,7 +360,7 @@ def test_any_mixture_ends_well_or_with_an_error(serve: Callable[..., Server], tm
 def test_a_host_that_turns_in_circles_is_left(
     serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetching, "PIECE", 1 << 14)
+    monkeypatch.setattr(download, "CHUNK", 1 << 14)
     server = serve(bytes(len(DATA)))  # other bytes than those that are wanted, never in one piece
     server.behaviours = ["truncate", "good"] * 20
     with pytest.raises(FetchError, match="5 times"):
@@ -439,8 +444,8 @@ def test_a_full_disk_is_said_before_anything_is_fetched(
     serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = serve()
-    usage = fetching.shutil.disk_usage(tmp_path)._replace(free=fetching.RESERVE + 1000)
-    monkeypatch.setattr(fetching.shutil, "disk_usage", lambda path: usage)
+    usage = download.shutil.disk_usage(tmp_path)._replace(free=download.RESERVE + 1000)
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(FetchError, match="needs 69 MB in .* 67 MB are free; make room, or set DALL3_HOME"):
         fetch_file(want(tmp_path, server.url + "/model.pt", size=len(DATA)), progress=False)
     with pytest.raises(FetchError, match="has 1,500,000 bytes, as it says, for which there is no room"):
@@ -527,7 +532,7 @@ def test_removing_what_is_being_fetched_is_an_error(serve: Callable[..., Server]
 def test_a_host_that_always_breaks_off_gets_there_in_the_end(
     serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetching, "PIECE", 1 << 14)
+    monkeypatch.setattr(download, "CHUNK", 1 << 14)
     server = serve()
     server.behaviours = ["capped"] * 12
     monkeypatch.setattr(Handler, "truncate", lambda self: Handler.good(self))
@@ -581,7 +586,7 @@ def test_killed_at_twenty_moments_and_run_again(serve: Callable[..., Server], tm
 def test_two_processes_fetch_a_file_once(
     serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetching, "TIMEOUT", (10.0, 30.0))  # a slow answer is not asked for again
+    monkeypatch.setattr(download, "TIMEOUT", (10.0, 30.0))  # a slow answer is not asked for again
     server = serve()
     server.pause = 0.005
     wanted = want(tmp_path, server.url + "/model.pt")

@@ -5,20 +5,23 @@ import torch
 import torch.nn.functional as F
 
 import dall3.diffusion.guidance
-from dall3.diffusion.denoising import unet_predict
+from dall3.diffusion.denoising import Denoising, unet_predict
 from dall3.diffusion.guidance import clip_loss, cut_out, draw_cutouts, guided, spherical_distance, with_penalties
 from dall3.diffusion.schedule import GaussianDiffusion
-from dall3.pipeline import Dall3Pipeline, parse_prompts
-from dall3.weights.checkpoints import load_clip, load_unet
+from dall3.generate import guidance_targets
+from dall3.parts import Parts
+from dall3.request import Request, parse_prompts
+from dall3.weights.convert.clip import load_clip
+from dall3.weights.convert.guided_diffusion import load_unet
 
-from originals import Golden, close
+from originals import Golden, close, openai_clip
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("guidance")
     torch.save(Golden("unet_unconditional").weights(), folder / "unet.pt")
-    torch.save(Golden("clip_vit").weights(), folder / "clip.pt")
+    torch.save(openai_clip(), folder / "clip.pt")
     return load_unet(folder / "unet.pt", Golden("unet_unconditional").about), load_clip(folder / "clip.pt")
 
 
@@ -28,7 +31,7 @@ def test_gradient_is_the_originals(parts, monkeypatch):
     expected, about = golden.expected, golden.about
     monkeypatch.setattr(dall3.diffusion.guidance, "draw_cutouts", lambda *args: expected["cutouts"])
     prompts = parse_prompts("|".join(f"{text}:{weight}" for text, weight in about["prompts"]))
-    targets, weights = Dall3Pipeline(clip=clip)._guidance_targets(prompts, (), 8, 96, 0)
+    targets, weights = guidance_targets(Parts(clip=clip), Request(texts=prompts, refinement=Denoising(cutn=8)), 96)
     pull = clip_loss(clip, targets, weights, about["clip_guidance_scale"], 8, torch.Generator())
     losses = []
 

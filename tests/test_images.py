@@ -141,7 +141,7 @@ def test_depths_and_transparency_mean_the_same_at_every_door(pipe, tmp_path, ima
     (tmp_path / "picture.txt").write_text("a picture")
     trained, _ = Mixture([f"folder:{tmp_path}"], 64)[0]
     assert torch.equal(trained, (ways["path"][0] * 255).round().to(torch.uint8))
-    assert torch.equal(pipe._encode(ways["path"]), pipe._encode(to_tensor([path])))
+    assert torch.equal(pipe.encode(ways["path"]), pipe.encode(to_tensor([path])))
 
 
 def test_the_transparent_value_of_a_palette_or_a_grey_picture_is_white(tmp_path):

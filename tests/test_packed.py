@@ -19,7 +19,8 @@ from dall3.models.packed import (
 )
 from dall3.models.transformer import DalleTransformer, TransformerConfig
 from dall3.tokens.decoding import draw_image_tokens
-from dall3.tokens.sampling import Sampling, candidate_uniforms
+from dall3.tokens.sampling import Sampling
+from dall3.tokens.seeds import candidate_uniforms
 
 from originals import close
 

@@ -3,21 +3,32 @@
 import copy
 import dataclasses
 import json
+import os
 import pickle
+import signal
+import sys
+import threading
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from typing import get_type_hints
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from dall3 import CheckpointError, Dall3Output, Dall3Pipeline, StopGeneration
+from dall3 import CheckpointError, Dall3Output, Dall3Pipeline, StopGeneration, parts
+from dall3.diffusion.denoising import Denoising
+from dall3.generate import guidance_targets
 from dall3.images import to_pil
 from dall3.models.unet import UNet, UNetConfig
-from dall3.pipeline import parse_prompts
+from dall3.request import Request, parse_prompts
+from dall3.settings import DenoisingSettings, SamplingSettings
 from dall3.tokens import batching
+from dall3.tokens.sampling import Sampling
 
 from conftest import load_seedset
 from originals import Golden, save_seedset
@@ -152,9 +163,14 @@ def test_guidance_pulls_a_picture_towards_the_prompt(pipe, out):
     assert similarity("a cloud:-1", 3000) < unguided
 
 
+def targets_of(pipe, texts, picture, cutn):
+    request = Request(texts=texts, image_prompts=[(picture, 1.0)], refinement=Denoising(cutn=cutn))
+    return guidance_targets(pipe, request, 64)
+
+
 def test_prompts_with_weights_and_pictures_guide_together(pipe):
     picture = Image.effect_noise((50, 70), 80)
-    targets, weights = pipe._guidance_targets(parse_prompts("a cube:2|a cloud"), [(picture, 1.0)], 4, 64, 0)
+    targets, weights = targets_of(pipe, parse_prompts("a cube:2|a cloud"), picture, 4)
     assert targets.shape == (6, 32)
     assert torch.allclose(weights, torch.tensor([2, 1, 0.25, 0.25, 0.25, 0.25]) / 4)
 
@@ -187,8 +203,8 @@ def test_it_works_where_the_caller_needs_no_gradients(pipe):
 def test_a_large_picture_prompt_is_seen_as_a_whole(pipe):
     """As sample.py does, it is reduced to the picture's size before cut-outs are taken of it."""
     image = Image.effect_noise((40, 40), 90).resize((640, 640), Image.Resampling.BICUBIC)
-    large, _ = pipe._guidance_targets([], [(image, 1.0)], 8, 64, 0)
-    small, _ = pipe._guidance_targets([], [(image.resize((64, 64), Image.Resampling.BICUBIC), 1.0)], 8, 64, 0)
+    large, _ = targets_of(pipe, [], image, 8)
+    small, _ = targets_of(pipe, [], image.resize((64, 64), Image.Resampling.BICUBIC), 8)
     assert torch.cosine_similarity(large, small).min() > 0.99
 
 
@@ -357,7 +373,7 @@ def test_parts_that_do_not_fit_each_other_are_refused(pipe, seedset, tmp_path):
         (dict(num_inference_steps=0), "cannot take 0 of 1000 steps"),
         (dict(num_inference_steps=1001), "cannot take 1001 of 1000 steps"),
         (dict(num_inference_steps="many"), "steps 'many' not understood"),
-        (dict(scheduler="euler"), "scheduler 'euler' is not known; expected 'ddpm', 'ddim', 'dpm-solver"),
+        (dict(scheduler="oiler"), "scheduler 'oiler' is not known; expected 'ddpm', 'ddim', 'dpm-solver"),
         (dict(clip_guidance_scale=-1), "clip_guidance_scale=-1; expected a number from 0"),
         (dict(guidance_share=2), "guidance_share=2"),
         (dict(strength=0), "strength=0"),
@@ -365,6 +381,9 @@ def test_parts_that_do_not_fit_each_other_are_refused(pipe, seedset, tmp_path):
         (dict(stop_at=-3), "stop_at=-3"),
         (dict(seed=-1), "seed=-1; expected a whole number"),
         (dict(guidance_prompt="a:1|b:-1"), "weights of the prompts sum to 0"),
+        (dict(guidance_scale=3, cond_scale=2), "cond_scale and guidance_scale are the same; give one of them"),
+        (dict(negative_prompt="a cloud", clip_guidance_scale=0), "negative_prompt changes nothing here"),
+        (dict(generator=[torch.Generator()], num_images=2), "1 generators for 2 candidates and 2 pictures"),
         (dict(prompt=""), "empty"),
         (dict(prompt="   "), "empty"),
         (dict(prompt="a cube " * 40), r"\d+ tokens, 24 fit.*truncate=True"),
@@ -384,8 +403,96 @@ def test_a_unet_that_needs_class_labels_is_refused():
 
 
 def test_an_unknown_setting_is_a_type_error(pipe):
-    with pytest.raises(TypeError, match="guidance_scale"):
-        pipe(PROMPT, guidance_scale=7.5)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'guidance_scal'. Did you mean 'guidance_scale'?"):
+        pipe(PROMPT, guidance_scal=7.5)
+    for call in (pipe.generate_tokens, pipe.stream, pipe.complete_text, pipe.upsample):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
+            call(prompt=PROMPT, colour=1)
+
+
+@pytest.mark.parametrize("prompt", [None, 5, b"a cube", ["a cube", None]])
+def test_a_prompt_that_is_no_text_is_said(pipe, prompt):
+    with pytest.raises(TypeError, match="prompt=.*; expected a text, or a list of texts"):
+        pipe(prompt)
+
+
+def test_the_words_of_diffusers_mean_the_same(pipe):
+    how = dict(seed=1, num_inference_steps=2, progress=False)
+    whole = pipe(PROMPT, sampling=Sampling(cond_scale=2.0, top_p=0.9), denoising=Denoising(2, cutn=4), **how)
+    named = pipe(PROMPT, guidance_scale=2.0, top_p=0.9, cutn=4, clip_guidance_scale=0, **how)
+    assert whole.images == named.images and whole.settings == named.settings
+    assert pipe.components.keys() == {"text_encoder", *pipe.networks, "super_resolution"}
+    assert Dall3Pipeline(**pipe.components)(PROMPT, **how).images == pipe(PROMPT, **how).images
+    assert pipe.dtype == torch.float32
+    picture = Image.effect_noise((128, 128), 90)
+    same = pipe.generate_tokens(PROMPT, image=picture, redraw=(8, 0, 8, 16), seed=0, progress=False)
+    mask = Image.new("L", (128, 128))
+    mask.paste(255, (0, 64, 128, 128))
+    for white in (mask, (0, 64, 128, 128)):
+        tokens = pipe.generate_tokens(PROMPT, image=picture, mask_image=white, seed=0, progress=False)
+        assert torch.equal(tokens, same)
+    for wrong, words in (
+        (Image.new("L", (128, 128)), "black everywhere"),
+        (Image.new("L", (9, 9)), r"mask_image is \(9"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            pipe.generate_tokens(PROMPT, image=picture, mask_image=wrong)
+
+
+def test_a_negative_prompt_pushes_tokens_and_guidance_away(pipe, monkeypatch):
+    how = dict(seed=1, num_inference_steps=1, progress=False)
+    free, away = (
+        pipe.generate_tokens(PROMPT, guidance_scale=3, seed=1, progress=False, **more)
+        for more in ({}, {"negative_prompt": "a cloud"})
+    )
+    assert not torch.equal(free, away)
+    assert torch.equal(free, pipe.generate_tokens(PROMPT, guidance_scale=3, negative_prompt="", seed=1, progress=False))
+    out = pipe(PROMPT, negative_prompt="a cloud", **how)
+    assert out.images == pipe(PROMPT, guidance_prompt=f"{PROMPT}:1|a cloud:-0.5", **how).images
+    assert pipe.repeat(out, progress=False).images == out.images
+
+
+def test_a_list_of_generators_is_one_a_picture(pipe):
+    def generators(*seeds):
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    how = dict(num_inference_steps=2, scheduler="ddpm", progress=False)
+    both = pipe(PROMPT, num_images=2, generator=generators(7, 8), **how)
+    alone = {
+        out.tokens[0].numpy().tobytes(): out.images for out in pipe([PROMPT] * 2, generator=generators(7, 8), **how)
+    }
+    for one in both:
+        near = np.array(alone[one.tokens[0].numpy().tobytes()][0], int) - np.array(one.images[0], int)
+        assert np.abs(near).max() <= 1
+        assert pipe.repeat(one, progress=False).images == one.images
+
+
+def test_schedulers_go_by_diffusers_names_and_repeat(pipe, monkeypatch):
+    how = dict(num_inference_steps=3, seed=0, progress=False)
+    out = pipe(PROMPT, scheduler="dpm++_2m_karras", **how)
+    scheduler = diffusers.DPMSolverMultistepScheduler(use_karras_sigmas=True)
+    assert out.images == pipe(PROMPT, scheduler=scheduler, **how).images
+    assert out.settings["scheduler"] == "dpm++_2m_karras" and pipe.repeat(out, progress=False).images == out.images
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(ValueError, match="scheduler 'euler' is one of diffusers; run pip install diffusers"):
+        pipe(PROMPT, scheduler="euler", **how)
+
+
+def test_numbers_of_numpy_and_torch_become_plain_ones(pipe, tmp_path):
+    given = dict(num_images=np.int64(1), temperature=np.float32(0.5), cond_scale=torch.tensor(2.0), cutn=np.int32(4))
+    given |= dict(num_inference_steps=np.int64(2), seed=np.uint8(3), truncate=np.bool_(False), batch_size=np.int16(2))
+    out = pipe(PROMPT, progress=False, sampling=Sampling(top_p=np.float64(0.5)), **given)
+    out.save(tmp_path)
+    assert pipe.repeat(tmp_path / "0.png", progress=False).images == out.images
+
+
+def test_every_setting_has_a_name_and_a_type():
+    for kind, names in ((Sampling, SamplingSettings), (Denoising, DenoisingSettings)):
+        own = {field.name for field in dataclasses.fields(kind)}
+        assert own == names.__annotations__.keys() - {"sampling", "denoising", "guidance_scale"}
+        types = get_type_hints(kind)
+        for name in own - {"scheduler", "quantize"}:
+            assert types[name] == get_type_hints(names, {"SchedulerMixin": diffusers.SchedulerMixin})[name], name
 
 
 def test_truncate_cuts_a_prompt_that_is_too_long(pipe):
@@ -455,12 +562,43 @@ def test_complete_text_goes_on_from_the_prompt(pipe):
     assert len(set(texts)) > 2 and max(map(len, texts)) > len("a cube.")
     assert texts[3] == pipe.complete_text("a cube.", seed=3)
     assert any(pipe.complete_text("", seed=seed) for seed in (0, 1, 2, 3))
+    for setting in ({"quantize": "int8"}, {"jacobi_window": 4}, {"cond_scale": 2}):
+        with pytest.raises(ValueError, match=next(iter(setting))):
+            pipe.complete_text("a cube.", **setting)
+
+
+def test_texts_take_the_settings_of_the_weights(seedset):
+    own, plain = load_seedset(seedset), load_seedset(seedset)
+    own.defaults = {"top_p": 0.3, "cond_scale": 2.0}
+    texts = [own.complete_text("a cube.", seed=seed) for seed in range(3)]
+    assert texts == [plain.complete_text("a cube.", top_p=0.3, seed=seed) for seed in range(3)]
+    assert texts != [plain.complete_text("a cube.", seed=seed) for seed in range(3)]
+
+
+def test_settings_of_the_weights_are_checked_when_they_are_set(seedset):
+    pipe = load_seedset(seedset)
+    for wrong, words in (({"topp": 0.9}, "unknown setting topp"), ({"top_p": 9}, "top_p=9")):
+        with pytest.raises(ValueError, match=words):
+            pipe.defaults = wrong
+        with pytest.raises(ValueError, match=words):
+            pipe.defaults |= wrong
+    assert pipe.defaults == {} and copy.deepcopy(pipe.defaults) == {}
 
 
 def test_half_precision_draws_and_refines(seedset):
     pipe = load_seedset(seedset).to("cpu", torch.bfloat16)
     out = pipe(PROMPT, num_candidates=2, num_inference_steps=2, seed=0, progress=False)
-    assert out.tokens.shape == (1, 256) and np.isfinite(np.array(out.images[0])).all()
+    assert out.tokens.shape == (1, 256) and np.array(out.images[0]).std() > 1
+
+
+@pytest.mark.parametrize("part", ["vqgan", "upsampler"])
+def test_pictures_that_are_not_finite_are_an_error_not_black(seedset, part):
+    pipe = load_seedset(seedset)
+    for name, parameter in getattr(pipe, part).named_parameters():
+        if name.endswith("bias"):
+            parameter.data.fill_(float("nan"))
+    with pytest.raises(RuntimeError, match="pictures have values that are not finite; try float32 or bfloat16"):
+        pipe(PROMPT, num_inference_steps=1, seed=0, progress=False)
 
 
 def test_bars_name_the_pictures_that_are_refined(pipe, capfd):
@@ -582,7 +720,24 @@ def test_a_callback_sees_every_step_and_can_end_the_call(pipe):
     def blacken(pipe, step, timestep, tensors):
         tensors["x"].zero_()
 
-    assert pipe(PROMPT, callback_on_step_end=blacken, **settings).images != pipe(PROMPT, **settings).images
+    plain, black = pipe(PROMPT, **settings), pipe(PROMPT, callback_on_step_end=blacken, **settings)
+    assert black.images != plain.images and black.settings["callback"] == ["changed"]
+    assert out.settings["callback"] == ["stopped"] and "callback" not in plain.settings
+
+    def look_only(pipe, step, timestep, tensors):
+        return tensors
+
+    seen_only = pipe(PROMPT, callback_on_step_end=look_only, **settings)
+    assert seen_only.images == plain.images and "callback" not in seen_only.settings
+
+    def replaced(pipe, step, timestep, tensors):
+        return {"x": torch.zeros_like(tensors["x"])}
+
+    assert pipe(PROMPT, callback_on_step_end=replaced, **settings).images == black.images
+    with pytest.raises(ValueError, match="callback_on_step_end returned 'latents'; expected some of x, pred_xstart"):
+        pipe(PROMPT, callback_on_step_end=lambda *args: {"latents": 0}, **settings)
+    with pytest.warns(UserWarning, match="a callback changed the call that made the picture"):
+        pipe.repeat(black, progress=False)
 
 
 def test_several_prompts_give_what_each_gives_alone(pipe, monkeypatch):
@@ -607,6 +762,33 @@ def test_a_picture_carries_its_recipe_and_is_made_again_to_the_byte(pipe, out, t
         again = pipe.repeat(tmp_path / "first/1.png", progress=False)
     again.save(tmp_path / "second")
     assert (tmp_path / "second/0.png").read_bytes() == (tmp_path / "first/1.png").read_bytes()
+
+
+def test_edits_behind_autograds_back_are_seen_in_the_fingerprints(seedset):
+    """`.data` and swapped rows, whose sums are as before; each part whose numbers change has another hash."""
+    pipe = load_seedset(seedset)
+    found = [pipe.fingerprints()]
+    weight = pipe.transformer.to_logits.weight
+    weight.data[-1] += 1
+    found.append(pipe.fingerprints())
+    weight.data[:2] = weight.data[:2].flip(0)
+    found.append(pipe.fingerprints())
+    pipe.upsampler.out[-1].bias.data += 1
+    found.append(pipe.fingerprints())
+    assert len({one["transformer"] for one in found}) == 3 and len({one["upsampler"] for one in found}) == 2
+    assert len({one["vqgan"] for one in found}) == 1
+
+
+def test_a_picture_is_made_again_from_its_batch_alone(pipe, monkeypatch):
+    how = dict(num_images=3, num_candidates=7, batch_size=3, refine_batch_size=2, scheduler="ddpm", seed=5)
+    out = pipe(PROMPT, top_p=0.9, num_inference_steps=3, progress=False, **how)
+    rows, run = set(), pipe.transformer.run
+    monkeypatch.setattr(pipe.transformer, "run", lambda x, *args: rows.add(len(x)) or run(x, *args))
+    for one in out:
+        again = pipe.repeat(one, progress=False)
+        assert again.images == one.images and torch.equal(again.candidates, one.candidates)
+        assert again.recipe(0) == one.recipe(0)
+    assert max(rows) <= 3
 
 
 def test_a_recipe_of_other_weights_names_what_differs(seedset, out, tmp_path):
@@ -640,6 +822,7 @@ def test_a_recipe_of_other_weights_names_what_differs(seedset, out, tmp_path):
         ({"weights": 5}, "weights are not named by part"),
         ({"kept": [[0] * 256]}, "not 256 whole numbers"),
         ({"kept": [10**6] * 256}, "tokens run from"),
+        ({"seeds": [1, "two"]}, "seeds are not 5 whole numbers"),
     ],
 )
 def test_a_recipe_that_does_not_fit_is_refused_before_any_work(pipe, out, monkeypatch, change, words):
@@ -676,6 +859,25 @@ def test_an_output_is_taken_apart_and_travels(out):
     for twin in (copy.deepcopy(out), pickle.loads(pickle.dumps(out))):
         assert twin.images == out.images and torch.equal(twin.tokens, out.tokens) and twin.settings == out.settings
     assert f"{out.clip_scores[0]:.3f}, seed 3, draw {out.candidates[0]}" == out.captions()[0]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_fork_while_the_clip_loads_leaves_the_child_able_to_load_it():
+    begun = threading.Event()
+
+    def load():
+        begun.set()
+        time.sleep(0.5)
+        return torch.nn.Identity()
+
+    held = parts.Parts(clip=load)
+    held.load_clip_early()
+    begun.wait()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # ends a child that waits for ever
+        os._exit(0 if held.clip is not None else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_eight_threads_get_what_one_gets(pipe):
@@ -743,6 +945,7 @@ def test_a_batch_that_the_memory_does_not_hold_is_halved(pipe, out, monkeypatch)
     settings = dict(num_images=2, num_candidates=5, top_p=0.85, num_inference_steps=4, seed=3, progress=False)
     halved = pipe(PROMPT, refine_batch_size=2, **settings)
     assert torch.equal(halved.tokens, out.tokens) and set(sizes) == {1, 2}
+    assert halved.settings["batch_size"] == 2 and halved.settings["refine_batch_size"] == 1
     apart = [np.abs(np.array(a, int) - np.array(b, int)).max() for a, b in zip(halved.images, out.images, strict=True)]
     assert max(apart) <= 1
     monkeypatch.setattr(pipe.transformer, "run", small(run, 0))
@@ -783,7 +986,7 @@ def test_offloaded_parts_are_on_the_device_only_while_they_work(seedset, monkeyp
     expected = other(PROMPT, num_candidates=2, num_inference_steps=2, seed=3, progress=False)
     other.enable_model_offload("cuda")
     assert other.device == torch.device("cuda")
-    other._offload_device = torch.device("cpu", 0)  # stands for a GPU: what goes there is heard of below
+    other.offload_device = torch.device("cpu", 0)  # stands for a GPU: what goes there is heard of below
     for name in ("transformer", "vqgan", "clip", "upsampler"):
 
         def move(device=None, memory_format=None, name=name):
@@ -796,6 +999,50 @@ def test_offloaded_parts_are_on_the_device_only_while_they_work(seedset, monkeyp
     assert out.images == expected.images and there == set()
     assert frozenset({"transformer"}) in moves and frozenset({"vqgan", "clip", "upsampler"}) in moves
     assert not any("transformer" in at_once and len(at_once) > 1 for at_once in moves)
+
+    moves.clear()
+    for preview in other.stream(PROMPT, num_inference_steps=2, seed=3, progress=False):
+        preview.images  # noqa: B018  is decoded while the transformer is at work, which stays where it is
+        assert preview.stage != "drawing" or "transformer" in there
+        if preview.step == 32:
+            break
+    del preview
+    assert there == set()
+    other.rank([Image.new("RGB", (8, 8))], PROMPT, progress=False)
+    other.decode_tokens(out.tokens)
+    other.upsample(out.tokens, num_inference_steps=1, progress=False)
+    assert there == set() and moves
+
+    def interrupt(pipe, step, timestep, tensors):
+        assert there
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        other(PROMPT, callback_on_step_end=interrupt, num_inference_steps=2, progress=False)
+    assert there == set()
+
+
+def test_offloaded_parts_stay_while_somebody_else_works_with_them(seedset, monkeypatch):
+    other, moved = load_seedset(seedset).enable_model_offload("cpu"), []
+    other.offload_device = torch.device("cpu", 0)
+    for name in ("vqgan", "clip"):
+        note = lambda device, name=name: moved.append(f"{name} back" if device == "cpu" else name)  # noqa: E731
+        monkeypatch.setattr(getattr(other, name), "to", note)
+    with other.using("a test", "vqgan", "clip"):
+        with other.using("a test", "vqgan"):
+            pass
+        assert moved == ["vqgan", "clip"]
+    assert moved == ["vqgan", "clip", "vqgan back", "clip back"]
+
+
+def test_hashes_are_not_made_anew_where_parts_only_move(seedset, monkeypatch):
+    other = load_seedset(seedset)
+    before = other.fingerprints()
+    monkeypatch.setattr(parts, "fingerprint", lambda part: pytest.fail("hashed anew"))
+    for module in other.networks.values():
+        for parameter in module.parameters():
+            parameter.data = parameter.data.clone()  # as a move to a device and back leaves it
+    assert other.fingerprints() == before
 
 
 def seams(pictures):
@@ -825,6 +1072,9 @@ def test_variations_draw_a_share_of_the_tokens_anew(pipe, out):
     assert 0.65 < share < 0.85 and len(some.tokens.unique(dim=0)) == 3
     assert torch.equal(all_of_them.tokens, pipe(PROMPT, 3, **how).tokens)
     assert pipe.repeat(some[0], progress=False).images == some[0].images
+    picture = pipe.decode_tokens(out.tokens[0])
+    assert pipe.variations(picture[0], PROMPT, 1, **how).images == pipe.variations(picture, PROMPT, 1, **how).images
+    assert pipe.decode_tokens(np.zeros(256, np.uint16)).shape == (1, 3, 128, 128)
     for settings, words in [
         ({"change": 0}, "change=0; expected a share"),
         ({"change": 0.5, "keep_rows": 3}, "choose one"),

@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from dall3.tokens.decoding import draw_image_tokens, draw_text_tokens, image_token_steps
-from dall3.tokens.sampling import Sampling, candidate_uniforms, choose, filter_top_k, filter_top_p
-from dall3.weights.checkpoints import load_transformer
+from dall3.tokens.sampling import Sampling, choose, filter_top_k, filter_top_p
+from dall3.tokens.seeds import candidate_uniforms
+from dall3.weights.convert.dalle_pytorch import load_transformer
 
 from originals import GOLDEN, Golden, close, save_dalle
 

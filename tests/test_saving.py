@@ -24,17 +24,12 @@ from dall3.errors import FetchError
 from dall3.models.clip import CLIP, CLIPConfig
 from dall3.models.transformer import DalleTransformer, TransformerConfig
 from dall3.text import load_tokenizer, tokenizer_json
-from dall3.weights.checkpoints import (
-    load_clip,
-    load_discrete_vae,
-    load_openai_dvae,
-    load_transformer,
-    load_unet,
-    load_vqgan,
-)
+from dall3.weights import load_clip, load_discrete_vae, load_transformer, load_unet, load_vqgan
+from dall3.weights.convert.vae import load_openai_dvae
 from dall3.weights.folder import load_part, save_part
 
 from conftest import GOLDEN, Golden, load_seedset, save_dalle, save_vqgan
+from originals import openai_clip
 
 TRANSFORMERS = sorted(folder.name for folder in GOLDEN.glob("dalle_*"))
 UNETS = sorted(folder.name for folder in GOLDEN.glob("unet_*"))
@@ -52,7 +47,7 @@ def original(name: str, folder: Path) -> Any:
     if name == "discrete_vae":
         torch.save({"hparams": golden.about, "weights": golden.weights()}, path)
         return load_discrete_vae(path)
-    torch.save(golden.weights(), path)
+    torch.save(openai_clip() if name == "clip_vit" else golden.weights(), path)
     return (
         load_clip(path)
         if name == "clip_vit"
@@ -168,7 +163,7 @@ def test_half_precision_is_half_as_large_and_draws_on_any_dtype(
     sizes = [sum(file.stat().st_size for file in one.rglob("*.safetensors")) for one in (folder, half)]
     assert sizes[1] < 0.55 * sizes[0]
     pipe = Dall3Pipeline.from_pretrained(half, dtype=torch.bfloat16)
-    assert {p.dtype for part in pipe._parts for p in part.parameters()} == {torch.bfloat16}
+    assert {p.dtype for part in pipe.networks.values() for p in part.parameters()} == {torch.bfloat16}
     out = pipe(PROMPT, num_candidates=2, num_inference_steps=1, cutn=2, clip_guidance_scale=10, progress=False)
     assert len(out) == 1 and out.clip_scores is not None
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dall3.models.transformer import DalleTransformer, TransformerConfig
-from dall3.tokens.sampling import Sampling, make_generator
+from dall3.tokens.sampling import Sampling
+from dall3.tokens.seeds import make_generator
 from dall3.tokens.speculative import speculative_token_steps
 
 CODES, SIDE = 3, 2

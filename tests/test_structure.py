@@ -26,8 +26,16 @@ def tree(module: str) -> ast.Module:
 def imported(module: str, deferred: bool = True) -> set[str]:
     """The modules of dall3 that a module imports; with `deferred` those that its functions import too."""
     nodes = ast.walk(tree(module)) if deferred else tree(module).body
+    for_types = {
+        inner
+        for node in ast.walk(tree(module))
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
     found: set[str] = set()
     for node in nodes:
+        if node in for_types:
+            continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -78,15 +86,7 @@ def test_private_names_stay_in_their_file(module):
             assert known, f"line {node.lineno} uses {ast.unparse(node)}"
 
 
-LOCAL_OBJECTS = {
-    "pipe",
-    "pipeline",
-    "parts",
-    "request",
-    "transformer",
-    "output",
-    "out",
-}
+LOCAL_OBJECTS = {"pipe", "pipeline", "parts", "request", "transformer", "output", "out"}
 
 
 def is_private(name: str) -> bool:

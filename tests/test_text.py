@@ -1,5 +1,6 @@
 """Text to ids and back: equal to the originals, for every kind of tokenizer file, and errors that help."""
 
+import base64
 import json
 import pickle
 import random
@@ -294,6 +295,34 @@ def test_tokenizers_that_are_traps(tmp_path, text, words):
     with pytest.raises(ValueError, match=words) as error:
         load_tokenizer(tmp_path / "tokenizer.json")
     assert "\n" not in str(error.value)
+
+
+def precompiled(replacement: bytes) -> str:
+    """A tokenizer as XLM-R's: sentencepiece's table of replacements, here one that no text leads to."""
+    table = base64.b64encode((1024).to_bytes(4, "little") + bytes(1024) + replacement + b"\0").decode()
+    spaces = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+    vocabulary = [["<s>", 0.0], ["<pad>", 0.0], ["</s>", 0.0], ["<unk>", 0.0], ["▁a", -1.0], ["▁cube", -2.0]]
+    normalizers = [
+        {"type": "Precompiled", "precompiled_charsmap": table},
+        {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
+    ]
+    return json.dumps(
+        {
+            "normalizer": {"type": "Sequence", "normalizers": normalizers},
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, spaces]},
+            "decoder": spaces,
+            "model": {"type": "Unigram", "unk_id": 3, "vocab": vocabulary},
+        }
+    )
+
+
+def test_a_tokenizer_with_sentencepieces_table_and_a_byte_order_mark(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(precompiled(b"fi"), encoding="utf-8-sig")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    assert tokenizer.encode("a  cube") == [4, 5] and tokenizer.decode([4, 5]) == "a cube"
+    (tmp_path / "tokenizer.json").write_text(precompiled(b"x" * 65))
+    with pytest.raises(ValueError, match="texts more than 64 times as long"):
+        load_tokenizer(tmp_path / "tokenizer.json")
 
 
 def test_padding_and_truncation_of_a_json_are_left_out(tmp_path):

@@ -27,8 +27,9 @@ from dall3.images import enlarge
 from dall3.models.transformer import TransformerConfig
 from dall3.models.unet import DiffusionConfig, UNetConfig
 from dall3.models.vqgan import GumbelVQ, VQGANConfig
-from dall3.scenes import is_held_out, random_scene, render
+from dall3.scenes import render
 from dall3.scenes.emoji import Emoji, draw_emoji, emoji_caption, list_emoji, random_emoji_picture
+from dall3.scenes.scene import is_held_out, random_scene
 from dall3.text import load_tokenizer
 from dall3.training.clip import CLIPTraining, swap_word
 from dall3.training.data import Mixture, StepSampler

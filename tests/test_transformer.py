@@ -8,7 +8,7 @@ import torch
 from dall3.models.transformer import SHARING_ROWS, DalleTransformer, TransformerConfig, rotary_table
 from dall3.tokens.decoding import draw_image_tokens
 from dall3.tokens.sampling import Sampling
-from dall3.weights.checkpoints import load_transformer
+from dall3.weights.convert.dalle_pytorch import load_transformer
 
 from originals import Golden, close, save_dalle
 

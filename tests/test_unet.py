@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dall3.models.unet import DiffusionConfig, UNet, UNetConfig
+from dall3.weights import load_unet
 from dall3.weights.archive import CheckpointError
-from dall3.weights.checkpoints import load_unet
 
 from originals import Golden, close
 
@@ -103,7 +103,7 @@ def test_a_unet_like_the_seeds_is_known_by_its_size(tmp_path):
 
 
 def test_a_unet_of_an_unusual_size_needs_a_config(files):
-    with pytest.raises(CheckpointError, match="unusual size; give its flags as config"):
+    with pytest.raises(CheckpointError, match="unusual size.*give the flags of its training as config"):
         load_unet(files["unet_unconditional"])
 
 

@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import load_file
 
 from dall3.models.vqgan import GumbelVQ
+from dall3.weights import load_vqgan
 from dall3.weights.archive import CheckpointError
-from dall3.weights.checkpoints import load_vqgan
 
 from originals import GOLDEN, Golden, close, save_vqgan
 

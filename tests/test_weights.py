@@ -23,7 +23,9 @@ from dall3.models.discrete_vae import DiscreteVAE, DiscreteVAEConfig
 from dall3.models.transformer import DalleTransformer, TransformerConfig
 from dall3.models.unet import DiffusionConfig, UNet, UNetConfig
 from dall3.models.vqgan import GumbelVQ, VQGANConfig, VQModel
-from dall3.scenes import Scene, describe, render
+from dall3.scenes import render
+from dall3.scenes.captions import describe
+from dall3.scenes.scene import Scene
 from dall3.text import load_tokenizer
 from dall3.weights.folder import BUNDLED, TOKENIZER, load_part, save_part
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dall3.output import Dall3Output
-    from dall3.pipeline import Dall3Pipeline, StopGeneration
+    from dall3.pipeline import Dall3Pipeline
+    from dall3.request import StopGeneration
     from dall3.weights.archive import CheckpointError
 
 __version__ = "0.1.0"
@@ -16,7 +17,7 @@ _PLACES = {
     "CheckpointError": "weights.archive",
     "Dall3Output": "output",
     "Dall3Pipeline": "pipeline",
-    "StopGeneration": "pipeline",
+    "StopGeneration": "request",
 }
 
 

@@ -215,7 +215,7 @@ def make_page(pipe: Dall3Pipeline, limits: Limits = Limits()) -> gr.Blocks:
         return [out.prompt, *(gr.update() if value is None else value for value in (seed, *counts, scale))]
 
     own, refines = dict(pipe.defaults), pipe.upsampler is not None
-    guides = refines and pipe._clip is not None
+    guides = refines and pipe.held_clip is not None
     own_steps = own.get("num_inference_steps", 25)
     own_count = 25
     if pipe.upsampler is not None:

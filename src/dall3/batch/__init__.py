@@ -20,9 +20,10 @@ from dall3.batch.job import STAGE_NAMES, Job, load_pipeline, make_job
 from dall3.batch.prompts import fingerprint, read_prompts
 from dall3.batch.stages import STAGES, Row, first_row
 from dall3.errors import require
-from dall3.pipeline import Dall3Pipeline, choose_seed
+from dall3.pipeline import Dall3Pipeline
 from dall3.tokens.sampling import check_counts
-from dall3.weights.checkpoints import PathLike
+from dall3.tokens.seeds import choose_seed
+from dall3.weights.registry import PathLike
 
 if TYPE_CHECKING:
     from dall3.batch.store import Store
@@ -80,7 +81,7 @@ def generate(
     refine: False for the coarse pictures. truncate: cut prompts that are too long for the transformer. threads: torch's
     threads in each stage. dtype: "float32", "float16" or "bfloat16". device: of a run in this process; on a cluster
     a stage with GPUs runs on "cuda". prompts_per_shard: prompts in one tar.
-    settings: fields of `Sampling` and `Refinement`; the weights have defaults for the others.
+    settings: fields of `Sampling` and `Denoising`; the weights have defaults for the others.
 
     ray: None to run in this process, the address of a cluster ("auto", "host:6379"), or "local" to start one on this
     machine. workers: number of actors per stage. num_cpus (default: threads), num_gpus: of one worker, shared by its

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from dall3.diffusion.denoising import Refinement, refined_at_once
+from dall3.diffusion.denoising import Denoising, refined_at_once
 from dall3.errors import require
 from dall3.pipeline import Dall3Pipeline
+from dall3.request import make_request
 from dall3.tokens.sampling import Sampling, check_counts
-from dall3.weights.checkpoints import PathLike
+from dall3.weights.registry import PathLike
 
 STAGE_NAMES = ("draw", "rank", "refine")
 
@@ -66,24 +67,23 @@ def make_job(
     """
     rank_batch_size = batch_size if rank_batch_size is None else rank_batch_size
     check_counts(rank_batch_size=rank_batch_size, threads=threads)
-    known = {*Sampling.__dataclass_fields__, *Refinement.__dataclass_fields__}
+    known = {*Sampling.__dataclass_fields__, *Denoising.__dataclass_fields__}
     unknown = sorted(settings.keys() - known)
     if unknown:
-        raise TypeError(f"unknown setting {', '.join(unknown)}; expected those of Sampling and Refinement")
+        raise TypeError(f"unknown setting {', '.join(unknown)}; expected those of Sampling and Denoising")
     scheduler = settings.get("scheduler", "")
     require(isinstance(scheduler, str), "a scheduler of diffusers cannot be written down; name one of dall3's")
     how: dict[str, Any] = dict(num_images=num_images, num_candidates=num_candidates, batch_size=batch_size)
     how |= dict(refine_batch_size=refined_at_once(refine_batch_size, devices["refine"]))
     how |= dict(truncate=truncate, progress=False)
-    plan = pipe._plan("a picture", seed=0, **(how | {"truncate": True}), **settings)
+    request = make_request(pipe, "a picture", seed=0, **(how | {"truncate": True}), **settings)
     pipe.clip  # noqa: B018  loaded, to be among the hashes of the weights
     assert pipe.transformer is not None
     config = pipe.transformer.config
-    sampling, refinement = asdict(plan.sampling), dict(vars(plan.refinement))
+    sampling, refinement = asdict(request.sampling), vars(request.refinement) | {"scheduler": request.scheduler}
     on_cpu = sampling["quantize"] is None or devices["draw"] == "cpu"
     require(on_cpu, f"quantize='{sampling['quantize']}' is for a CPU, and drawing is on {devices['draw']}")
-    weights_hashes = {"weights": pipe._fingerprints()}
-    recipe = plan.recipe | {"truncate": truncate} | sampling | refinement | weights_hashes
+    recipe = request.recipe() | {"truncate": truncate, "weights": pipe.fingerprints()}
     del recipe["seed"]
     return Job(
         weights=None if weights is None else str(weights),

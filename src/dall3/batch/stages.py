@@ -10,7 +10,6 @@ import io
 import json
 import tarfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,11 +19,11 @@ from torch import Tensor
 from dall3.batch.job import Job, load_pipeline
 from dall3.batch.prompts import Prompt
 from dall3.errors import require
+from dall3.generate import choose_best
 from dall3.images import to_pil
 from dall3.output import Dall3Output, png_bytes
 from dall3.pipeline import Dall3Pipeline
-from dall3.tokens.batching import batches_that_fit
-from dall3.weights.folder import PARTS
+from dall3.weights.registry import PARTS
 
 Row = dict[str, Any]
 ATTEMPTS = 4  # at a stage, before a prompt is given up for this run
@@ -56,7 +55,7 @@ class Stage(ABC):
                 if name not in self.parts:
                     setattr(pipe, name, None)
             pipe.clip  # noqa: B018  loaded, to be compared
-            here, expected = pipe._fingerprints(), job.recipe["weights"]
+            here, expected = pipe.fingerprints(), job.recipe["weights"]
             other = [name for name in here if here[name] != expected.get(name)]
             require(
                 not other, f"the weights ({job.weights or 'bundled'}) on this machine have another {', '.join(other)}"
@@ -112,27 +111,13 @@ class Rank(Stage):
     name, parts, adds = "rank", ("vqgan", "clip"), ("tokens", "candidates", "scores")
 
     def work(self, row: Row) -> Row:
-        tokens, count, clip = self.tokens(row), self.job.recipe["num_images"], self.pipe.clip
-        given = torch.from_numpy(tokens.astype(np.int64)).to(self.pipe.device)
-
-        def look(batch: range) -> Iterator[Tensor]:
-            pictures = self.decode(given[batch.start : batch.stop])
-            if clip is None:
-                yield torch.zeros(len(batch))
-                return
-            ranking = self.pipe.rank(pictures, row["prompt"], batch_size=len(batch), progress=False)
-            yield torch.empty(len(batch)).scatter_(0, ranking.indices.cpu(), ranking.scores.float().cpu())
-
-        candidates, scores = torch.empty(0, dtype=torch.int64), torch.empty(0)
-        for batch, found in batches_that_fit(len(tokens), self.job.rank_batch_size, look):
-            candidates, scores = torch.cat((candidates, torch.tensor(batch))), torch.cat((scores, found))
-            # Stable, so that equal pictures keep the order in which they were drawn.
-            order = scores.sort(descending=True, stable=True).indices[:count]
-            candidates, scores = candidates[order], scores[order]
+        given = torch.from_numpy(self.tokens(row).astype(np.int64)).to(self.pipe.device)
+        how: dict[str, Any] = dict(batch_size=self.job.rank_batch_size, seamless=self.job.refinement["seamless"])
+        best = choose_best(self.pipe, given, row["prompt"], self.job.recipe["num_images"], progress=False, **how)
         return {
-            "tokens": tokens[candidates].tobytes(),
-            "candidates": candidates.numpy().astype(np.int32).tobytes(),
-            "scores": b"" if clip is None else scores.numpy().tobytes(),
+            "tokens": best.tokens.cpu().numpy().astype(self.job.token_type).tobytes(),
+            "candidates": best.candidates.cpu().numpy().astype(np.int32).tobytes(),
+            "scores": b"" if best.scores is None else best.scores.float().cpu().numpy().tobytes(),
         }
 
 

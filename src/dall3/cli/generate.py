@@ -75,10 +75,10 @@ def run(args: argparse.Namespace) -> None:
 
 def check(args: argparse.Namespace, candidates: int, sampling: dict[str, Any]) -> None:
     """Raise ValueError for options that are out of range or contradict each other, before anything is loaded."""
-    from dall3.diffusion.denoising import Refinement
+    from dall3.diffusion.denoising import Denoising
     from dall3.errors import require
-    from dall3.pipeline import choose_seed
     from dall3.tokens.sampling import Sampling, check_counts
+    from dall3.tokens.seeds import choose_seed
 
     from_folder = args.dalle_path is None
     for name in WITH_DALLE_PATH:
@@ -87,7 +87,7 @@ def check(args: argparse.Namespace, candidates: int, sampling: dict[str, Any]) -
     require(from_folder or args.weights is None, "--weights and --dalle_path are two places for the same; give one")
     Sampling(**sampling), choose_seed(args.seed, None)
     if refines(args):
-        Refinement(**refinement(args))
+        Denoising(**refinement(args))
     check_counts(num_images=args.num_images, num_candidates=candidates, batch_size=args.batch_size)
     require(refines(args) or not args.clip_guidance, "--clip_guidance guides diffusion; give --diffusion_path")
     require(not args.taming or bool(args.vqgan_model_path), "--taming needs --vqgan_model_path")

@@ -1,4 +1,4 @@
-"""`dall3 train`: train a part of a folder of weights on pictures with captions."""
+"""`dall3 train`: train a part of a folder of weights, or a whole family of parts by one recipe."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ OVERRIDES = ("steps", "batch_size", "workers", "seed", "every")
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", choices=MODELS, help="the part to train, in this order")
+    add("model", choices=(*MODELS, "family"), help="the part to train, in this order; or all of them from nothing")
     add("--out", required=True, metavar="FOLDER", help="the folder of weights; earlier parts are read from it")
     add("--config", metavar="TOML", help="tables model, loss and train (default: those of the bundled weights)")
     sources = "scenes, emoji[:FOLDER], folder:PATH or webdataset:PATTERN, whose braces and * are expanded"
@@ -21,9 +21,29 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--initial", metavar="FOLDER", help="start from the weights of this trained part")
     for name in OVERRIDES:
         add(f"--{name}", type=int, help="in place of the config's")
+    family = parser.add_argument_group("options of `dall3 train family`")
+    add = family.add_argument
+    add("--minutes", type=float, default=600.0, help="time for all parts (default: %(default)g)")
+    add("--emoji", default="emoji", help="folder of the emoji, fetched if needed, or archive (default: %(default)s)")
+    add("--device", help="cuda, cuda:1, cpu, … (default: every GPU, or the CPU)")
+    add("--tiny", action="store_true", help="networks of a few weights, to try the command")
+    add("--commit", default="not stated", help="of this library, for the model card")
+
+
+def run_family(args: argparse.Namespace) -> None:
+    from dall3.training import family
+
+    how = {name: getattr(args, name) for name in ("minutes", "device", "resume", "tiny", "commit")}
+    failed = family.train_family(args.config or family.RECIPE, args.out, args.emoji, **how)
+    if failed:
+        raise ValueError(f"{', '.join(failed)} failed; the other parts are in {args.out}, and --resume continues")
+    print(f'trained the family in "{args.out}"')
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.model == "family":
+        run_family(args)
+        return
     from dall3.training.run import train_model
 
     overrides = given(args, *OVERRIDES)

@@ -31,18 +31,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from dall3.diffusion.denoising import Refinement
+    from dall3.diffusion.denoising import Denoising
     from dall3.errors import require
     from dall3.images import to_pil
     from dall3.models.discrete_vae import DiscreteVAE
     from dall3.output import check_free, read_tokens, write_files
-    from dall3.pipeline import Dall3Pipeline, choose_seed, parse_prompts
+    from dall3.pipeline import Dall3Pipeline
+    from dall3.request import parse_prompts
     from dall3.tokens.sampling import check_counts
-    from dall3.weights.checkpoints import load_vae
+    from dall3.tokens.seeds import choose_seed
+    from dall3.weights.convert.vae import load_vae
 
     check_counts(num_batches=args.num_batches, batch_size=args.batch_size, stop_at=args.stop_at)
     settings = refinement(args, stop_at=args.stop_at + 2)  # sample.py takes two more before it looks
-    Refinement(**settings), choose_seed(args.seed, None)
+    Denoising(**settings), choose_seed(args.seed, None)
     text = None if args.text is None else decoded(args.text)
     wanted = text or args.image_prompts or not args.clip_guidance
     require(bool(wanted), "--clip_guidance needs --text or --image_prompts to look for")

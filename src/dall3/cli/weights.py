@@ -14,8 +14,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from dall3.weights.fetching import check_here, fetch_set, files_of, remove_set
+    from dall3.weights.cache import files_of
+    from dall3.weights.find import fetch_set, remove_set
     from dall3.weights.registry import find_set, read_registry
+    from dall3.weights.verify import check_here
 
     known = read_registry(args.registry)
     chosen = list(known.values()) if args.name is None else [find_set(args.name, args.registry)]
@@ -43,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
 
 def weights_table(sets: list[Any]) -> str:
     """A line a part: set, part, size, licence, and whether it is here."""
-    from dall3.weights.fetching import files_of, home
+    from dall3.weights.cache import files_of, home
 
     rows = [("set", "part", "size", "licence", "here")]
     for one in sets:

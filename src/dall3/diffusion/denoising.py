@@ -109,9 +109,6 @@ class Denoising:
         require(counted, f"a diffusers scheduler takes a number of steps, not {self.num_inference_steps!r}")
 
 
-Refinement = Denoising
-
-
 @dataclass(frozen=True)
 class Step:
     """One step of the denoising loop, done. x is what the next step starts from: changed in place, it goes on so."""

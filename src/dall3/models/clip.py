@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 VISION = ("image_size", "patch_size", "width", "head_width", "layers", "mlp_ratio")
+INTERPOLATIONS = ("bicubic", "bilinear")
 TEXT = ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio")
 
 
@@ -23,7 +24,7 @@ class CLIPConfig:
     """What a CLIP is, by open_clip's names.
 
     tokenizer: "pipeline" (the transformer's, and a start and an end token after its vocabulary) or "clip" (OpenAI's).
-    mean, std: of the pictures' channels; OpenAI's if None.
+    mean, std: of the pictures' channels; OpenAI's if None. interpolation: how pictures are brought to its size.
     """
 
     embed_dim: int
@@ -33,6 +34,7 @@ class CLIPConfig:
     tokenizer: str = "pipeline"
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
+    interpolation: str = "bicubic"
 
 
 class PromptTokenizer:
@@ -65,12 +67,13 @@ class CLIP(nn.Module):
         image_size: int,
         mean: Any = None,
         std: Any = None,
+        interpolation: str | None = None,
     ) -> None:
         from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
         super().__init__()
         self.model: Any = model.requires_grad_(False)
-        self.tokenize, self.image_size = tokenize, image_size
+        self.tokenize, self.image_size, self.interpolation = tokenize, image_size, interpolation or "bicubic"
         for name, values in (("mean", mean or OPENAI_DATASET_MEAN), ("std", std or OPENAI_DATASET_STD)):
             channels = torch.tensor(values, device="cpu")[:, None, None]  # real on a meta model too
             self.register_buffer(name, channels, persistent=False)
@@ -88,6 +91,10 @@ class CLIP(nn.Module):
             odd = [name for name, value in part.items() if name not in known or isinstance(value, str | dict)]
             if odd:
                 raise ValueError(f"CLIP has the setting {odd[0]}; expected some of {', '.join(known)}")
+        if config.interpolation not in INTERPOLATIONS:
+            raise ValueError(
+                f"CLIP's interpolation is '{config.interpolation}'; expected {' or '.join(INTERPOLATIONS)}"
+            )
         text = CLIPTextCfg(**config.text_cfg)
         if config.tokenizer == "clip":
             tokenize: Any = SimpleTokenizer(context_length=text.context_length)
@@ -105,7 +112,7 @@ class CLIP(nn.Module):
         shape = (text.context_length, text.context_length)
         causal = torch.full(shape, float("-inf"), device="cpu").triu(1)  # open_clip's own is not real on a meta model
         model.register_buffer("attn_mask", causal, persistent=False)
-        found = cls(model, tokenize, config.vision_cfg["image_size"], config.mean, config.std)
+        found = cls(model, tokenize, config.vision_cfg["image_size"], config.mean, config.std, config.interpolation)
         found.config = config
         return found
 
@@ -119,10 +126,10 @@ class CLIP(nn.Module):
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Square pictures, float (batch, 3, side, side) in [0, 1], to CLIP's size, as its own preprocessing and the
-        seed's generate.py do: cut to 8 bits, then bicubic with antialiasing, in 8 bits again.
+        upstream's generate.py do: cut to 8 bits, then resized with antialiasing, in 8 bits again.
         """
         pixels, size = (images.float() * 255).floor(), (self.image_size, self.image_size)
-        return F.interpolate(pixels, size, mode="bicubic", antialias=True).round().clamp(0, 255) / 255
+        return F.interpolate(pixels, size, mode=self.interpolation, antialias=True).round().clamp(0, 255) / 255
 
     def score(self, images: Tensor, text: Tensor) -> Tensor:
         """Cosine similarity, (batch,), of square pictures, float (batch, 3, side, side) in [0, 1], to the embedding of

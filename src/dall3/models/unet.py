@@ -52,6 +52,8 @@ class UNetConfig:
     num_classes: int | None = None
     embedding_dims: tuple[int, int] | None = None  # channels of the code embeddings: given, after the convolution
     super_resolution: bool = False
+    norm_groups: int = 32  # of group normalization; with as many groups as channels, it removes each channel's mean
+    predict_residual: bool = False  # the output is added to the enlarged low_res
     diffusion: DiffusionConfig = DiffusionConfig()
 
     @property
@@ -213,6 +215,9 @@ class UNet(nn.Module):
         self.gradient_checkpointing = False
         out_channels = 6 if c.diffusion.learn_sigma else 3
         self.out = nn.Sequential(GroupNorm(32, width), nn.SiLU(), nn.Conv2d(width, out_channels, 3, padding=1))
+        for module in self.modules():
+            if isinstance(module, GroupNorm):
+                module.num_groups = c.norm_groups
 
     def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
         """Keep only what goes into each block for a gradient, and run the block again for the rest: less memory, more
@@ -245,7 +250,8 @@ class UNet(nn.Module):
         if labels is not None:
             time = time + self.label_emb(labels)
         if low_res is not None:
-            x = torch.cat((x, F.interpolate(low_res, x.shape[2:], mode="bilinear")), dim=1)
+            low_res = F.interpolate(low_res, x.shape[2:], mode="bilinear")
+            x = torch.cat((x, low_res), dim=1)
 
         run = recomputed if self.gradient_checkpointing and torch.is_grad_enabled() else run_block
         skips = []
@@ -257,4 +263,5 @@ class UNet(nn.Module):
         x = run(self.get_submodule(self.middle_name), x, time)
         for block in self.output_blocks:
             x = run(block, torch.cat((x, skips.pop()), dim=1), time)
-        return self.out(x)
+        out: Tensor = self.out(x)
+        return out + low_res if self.config.predict_residual and low_res is not None else out

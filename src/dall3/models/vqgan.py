@@ -1,10 +1,15 @@
-"""VQGAN (arXiv 2012.09841) as taming-transformers has it: GumbelVQ and VQModel, with the names of its checkpoints."""
+"""VQGAN (arXiv 2012.09841) as taming-transformers has it: GumbelVQ and VQModel, with the names of its checkpoints.
+
+DALL·E Mini's and ruDALL-E's are of these kinds; what they do otherwise is in the configuration.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -12,7 +17,12 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class VQGANConfig:
-    """What a VQGAN is, by taming's names; `attn_levels` counts levels from the full resolution down."""
+    """What a VQGAN is, by taming's names; `attn_levels` counts levels from the full resolution down.
+
+    has_encoder: False for DALL·E Mini's `detoker.pt`, which only decodes. unit_range: its network takes and gives
+    pixels in [0, 1] instead of [-1, 1], as DALL·E Mini's. dwt: the decoder ends in an inverse Haar transform and gives
+    pictures of twice the side that the encoder takes, as ruDALL-E's second one.
+    """
 
     ch: int
     ch_mult: tuple[int, ...]
@@ -21,10 +31,21 @@ class VQGANConfig:
     z_channels: int
     embed_dim: int
     n_embed: int
+    has_encoder: bool = True
+    unit_range: bool = False
+    dwt: bool = False
+    norm_groups: int = 32  # of group normalization; with as many groups as channels, it removes each channel's mean
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
+def normalization(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+def set_norm_groups(model: nn.Module, groups: int) -> None:
+    """Set the number of groups of every group normalization of a network."""
+    for module in model.modules():
+        if isinstance(module, nn.GroupNorm):
+            module.num_groups = groups
 
 
 def silu(x: Tensor) -> Tensor:
@@ -35,9 +56,9 @@ def silu(x: Tensor) -> Tensor:
 class ResnetBlock(nn.Module):
     def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__()
-        self.norm1 = group_norm(channels)
+        self.norm1 = normalization(channels)
         self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = normalization(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         same = channels == out_channels
         self.nin_shortcut = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
@@ -53,7 +74,7 @@ class AttnBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = normalization(channels)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,7 +130,7 @@ class Encoder(nn.Module):
             resample = {"downsample": downsample(out)} if i < len(c.ch_mult) - 1 else {}
             self.down.append(Level(widths[i], out, c.num_res_blocks, i in c.attn_levels, **resample))
         self.mid = middle(widths[-1])
-        self.norm_out = group_norm(widths[-1])
+        self.norm_out = normalization(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], c.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,14 +150,28 @@ class Decoder(nn.Module):
         for i, out in enumerate(widths[:-1]):
             resample = {"upsample": upsample(out)} if i > 0 else {}
             self.up.append(Level(widths[i + 1], out, c.num_res_blocks + 1, i in c.attn_levels, **resample))
-        self.norm_out = group_norm(widths[0])
-        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+        self.norm_out = normalization(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], 12 if c.dwt else 3, 3, padding=1)
+        self.dwt = c.dwt
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mid(self.conv_in(x))
         for level in reversed(self.up):
             x = level(x)
-        return self.conv_out(silu(self.norm_out(x)))
+        x = self.conv_out(silu(self.norm_out(x)))
+        return inverse_haar(x) if self.dwt else x
+
+
+def inverse_haar(bands: Tensor) -> Tensor:
+    """One step of the inverse Haar transform: bands (batch, 12, height, width) to a picture (batch, 3, 2 · height, …).
+
+    Bands are the low ones of three colours, then each colour's three high ones, in pywt's order (cH, cV, cD).
+    """
+    low = bands[:, :3]
+    high, vertical, diagonal = bands[:, 3:].unflatten(1, (3, 3)).unbind(2)
+    signs = ((1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1))  # of the four pixels of a place, row by row
+    pixels = [(low + h * high + v * vertical + d * diagonal) / 2 for h, v, d in signs]
+    return F.pixel_shuffle(torch.stack(pixels, dim=2).flatten(1, 2), 2)
 
 
 class VQModel(nn.Module):
@@ -145,10 +180,13 @@ class VQModel(nn.Module):
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.decoder = Decoder(config)
         self.quantize = nn.ModuleDict({"embedding": nn.Embedding(config.n_embed, config.embed_dim)})
-        self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
+        if config.has_encoder:
+            self.encoder = Encoder(config)
+            self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
+        set_norm_groups(self, config.norm_groups)
         self.num_tokens, self.downsampling = config.n_embed, 2 ** (len(config.ch_mult) - 1)
 
     @property
@@ -163,22 +201,34 @@ class VQModel(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """Pictures, float (batch, 3, height, width) in [0, 1], sides divisible by `downsampling`, to the ids of their
-        codes, int64 (batch, height · width / downsampling²), row by row. Raises ValueError for another shape.
+        codes, int64 (batch, height · width / downsampling²), row by row. Raises ValueError for another shape, and where
+        there is no encoder.
         """
+        if not self.config.has_encoder:
+            raise ValueError(
+                "this VQGAN has no encoder, so that pictures cannot be turned into tokens; its file holds a decoder "
+                "alone, as DALL·E Mini's detoker.pt does; give taming's checkpoint of the same codes as vqgan"
+            )
         step, shape = self.downsampling, tuple(images.shape)
         if len(shape) != 4 or shape[1] != 3 or shape[2] % step or shape[3] % step:
             raise ValueError(
                 f"pictures have shape {shape}; expected (batch, 3, height, width), sides divisible by {step}"
             )
-        return self.choose(self.quant_conv(self.encoder(images * 2 - 1))).flatten(1)
+        return self.choose(self.quant_conv(self.encoder(images if self.config.unit_range else images * 2 - 1))).flatten(
+            1
+        )
 
     def embed(self, ids: Tensor) -> Tensor:
         """Ids of a square grid, int64 (batch, side²), to embeddings, float (batch, embed_dim, side, side)."""
         return rearrange(F.embedding(ids, self.codebook), "b (h w) c -> b c h w", h=square_side(ids))
 
     def decode(self, ids: Tensor) -> Tensor:
-        """Ids, int64 (batch, side²), to pictures, float (batch, 3, side · downsampling, …) in [0, 1]."""
-        return (self.decoder(self.post_quant_conv(self.embed(ids))).clamp(-1, 1) + 1) / 2
+        """Ids, int64 (batch, side²), to pictures, float (batch, 3, side · downsampling, …) in [0, 1].
+
+        Where the decoder ends in a Haar transform, their sides are twice as long.
+        """
+        pictures = self.decoder(self.post_quant_conv(self.embed(ids)))
+        return pictures.clamp(0, 1) if self.config.unit_range else (pictures.clamp(-1, 1) + 1) / 2
 
 
 class GumbelVQ(VQModel):
@@ -208,3 +258,20 @@ def square_side(ids: Tensor) -> int:
     if ids.ndim != 2 or side**2 != ids.shape[-1]:
         raise ValueError(f"tokens have shape {tuple(ids.shape)}; expected (batch, side²), a square grid row by row")
     return side
+
+
+def check_codes(transformer_config: Any, vqgan: Any) -> None:
+    """Raise ValueError where a transformer's image tokens are not the codes of a VQGAN, or of another VAE."""
+    codes, unit_range = transformer_config.num_image_tokens, getattr(transformer_config, "unit_range", False)
+    if codes != vqgan.num_tokens:
+        raise ValueError(f"the transformer draws {codes} codes, the vqgan has {vqgan.num_tokens}")
+    if unit_range and not getattr(vqgan.config, "unit_range", False):
+        raise ValueError(
+            "the vqgan's pixels are in [-1, 1], but DALL·E Mini's codes are of one with pixels in [0, 1]; give its "
+            "detoker.pt, or load taming's checkpoint of the same codes with load_vqgan(…, unit_range=True)"
+        )
+    if not unit_range and getattr(vqgan.config, "unit_range", False):
+        raise ValueError(
+            "the vqgan is DALL·E Mini's (detoker.pt), and its codes are not those that this transformer draws; give "
+            "the VQGAN that the transformer was trained with"
+        )

@@ -24,6 +24,7 @@ PACKAGES = ("@lobehub/fluent-emoji-3d@1.1.0", "emojibase-data@17.0.0")
 # Widths and shifts count in sixteenths of the picture's side, the grid of a coarse picture's codes: a drawing has
 # nearly the same codes wherever it stands (93 of 100, by the bundled VQGAN), and need not be learned anew for each.
 GRID = 16
+SIZE = (256, 256)  # pixels of a drawing
 WIDTHS = {"small": 8, "medium": 10, "large": 14}
 HOW_OFTEN = {"small": 0.08, "medium": 0.12, "large": 0.8}  # mostly the one that is learned soonest
 FLAGS = 9  # emojibase's group
@@ -132,7 +133,9 @@ def read_drawings(emoji: Iterable[Emoji]) -> Iterable[Image.Image]:
                 if drawing.archive not in opened:
                     opened[drawing.archive] = zipfile.ZipFile(drawing.archive)
                 data = opened[drawing.archive].read(drawing.path.as_posix())
-            yield open_image(data, str(drawing.path)).convert("RGBa")
+            picture = open_image(data, str(drawing.path)).convert("RGBa")
+            # Two of the drawings are 264 pixels high.
+            yield picture if picture.size == SIZE else picture.resize(SIZE, Image.Resampling.LANCZOS)
     finally:
         for file in opened.values():
             file.close()

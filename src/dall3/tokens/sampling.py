@@ -72,28 +72,6 @@ def choose(logits: Tensor, uniforms: Tensor) -> Tensor:
     return reached.int().argmax(dim=-1)
 
 
-STREAMS = ("tokens", "noise", "cutouts", "speculation", "change")  # of random numbers that follow from one seed
-
-
-def make_generator(device: torch.device | str, seed: int, stream: str, k: int = 0) -> torch.Generator:
-    """A generator whose numbers follow from the seed, the stream (a name in STREAMS) and a picture's number alone.
-
-    The first picture's noise is that of the bare seed: what the seed's sample.py draws on the same kind of device.
-    """
-    if stream == "noise" and k == 0:
-        return torch.Generator(device).manual_seed(seed)
-    state = np.random.SeedSequence((seed, STREAMS.index(stream) + 1, k)).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(state >> np.uint64(1)))
-
-
-def candidate_uniforms(seed: int, candidates: range, count: int) -> Tensor:
-    """Random numbers in [0, 1), float (candidates, count), that follow from the seed and a candidate's number alone.
-
-    Made on the CPU, so that they are the same wherever the tokens are drawn.
-    """
-    return torch.stack([torch.rand(count, generator=make_generator("cpu", seed, "tokens", k)) for k in candidates])
-
-
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen: what `Dall3Pipeline.generate_tokens` and its call take.

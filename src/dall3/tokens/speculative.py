@@ -31,6 +31,7 @@ def speculative_token_steps(
     generators: list[torch.Generator],
     settings: Sampling,
     kept: Tensor | None = None,
+    empty_ids: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, range, int]]:
     """Draw image tokens for one text, a candidate a generator, as `image_token_steps` does, and tell of each step.
 

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dall3.scenes import caption, random_scene, render
+from dall3.scenes import render
+from dall3.scenes.captions import caption
 from dall3.scenes.emoji import fetch_emoji, list_emoji, random_emoji_picture, training_pool
+from dall3.scenes.scene import random_scene
 from dall3.training.files import Folder, Shards, shuffled
 
 

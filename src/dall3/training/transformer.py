@@ -22,7 +22,8 @@ from dall3.models.transformer import DalleTransformer, TransformerConfig
 from dall3.models.vqgan import VQModel
 from dall3.text import TextEncoder
 from dall3.tokens.decoding import draw_image_tokens
-from dall3.tokens.sampling import Sampling, candidate_uniforms, choose
+from dall3.tokens.sampling import Sampling, choose
+from dall3.tokens.seeds import candidate_uniforms
 from dall3.training.data import StepSampler, loader
 from dall3.training.files import shuffled
 from dall3.training.loop import Task, TrainingConfig

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Tensor
 
-from dall3.diffusion.denoising import Refinement, denoise
+from dall3.diffusion.denoising import Denoising, denoise
 from dall3.diffusion.schedule import GaussianDiffusion
 from dall3.images import enlarge, make_grid, to_pil
 from dall3.models.clip import CLIP
@@ -157,7 +157,7 @@ class UpsamplerTask(Task):
         generators = [torch.Generator(images.device).manual_seed(k) for k in range(len(images))]
         coarse, strength = self.coarse(ids, side), self.settings.max_strength
         start = coarse * 2 - 1 if strength < 1 else None
-        settings = Refinement(num_inference_steps=25, strength=strength)
+        settings = Denoising(num_inference_steps=25, strength=strength)
         fine = denoise(self.model, (3, side, side), generators, {"image_embeds": vqgan.embed(ids)}, settings, start)
         rows = [images, coarse, (fine + 1) / 2]
         return make_grid([to_pil(row) for row in rows], side)

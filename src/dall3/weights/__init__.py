@@ -9,12 +9,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dall3.weights.checkpoints import load_clip, load_discrete_vae, load_transformer, load_unet, load_vqgan
+    from dall3.weights.convert.clip import load_clip
+    from dall3.weights.convert.guided_diffusion import load_unet
+    from dall3.weights.convert.transformer import load_transformer
+    from dall3.weights.convert.vae import load_discrete_vae, load_vqgan
 
 __all__ = ["load_clip", "load_discrete_vae", "load_transformer", "load_unet", "load_vqgan"]
+MODULES = {
+    "load_clip": "clip",
+    "load_discrete_vae": "vae",
+    "load_transformer": "transformer",
+    "load_unet": "guided_diffusion",
+    "load_vqgan": "vae",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:  # at first use: a name in the registry is looked up without torch
-        return getattr(import_module("dall3.weights.checkpoints"), name)
+    if name in MODULES:  # at first use: a name in the registry is looked up without torch
+        return getattr(import_module(f"dall3.weights.convert.{MODULES[name]}"), name)
     raise AttributeError(f"module 'dall3.weights' has no attribute '{name}'")

@@ -28,6 +28,8 @@ REFUSED = "INST OBJ NEWOBJ_EX EXT1 EXT2 EXT4 BYTEARRAY8 NEXT_BUFFER READONLY_BUF
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 # Of a tensor, of a dictionary's key and of a module tree: far above any network, far below a trap.
 MAX_DEPTH, MAX_ITEMS, MAX_NAME = 64, 100_000, 1000
+# Of keys that are no text, in a whole file: colliding ones would take time that grows with their number squared.
+MAX_NUMBER, MAX_NUMBERS, MAX_ODD = 2**53, 20_000, 1000
 
 
 class CheckpointError(ValueError):
@@ -84,43 +86,17 @@ def build_tensor(storage: Any, offset: Any, size: Any, stride: Any, *unused: Any
     return storage.data[:0].view(size) if 0 in size else storage.data.as_strided(size, stride, offset)
 
 
-def plain(key: Any) -> Any:
-    """A dictionary's key or a set's member: hashing a tuple of tuples may take forever or overflow the stack."""
-    parts = key if isinstance(key, tuple) else (key,)
-    kinds = str | bytes | int | float | None | Name | Placeholder
-    if len(parts) > MAX_DEPTH or not all(isinstance(part, kinds) for part in parts):
-        raise CheckpointError(f"a dictionary or set has a {type(key).__name__} as a key")
-    return key
-
-
-def build_set(items: Any) -> set[Any]:
-    """A set that uses its list up: a pickle could else copy the same list again with every call."""
-    if not isinstance(items, list):
-        raise CheckpointError(f"a set is made of a {type(items).__name__}")
-    made = {plain(item) for item in items}
-    items.clear()
-    return made
-
-
 RETURN_FIRST = ("build_intlist", "build_tensorlist", "build_doublelist", "build_boollist", "restore_type_tag")
+SETS = ("builtins.set", "__builtin__.set")
 KNOWN: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": lambda: {},
     "collections.defaultdict": lambda *factory: {},
-    "builtins.set": build_set,
-    "__builtin__.set": build_set,
     "torch.Size": lambda size: size,
     "torch._utils._rebuild_tensor": build_tensor,
     "torch._utils._rebuild_tensor_v2": build_tensor,
     "torch._utils._rebuild_parameter": lambda tensor, *unused: tensor,
     **{f"torch.jit._pickle.{name}": lambda value, *unused: value for name in RETURN_FIRST},
 }
-
-
-def construct(name: Any, args: Any) -> Any:
-    """What a pickle's call makes: a tensor or plain container where the name is known, else a placeholder."""
-    if not isinstance(name, Name) or not isinstance(args, tuple):
-        raise CheckpointError("the pickle calls something that is not a name")
-    return KNOWN[name.text](*args) if name.text in KNOWN else Placeholder(name.text)
 
 
 class Unpickler(BaseUnpickler):
@@ -135,6 +111,7 @@ class Unpickler(BaseUnpickler):
         super().__init__(file, encoding="latin1")
         self.load_storage = load_storage
         self.storages: dict[str, Storage] = {}
+        self.number_keys = self.odd_keys = 0
 
     def find_class(self, module: str, name: str) -> Name:
         return Name(f"{module}.{name}")
@@ -155,9 +132,41 @@ class Unpickler(BaseUnpickler):
             self.storages[key] = storage
         return self.storages[key]
 
+    def plain(self, key: Any) -> Any:
+        """A dictionary's key or a set's member, checked: hashing a tuple of tuples may take forever or overflow the
+        stack, and numbers can be chosen whose hashes collide.
+        """
+        if isinstance(key, str):
+            return key
+        parts = key if isinstance(key, tuple) else (key,)
+        kinds = bytes | int | float | str | None | Name | Placeholder
+        if len(parts) > MAX_DEPTH or not all(isinstance(part, kinds) for part in parts):
+            raise CheckpointError(f"a dictionary or set has a {type(key).__name__} as a key")
+        if isinstance(key, int):
+            self.number_keys += 1
+            fits = abs(key) <= MAX_NUMBER and self.number_keys <= MAX_NUMBERS
+        else:
+            self.odd_keys += 1
+            fits = self.odd_keys <= MAX_ODD
+        if not fits:
+            raise CheckpointError("its keys that are no text are more, or larger, than a network's")
+        return key
+
+    def build_set(self, items: Any) -> set[Any]:
+        """A set that uses its list up: a pickle could else copy the same list again with every call."""
+        if not isinstance(items, list):
+            raise CheckpointError(f"a set is made of a {type(items).__name__}")
+        made = {self.plain(item) for item in items}
+        items.clear()
+        return made
+
     def load_reduce(self) -> None:
-        args = self.stack.pop()
-        self.stack[-1] = construct(self.stack[-1], args)
+        """What a call makes: a tensor or plain container where the name is known, else a placeholder."""
+        args, name = self.stack.pop(), self.stack[-1]
+        if not isinstance(name, Name) or not isinstance(args, tuple):
+            raise CheckpointError("the pickle calls something that is not a name")
+        known = self.build_set if name.text in SETS else KNOWN.get(name.text)
+        self.stack[-1] = Placeholder(name.text) if known is None else known(*args)
 
     def load_build(self) -> None:
         state = self.stack.pop()
@@ -167,11 +176,11 @@ class Unpickler(BaseUnpickler):
     def add(self, kind: type, items: list[Any]) -> None:
         target = self.stack[-1]
         if kind is dict and isinstance(target, dict):
-            target.update(zip(map(plain, items[::2]), items[1::2], strict=True))
+            target.update(zip(map(self.plain, items[::2]), items[1::2], strict=True))
         elif kind is list and isinstance(target, list):
             target.extend(items)
         elif kind is set and isinstance(target, set):
-            target.update(map(plain, items))
+            target.update(map(self.plain, items))
         elif not isinstance(target, Placeholder):  # whose items are left out where its class is a list or set
             raise CheckpointError(f"the pickle adds items to a {type(target).__name__}")
 

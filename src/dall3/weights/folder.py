@@ -18,25 +18,30 @@ from typing import Any
 
 import torch
 
-from dall3.diffusion.denoising import Refinement
-from dall3.errors import require
 from dall3.models.clip import CLIP, CLIPConfig
+from dall3.models.dalle_mini import DalleMini, DalleMiniConfig
 from dall3.models.discrete_vae import DiscreteVAE, DiscreteVAEConfig, OpenAIDiscreteVAE, OpenAIDiscreteVAEConfig
+from dall3.models.rudalle import Rudalle, RudalleConfig
 from dall3.models.transformer import DalleTransformer, TransformerConfig
 from dall3.models.unet import DiffusionConfig, UNet, UNetConfig
 from dall3.models.vqgan import GumbelVQ, VQGANConfig, VQModel
 from dall3.text import Tokenizer, load_tokenizer, tokenizer_json
-from dall3.tokens.sampling import Sampling
 from dall3.weights.archive import CheckpointError, one_line
-from dall3.weights.checkpoints import PathLike, fill, load_clip, load_transformer, load_unet, load_vae, without_weights
-from dall3.weights.registry import PART_NAMES, read_settings_text
+from dall3.weights.convert.clip import load_clip
+from dall3.weights.convert.guided_diffusion import load_unet
+from dall3.weights.convert.state import fill, without_weights
+from dall3.weights.convert.transformer import load_transformer
+from dall3.weights.convert.vae import load_vae
+from dall3.weights.limits import check_limits
+from dall3.weights.registry import PARTS, PathLike, read_settings_text
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
 DEFAULTS = "generation_config.json"
-PARTS = PART_NAMES[1:]  # the tokenizer is a file, not a model
 BUNDLED = Path(__file__).parents[1] / "mini"
 MODELS: dict[str, tuple[Any, Any]] = {
     "DalleTransformer": (DalleTransformer, TransformerConfig),
+    "DalleMini": (DalleMini, DalleMiniConfig),
+    "Rudalle": (Rudalle, RudalleConfig),
     "GumbelVQ": (GumbelVQ, VQGANConfig),
     "VQModel": (VQModel, VQGANConfig),
     "DiscreteVAE": (DiscreteVAE, DiscreteVAEConfig),
@@ -118,34 +123,6 @@ def load_part(
     state = read_tensors(folder / WEIGHTS, device, dtype)
     state |= {name: state[first] for name, first in shared_names(model).items() if first in state}
     return fill(model, state, folder / WEIGHTS, dtype).to(device, dtype)
-
-
-LIMITS = {  # above any network's; of other numbers 2**20
-    **dict.fromkeys(("num_res_blocks", "num_resnet_blocks", "num_layers", "n_blk_per_group", "group_count"), 16),
-    **{"depth": 256, "layers": 128, "heads": 256, "grid_size": 128, "cutn": 1024},
-    **dict.fromkeys(("text_seq_len", "context_length", "image_size"), 8192),
-}
-MOST_POSITIONS = 5000  # of a transformer, whose patterns of attention take 9 bytes for each pair while it is built
-
-
-def check_limits(settings: Any, name: str = "") -> None:
-    """Raise ValueError for settings above any network's, with which building one would take all memory or time."""
-    if isinstance(settings, dict):
-        for key, value in settings.items():
-            check_limits(value, key)
-        text, grid = (settings.get(key, 16) for key in ("text_seq_len", "grid_size"))
-        if "text_seq_len" in settings and text + grid**2 > MOST_POSITIONS:
-            raise ValueError(f"{text + grid**2} positions; {MOST_POSITIONS} are the most")
-    elif isinstance(settings, list):
-        most = LIMITS["depth"] if name in ("attn_types", "shared_attn_ids", "shared_ff_ids") else 16
-        if len(settings) > most:
-            raise ValueError(f"{name} has {len(settings)} entries; {most} are the most")
-        for value in settings:
-            check_limits(value, name)
-    elif isinstance(settings, int | float):
-        most = LIMITS.get(name, 2**20)
-        if not -most <= settings <= most:
-            raise ValueError(f"{name}={settings:.6g}; {most} is the most")
 
 
 def read_tensors(path: Path, device: str | torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -264,37 +241,18 @@ def read_origins(folder: PathLike) -> dict[str, Origin]:
     return found
 
 
-def check_defaults(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings as they are. Raises ValueError for one that `Sampling` and `Refinement` lack or do not take."""
-    kinds = (Sampling, Refinement)
-    check_limits(settings)
-    try:
-        for kind in kinds:
-            kind(**{name: value for name, value in settings.items() if name in kind.__dataclass_fields__})
-    except TypeError as error:
-        raise ValueError(f"settings of another type ({error})") from None
-    unknown = [name for name in settings if all(name not in kind.__dataclass_fields__ for kind in kinds)]
-    require(not unknown, f"unknown setting {', '.join(unknown)}; expected those of Sampling and Refinement")
-    return settings
-
-
 def read_defaults(folder: PathLike) -> dict[str, Any]:
-    """The settings of `Sampling` and `Refinement` that suit the weights of a pipeline folder; none without the file.
+    """The settings that suit the weights of a pipeline folder, as its generation_config.json has them; none without it.
 
-    Raises CheckpointError for a file that holds others.
+    Raises CheckpointError for a file that is no object of settings.
     """
     path = Path(folder) / DEFAULTS
-    if not path.exists():
-        return {}
-    try:
-        return check_defaults(read_config(path))
-    except ValueError as error:
-        raise error if isinstance(error, CheckpointError) else one_line(path, str(error)) from None
+    return read_config(path) if path.exists() else {}
 
 
 def set_default(folder: PathLike, name: str, value: Any) -> None:
     """Write one more setting that suits the weights of a pipeline folder, or another value of it."""
-    settings = check_defaults(read_defaults(folder) | {name: value})
+    settings = read_defaults(folder) | {name: value}
     (Path(folder) / DEFAULTS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
@@ -323,7 +281,7 @@ def save_folder(
         if text is not None:
             (new / TOKENIZER).write_text(text, encoding="utf-8")
         if defaults:
-            (new / DEFAULTS).write_text(json.dumps(check_defaults(defaults), indent=2) + "\n", encoding="utf-8")
+            (new / DEFAULTS).write_text(json.dumps(defaults, indent=2) + "\n", encoding="utf-8")
         (new / "README.md").write_text(model_card(new, origins), encoding="utf-8")
         new.replace(folder)  # takes the place of an empty folder too
     return folder

@@ -14,6 +14,7 @@ from dall3.errors import require
 
 PathLike = str | Path
 PART_NAMES = ("tokenizer", "transformer", "vqgan", "clip", "upsampler", "super_resolution")
+PARTS = PART_NAMES[1:]  # those that are models: the tokenizer is a file
 RESERVED = ("hub", "open_clip")  # folders of the cache that are not sets
 MOST_BYTES = 1 << 20  # of a file of settings
 PACKAGE = Path(__file__).parents[1]
@@ -63,7 +64,7 @@ class Part:
 
 @dataclass(frozen=True)
 class WeightsSet:
-    """defaults: settings of `Sampling` and `Refinement` that suit the weights, as they are written."""
+    """defaults: settings of `Sampling` and `Denoising` that suit the weights, as they are written."""
 
     name: str
     about: str

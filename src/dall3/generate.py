@@ -1,0 +1,356 @@
+"""From a prompt to its pictures: `run` draws image tokens, ranks their coarse pictures, and refines the best.
+
+prompt ─text encoder─▶ ids ─transformer─▶ image tokens ─VQ decoder─▶ coarse picture ─UNet, CLIP─▶ fine picture
+                                                         CLIP ranks here ▲        ▲ and guides here
+
+Each function is a generator: it yields previews as it goes, and returns its result at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from dall3.diffusion.denoising import Guide, Step, denoising_steps
+from dall3.diffusion.guidance import clip_loss, cut_out, draw_cutouts, guided, with_penalties
+from dall3.errors import require
+from dall3.images import center_crop, enlarge, to_pil, to_tensor
+from dall3.models.discrete_vae import OpenAIDiscreteVAE
+from dall3.models.unet import UNet
+from dall3.output import Dall3Output, Preview
+from dall3.parts import Parts
+from dall3.request import Request, StopGeneration
+from dall3.settings import Callback, Picture
+from dall3.tokens.batching import batches_that_fit
+from dall3.tokens.decoding import image_token_steps
+from dall3.tokens.seeds import candidate_uniforms, make_generator
+from dall3.tokens.speculative import speculative_token_steps
+
+Result = TypeVar("Result")
+Previews = Generator[Preview, None, Result]
+
+
+@dataclass
+class Record:
+    """What became of a request: what its recipe must say besides what was asked for."""
+
+    sizes: dict[str, int] = field(default_factory=dict)  # of batches that the device's memory did not hold, halved
+    stopped: bool = False  # by a callback
+    changes: list[Tensor] = field(default_factory=list)  # whether a callback changed a tensor, on the device
+
+    def callback(self) -> list[str]:
+        """What a callback did: some of "stopped" and "changed"."""
+        changed = bool(self.changes) and bool(torch.stack(self.changes).any())
+        return ["stopped"] * self.stopped + ["changed"] * changed
+
+
+class Ranked(NamedTuple):
+    """The best candidates, best first."""
+
+    candidates: Tensor  # int64 (n,), their numbers among those that were drawn
+    scores: Tensor | None  # float32 (n,), cosine similarities to the prompt, descending; None without a CLIP
+    tokens: Tensor  # int64 (n, image tokens)
+    pictures: Tensor  # float32 (n, 3, height, width) in [0, 1], coarse
+
+
+def run(parts: Parts, request: Request, every: int = 1) -> Previews[Dall3Output]:
+    """Draw candidates, rank them and refine the best. every: denoising steps from one preview to the next."""
+    record = Record()
+    parts.load_clip_early()  # while the tokens are drawn
+    tokens = yield from draw(parts, request, record)
+    best = yield from rank(parts, request, tokens)
+    fine = best.pictures
+    if parts.upsampler is not None:
+        fine = yield from refine(parts, request, record, "upsampler", best.tokens, fine, best.candidates, every)
+    if request.output_size is not None and not record.stopped:
+        fine = yield from refine(parts, request, record, "super_resolution", None, fine, best.candidates, every)
+    return make_output(parts, request, record, best, fine)
+
+
+def draw(parts: Parts, request: Request, record: Record) -> Previews[Tensor]:
+    """Tokens of the candidates, int64 (candidates, image tokens), that the transformer draws for the prompt."""
+    sampling, numbers, count = request.sampling, request.candidates(), request.num_images
+    with parts.using("drawing tokens", "transformer", "text_encoder") as [transformer, encode]:
+        prompts = [request.prompt, *([request.negative_prompt] if request.negative_prompt else [])]
+        text_ids, *negative = (encode(text, truncate=request.truncate).to(parts.device) for text in prompts)
+        length, side = transformer.config.image_seq_len, transformer.config.grid_size
+        texts = torch.stack((text_ids, *negative)) if negative and sampling.cond_scale != 1 else text_ids
+        if sampling.jacobi_window is not None:
+            generators = [make_generator("cpu", seed, "speculation", k) for seed, k in map(request.source, numbers)]
+            steps = speculative_token_steps(transformer, texts, generators, sampling, kept=request.kept)
+        else:
+            rows = [candidate_uniforms(seed, range(k, k + 1), length) for seed, k in map(request.source, numbers)]
+            uniforms = torch.cat(rows).to(parts.device)
+            steps = image_token_steps(transformer, texts, uniforms, sampling, request.batch_size, kept=request.kept)
+        sizes: dict[int, int] = {}  # of each batch, by the number of its first candidate
+        desc = f"drawing {len(numbers)} candidate{'s' * (len(numbers) > 1)}"
+        with tqdm(total=len(numbers) * length, desc=desc, disable=not request.progress) as bar:
+            for tokens, batch, drawn in steps:
+                sizes[batch.start] = len(batch)
+                done = batch.start * length + len(batch) * drawn
+                bar.update(done - bar.n)
+                if drawn % side == 0:
+                    shown = tokens[batch.start : min(batch.start + count, batch.stop)].clone()
+                    yield Preview("drawing", done, tokens.numel(), partial(show_rows, parts, shown, drawn // side))
+    if sampling.jacobi_window is None:
+        record.sizes["batch_size"] = size_used(request.batch_size, len(numbers), sizes)
+    return tokens
+
+
+def rank(parts: Parts, request: Request, tokens: Tensor) -> Previews[Ranked]:
+    """The `num_images` candidates that CLIP likes best; of a picture that is made again, its own."""
+    how: dict[str, Any] = dict(batch_size=request.batch_size, seamless=request.refinement.seamless)
+    numbers = request.candidates()
+    count = len(numbers) if request.repeated is not None else request.num_images
+    best = choose_best(parts, tokens, request.prompt, count, progress=request.progress, **how)
+    best = best._replace(candidates=best.candidates + numbers.start)
+    if request.repeated is not None:
+        place = best.candidates.tolist().index(request.repeated.candidate)
+        scores = None if best.scores is None else best.scores[place : place + 1]
+        one = [part[place : place + 1] for part in (best.candidates, best.tokens, best.pictures)]
+        best = Ranked(one[0], scores, *one[1:])
+    check_finite(best.pictures, "coarse pictures")
+    yield Preview("ranking", 1, 1, partial(to_pil, best.pictures))
+    return best
+
+
+@torch.no_grad()
+def choose_best(
+    parts: Parts, tokens: Tensor, prompt: str, count: int, *, batch_size: int, seamless: bool, progress: bool
+) -> Ranked:
+    """The `count` candidates that CLIP likes best; without a CLIP the first ones, and no scores.
+
+    tokens: int64 (candidates, image tokens) on the pipeline's device. batch_size: candidates decoded and scored at a
+    time; of the others' pictures none is kept.
+    """
+    numbers = torch.arange(len(tokens), device=tokens.device)
+    best: tuple[Tensor, Tensor, Tensor] | None = None
+    has_clip = parts.held_clip is not None
+    with parts.using("ranking", "vqgan", *(["clip"] if has_clip else [])) as [_, *clips]:
+        text = clips[0].embed_text([prompt]) if clips else None
+
+        def look(batch: range) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+            pictures = parts.decode_tokens(tokens[batch.start : batch.stop], len(batch), seamless)
+            equal = torch.zeros(len(batch), device=tokens.device)
+            yield numbers[batch.start : batch.stop], clips[0].score(pictures, text) if clips else equal, pictures
+
+        with tqdm(total=len(tokens), desc=f"ranking {len(tokens)}", disable=not progress or not has_clip) as bar:
+            for batch, found in batches_that_fit(len(tokens), batch_size, look):
+                pairs = zip(best or (found[0][:0], found[1][:0], found[2][:0]), found, strict=True)
+                chosen, scores, pictures = (torch.cat(pair) for pair in pairs)
+                # Stable, so that equal pictures keep the order in which they were drawn.
+                order = scores.sort(descending=True, stable=True).indices[:count]
+                best = (chosen[order], scores[order], pictures[order])
+                bar.update(len(batch))
+    assert best is not None
+    return Ranked(best[0], best[1] if has_clip else None, tokens[best[0]], best[2])
+
+
+@torch.inference_mode(False)  # guidance needs gradients, whatever the caller does not
+@torch.no_grad()
+def refine(
+    parts: Parts,
+    request: Request,
+    record: Record,
+    stage: str,
+    tokens: Tensor | np.ndarray | None,
+    image: Picture | None,
+    candidates: Tensor | None = None,
+    every: int = 1,
+) -> Previews[Tensor]:
+    """Fine pictures, float32 (n, 3, side, side) in [0, 1], by the UNet of a stage, a name of `Parts`.
+
+    tokens, image: what it starts from, as `Dall3Pipeline.upsample` has them. candidates: the pictures' numbers as they
+    were drawn.
+    """
+    settings, unet = request.refinement, parts.require(stage, "refining")
+    others = ["clip"] * (settings.clip_guidance_scale > 0) + ["vqgan"] * bool(unet.config.embedding_dims)
+    with parts.using("refining", stage, *others):
+        start, conditioning, side = starting_point(parts, request, unet, tokens, image)
+        count = len(next(iter(conditioning.values()), start))  # type: ignore[arg-type]
+        places, numbers = request.places(count), range(count) if candidates is None else candidates.tolist()
+        if len(places) > count:  # a picture that is made again stands for all of its batch
+            conditioning = {name: torch.cat([value] * len(places)) for name, value in conditioning.items()}
+            start = None if start is None else torch.cat([start] * len(places))
+        targets = guidance_targets(parts, request, side) if settings.clip_guidance_scale else None
+
+        def work(batch: range) -> Iterator[Step]:
+            sources = [request.noise_source(places[k], numbers[k % count]) for k in batch]
+            generators = [make_generator(parts.device, seed, "noise", k) for seed, k in sources]
+            part = {name: value[batch.start : batch.stop] for name, value in conditioning.items()}
+            picture = None if start is None else start[batch.start : batch.stop]
+            which = f"{batch.start + 1}" if len(batch) == 1 else f"{batch.start + 1} to {batch.stop}"
+            bar = f"refining {which} of {count}" if request.progress else None
+            guide = make_guide(parts, request, targets, sources[0][0])
+            return denoising_steps(unet, (3, side, side), generators, part, settings, picture, guide, bar)
+
+        fine: dict[int, Tensor] = {}  # by the number of a batch's first picture, of each the last step's
+        for batch, step in batches_that_fit(len(places), request.refine_batch_size, work):
+            fine[batch.start] = step.pred_xstart
+            if request.callback is not None and tell(parts, request.callback, record, step):
+                break
+            if (step.number + 1) % every == 0 or step.number + 1 == step.total:
+                yield Preview("refining", step.number + 1, step.total, partial(show_estimate, step.pred_xstart))
+    sizes = {first: len(pictures) for first, pictures in fine.items()}
+    record.sizes["refine_batch_size"] = size_used(request.refine_batch_size, len(places), sizes)
+    pictures = torch.cat(list(fine.values()))
+    if request.repeated is not None:
+        pictures = pictures[request.repeated.place - places.start :][:1]
+    check_finite(pictures, "refined pictures")
+    return (pictures.clamp(-1, 1) + 1) / 2
+
+
+def make_output(parts: Parts, request: Request, record: Record, best: Ranked, fine: Tensor) -> Dall3Output:
+    """What the call returns: the pictures, and the recipe that makes them again."""
+    coarse_images = to_pil(best.pictures)
+    recipe = request.recipe() | record.sizes | {"weights": parts.fingerprints()}
+    recipe |= {"callback": record.callback()} if record.callback() else {}
+    recipe |= {"places": [request.repeated.place]} if request.repeated is not None else {}
+    out = Dall3Output(
+        prompt=request.prompt,
+        images=coarse_images if fine is best.pictures else to_pil(fine),
+        coarse_images=coarse_images,
+        tokens=best.tokens.cpu(),
+        clip_scores=None if best.scores is None else best.scores.cpu(),
+        candidates=best.candidates.cpu(),
+        settings=recipe,
+    )
+    return out if len(fine) == len(best.tokens) else out[: len(fine)]
+
+
+def starting_point(
+    parts: Parts, request: Request, unet: UNet, tokens: Tensor | np.ndarray | None, image: Picture | None
+) -> tuple[Tensor | None, dict[str, Tensor], int]:
+    """The picture to noise, if any, in [-1, 1]; what the UNet is conditioned on; the side of the result."""
+    config, step, dtype = unet.config, unet.config.downsampling, next(unet.parameters()).dtype
+    require(tokens is not None or image is not None, "nothing to refine; give tokens or an image")
+    settings, side = request.refinement, request.output_size or config.image_size
+    if tokens is not None:
+        tokens = parts.check_tokens(tokens)
+    if image is None and not config.embedding_dims:
+        image = parts.decode_tokens(tokens, seamless=settings.seamless)  # type: ignore[arg-type]
+    if image is not None:
+        image = center_crop(to_tensor(image)).to(parts.device)
+    if config.super_resolution and not config.embedding_dims:
+        assert image is not None
+        low_res = F.interpolate(image, side // 4, mode="area") * 2 - 1
+        return None, {"low_res": low_res.to(dtype)}, side
+    if not config.embedding_dims:
+        assert image is not None
+        return enlarge(image, side) * 2 - 1, {}, side
+    vqgan: Any = parts.require("vqgan", "conditioning on code embeddings")
+    require(not isinstance(vqgan, OpenAIDiscreteVAE), "OpenAI's dVAE has no code embeddings to condition on")
+    if tokens is None:  # the middle block's side is half the codes'
+        tokens = parts.encode(F.interpolate(image, 2 * side // step * vqgan.downsampling, mode="area"))  # type: ignore[arg-type]
+    embeddings, wanted = vqgan.embed(tokens), config.embedding_dims[0]
+    require(embeddings.shape[-1] % 2 == 0, f"{tokens.shape[1]} tokens; expected a square with an even side")
+    require(embeddings.shape[1] == wanted, f"code embeddings have {embeddings.shape[1]} channels, not {wanted}")
+    side = embeddings.shape[-1] // 2 * step
+    if image is not None and len(image) != len(tokens):
+        words = f"{len(tokens)} rows of tokens and {len(image)} pictures; give as many of both, or one of them"
+        raise ValueError(words)
+    picture, conditioning = None, {"image_embeds": embeddings.to(dtype)}
+    is_noised = settings.strength is not None and settings.strength < 1
+    if is_noised or config.super_resolution:
+        coarse = parts.decode_tokens(tokens, seamless=settings.seamless) if image is None else image
+        picture = enlarge(coarse, side) * 2 - 1 if is_noised else None
+        if config.super_resolution:
+            low_res = F.interpolate(coarse, embeddings.shape[-1] * vqgan.downsampling, mode="area")
+            conditioning["low_res"] = (low_res * 2 - 1).to(dtype)
+    return picture, conditioning, side
+
+
+def guidance_targets(parts: Parts, request: Request, side: int) -> tuple[Tensor, Tensor]:
+    """What CLIP guides to, float32 (targets, width), and how much each counts, (targets,), summing to ±1.
+
+    side: of the refined pictures; larger picture prompts are reduced to it.
+    """
+    clip, cutn = parts.clip, request.refinement.cutn
+    assert clip is not None
+    targets = [clip.embed_text([text for text, _ in request.texts])] if request.texts else []
+    weights = [weight for _, weight in request.texts]
+    for picture, weight in request.image_prompts:
+        square = center_crop(to_tensor(picture)).to(parts.device)
+        if square.shape[-1] > side:
+            square = enlarge(square, side)
+        generator = make_generator(parts.device, request.seed, "cutouts")
+        cutouts = draw_cutouts(square.shape[-1], clip.image_size, cutn, generator)
+        targets.append(clip.embed_images(cut_out(square, cutouts, clip.image_size)))
+        weights += [weight / len(targets[-1])] * len(targets[-1])
+    return torch.cat(targets), torch.tensor(weights, device=parts.device) / abs(sum(weights))
+
+
+def make_guide(parts: Parts, request: Request, targets: tuple[Tensor, Tensor] | None, seed: int) -> Guide | None:
+    """What guides a batch of pictures; None where nothing does. seed: of the cut-outs, the same for every batch."""
+    settings, pull = request.refinement, None
+    if targets is not None:
+        assert parts.clip is not None
+        cutouts = make_generator(parts.device, seed, "cutouts")
+        pull = clip_loss(parts.clip, *targets, settings.clip_guidance_scale, settings.cutn, cutouts)
+    elif not settings.tv_scale and not settings.range_scale:
+        return None
+    return partial(guided, loss=with_penalties(pull, settings.tv_scale, settings.range_scale))
+
+
+def tell(parts: Parts, callback: Callback, record: Record, step: Step) -> bool:
+    """Call back after a denoising step. Returns whether that ends the call."""
+    tensors = {"x": step.x, "pred_xstart": step.pred_xstart}
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    try:
+        returned = callback(parts, step.number, step.timestep, dict(tensors))
+    except StopGeneration:
+        record.stopped, returned = True, None
+    for name, tensor in returned.items() if isinstance(returned, dict) else ():
+        known = ", ".join(tensors)
+        require(name in tensors, f"callback_on_step_end returned '{name}'; expected some of {known}")
+        if tensor is not tensors[name]:
+            tensors[name].copy_(tensor)
+    record.changes += [(tensor != before[name]).any() for name, tensor in tensors.items()]
+    return record.stopped
+
+
+def size_used(asked: int, count: int, sizes: dict[int, int]) -> int:
+    """The size of batches after halving, if the device's memory did not hold those that were asked for.
+
+    sizes: of the batches that were done, by the number of their first picture.
+    """
+    if len(sizes) <= math.ceil(count / asked):
+        return asked
+    return max(size for size in sizes.values() if size < asked)
+
+
+def check_finite(pictures: Tensor, what: str) -> None:
+    """Raise RuntimeError for pictures with values that are no numbers, which would be saved as black."""
+    if not bool(pictures.isfinite().all()):
+        raise RuntimeError(f"the {what} have values that are not finite; try float32 or bfloat16, or other weights")
+
+
+def show_rows(parts: Parts, tokens: Tensor, rows: int) -> list[Image.Image]:
+    """Tokens of which so many rows are drawn, as pictures; the rest is grey."""
+    pictures = parts.decode_tokens(tokens)
+    pictures[:, :, rows * pictures.shape[-2] // math.isqrt(tokens.shape[1]) :] = 0.5
+    return to_pil(pictures)
+
+
+def show_estimate(pred_xstart: Tensor) -> list[Image.Image]:
+    return to_pil((pred_xstart + 1) / 2)
+
+
+def result_of(steps: Generator[Any, None, Result]) -> Result:
+    """What a generator returns, after all that it yields."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: Result = end.value
+            return result

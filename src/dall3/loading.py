@@ -1,0 +1,214 @@
+"""Parts from weights and back: folders, files of 2021, the Hugging Face hub."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dall3.errors import require
+from dall3.models.clip import PromptTokenizer
+from dall3.parts import Parts
+from dall3.settings import check_defaults
+from dall3.text import TextEncoder, Tokenizer, load_tokenizer, tokenizer_json
+from dall3.weights.archive import CheckpointError, one_line
+from dall3.weights.convert.clip import load_clip
+from dall3.weights.convert.dalle_pytorch import load_transformer
+from dall3.weights.convert.guided_diffusion import load_unet
+from dall3.weights.convert.vae import load_vae
+from dall3.weights.find import fetch_set, find_weights
+from dall3.weights.folder import (
+    BUNDLED,
+    DEFAULTS,
+    Origin,
+    load_files,
+    load_folder,
+    read_defaults,
+    read_origins,
+    save_folder,
+)
+from dall3.weights.registry import PARTS, PathLike, WeightsSet
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Defaults(dict[str, Any]):
+    """Settings of weights, checked whenever one of them is set."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().update(check_defaults({**self, name: value}))
+
+    def update(self, *others: Any, **more: Any) -> None:
+        super().update(check_defaults({**self, **dict(*others, **more)}))
+
+    def __ior__(self, other: Any) -> Self:  # type: ignore[misc,override]
+        self.update(other)
+        return self
+
+
+def load_defaults(folder: PathLike) -> dict[str, Any]:
+    """The settings that suit the weights of a pipeline folder; none where it has none.
+
+    Raises CheckpointError for a file that holds others than those of `Sampling` and `Denoising`.
+    """
+    try:
+        return check_defaults(read_defaults(folder))
+    except ValueError as error:
+        raise error if isinstance(error, CheckpointError) else one_line(Path(folder) / DEFAULTS, error) from None
+
+
+class LoadedParts(Parts):
+    """Parts that are loaded from weights and saved, with the settings that suit the weights and their origins."""
+
+    @property
+    def defaults(self) -> Defaults:
+        """Settings of `Sampling` and `Denoising` that suit these weights, used where a call gives none.
+
+        Raises ValueError when they are set to some that are not known or out of range.
+
+        >>> from dall3 import Dall3Pipeline
+        >>> pipe = Dall3Pipeline.from_pretrained()
+        >>> pipe.defaults["num_inference_steps"] = 10
+        >>> pipe.defaults["topp"] = 0.9
+        Traceback (most recent call last):
+        ValueError: unknown setting topp; expected those of Sampling and Denoising
+        """
+        return self._defaults
+
+    @defaults.setter
+    def defaults(self, settings: Mapping[str, Any]) -> None:
+        self._defaults = Defaults(check_defaults(settings))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: PathLike | None = None,
+        *,
+        registry: PathLike | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        progress: bool = True,
+    ) -> Self:
+        """A pipeline from weights by name, straight to a device; without a name the bundled small ones.
+
+        name: a set in weights.toml ("mini", "dall3", …), fetched, verified and kept in the cache; a folder that
+        `save_pretrained` wrote; or "owner/name" of the Hugging Face hub. A folder that has the name of a set is
+        written "./dall3". registry: a weights.toml of your own, whose sets are known too.
+
+        >>> from dall3 import Dall3Pipeline
+        >>> pipe = Dall3Pipeline.from_pretrained()
+
+        Raises CheckpointError (a ValueError) for a folder that holds no parts, or broken ones, ValueError for a name
+        that is neither, FetchError (an OSError) for weights that cannot be had.
+        """
+        found = find_weights(BUNDLED if name is None else name, registry)
+        if isinstance(found, WeightsSet):
+            defaults = check_defaults(found.defaults)
+            parts = load_files(fetch_set(found, progress), device, dtype)
+            origins = {part.name: Origin(part.licence, part.source) for part in found.parts}
+        else:
+            parts, origins = load_folder(found, device, dtype), read_origins(found)
+            defaults = load_defaults(found)
+        tokenizer, transformer = parts.pop("tokenizer", None), parts.get("transformer")
+        if tokenizer is not None and transformer is not None:
+            config = transformer.config
+            parts["text_encoder"] = TextEncoder(tokenizer, config.text_seq_len, config.num_text_tokens)
+        pipe = cls(**parts)
+        pipe.origins, pipe.defaults = origins, defaults
+        return pipe.to(device)
+
+    def save_pretrained(self, folder: PathLike, dtype: torch.dtype | None = None) -> Path:
+        """Write every part to a folder that `from_pretrained` reads, and return its path.
+
+        For each part config.json and model.safetensors; tokenizer.json; generation_config.json, the settings that suit
+        the weights (`defaults`); and a model card, README.md. dtype: of the
+        floats in the files, torch.float16 for half the size; as they are if None.
+
+        Raises FileExistsError for a folder that holds something; nothing is written then.
+
+        >>> from dall3 import Dall3Pipeline
+        >>> folder = Dall3Pipeline.from_pretrained().save_pretrained("my-weights", torch.float16)
+        >>> Dall3Pipeline.from_pretrained(folder).vqgan.num_tokens
+        2048
+        """
+        parts = {name: getattr(self, name) for name in PARTS if getattr(self, name) is not None}
+        require(bool(parts), "the pipeline has no parts to save")
+        return save_folder(parts, self.tokenizer, folder, dtype, self.origins, dict(self.defaults))
+
+    def push_to_hub(
+        self, repository: str, dtype: torch.dtype | None = None, private: bool = False, token: str | None = None
+    ) -> str:
+        """Upload what `save_pretrained` writes to "owner/name" of the Hugging Face hub, made if need be.
+
+        token: of an account that may write there; the one that `hf auth login` keeps if None. Returns its address.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token, library_name="dall3")
+        with tempfile.TemporaryDirectory() as folder:
+            written = self.save_pretrained(Path(folder) / "weights", dtype)
+            address = api.create_repo(repository, private=private, exist_ok=True)
+            api.upload_folder(repo_id=repository, folder_path=written, commit_message="Weights for dall3")
+        return str(address)
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """Tokenizer that prompts are read with: the transformer's, and a CLIP's that shares it.
+
+        Raises ValueError for two different ones.
+
+        >>> from dall3 import Dall3Pipeline
+        >>> Dall3Pipeline.from_pretrained().tokenizer.vocab_size
+        3072
+        """
+        tokenize = self.clip.tokenize if self.clip is not None else None
+        found = [self.text_encoder.tokenizer] if self.text_encoder is not None else []
+        found += [tokenize.tokenizer] if isinstance(tokenize, PromptTokenizer) else []
+        texts = {tokenizer_json(tokenizer) for tokenizer in found}
+        require(len(texts) < 2, "the transformer and the clip have different tokenizers, and a folder has one")
+        return found[0] if found else None
+
+    @classmethod
+    def from_checkpoints(
+        cls,
+        dalle: PathLike | None = None,
+        bpe: PathLike | None = None,
+        vqgan: PathLike | tuple[PathLike, PathLike] | None = None,
+        vqgan_config: PathLike | None = None,
+        diffusion: PathLike | None = None,
+        diffusion_config: PathLike | dict[str, Any] | None = None,
+        clip: PathLike | None = None,
+        super_resolution: PathLike | None = None,
+        super_resolution_config: PathLike | dict[str, Any] | None = None,
+        dalle_config: PathLike | dict[str, Any] | None = None,
+        clip_config: PathLike | dict[str, Any] | None = None,
+    ) -> Self:
+        """A pipeline from the files of 2021, in float32 on the CPU. What is not given is left out.
+
+        dalle: DALLE-pytorch's checkpoint, or DeepSpeed's folder. dalle_config: its hyper-parameters, a dictionary or
+        JSON, where it has none. bpe: its tokenizer, of any kind that `load_tokenizer` knows; CLIP's if not
+        given. vqgan, vqgan_config: taming's checkpoint and YAML; or a DiscreteVAE's file and its hyper-parameters; or
+        OpenAI's (encoder.pkl, decoder.pkl); if not given, the VAE inside `dalle`, if there is one. diffusion,
+        super_resolution: guided-diffusion's checkpoints, with their flags as JSON where they are not upstream's. clip:
+        a file or a name of open_clip's, as "ViT-B-16/openai". clip_config: what a file's tensors cannot tell, as
+        `load_clip` has it.
+
+        Raises CheckpointError (a ValueError) for a file that is broken, of another kind or does not fit.
+        """
+        transformer = None if dalle is None else load_transformer(dalle, dalle_config)
+        text_encoder = None
+        if transformer is not None:
+            config = transformer.config
+            text_encoder = TextEncoder(load_tokenizer(bpe), config.text_seq_len, config.num_text_tokens)
+        return cls(
+            text_encoder=text_encoder,
+            transformer=transformer,
+            vqgan=load_vae(vqgan, vqgan_config, dalle),
+            clip=None if clip is None else load_clip(clip, clip_config),
+            upsampler=None if diffusion is None else load_unet(diffusion, diffusion_config),
+            super_resolution=None if super_resolution is None else load_unet(super_resolution, super_resolution_config),
+        )

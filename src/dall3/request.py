@@ -1,0 +1,365 @@
+"""Request: every argument of a call, typed and checked once, before any work; and its way into a recipe and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dall3.diffusion.denoising import Denoising, refined_at_once
+from dall3.diffusion.schedule import space_timesteps
+from dall3.errors import require
+from dall3.models.unet import UNet
+from dall3.parts import Parts
+from dall3.settings import (
+    Callback,
+    CallSettings,
+    DenoisingSettings,
+    TokenSettings,
+    Weighted,
+    WeightedPictures,
+    check_defaults,
+    find_scheduler,
+    named,
+    plain,
+    take,
+)
+from dall3.start import kept_tokens
+from dall3.tokens.batching import fitting_batch_size
+from dall3.tokens.sampling import Sampling, check_counts
+from dall3.tokens.seeds import choose_seed
+
+NEGATIVE_WEIGHT = -0.5  # of negative_prompt in CLIP guidance, where the prompt has 1
+
+
+class StopGeneration(Exception):
+    """Raised by a `callback_on_step_end` to end the call, which then returns what is there.
+
+    >>> from dall3 import Dall3Pipeline
+    >>> def after_two(pipe, step, timestep, tensors):
+    ...     if step == 1:
+    ...         raise StopGeneration
+    >>> out = Dall3Pipeline.from_pretrained()("a cube", seed=0, progress=False, callback_on_step_end=after_two)
+    >>> len(out)
+    1
+    """
+
+
+class Repeated(NamedTuple):
+    """Which picture of a recipe is made again."""
+
+    candidate: int  # the number of the draw
+    place: int  # among the pictures of the call
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What a call is to do, checked."""
+
+    prompt: str = ""
+    num_images: int = 1
+    num_candidates: int = 1
+    sampling: Sampling = field(default_factory=Sampling)
+    refinement: Denoising = field(default_factory=Denoising)
+    scheduler: str = "ddim"  # by name, or its class
+    negative_prompt: str | None = None
+    guidance_prompt: str | None = None
+    texts: Weighted = ()  # that CLIP guides to
+    image_prompts: WeightedPictures = ()  # and pictures
+    kept: Tensor | None = None  # int64 (image tokens,), -1 where they are drawn
+    output_size: int | None = None
+    seed: int = 0
+    seeds: tuple[int, ...] | None = None  # one a picture, where there are so many generators
+    batch_size: int = 1
+    refine_batch_size: int = 1
+    truncate: bool = False
+    progress: bool = True
+    callback: Callback | None = None
+    repeated: Repeated | None = None
+
+    def candidates(self) -> range:
+        """The numbers of the candidates to draw: all, or the batch that holds the one that is made again."""
+        if self.repeated is None:
+            return range(self.num_candidates)
+        batch = batch_of(self.repeated.candidate, self.batch_size, self.num_candidates)
+        # A last batch of one is drawn after another: alone, its weights would be laid out, and round, otherwise.
+        return range(max(batch.start - self.batch_size, 0), batch.stop) if len(batch) == 1 else batch
+
+    def places(self, count: int) -> range:
+        """The numbers of `count` pictures to refine, or of the batch that holds the one that is made again."""
+        if self.repeated is None:
+            return range(count)
+        return batch_of(self.repeated.place, self.refine_batch_size, self.num_images)
+
+    def source(self, number: int) -> tuple[int, int]:
+        """The seed and the number under it from which a candidate's draws follow."""
+        return (self.seed, number) if self.seeds is None else (self.seeds[number], 0)
+
+    def noise_source(self, place: int, candidate: int) -> tuple[int, int]:
+        """The seed and the number under it from which a picture's noise follows."""
+        return (self.seed, place) if self.seeds is None else (self.seeds[candidate], 0)
+
+    def recipe(self) -> dict[str, Any]:
+        """The request but for the prompt, of plain values, as a picture's PNG holds it."""
+        names = ("num_images", "num_candidates", "guidance_prompt", "output_size", "seed", "batch_size")
+        how = {name: getattr(self, name) for name in (*names, "refine_batch_size", "truncate")}
+        how["kept"] = None if self.kept is None else self.kept.tolist()
+        how |= {} if self.negative_prompt is None else {"negative_prompt": self.negative_prompt}
+        how |= {} if self.seeds is None else {"seeds": list(self.seeds)}
+        return how | asdict(self.sampling) | vars(self.refinement) | {"scheduler": self.scheduler}
+
+
+def batch_of(number: int, size: int, count: int) -> range:
+    start = number // size * size
+    return range(start, min(start + size, count))
+
+
+# The call's arguments that a recipe holds besides settings, and the most that a stranger's recipe may ask for.
+REPEATABLE: dict[str, Any] = {
+    **dict(num_images=4096, num_candidates=2**20, batch_size=2**16, refine_batch_size=4096, output_size=4096),
+    **dict(seed=2**63, truncate=True, guidance_prompt=str, negative_prompt=str),
+}
+NOT_ARGUMENTS = ("kept", "weights", "seeds", "callback")  # in a recipe, besides
+
+
+def request_of_recipe(parts: Parts, recipe: Mapping[str, Any], progress: bool = True) -> Request:
+    """The request that makes the picture of a recipe again.
+
+    A recipe may come from a stranger: what does not fit is a ValueError.
+    """
+    found, place, candidate = recipe["settings"], recipe["place"], recipe["candidate"]
+    settings = {name: value for name, value in found.items() if name not in NOT_ARGUMENTS}
+    known = {*REPEATABLE, *Sampling.__dataclass_fields__, *Denoising.__dataclass_fields__}
+    unknown = ", ".join(map(repr, sorted(settings.keys() - known)))
+    require(not unknown, f"the recipe has settings that this version does not know: {unknown[:200]}")
+    require(isinstance(found.get("weights", {}), dict), "the recipe's weights are not named by part")
+    check_defaults({name: value for name, value in settings.items() if name not in REPEATABLE})
+    for name, most in REPEATABLE.items():
+        value = settings.get(name)
+        fits = value is None or (isinstance(value, str if most is str else int) and (most is str or value <= most))
+        require(fits, f"the recipe's {name} is {str(value)[:40]!r}, which cannot be")
+    request = make_request(parts, recipe["prompt"], **settings, progress=progress)
+    require(0 <= place < request.num_images, f"the recipe's place is {place}, of {request.num_images} pictures")
+    fits = 0 <= candidate < request.num_candidates
+    require(fits, f"the recipe's candidate is {candidate}, of {request.num_candidates}")
+    if (kept := found.get("kept")) is not None:
+        length = parts.require("transformer", "drawing tokens").config.image_seq_len
+        fits = isinstance(kept, list) and len(kept) == length and all(type(token) is int for token in kept)
+        require(fits, f"the recipe keeps tokens that are not {length} whole numbers")
+        parts.check_tokens(torch.tensor(kept).clamp(min=0))
+        request = replace(request, kept=torch.tensor(kept, device=parts.device))
+    did = found.get("callback", [])
+    known_words = isinstance(did, list) and all(word in ("stopped", "changed") for word in did)
+    require(known_words, f"the recipe's callback is {str(did)[:40]!r}; expected some of 'stopped' and 'changed'")
+    if (seeds := found.get("seeds")) is not None:
+        fits = isinstance(seeds, list) and len(seeds) == request.num_candidates
+        fits = fits and all(type(seed) is int and 0 <= seed < 2**63 for seed in seeds)
+        require(fits, f"the recipe's seeds are not {request.num_candidates} whole numbers in [0, 2**63)")
+        request = replace(request, seeds=tuple(seeds))
+    return replace(request, repeated=Repeated(candidate, place))
+
+
+def make_request(
+    parts: Parts,
+    prompt: str,
+    num_images: int = 1,
+    num_candidates: int | None = None,
+    *,
+    call: str = "Dall3Pipeline()",
+    **settings: Any,
+) -> Request:
+    """The arguments of a pipeline's call, `CallSettings`, checked.
+
+    call: its name in the TypeError for an unknown argument. Raises ValueError for a setting out of range, or one that
+    asks for a part that is missing, TypeError for an unknown one or a prompt that is no text.
+    """
+    given = named(call, settings, CallSettings)
+    check_prompt(prompt)
+    num_images = plain(num_images)
+    num_candidates = num_images if num_candidates is None else plain(num_candidates)
+    refine_batch_size = refined_at_once(given.pop("refine_batch_size", None), parts.device)
+    check_counts(num_images=num_images, num_candidates=num_candidates, refine_batch_size=refine_batch_size)
+    require(num_candidates >= num_images, f"num_candidates={num_candidates} is less than num_images={num_images}")
+    sampling = take_sampling(parts, given)
+    guide = parts.held_clip is not None and parts.upsampler is not None
+    scale = parts.defaults.get("clip_guidance_scale", 1000.0) if guide else 0.0
+    refinement, scheduler = take_refinement(parts, given, scale)
+    parts.require("text_encoder", "reading text")(prompt, given.get("truncate", False))
+    parts.require("vqgan", "making pictures of tokens")
+    if num_candidates > num_images:
+        parts.require("clip", f"choosing {num_images} of {num_candidates} candidates")
+    guidance_prompt, negative = given.pop("guidance_prompt", None), given.get("negative_prompt") or None
+    texts = parse_prompts(guidance_prompt) if guidance_prompt else [(prompt, 1.0)]
+    if negative is not None:
+        seen = sampling.cond_scale != 1 or refinement.clip_guidance_scale > 0
+        require(
+            seen, "negative_prompt changes nothing here; set guidance_scale above 1, or clip_guidance_scale above 0"
+        )
+        texts = [*texts, (negative, NEGATIVE_WEIGHT)]
+    output_size = given.pop("output_size", None)
+    if parts.upsampler is not None or (refinement.clip_guidance_scale and output_size is None):
+        check_stage(parts, "upsampler", refinement, texts)
+    if output_size is not None:
+        check_stage(parts, "super_resolution", refinement, texts, output_size=output_size)
+    drawing = take_drawing(parts, given, sampling, num_images, num_candidates)
+    return Request(
+        prompt=prompt,
+        num_images=num_images,
+        num_candidates=num_candidates,
+        refinement=refinement,
+        scheduler=scheduler,
+        guidance_prompt=guidance_prompt,
+        texts=texts,
+        output_size=output_size,
+        # Pictures of their own seeds have cut-outs of their own too.
+        refine_batch_size=refine_batch_size if drawing["seeds"] is None else 1,
+        callback=given.pop("callback_on_step_end", None),
+        **drawing,
+    )
+
+
+def make_token_request(
+    parts: Parts, prompt: str, num_candidates: int = 1, *, call: str = "generate_tokens()", **settings: Any
+) -> Request:
+    """The arguments of `Dall3Pipeline.generate_tokens`, `TokenSettings`, checked as `make_request` does."""
+    given = named(call, settings, TokenSettings)
+    check_prompt(prompt)
+    num_candidates = plain(num_candidates)
+    check_counts(num_candidates=num_candidates)
+    sampling = take_sampling(parts, given)
+    parts.require("transformer", "drawing tokens")
+    parts.require("text_encoder", "reading text")(prompt, given.get("truncate", False))
+    if given.get("negative_prompt"):
+        require(sampling.cond_scale != 1, "negative_prompt changes nothing here; set guidance_scale above 1")
+    drawing = take_drawing(parts, given, sampling, num_candidates, num_candidates)
+    return Request(prompt=prompt, num_images=num_candidates, num_candidates=num_candidates, **drawing)
+
+
+def make_refining(
+    parts: Parts,
+    prompt: str | Weighted | None,
+    image_prompts: WeightedPictures,
+    stage: str,
+    *,
+    output_size: int | None,
+    seed: int | None,
+    generator: torch.Generator | None,
+    batch_size: int | None,
+    progress: bool,
+    callback: Callback | None,
+    **settings: Any,
+) -> Request:
+    """The arguments of `Dall3Pipeline.upsample`, checked as `make_request` does."""
+    refinement, scheduler = take_refinement(parts, named("upsample()", settings, DenoisingSettings), 0.0)
+    texts = (
+        parse_prompts(prompt) if isinstance(prompt, str) else [(text, plain(weight)) for text, weight in prompt or ()]
+    )
+    image_prompts = [(picture, plain(weight)) for picture, weight in image_prompts]
+    output_size, batch_size = plain(output_size), refined_at_once(plain(batch_size), parts.device)
+    check_stage(parts, stage, refinement, texts, image_prompts, output_size)
+    check_counts(batch_size=batch_size)
+    return Request(
+        refinement=refinement,
+        scheduler=scheduler,
+        texts=texts,
+        image_prompts=image_prompts,
+        output_size=output_size,
+        seed=choose_seed(plain(seed), generator),
+        refine_batch_size=batch_size,
+        progress=progress,
+        callback=callback,
+    )
+
+
+def check_prompt(prompt: str) -> None:
+    if not isinstance(prompt, str):
+        raise TypeError(f"prompt={prompt!r:.60}; expected a text, or a list of texts")
+
+
+def take_sampling(parts: Parts, given: dict[str, Any]) -> Sampling:
+    """The settings of a draw, taken out of those given."""
+    sampling = Sampling(**take(given, Sampling, given.pop("sampling", None), parts.defaults))
+    on_cpu = sampling.quantize is None or parts.device.type == "cpu"
+    require(on_cpu, f"quantize='{sampling.quantize}' is for a CPU, and this pipeline is on {parts.device}")
+    return sampling
+
+
+def take_refinement(parts: Parts, given: dict[str, Any], guidance: float) -> tuple[Denoising, str]:
+    """The settings of the denoising, taken out of those given, and the scheduler's name.
+
+    guidance: the clip_guidance_scale where none is given.
+    """
+    whole = given.pop("denoising", None)
+    if whole is None:
+        given = given if "clip_guidance_scale" in given else given | {"clip_guidance_scale": guidance}
+    settings = take(given, Denoising, whole, parts.defaults)
+    scheduler = settings.get("scheduler", "ddim")
+    name = scheduler if isinstance(scheduler, str) else type(scheduler).__name__
+    return Denoising(**settings | {"scheduler": find_scheduler(scheduler)}), name
+
+
+def take_drawing(
+    parts: Parts, given: dict[str, Any], sampling: Sampling, num_images: int, num_candidates: int
+) -> dict[str, Any]:
+    """The arguments of a `Request` that say how tokens are drawn."""
+    batch_size, generator, seeds = given.pop("batch_size", None), given.pop("generator", None), None
+    if isinstance(generator, list | tuple):
+        require(given.get("seed") is None, "seed and a list of generators are both given; choose one")
+        fits = len(generator) == num_images == num_candidates
+        words = f"{len(generator)} generators for {num_candidates} candidates and {num_images} pictures"
+        require(fits, f"{words}; expected one a picture, and no more candidates than pictures")
+        seeds = tuple(choose_seed(None, one) for one in generator)
+    seed = choose_seed(given.pop("seed", None), generator) if seeds is None else seeds[0]
+    transformer = parts.require("transformer", "drawing tokens")
+    batch_size = fitting_batch_size(transformer, sampling) if batch_size is None else batch_size
+    check_counts(batch_size=batch_size)
+    negative, truncate = given.pop("negative_prompt", None) or None, given.pop("truncate", False)
+    if negative is not None:
+        parts.require("text_encoder", "reading text")(negative, truncate)
+    how = dict(sampling=sampling, seed=seed, seeds=seeds, batch_size=batch_size, truncate=truncate)
+    how |= dict(negative_prompt=negative, progress=given.pop("progress", True))
+    return how | {"kept": kept_tokens(parts, given, seed)}
+
+
+def check_stage(
+    parts: Parts,
+    stage: str,
+    refinement: Denoising,
+    texts: Weighted,
+    image_prompts: WeightedPictures = (),
+    output_size: int | None = None,
+) -> None:
+    """Raise ValueError for a refinement that the UNet of a stage, a name of `Parts`, cannot do."""
+    require(stage in ("upsampler", "super_resolution"), f"stage '{stage}'; expected upsampler or super_resolution")
+    unet: UNet = parts.require(stage, "refining")
+    space_timesteps(unet.config.diffusion.diffusion_steps, refinement.num_inference_steps)
+    require(not unet.config.num_classes, "the UNet is conditioned on class labels, which a pipeline does not give")
+    side, step = unet.config.image_size if output_size is None else output_size, unet.config.downsampling
+    check_counts(output_size=side)
+    require(side % step == 0, f"output_size={side}; expected a multiple of {step}")
+    if refinement.clip_guidance_scale:
+        parts.require("clip", f"clip_guidance_scale={refinement.clip_guidance_scale}")
+        require(bool(texts or image_prompts), "clip_guidance_scale needs a prompt or image_prompts to look for")
+        total = sum(weight for _, weight in (*texts, *image_prompts))
+        fits = 1e-3 < abs(total) < math.inf
+        require(fits, f"the weights of the prompts sum to {total:.3g}; expected a number other than 0")
+
+
+def parse_prompts(text: str) -> list[tuple[str, float]]:
+    """Prompts with weights, as upstream writes them: "a cube:2|a cloud" is [("a cube", 2), ("a cloud", 1)].
+
+    A colon that no number follows belongs to the prompt. Raises ValueError for an empty prompt among several.
+    """
+    prompts = []
+    for part in text.split("|") if text else []:
+        words, _, weight = part.rpartition(":")
+        try:
+            prompts.append((words.strip(), float(weight)) if words else (part.strip(), 1.0))
+        except ValueError:
+            prompts.append((part.strip(), 1.0))
+    require(all(prompt for prompt, _ in prompts), f"an empty prompt in {text!r}; expected text around every '|'")
+    return prompts

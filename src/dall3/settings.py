@@ -1,0 +1,189 @@
+"""Settings of the public calls, by name and type, and what they make: `Sampling` and `Denoising`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dall3.diffusion.denoising import Denoising
+from dall3.diffusion.samplers import SAMPLERS
+from dall3.errors import require
+from dall3.tokens.sampling import Sampling
+from dall3.weights.limits import check_limits
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
+Picture = Image.Image | Sequence[Image.Image] | Tensor | np.ndarray
+Weighted = Sequence[tuple[str, float]]  # texts, and how much each counts
+WeightedPictures = Sequence[tuple[Picture, float]]
+Callback = Callable[[Any, int, int, dict[str, Tensor]], object]  # of the pipeline, step, timestep, tensors
+
+# Schedulers of diffusers by name: the class, and what it is made with.
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_karras": ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "dpm++_2m": ("DPMSolverMultistepScheduler", {}),
+    "dpm++_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "dpm++_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "dpm++_2m_sde_karras": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
+    ),
+    "deis": ("DEISMultistepScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+
+
+class SamplingSettings(TypedDict, total=False):
+    """Settings of `Sampling`, one by one or whole."""
+
+    temperature: float
+    top_k: float | None
+    top_p: float | None
+    cond_scale: float
+    guidance_scale: float  # the same as cond_scale
+    quantize: Literal["int8"] | None
+    jacobi_window: int | None
+    sampling: Sampling
+
+
+class DenoisingSettings(TypedDict, total=False):
+    """Settings of `Denoising`, one by one or whole."""
+
+    num_inference_steps: int | str
+    scheduler: str | SchedulerMixin
+    strength: float | None
+    stop_at: int | None
+    clip_guidance_scale: float
+    tv_scale: float
+    range_scale: float
+    cutn: int
+    guidance_share: float
+    seamless: bool
+    denoising: Denoising
+
+
+class StartSettings(TypedDict, total=False):
+    """A picture to start from, and what of it stays."""
+
+    image: Picture | None  # the same as init_image
+    init_image: Picture | None
+    keep_rows: int | None
+    redraw: Sequence[int] | None
+    mask_image: Image.Image | np.ndarray | Tensor | Sequence[int] | None
+    change: float | None
+
+
+class DrawSettings(SamplingSettings, total=False):
+    """How tokens are drawn."""
+
+    negative_prompt: str | None
+    seed: int | None
+    generator: torch.Generator | Sequence[torch.Generator] | None
+    batch_size: int | None
+    truncate: bool
+    progress: bool
+
+
+class TokenSettings(DrawSettings, StartSettings, total=False):
+    """Keyword arguments of `Dall3Pipeline.generate_tokens`."""
+
+
+class VariationSettings(DrawSettings, DenoisingSettings, total=False):
+    """Keyword arguments of `Dall3Pipeline.variations`."""
+
+    guidance_prompt: str | None
+    output_size: int | None
+    refine_batch_size: int | None
+    callback_on_step_end: Callback | None
+
+
+class CallSettings(VariationSettings, StartSettings, total=False):
+    """Keyword arguments of a pipeline's call and of `stream`."""
+
+
+def named(call: str, settings: Mapping[str, Any], known: Any) -> dict[str, Any]:
+    """The settings of plain values, by the names of a TypedDict and by one name each. Raises TypeError for others."""
+    for name in settings:
+        if name not in known.__annotations__:
+            near = get_close_matches(name, known.__annotations__, 1)
+            hint = f". Did you mean '{near[0]}'?" if near else ""
+            raise TypeError(f"{call} got an unexpected keyword argument '{name}'{hint}")
+    given = {name: plain(value) for name, value in settings.items()}
+    for name, other in (("cond_scale", "guidance_scale"), ("init_image", "image")):
+        if given.get(other) is not None:
+            require(given.get(name) is None, f"{name} and {other} are the same; give one of them")
+            given[name] = given[other]
+        given.pop(other, None)
+    return given
+
+
+def plain(value: Any) -> Any:
+    """A number of numpy's or a tensor of one number as Python's, anything else as it is."""
+    single = isinstance(value, np.generic) or (isinstance(value, np.ndarray | Tensor) and value.ndim == 0)
+    return value.item() if single else value
+
+
+def with_defaults(defaults: Mapping[str, Any], kind: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of `kind` (Sampling or Denoising) that are given, and the weights' own where they are not."""
+    filters = {"top_k", "top_p"}
+    unwanted = filters if any(given.get(name) is not None for name in filters) else set()
+    own = {k: v for k, v in defaults.items() if k in kind.__dataclass_fields__ and k not in unwanted}
+    return own | dict(given)
+
+
+def take(given: dict[str, Any], kind: Any, whole: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Take the settings of `kind` out of those given: on top of `whole`, or of the weights' own where that is None."""
+    one_by_one = {name: given.pop(name) for name in kind.__dataclass_fields__ if name in given}
+    if whole is None:
+        return with_defaults(defaults, kind, one_by_one)
+    if not isinstance(whole, kind):
+        raise TypeError(f"expected settings of type {kind.__name__}, not {type(whole).__name__}")
+    return {name: plain(value) for name, value in vars(whole).items()} | one_by_one
+
+
+def find_scheduler(scheduler: str | SchedulerMixin) -> str | SchedulerMixin:
+    """One of ours by name, or one of diffusers, made where it is named as in SCHEDULERS.
+
+    Raises ValueError for a name that is not known, or one of diffusers' where it is not installed.
+    """
+    if not isinstance(scheduler, str) or scheduler in SAMPLERS:
+        return scheduler
+    names = ", ".join(f"'{name}'" for name in (*SAMPLERS, *SCHEDULERS))
+    require(scheduler in SCHEDULERS, f"scheduler {scheduler!r} is not known; expected {names}, or one of diffusers")
+    try:
+        import diffusers
+    except ImportError:
+        raise ValueError(f"scheduler '{scheduler}' is one of diffusers; run pip install diffusers") from None
+    kind, settings = SCHEDULERS[scheduler]
+    made: SchedulerMixin = getattr(diffusers, kind)(**settings)
+    return made
+
+
+def check_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that suit weights, as they are. Raises ValueError for one that `Sampling` and `Denoising` lack or do
+    not take.
+    """
+    settings = dict(settings)
+    check_limits(settings)
+    known = (*Sampling.__dataclass_fields__, *Denoising.__dataclass_fields__)
+    unknown = [name for name in settings if name not in known]
+    require(not unknown, f"unknown setting {', '.join(unknown)}; expected those of Sampling and Denoising")
+    try:
+        for kind in (Sampling, Denoising):
+            own = {name: value for name, value in settings.items() if name in kind.__dataclass_fields__}
+            if "scheduler" in own:
+                own["scheduler"] = find_scheduler(own["scheduler"])
+            kind(**own)
+    except TypeError as error:
+        raise ValueError(f"settings of another type ({error})") from None
+    return settings

@@ -1,0 +1,38 @@
+"""DALL·E Mini's and Mega's tokenizer as min-dalle reads it: BART's byte-level BPE, but words end at spaces alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from dall3.text.hugging_face import HuggingFaceTokenizer
+
+WORD_MARK = "Ġ"
+
+
+def merges_beside(vocabulary: Path) -> Path:
+    """Where the merges of a vocabulary are expected: merges_mini.txt beside vocab_mini.json."""
+    return vocabulary.with_name(vocabulary.name.replace("vocab", "merges")).with_suffix(".txt")
+
+
+def dalle_mini_tokenizer(vocabulary: str, merges: str) -> HuggingFaceTokenizer:
+    """The tokenizer of the texts of `vocab.json` and `merges.txt`. Its first line of merges is a header.
+
+    Every word is the word mark and its letters; pieces that the vocabulary lacks are <unk>.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+    from tokenizers.models import BPE
+
+    ids = json.loads(vocabulary)
+    if not isinstance(ids, dict) or not all(type(i) is int for i in ids.values()) or ids.get("<unk>") != 3:
+        raise ValueError("its vocabulary is no object of ids, or lacks <unk> with the id 3")
+    lines = [tuple(line.split()) for line in merges.split("\n")[1:] if line]
+    pairs = [(pair[0], pair[1]) for pair in lines if len(pair) == 2]
+    if len(pairs) != len(lines):
+        raise ValueError("its merges have a line that is no pair of tokens")
+    made = Tokenizer(BPE(ids, pairs, unk_token="<unk>"))
+    ends = normalizers.Replace(Regex("^ | $"), "")
+    made.normalizer = normalizers.Sequence([normalizers.Replace(Regex(" +"), " "), ends])
+    made.pre_tokenizer = pre_tokenizers.Metaspace(WORD_MARK, prepend_scheme="always", split=True)
+    made.decoder = decoders.Metaspace(WORD_MARK, prepend_scheme="always")
+    return HuggingFaceTokenizer(made.to_str())

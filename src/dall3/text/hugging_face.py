@@ -1,0 +1,112 @@
+"""Tokenizers of Hugging Face's `tokenizers`: DALLE-pytorch's `--hug` and `--chinese`."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from dall3.text.tokenizer import without_padding
+
+PARTS = {  # of a tokenizer of `tokenizers`: the kinds that neither panic nor fetch nor blow a text up
+    "model": ("BPE", "WordPiece", "WordLevel", "Unigram"),
+    "normalizer": (
+        *("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Strip", "StripAccents", "Replace", "Prepend", "ByteLevel"),
+        *("BertNormalizer", "Nmt", "Precompiled"),
+    ),
+    "pre_tokenizer": (
+        *("ByteLevel", "Whitespace", "WhitespaceSplit", "BertPreTokenizer", "Metaspace", "Punctuation", "Split"),
+        *("Digits", "CharDelimiterSplit", "UnicodeScripts"),
+    ),
+    "decoder": ("ByteLevel", "WordPiece", "Metaspace", "BPEDecoder", "Replace", "Fuse", "Strip", "ByteFallback"),
+}
+
+
+def longest_replacement(charsmap: str) -> int:
+    """Bytes of the longest text in sentencepiece's table of replacements: its trie's size, its trie, and those texts,
+    each with a zero after it. Raises ValueError for another table.
+    """
+    table = base64.b64decode(charsmap, validate=True)
+    trie = int.from_bytes(table[:4], "little")
+    if trie < 4 or trie % 4 or len(table) < 4 + trie:
+        raise ValueError("its Precompiled normalizer has a damaged table")
+    return max(map(len, table[4 + trie :].split(b"\0")))
+
+
+def vetted(text: str) -> str:
+    """A tokenizer's JSON without what DALLE-pytorch does not use. Raises ValueError for parts that are a trap."""
+    found = json.loads(text)
+    growth, lists = 1.0, {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
+
+    def check(place: str, part: Any) -> None:
+        nonlocal growth
+        if not isinstance(part, dict):
+            raise ValueError(f"its {place} is no object")
+        kind = part.get("type", "BPE" if place == "model" else None)
+        if kind == "Sequence" and place in lists:
+            for inner in part[lists[place]]:
+                check(place, inner)
+        elif kind not in PARTS[place]:
+            raise ValueError(f"its {place} is a {kind}; expected some of {', '.join(PARTS[place])}")
+        if kind == "Precompiled":  # sentencepiece's, as XLM-R has it
+            growth *= max(longest_replacement(part.get("precompiled_charsmap") or ""), 1)
+        added = max(len(part.get(key) or "") for key in ("content", "prepend"))
+        if added:  # for so many characters, or, where the pattern may match nothing, beside every one
+            pattern = part.get("pattern")
+            replaced = len(pattern.get("String") or "") if isinstance(pattern, dict) else 0
+            growth *= max(added / replaced, 1) if replaced else 1 + added
+        if growth > 64:
+            raise ValueError("it makes texts more than 64 times as long")
+
+    for place in PARTS:
+        if found.get(place) is not None or place == "model":
+            check(place, found.get(place))
+    if found["model"].get("type", "BPE") == "BPE" and found["model"].get("continuing_subword_prefix"):
+        raise ValueError("its BPE has a continuing_subword_prefix, which takes characters apart")
+    # Ids are cut and padded by the text encoder, and no start or end is added.
+    return json.dumps(found | {"truncation": None, "padding": None, "post_processor": None}, ensure_ascii=False)
+
+
+@contextmanager
+def as_value_error(does: str) -> Iterator[None]:
+    """`tokenizers` raises nothing more precise than Exception, and panics as no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the tokenizer {does} no such text: {' '.join(str(error).split())[:500]}") from error
+
+
+class HuggingFaceTokenizer:
+    """Any tokenizer of Hugging Face's `tokenizers`, from its JSON."""
+
+    def __init__(self, text: str) -> None:
+        from tokenizers import Tokenizer
+
+        self.json = vetted(text)
+        self.tokenizer = Tokenizer.from_str(self.json)
+        self.vocab_size = self.tokenizer.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        # DALLE-pytorch replaces the file's post-processor, which may add start and end tokens, by one that adds none.
+        with as_value_error("encodes"):
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        kept = without_padding(ids, self.vocab_size)
+        with as_value_error("decodes"):
+            return self.tokenizer.decode(kept)
+
+    def to_json(self) -> str:
+        return self.json
+
+
+def bert_json(vocabulary: str) -> str:
+    from tokenizers import BertWordPieceTokenizer
+
+    ids = {token: i for i, token in enumerate(vocabulary.removesuffix("\n").split("\n"))}
+    # transformers loads bert-base-chinese, a cased model, with do_lower_case=False, which keeps accents too.
+    return BertWordPieceTokenizer(ids, lowercase=False).to_str()

@@ -1,0 +1,69 @@
+"""youtokentome's byte-pair encoding: DALLE-pytorch's `--bpe_path` and ruDALL-E's `bpe.model`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from itertools import groupby, islice
+
+from dall3.text.tokenizer import LONGEST, MOST_BYTES, without_padding
+
+
+class YttmTokenizer:
+    """youtokentome's `bpe.cpp`; a file lists characters (code point, id), merges (left, right, new id), special ids."""
+
+    def __init__(self, text: str) -> None:
+        from tokenizers.models import BPE
+
+        if not re.match(r"\d+ \d+\n", text):
+            raise ValueError("it is of no known kind" if text.strip() else "it is empty")
+        num_characters, num_merges, *body, self.unknown, pad, bos, eos = map(int, text.split())
+        if len(body) != 2 * num_characters + 3 * num_merges:
+            raise ValueError(f"its length is not that of {num_characters} characters and {num_merges} merges")
+        entries = iter(body)
+        tokens = {i: chr(code) for code, i in islice(zip(entries, entries, strict=False), num_characters)}
+        self.alphabet = set(tokens.values())
+        self.merges: list[tuple[str, str]] = []
+        size = 0
+        for left, right, new in zip(entries, entries, entries, strict=True):
+            self.merges.append((tokens[left], tokens[right]))
+            tokens[new] = tokens[left] + tokens[right]
+            size += len(tokens[new])
+            if len(tokens[new]) > LONGEST or size > MOST_BYTES:  # tokens that double would soon fill all memory
+                raise ValueError(f"it has tokens of more than {LONGEST} characters, or too many long ones")
+        special = {self.unknown: "<UNK>", pad: "<PAD>", bos: "<BOS>", eos: "<EOS>"}
+        self.names = tokens | {i: name for i, name in special.items() if i >= 0}
+        self.vocab_size = len(self.names)
+        ids = {token: i for i, token in tokens.items()}
+        if "▁" not in ids or len(ids) != num_characters + num_merges:
+            raise ValueError("its tokens are not all different, or lack the word mark '▁'")
+        self.bpe = BPE(ids, self.merges)
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        # The whitespace of C's isspace and the word mark itself; str.split would also split at U+00A0 and the like.
+        for word in re.findall(r"[^ \t\n\v\f\r▁]+", text):
+            # No merge crosses an unknown character, and a run of them is one <UNK>.
+            for known, run in groupby("▁" + word, self.alphabet.__contains__):
+                ids += [token.id for token in self.bpe.tokenize("".join(run))] if known else [self.unknown]
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        text = "".join(self.names[i] for i in without_padding(ids, self.vocab_size))
+        return text.replace("▁", " ").removeprefix(" ")
+
+    def to_json(self) -> str:
+        from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+        from tokenizers.models import BPE
+
+        # No merge leads to a special token's name, and an id that is no token's takes part in none either.
+        vocabulary = {name: i for i, name in self.names.items()}
+        if len(vocabulary) != len(self.names):
+            raise ValueError("a merge of this youtokentome model has the name of a special token")
+        made = Tokenizer(BPE(vocabulary, self.merges, unk_token=self.names[self.unknown], fuse_unk=True))
+        # Words stand between spaces with the word mark before each; the mark in a text counts as a space.
+        spaces = normalizers.Replace(Regex(r"[ \t\n\x0b\f\r▁]+"), " ")
+        made.normalizer = normalizers.Sequence([spaces, normalizers.Replace(Regex("^ | $"), "")])
+        made.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="always", split=True)
+        made.decoder = decoders.Metaspace("▁", prepend_scheme="always")
+        return made.to_str()

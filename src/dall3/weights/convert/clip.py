@@ -1,0 +1,246 @@
+"""CLIP from OpenAI's file, from checkpoints with OpenAI's names, and by open_clip's names.
+
+The tensors tell neither the activation (OpenAI's trainings have QuickGELU, open_clip's own mostly GELU), nor the width
+of a head, nor the tokenizer (ruCLIP has another): a file that is not OpenAI's own has to say which network it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dall3.errors import FetchError
+from dall3.models.clip import CLIP, TEXT, VISION, CLIPConfig
+from dall3.weights.archive import CheckpointError, one_line
+from dall3.weights.cache import home, offline, reason
+from dall3.weights.convert.state import (
+    OPENAI_CLIP,
+    Settings,
+    State,
+    checked,
+    count,
+    fill,
+    read_settings,
+    read_state,
+    without_weights,
+)
+from dall3.weights.registry import PathLike
+
+SIZES = ("input_resolution", "context_length", "vocab_size")  # numbers that OpenAI's file has beside its weights
+ASK = (
+    "give config: a name of open_clip's (for OpenAI's weights \"ViT-B-16-quickgelu\" and the like), its JSON file, or "
+    'a dictionary such as {"quick_gelu": true}; ruCLIP, whose tokenizer is another, is not read as CLIP'
+)
+
+
+@checked
+def load_clip(path_or_name: PathLike, config: Settings | None = None) -> CLIP:
+    """Load CLIP in float32 on the CPU, from a file or by name.
+
+    path_or_name: OpenAI's TorchScript file; a checkpoint with the same names of tensors, such as open_clip's; or one of
+    open_clip's own by name, as "ViT-B-16/openai", fetched by open_clip into dall3's cache.
+    config: of a file, what its tensors cannot tell: a name of open_clip's, as "ViT-B-16" or "ViT-B-16/openai"; or a
+    dictionary or JSON file in open_clip's form, in which quick_gelu is false, and heads are 64 wide, where it does not
+    say otherwise. It is not needed for OpenAI's file, a checkpoint of open_clip's that says its model's name, and sizes
+    that one network of open_clip's table has.
+
+    Raises CheckpointError for a file that is not one or does not tell which network it is, and for a name that
+    open_clip does not know; FetchError (an OSError) for one that cannot be fetched.
+    """
+    import open_clip
+
+    is_file = Path(path_or_name).exists()
+    name, _, tag = str(path_or_name).partition("/")
+    if not is_file and (name, tag) in open_clip.list_pretrained():
+        return load_open_clip(name, tag)
+    if not is_file and Path(path_or_name).suffix == "":
+        raise one_line(path_or_name, "neither a file nor a model of open_clip, such as 'ViT-B-16/openai'")
+
+    network = read_state(path_or_name, OPENAI_CLIP)
+    state = {f"model.{key}": value for key, value in network.tensors.items() if key not in SIZES}
+    settings = None if config is None else read_clip_settings(config)
+    if settings is None and network.tensors.keys() >= {*SIZES}:
+        settings = {"quick_gelu": True}
+    if settings is None:
+        settings = recognise(state, str(network.beside.get("name", "")), path_or_name)
+    with without_weights():
+        model = CLIP.from_config(clip_config_of(state, settings, path_or_name))
+    return fill(model, state, path_or_name)
+
+
+def read_clip_settings(config: Settings) -> dict[str, Any]:
+    """The settings that a name of open_clip's, a dictionary or a JSON file stands for, in open_clip's form.
+
+    Raises CheckpointError for none of them.
+    """
+    import open_clip
+
+    if isinstance(config, str | Path) and not Path(config).is_file():
+        name, _, tag = str(config).partition("/")
+        settings = open_clip.get_model_config(name) if name in open_clip.list_models() else None
+        if settings is None or (tag and not open_clip.get_pretrained_cfg(name, tag)):
+            raise one_line(config, "neither a file of settings nor a model of open_clip, such as 'ViT-B-16-quickgelu'")
+        return settings | (tag_settings(name, tag) if tag else {})
+    settings = read_settings(config, "open_clip's settings of a model")
+    if isinstance(settings.get("model_cfg"), Mapping):  # as open_clip's repositories on the hub have it
+        preprocess = settings.get("preprocess_cfg") or {}
+        settings = dict(settings["model_cfg"]) | {key: preprocess[key] for key in PREPROCESS if key in preprocess}
+    known = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", *PREPROCESS}
+    if odd := sorted(settings.keys() - known):
+        raise CheckpointError(f"CLIP has the setting {odd[0]}; expected some of {', '.join(sorted(known))}")
+    return settings
+
+
+PREPROCESS = ("mean", "std", "interpolation")
+
+
+def tag_settings(name: str, tag: str) -> dict[str, Any]:
+    """What open_clip knows of a training: its activation, and how pictures are brought to it."""
+    from open_clip import get_pretrained_cfg
+
+    known = get_pretrained_cfg(name, tag)
+    return {"quick_gelu": bool(known.get("quick_gelu"))} | {key: known[key] for key in PREPROCESS if key in known}
+
+
+def recognise(state: State, training: str, path: PathLike) -> dict[str, Any]:
+    """The settings of the one network of open_clip's table that fits the tensors. training: the name that a checkpoint
+    of open_clip's has inside, which holds the model's.
+
+    Raises CheckpointError where none fits or several do.
+    """
+    import open_clip
+
+    found = plain_settings(state)
+    fitting = {name: settings for name in open_clip.list_models() if (settings := fit(name, found)) is not None}
+    said = [name for name in fitting if training == name or f"model_{name}-lr_" in training]
+    if said:
+        return fitting[said[0]]
+    if not fitting:
+        raise one_line(path, f"its tensors do not tell its activation and the width of its heads; {ASK}")
+    different = {repr((settings.get("quick_gelu", False), heads_of(settings))) for settings in fitting.values()}
+    if len(different) > 1:
+        raise one_line(path, f"fits {' and '.join(fitting)} alike, which differ in what tensors do not tell; {ASK}")
+    return next(iter(fitting.values()))
+
+
+def fit(name: str, found: dict[str, Any]) -> dict[str, Any] | None:
+    """The settings of a model of open_clip's table where they are those of the tensors, else None."""
+    import open_clip
+
+    settings = open_clip.get_model_config(name)
+    if settings is None or not is_plain(settings) or settings["embed_dim"] != found["embed_dim"]:
+        return None
+    for part in ("vision_cfg", "text_cfg"):
+        theirs, ours = {"mlp_ratio": 4.0} | settings[part], found[part]
+        if int(theirs["width"] * theirs["mlp_ratio"]) != int(ours["width"] * ours["mlp_ratio"]):
+            return None
+        for key, value in ours.items():
+            told = tuple(theirs[key]) if isinstance(theirs.get(key), list) else theirs.get(key)
+            if key not in ("mlp_ratio", "patch_size") and told != value:
+                return None
+        if ours.get("patch_size") not in (None, theirs.get("patch_size")):
+            return None
+    return settings
+
+
+def is_plain(settings: Mapping[str, Any]) -> bool:
+    """Whether a model is a transformer or ResNet for pictures and one for text, as OpenAI's are."""
+    plain = settings.keys() <= {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}
+    return plain and settings["vision_cfg"].keys() <= {*VISION} and settings["text_cfg"].keys() <= {*TEXT}
+
+
+def heads_of(settings: dict[str, Any]) -> tuple[Any, Any]:
+    return settings["vision_cfg"].get("head_width", 64), settings["text_cfg"]["heads"]
+
+
+def plain_settings(state: State) -> dict[str, Any]:
+    """What the tensors tell, in open_clip's form: a vision transformer or a ResNet, and the text's."""
+    context_length, width = state["model.positional_embedding"].shape
+    text: dict[str, Any] = {"context_length": context_length, "width": width}
+    text["vocab_size"] = len(state["model.token_embedding.weight"])
+    text["layers"] = count(state, r"model\.transformer\.resblocks\.(\d+)\.")
+    text["mlp_ratio"] = mlp_ratio(state["model.transformer.resblocks.0.mlp.c_fc.weight"])
+    vision: dict[str, Any]
+    if "model.visual.proj" in state:
+        first, places = state["model.visual.conv1.weight"], len(state["model.visual.positional_embedding"]) - 1
+        vision = {"patch_size": first.shape[-1], "image_size": first.shape[-1] * math.isqrt(places)}
+        vision |= {"width": len(first), "layers": count(state, r"model\.visual\.transformer\.resblocks\.(\d+)\.")}
+        vision["mlp_ratio"] = mlp_ratio(state["model.visual.transformer.resblocks.0.mlp.c_fc.weight"])
+    else:
+        places = len(state["model.visual.attnpool.positional_embedding"]) - 1
+        layers = tuple(count(state, rf"model\.visual\.layer{i}\.(\d+)\.") for i in range(1, 5))
+        vision = {"patch_size": None, "image_size": 32 * math.isqrt(places), "layers": layers, "mlp_ratio": 4.0}
+        vision["width"] = len(state["model.visual.layer1.0.conv1.weight"])
+    return {"embed_dim": state["model.text_projection"].shape[1], "vision_cfg": vision, "text_cfg": text}
+
+
+def mlp_ratio(weight: Any) -> float:
+    """Of a hidden layer's width to its input's; where no round number is, one whose product is cut to that width."""
+    hidden, width = weight.shape
+    return hidden / width if hidden * 8 % width == 0 else (hidden + 0.5) / width
+
+
+def clip_config_of(state: State, told: Mapping[str, Any], path: PathLike) -> CLIPConfig:
+    """The architecture that the tensors tell, and what they do not as `told`, in open_clip's form, says.
+
+    Raises CheckpointError where they contradict each other.
+    """
+    found = plain_settings(state)
+    parts = {"vision_cfg": {"head_width": 64}, "text_cfg": {"heads": found["text_cfg"]["width"] // 64}}
+    for part, known in parts.items():
+        for key, value in dict(told.get(part) or {}).items():
+            value = tuple(value) if isinstance(value, list) else value
+            tensors = found[part].get(key, value)
+            if key not in ("mlp_ratio", "patch_size") and value != tensors:
+                raise CheckpointError(f"the config says {key}={value}, but {path} has {tensors}")
+            known[key] = value
+        found[part] = known | found[part]
+    if told.get("embed_dim", found["embed_dim"]) != found["embed_dim"]:
+        raise CheckpointError(f"the config says embed_dim={told['embed_dim']}, but {path} has {found['embed_dim']}")
+    colours: dict[str, Any] = {key: tuple(told[key]) for key in ("mean", "std") if told.get(key)}
+    return CLIPConfig(
+        **found,
+        quick_gelu=bool(told.get("quick_gelu", False)),
+        tokenizer="clip",
+        interpolation=told.get("interpolation") or "bicubic",
+        **colours,
+    )
+
+
+def load_open_clip(name: str, tag: str) -> CLIP:
+    """Load one of open_clip's own models, fetched into dall3's cache where it is not there yet, as it was trained.
+
+    Raises FetchError where it cannot be had.
+    """
+    import open_clip
+    from open_clip.pretrained import download_pretrained
+    from open_clip.tokenizer import SimpleTokenizer
+
+    known, cache = open_clip.get_pretrained_cfg(name, tag), str(home() / "open_clip")
+    instead = "if you have its file, give that: load_clip(FILE), or --clip_path FILE"
+    if offline():  # open_clip may ask its host even for what it has
+        raise FetchError(f"{name}/{tag} is open_clip's to fetch, and DALL3_OFFLINE is set; {instead}")
+    try:
+        weights = download_pretrained(known, cache_dir=cache)
+        tokenize = open_clip.get_tokenizer(name, cache_dir=cache)
+    except Exception as error:  # of the hub's library, of its HTTP library, of the system
+        hub = known.get("hf_hub", "")
+        source = f"the Hugging Face hub ({hub.strip('/')})" if hub else known.get("url", "open_clip's host")
+        raise FetchError(f"CLIP {name}/{tag} could not be had from {source}: {reason(error)}; {instead}") from None
+    training = tag_settings(name, tag)
+    model = open_clip.create_model(name, pretrained=weights, force_quick_gelu=training["quick_gelu"], cache_dir=cache)
+    size = model.visual.image_size
+    side = size[0] if isinstance(size, tuple) else size
+    found = CLIP(model, tokenize, side, *(training.get(key) for key in PREPROCESS))
+    settings = open_clip.get_model_config(name) or {}
+    if is_plain(settings) and isinstance(tokenize, SimpleTokenizer):
+        found.config = CLIPConfig(
+            **settings | {key: as_plain(value) for key, value in training.items()}, tokenizer="clip"
+        )
+    return found
+
+
+def as_plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

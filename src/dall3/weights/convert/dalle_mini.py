@@ -1,0 +1,86 @@
+"""DALL·E Mini's and Mega's files, as kuprel/min-dalle holds them: `encoder.pt` and `decoder.pt` to a DalleMini."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import torch
+
+from dall3.models.dalle_mini import HEAD_WIDTH, DalleMini, DalleMiniConfig
+from dall3.weights.archive import one_line
+from dall3.weights.convert.state import (
+    MINI_DECODER,
+    MINI_ENCODER,
+    Settings,
+    State,
+    checked,
+    count,
+    fill,
+    read_settings,
+    read_state,
+    without_weights,
+)
+from dall3.weights.registry import PathLike
+
+CODES = {16385: 16384, 16416: 16384}  # rows of the image embedding of Mini and of Mega: codes among them
+# Layer norms that the models lack a weight for; min-dalle's modules have one, which stays 1.
+WITHOUT_WEIGHT = re.compile(
+    r"(final_ln|layers\.\d+\.(pre_self_attn_layer_norm|pre_encoder_attn_layer_norm|glu\.ln[01]))\.bias"
+)
+
+
+@checked
+def load_dalle_mini(
+    encoder_path: PathLike, decoder_path: PathLike, hparams: Settings | None = None, dtype: torch.dtype = torch.float32
+) -> DalleMini:
+    """Load the encoder's and the decoder's file, on the CPU. Tensors that have `dtype` in them are mapped, not copied.
+
+    hparams: `num_image_tokens`, the codes of its VQGAN, a dictionary or a JSON file, where the decoder's rows are not
+    Mini's or Mega's: rows behind the codes are never drawn.
+
+    Raises CheckpointError when a file is not one, the two do not fit each other, or the codes are not known.
+    """
+    files, settings = f"{encoder_path}, {decoder_path}", read_settings(hparams, "num_image_tokens")
+    encoder, decoder = read_state(encoder_path, MINI_ENCODER).tensors, read_state(decoder_path, MINI_DECODER).tensors
+    dim, rows = encoder["embed_tokens.weight"].shape[1], len(decoder["embed_tokens.weight"])
+    if decoder["embed_tokens.weight"].shape[1] != dim:
+        width = decoder["embed_tokens.weight"].shape[1]
+        raise one_line(
+            files, f"the encoder is {dim} channels wide, the decoder {width}; give both files of Mini or both of Mega"
+        )
+    codes = settings.get("num_image_tokens", CODES.get(rows))
+    if codes is None:
+        raise one_line(
+            decoder_path,
+            f"its {rows} image rows do not tell how many are codes; give hparams={{'num_image_tokens': …}}, the number "
+            "of codes of its VQGAN",
+        )
+    if not 0 < int(codes) < rows:
+        raise one_line(decoder_path, f"num_image_tokens={codes}; expected less than its {rows} image rows")
+    config = DalleMiniConfig(
+        num_text_tokens=len(encoder["embed_tokens.weight"]),
+        num_image_tokens=int(codes),
+        text_seq_len=len(encoder["embed_positions.weight"]),
+        dim=dim,
+        ff_dim=len(encoder["layers.0.glu.fc0.weight"]),
+        encoder_depth=count(encoder, r"layers\.(\d+)\."),
+        decoder_depth=count(decoder, r"layers\.(\d+)\."),
+        grid_size=math.isqrt(len(decoder["embed_positions.weight"])),
+    )
+    if dim % HEAD_WIDTH:
+        raise one_line(files, f"it is {dim} channels wide, which is no number of heads of {HEAD_WIDTH}")
+    with without_weights():
+        model = DalleMini(config)
+    state: State = {}
+    for half, tensors in (("text_encoder", encoder), ("image_decoder", decoder)):
+        for name, tensor in tensors.items():
+            state[f"{half}.{name}"] = tensor
+            weight = name.removesuffix("bias") + "weight"
+            if WITHOUT_WEIGHT.fullmatch(name) and weight not in tensors:
+                state[f"{half}.{weight}"] = torch.ones_like(tensor)
+    # Of the rows behind the codes the first is the start token, which is never drawn; nothing reads the others.
+    state["lm_head.weight"] = state.pop("image_decoder.lm_head.weight")[: config.num_image_tokens]
+    first = "image_decoder.embed_tokens.weight"
+    state[first] = state[first][: config.num_image_tokens + 1]
+    return fill(model, state, files, dtype)

@@ -1,0 +1,297 @@
+"""The tensors of a checkpoint, whatever they are wrapped in, and how a model takes them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from dall3.weights.archive import CheckpointError, Placeholder, module_tensors, one_line, read_archive
+from dall3.weights.registry import NAME, PathLike, read_settings_text
+
+State = dict[str, Tensor]
+Model = TypeVar("Model", bound=nn.Module)
+Load = TypeVar("Load", bound=Callable[..., Any])
+Settings = PathLike | Mapping[str, Any]  # a dictionary, or the JSON file that holds one
+
+MAX_DICTIONARIES, MAX_NESTING = 10_000, 8  # looked through in one file
+AVERAGED = re.compile(r"(?<![a-z])(ema|swa|averaged?)(?![a-z])")
+RAW = re.compile(r"(?<![a-z])(online|raw)(?![a-z])")  # the copy in training, inside an object that averages
+DEEPSPEED = "mp_rank_00_model_states.pt"
+
+logger = logging.getLogger("dall3")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of checkpoint. marker: the name of a tensor that tells it. absent: one that it does not have, where
+    another kind has the marker too.
+    """
+
+    name: str
+    marker: str
+    absent: str = ""
+
+    def __str__(self) -> str:
+        return self.name
+
+    def prefixes(self, names: Mapping[str, Any]) -> list[str]:
+        """What stands before this kind's names among the names of tensors: once for each copy of the network."""
+        ends = (name for name in names if name == self.marker or name.endswith(f".{self.marker}"))
+        found = (name.removesuffix(self.marker) for name in ends)
+        return [prefix for prefix in found if not self.absent or prefix + self.absent not in names]
+
+
+DALLE = Kind("a DALL·E transformer of DALLE-pytorch", "to_logits.1.weight", absent="text_embeddings.weight")
+RUDALLE = Kind("a ruDALL-E transformer", "text_pos_embeddings.weight")
+MINI_DECODER = Kind("the decoder of DALL·E Mini or Mega", "layers.0.encoder_attn.q_proj.weight")
+MINI_ENCODER = Kind(
+    "the encoder of DALL·E Mini or Mega", "layers.0.glu.fc0.weight", absent="layers.0.encoder_attn.q_proj.weight"
+)
+VQGAN = Kind("a VQGAN of taming-transformers", "quant_conv.weight")
+DETOKER = Kind("a VQGAN's decoder, as DALL·E Mini's", "post_quant_conv.weight", absent="quant_conv.weight")
+UNET = Kind("a UNet of guided-diffusion", "time_embed.0.weight")
+DVAE = Kind("a DiscreteVAE of DALLE-pytorch", "codebook.weight")
+OPENAI_CLIP = Kind("a CLIP model", "visual.conv1.weight")
+OPENAI = Kind("a part of OpenAI's dVAE", "blocks.input.w")
+KINDS = (  # in the order in which a file is said to look like one
+    *(RUDALLE, MINI_DECODER, MINI_ENCODER, DALLE, VQGAN, DETOKER, UNET, DVAE, OPENAI_CLIP, OPENAI),
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A network in a checkpoint. place: the keys and the prefix that lead to it. beside: what stands beside its tensors
+    and around them, by name.
+    """
+
+    kind: Kind
+    place: str
+    tensors: State
+    beside: dict[str, Any]
+
+    @property
+    def averaged(self) -> bool:
+        return bool(AVERAGED.search(self.place.lower())) and not RAW.search(self.place.lower())
+
+
+def checked(load: Load) -> Load:
+    """Whatever an odd tensor or hyper-parameter trips a loader over becomes a CheckpointError that names the file."""
+
+    @wraps(load)
+    def wrapper(path: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return load(path, *args, **kwargs)
+        except (CheckpointError, OSError):
+            raise
+        except KeyError as error:
+            problem = f"missing: {error.args[0]}"
+        except Exception as error:
+            problem = f"its tensors and settings make no model: {error}"
+        raise one_line(path, problem)
+
+    return cast(Load, wrapper)
+
+
+def read_state(path: PathLike, *kinds: Kind) -> Found:
+    """The network of one of these kinds in a checkpoint, looked for in every dictionary and behind every prefix.
+
+    path: a file, or the folder that DeepSpeed leaves. Averaged weights are taken before raw ones. Raises
+    CheckpointError where there is no such network, or several.
+    """
+    path = deepspeed_file(Path(path))
+    archive = read_archive(path)
+    for kind in kinds:
+        if networks := find_networks(archive, kind):
+            return choose_network(networks, path)
+    raise one_line(path, f"looks like {kind_of(archive)}; expected {' or '.join(map(str, kinds))}; {keys_of(archive)}")
+
+
+def find_networks(archive: Any, kind: Kind) -> list[Found]:
+    """Every network of a kind in what a file holds, outermost first."""
+    found = []
+    for place, tensors, beside in dictionaries(archive):
+        for prefix in kind.prefixes(tensors):
+            state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+            label = "/".join(part for part in (place, prefix.rstrip(".")) if part)
+            found.append(Found(kind, label, state, beside))
+    return found
+
+
+def choose_network(found: list[Found], path: PathLike) -> Found:
+    """The averaged network where there is one, else the only one. Raises CheckpointError where several are left."""
+    averaged = [one for one in found if one.averaged]
+    chosen = averaged or found
+    if len(chosen) > 1:
+        places = ", ".join(f"'{one.place}'" for one in chosen[:4])
+        raise one_line(
+            path, f"holds {len(chosen)} networks ({places}); save the one that is wanted to a file of its own"
+        )
+    if averaged and len(found) > 1:
+        raw = ", ".join(f"'{one.place}'" for one in found if not one.averaged)
+        logger.warning("%s: the averaged weights '%s' are taken, not the raw ones %s", path, averaged[0].place, raw)
+    return chosen[0]
+
+
+def dictionaries(archive: Any) -> Iterator[tuple[str, State, dict[str, Any]]]:
+    """Every dictionary of tensors in what a file holds, outermost first: its place, its tensors by name, and what
+    stands beside them and around them. A pickled module counts as one.
+    """
+    waiting: deque[tuple[str, Any, dict[str, Any]]] = deque([("", archive, {})])
+    seen: set[int] = set()
+    while waiting and len(seen) < MAX_DICTIONARIES:
+        place, node, around = waiting.popleft()
+        if id(node) in seen or not isinstance(node, dict):
+            continue
+        seen.add(id(node))
+        values = {name: value for name, value in values_of(node).items() if isinstance(name, str)}
+        tensors, beside = pickled_module(node, place), around | values
+        if not tensors:
+            tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+            if place.count("/") < MAX_NESTING:
+                places = ((f"{place}/{name}" if place else name, value) for name, value in values.items())
+                waiting.extend((inner, value, beside) for inner, value in places if isinstance(value, dict))
+        if tensors:
+            yield place, tensors, beside
+
+
+def pickled_module(node: Any, place: str) -> State:
+    """The tensors of a module that was pickled whole; none of another object."""
+    if not isinstance(node, Placeholder):
+        return {}
+    try:
+        return module_tensors(node)
+    except CheckpointError:
+        if not place:
+            raise
+        return {}  # something beside the weights
+
+
+def values_of(settings: Any) -> dict[Any, Any]:
+    """What a dictionary holds; or an object that stands for one, such as argparse's Namespace."""
+    if isinstance(settings, Placeholder):
+        return dict(settings) | (settings.state if isinstance(settings.state, dict) else {})
+    return settings if isinstance(settings, dict) else {}
+
+
+def kind_of(archive: Any) -> str:
+    return next((kind.name for kind in KINDS if find_networks(archive, kind)), "something else")
+
+
+def keys_of(archive: Any) -> str:
+    """What a file holds, for whoever has to find out why it does not fit."""
+    if not isinstance(archive, dict):
+        return f"it holds {type(archive).__name__}"
+    values = values_of(archive)
+    if isinstance(values.get("weights"), str):
+        return "its weights are a text: this is the file of settings that DeepSpeed's folder has; give the folder"
+    inner = {
+        name: f" ({', '.join(map(str, [*value][:3]))}, …)" for name, value in values.items() if isinstance(value, dict)
+    }
+    keys = ", ".join(f"{str(name)[:40]}{inner.get(name, '')[:120]}" for name in [*values][:8])
+    return f"its keys are {keys}{', …' if len(values) > 8 else ''}" if values else "it is empty"
+
+
+def deepspeed_file(path: Path) -> Path:
+    """The weights in the folder that DeepSpeed leaves; another path as it is. Raises CheckpointError for a folder
+    whose weights are split between processes.
+    """
+    if not path.is_dir():
+        return path
+    folder = path
+    if (path / "latest").is_file():
+        latest = read_settings_text(path / "latest").strip()
+        folder = path / latest if NAME.fullmatch(latest) else path
+    if (folder / DEEPSPEED).is_file() and not (folder / DEEPSPEED.replace("00", "01")).exists():
+        return folder / DEEPSPEED
+    if any(folder.glob("*_model_states.pt")):
+        raise one_line(
+            path, "its weights are split between processes; run the zero_to_fp32.py in it, and give that file"
+        )
+    return path
+
+
+def read_settings(settings: Settings | None, what: str) -> dict[str, Any]:
+    """Settings as a dictionary of their own, from one or from a JSON file; none if None. what: they should be."""
+    if settings is None or isinstance(settings, Mapping):
+        return dict(settings or {})
+    try:
+        found = json.loads(read_settings_text(settings))
+    except (ValueError, RecursionError) as error:
+        raise one_line(settings, f"not JSON ({error}); expected {what}") from None
+    if not isinstance(found, dict):
+        raise one_line(settings, f"holds {type(found).__name__}; expected an object of {what}")
+    return found
+
+
+def as_bool(value: Any) -> bool:
+    """A truth value, also as text, which guided-diffusion's str2bool reads so. Raises ValueError for another text."""
+    if not isinstance(value, str):
+        return bool(value)
+    if value.lower() not in ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0"):
+        raise ValueError(f"{value!r} is neither true nor false")
+    return value.lower() in ("yes", "true", "t", "y", "1")
+
+
+class WithoutInit(TorchFunctionMode):
+    """Leaves parameters as they are made; drawing random numbers on the meta device would import torch's compiler."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Modules made here have shapes and no memory, until `fill` gives them tensors."""
+    with torch.device("meta"), WithoutInit():
+        yield
+
+
+def fill(model: Model, state: State, path: object, dtype: torch.dtype = torch.float32) -> Model:
+    """Give a model built on the meta device its tensors, floats as `dtype`, without a copy where they have it already.
+
+    Raises CheckpointError naming the tensors that are missing, unexpected or of another shape.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    odd = [name for name in wanted.keys() & found.keys() if wanted[name] != found[name]]
+    kinds = {name: tensor.is_floating_point() for name, tensor in model.state_dict().items()}
+    typed = [name for name in wanted.keys() & found.keys() if kinds[name] != state[name].is_floating_point()]
+    problems = {
+        "missing": sorted(wanted.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - wanted.keys()),
+        "of another type": sorted(typed),
+        "of another shape": sorted(f"{name} {found[name]} instead of {wanted[name]}" for name in odd),
+    }
+    lines = [
+        f"{title}: {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        for title, names in problems.items()
+        if names
+    ]
+    if lines:
+        raise one_line(path, f"does not fit {type(model).__name__}; {'; '.join(lines)}")
+    ready = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+    model.load_state_dict(ready, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def count(state: Mapping[str, Any], pattern: str) -> int:
+    """How many different numbers stand where `pattern` has its group."""
+    return len({match[1] for name in state if (match := re.match(pattern, name))})
+
+
+def as_tuple(value: Any) -> tuple[Any, ...] | None:
+    return None if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)

@@ -1,0 +1,235 @@
+"""The VAEs of 2021 to models: taming-transformers' VQGANs, DALLE-pytorch's DiscreteVAE, OpenAI's dVAE."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dall3.models.discrete_vae import DiscreteVAE, DiscreteVAEConfig, OpenAIDiscreteVAE, OpenAIDiscreteVAEConfig
+from dall3.models.vqgan import GumbelVQ, VQGANConfig, VQModel
+from dall3.weights.archive import CheckpointError, one_line, read_archive
+from dall3.weights.convert.rudalle import without_dwt_names
+from dall3.weights.convert.state import (
+    DETOKER,
+    DVAE,
+    OPENAI,
+    VQGAN,
+    Found,
+    Settings,
+    State,
+    checked,
+    choose_network,
+    count,
+    deepspeed_file,
+    fill,
+    find_networks,
+    read_settings,
+    read_state,
+    values_of,
+    without_weights,
+)
+from dall3.weights.registry import PathLike, read_settings_text
+
+MOST_YAML = 1 << 16  # characters of taming's model.yaml, which has some 1,500
+
+
+@checked
+def load_vqgan(checkpoint: PathLike, config: PathLike | None = None, unit_range: bool = False) -> VQModel:
+    """Load taming-transformers' checkpoint as a GumbelVQ or VQModel in float32 on the CPU.
+
+    checkpoint: its own file, a DALL·E checkpoint that carries one, DALL·E Mini's `detoker.pt`, or ruDALL-E's, with or
+    without the Haar transform. The architecture is read off the tensors. config: taming's YAML, which is checked
+    against them where given. unit_range: pixels are in [0, 1] inside, as for taming's f16 checkpoint with DALL·E
+    Mini's codes; of `detoker.pt` that is known.
+
+    Raises CheckpointError when a file is not one or they do not fit each other.
+    """
+    return vqgan_of(read_state(checkpoint, VQGAN, DETOKER), checkpoint, config, unit_range)
+
+
+def vqgan_of(network: Found, checkpoint: PathLike, config: PathLike | None, unit_range: bool = False) -> VQModel:
+    parts = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
+    tensors, decodes_only = without_dwt_names(network.tensors), network.kind == DETOKER
+    if decodes_only and "embedding.weight" in tensors:  # min-dalle's name
+        tensors = tensors | {"quantize.embedding.weight": tensors["embedding.weight"]}
+    state = {name: tensor for name, tensor in tensors.items() if name.startswith(parts)}
+    gumbel = "quantize.proj.weight" in state
+    n_embed, embed_dim = state[f"quantize.{'embed' if gumbel else 'embedding'}.weight"].shape
+    levels = count(state, r"decoder\.up\.(\d+)\.")
+    widths = [len(state[f"decoder.up.{i}.block.0.conv1.weight"]) for i in range(levels)]
+    ch = widths[0] if decodes_only else len(state["encoder.conv_in.weight"])
+    outputs = len(state["decoder.conv_out.weight"])
+    found = VQGANConfig(
+        ch=ch,
+        ch_mult=tuple(width // ch for width in widths),
+        num_res_blocks=count(state, r"decoder\.up\.0\.block\.(\d+)\.") - 1,
+        attn_levels=tuple(i for i in range(levels) if f"decoder.up.{i}.attn.0.q.weight" in state),
+        z_channels=state["decoder.conv_in.weight"].shape[1],
+        embed_dim=embed_dim,
+        n_embed=n_embed,
+        has_encoder=not decodes_only,
+        unit_range=unit_range or decodes_only,
+        dwt=outputs == 12,
+    )
+    if config is not None:
+        check_vqgan_config(found, config, checkpoint)
+    with without_weights():
+        model = GumbelVQ(found) if gumbel else VQModel(found)
+    return fill(model, state, checkpoint)
+
+
+def read_taming_config(path: PathLike) -> dict[str, Any]:
+    """The parameters in taming's model.yaml, numbers as text. Raises CheckpointError for another file."""
+    import yaml
+
+    # Text alone: YAML 1.1 has numbers in base 60 that take minutes to make, and whole numbers as keys that collide.
+    class Loader(yaml.BaseLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):  # of aliases a few lines make a tree without end
+                raise yaml.YAMLError("it has aliases")
+            return super().compose_node(parent, index)
+
+    try:
+        text = read_settings_text(path)
+        if len(text) > MOST_YAML:
+            raise ValueError(f"it has {len(text):,} characters; {MOST_YAML:,} are the most")
+        params = yaml.load(text, Loader)["model"]["params"]
+        if isinstance(params, dict):
+            return params
+        problem: object = "its params are no table"
+    except (KeyError, TypeError, ValueError, RecursionError, yaml.YAMLError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    raise one_line(path, f"not a taming-transformers model.yaml ({problem})")
+
+
+def check_vqgan_config(found: VQGANConfig, config: PathLike, checkpoint: PathLike) -> None:
+    """Raise CheckpointError where taming's YAML says something else than the checkpoint's tensors."""
+    params = read_taming_config(config)
+    try:
+        said: dict[str, Any] = {name: int(params[name]) for name in ("embed_dim", "n_embed")}
+        said |= {name: int(params["ddconfig"][name]) for name in ("ch", "z_channels")}
+        said["ch_mult"] = tuple(int(factor) for factor in params["ddconfig"]["ch_mult"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise one_line(config, f"not a taming-transformers model.yaml ({type(error).__name__}: {error})") from None
+    for name, value in said.items():
+        if value != getattr(found, name):
+            raise CheckpointError(f"{config} says {name}={value}, but {checkpoint} has {getattr(found, name)}")
+
+
+@checked
+def load_discrete_vae(path: PathLike, hparams: Settings | None = None) -> DiscreteVAE:
+    """Load DALLE-pytorch's DiscreteVAE, from its own file or from a DALL·E checkpoint that carries one, in float32 on
+    the CPU.
+
+    hparams: the hyper-parameters of its training, a dictionary or a JSON file, where the file has none: the tensors do
+    not tell image_size and normalization.
+
+    Raises CheckpointError when the file is not one, does not fit, or has no hyper-parameters and none are given.
+    """
+    return discrete_vae_of(read_state(path, DVAE), path, hparams)
+
+
+def discrete_vae_of(network: Found, path: PathLike, given: Settings | None) -> DiscreteVAE:
+    state, beside = dict(network.tensors), network.beside
+    # Beside a DALL·E transformer the 'hparams' are the transformer's.
+    hparams = values_of(beside["vae_params"] if "vae_params" in beside else beside.get("hparams"))
+    hparams |= read_settings(given, "DALLE-pytorch's hyper-parameters")
+    if not hparams:
+        raise one_line(
+            path,
+            "a DiscreteVAE with no 'hparams' beside its weights; the picture's size cannot be known; give hparams, a "
+            "dictionary or a JSON file with image_size",
+        )
+    state["codebook_embedding.weight"] = state.pop("codebook.weight")
+    num_tokens, codebook_dim = state["codebook_embedding.weight"].shape
+    hidden_dim, channels = state["encoder.0.0.weight"].shape[:2]
+    normalization = hparams.get("normalization", ((0.5,) * 3, (0.5,) * 3))
+    if normalization is not None:
+        mean, std = (tuple(float(number) for number in part) for part in normalization)
+    config = DiscreteVAEConfig(
+        image_size=int(hparams.get("image_size", 256)),
+        num_tokens=num_tokens,
+        codebook_dim=codebook_dim,
+        num_layers=count(state, r"encoder\.(\d+)\.0\.weight"),
+        num_resnet_blocks=count(state, r"encoder\.(\d+)\.net\."),
+        hidden_dim=hidden_dim,
+        channels=channels,
+        normalization=None if normalization is None else (mean, std),
+    )
+    for name in ("num_layers", "num_resnet_blocks"):
+        if hparams.get(name, getattr(config, name)) != getattr(config, name):
+            raise one_line(path, f"its hparams say {name}={hparams[name]}, its tensors {getattr(config, name)}")
+    with without_weights():
+        model = DiscreteVAE(config)
+    return fill(model, state, path)
+
+
+@checked
+def load_openai_dvae(encoder: PathLike, decoder: PathLike) -> OpenAIDiscreteVAE:
+    """OpenAI's dVAE from its two pickled modules, read as data. Raises CheckpointError when they are not."""
+    halves = {"encoder": read_state(encoder, OPENAI).tensors, "decoder": read_state(decoder, OPENAI).tensors}
+    return openai_dvae_of(halves, f"{encoder}, {decoder}")
+
+
+def openai_dvae_of(halves: dict[str, State], path: object) -> OpenAIDiscreteVAE:
+    config = OpenAIDiscreteVAEConfig(
+        n_hid=len(halves["encoder"]["blocks.input.w"]),
+        n_init=len(halves["decoder"]["blocks.input.w"]),
+        n_blk_per_group=count(halves["encoder"], r"blocks\.group_1\.block_(\d+)\."),
+        vocab_size=len(halves["encoder"]["blocks.output.conv.w"]),
+        group_count=count(halves["encoder"], r"blocks\.group_(\d+)\."),
+    )
+    with without_weights():
+        model = OpenAIDiscreteVAE(config)
+    state: State = {}
+    for half, tensors in halves.items():
+        # Both sides list the same convolutions from the input to the output, weight before bias.
+        names = [name for name in model.state_dict() if name.startswith(half)]
+        state |= dict(zip(names, tensors.values(), strict=False))
+    return fill(model, state, path)
+
+
+VAE = VQModel | DiscreteVAE | OpenAIDiscreteVAE
+
+
+def load_vae(
+    path: PathLike | tuple[PathLike, PathLike] | None, config: Settings | None = None, dalle: PathLike | None = None
+) -> VAE | None:
+    """Load whichever VAE `path` holds: a VQGAN, a DiscreteVAE, or OpenAI's (encoder.pkl, decoder.pkl).
+
+    config: taming's YAML of a VQGAN, or the hyper-parameters of a DiscreteVAE. Without a path, the VAE inside the
+    DALL·E checkpoint `dalle`; None where it has none.
+    """
+    if isinstance(path, tuple | list):
+        return load_openai_dvae(*path)
+    if path is not None:
+        return load_one_vae(path, config)
+    return None if dalle is None else load_vae_inside(dalle)
+
+
+@checked
+def load_one_vae(path: PathLike, config: Settings | None) -> VAE:
+    network = read_state(path, VQGAN, DVAE, DETOKER)
+    if network.kind == DVAE:
+        return discrete_vae_of(network, path, config)
+    if config is not None and not isinstance(config, PathLike):
+        raise one_line(path, "is a VQGAN, whose config is a YAML file")
+    return vqgan_of(network, path, config)
+
+
+@checked
+def load_vae_inside(dalle: PathLike) -> VAE | None:
+    """The VAE among the tensors of a DALL·E checkpoint: they tell which it is, and its vae_params may be stale."""
+    path = deepspeed_file(Path(dalle))
+    archive = read_archive(path)
+    if networks := find_networks(archive, VQGAN):
+        return vqgan_of(choose_network(networks, path), path, None)
+    if networks := find_networks(archive, DVAE):
+        return discrete_vae_of(choose_network(networks, path), path, None)
+    halves = {
+        network.place.rpartition("/")[2].rpartition(".")[2]: network.tensors
+        for network in find_networks(archive, OPENAI)
+    }
+    if halves.keys() == {"enc", "dec"}:
+        return openai_dvae_of({"encoder": halves["enc"], "decoder": halves["dec"]}, path)
+    return None

@@ -1,0 +1,84 @@
+"""What a name of weights means, and the files of a set: fetched where they are not here yet, or removed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dall3.errors import FetchError
+from dall3.weights.cache import beside, files_of, forget, home, offline, offline_message, reason, size_of
+from dall3.weights.download import fetch_file
+from dall3.weights.registry import NAME, WeightsSet, no_such_set, read_registry
+
+
+def find_weights(name: str | Path, registry: str | Path | None = None) -> WeightsSet | Path:
+    """What a name means: a set of weights.toml, a folder, or "owner/name" of the Hugging Face hub as a folder.
+
+    Raises ValueError for a name that is none of them, FetchError for a repository that cannot be had.
+    """
+    known = read_registry(registry)
+    if isinstance(name, str) and name in known:
+        return known[name]
+    if isinstance(name, Path) or Path(name).exists():
+        return Path(name)
+    if NAME.fullmatch(name):
+        raise ValueError(f"no folder and {no_such_set(name, known)}")
+    owner, _, rest = name.partition("/")
+    return fetch_repository(name) if NAME.fullmatch(owner) and NAME.fullmatch(rest) else Path(name)
+
+
+def fetch_repository(name: str) -> Path:
+    """A repository of the Hugging Face hub, "owner/name", as a folder in the cache; only files of the formats that
+    `save_pretrained` writes. Raises FetchError.
+    """
+    from huggingface_hub import snapshot_download
+
+    kinds = ["*.json", "*.safetensors", "README.md"]
+    cache = home() / "hub"
+    try:
+        path = snapshot_download(
+            name, cache_dir=cache, allow_patterns=kinds, local_files_only=offline(), library_name="dall3"
+        )
+    except Exception as error:  # of the hub's library, of its HTTP library, of the system
+        hint = "DALL3_OFFLINE is set" if offline() else reason(error)
+        raise FetchError(
+            f"{name} is no folder, and could not be had from the Hugging Face hub ({hint}); nothing of it is in {cache}"
+        ) from None
+    return Path(path)
+
+
+def fetch_set(weights: WeightsSet, progress: bool = True) -> dict[str, tuple[Path, Path | None]]:
+    """The files of every part of a set, fetched where they are not here yet: (file, config) by the part's name.
+
+    Raises FetchError that says what is missing, what was tried and what to do.
+    """
+    wanted = files_of(weights)
+    absent = [one for one in wanted if one.find() is None]
+    if absent and offline():  # before the others are looked at, which may take long
+        raise FetchError(offline_message(absent[0], "is not here"))
+    paths = {(one.part.name, one.file.name): fetch_file(one, progress) for one in wanted}
+    return {
+        part.name: (paths[part.name, part.file.name], paths[part.name, part.config.name] if part.config else None)
+        for part in weights.parts
+    }
+
+
+def remove_set(weights: WeightsSet) -> int:
+    """Remove a set's fetched files, whole or begun, from the cache; how many bytes that were. Pins stay: a file that
+    is fetched again must be the one that it was. Raises FetchError for one that is being fetched.
+    """
+    from filelock import FileLock, Timeout
+
+    removed = 0
+    for one in files_of(weights):
+        if not one.target.parent.is_dir():
+            continue
+        try:
+            # The lock's file stays: another process may be waiting for it.
+            with FileLock(beside(one.target, ".lock"), timeout=0):
+                partial = beside(one.target, ".part")
+                removed += size_of(one.target) + size_of(partial)
+                one.target.unlink(missing_ok=True)
+                forget(partial)
+        except Timeout:
+            raise FetchError(f"{one.name} is being fetched; remove it when that has ended") from None
+    return removed

@@ -1,0 +1,33 @@
+"""Upper bounds accepted in config.json: with larger settings, building a network would take all memory or time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+LIMITS = {  # of other numbers 2**20
+    **dict.fromkeys(("num_res_blocks", "num_resnet_blocks", "num_layers", "n_blk_per_group", "group_count"), 16),
+    **dict.fromkeys(("depth", "encoder_depth", "decoder_depth"), 256),
+    **{"layers": 128, "heads": 256, "grid_size": 128, "cutn": 1024},
+    **dict.fromkeys(("text_seq_len", "context_length", "image_size"), 8192),
+}
+MOST_POSITIONS = 5000  # of a transformer, whose patterns of attention take 9 bytes for each pair while it is built
+
+
+def check_limits(settings: Any, name: str = "") -> None:
+    """Raise ValueError for settings above any network's, with which building one would take all memory or time."""
+    if isinstance(settings, dict):
+        for key, value in settings.items():
+            check_limits(value, key)
+        text, grid = (settings.get(key, 16) for key in ("text_seq_len", "grid_size"))
+        if "text_seq_len" in settings and text + grid**2 > MOST_POSITIONS:
+            raise ValueError(f"{text + grid**2} positions; {MOST_POSITIONS} are the most")
+    elif isinstance(settings, list):
+        most = LIMITS["depth"] if name in ("attn_types", "shared_attn_ids", "shared_ff_ids") else 16
+        if len(settings) > most:
+            raise ValueError(f"{name} has {len(settings)} entries; {most} are the most")
+        for value in settings:
+            check_limits(value, name)
+    elif isinstance(settings, int | float):
+        most = LIMITS.get(name, 2**20)
+        if not -most <= settings <= most:
+            raise ValueError(f"{name}={settings:.6g}; {most} is the most")
