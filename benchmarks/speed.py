@@ -38,7 +38,7 @@ from dall3.diffusion.denoising import Denoising, denoising_steps
 from dall3.diffusion.guidance import clip_loss, guided, spherical_distance
 from dall3.diffusion.schedule import GaussianDiffusion
 from dall3.models.clip import CLIP
-from dall3.models.packed import prepare
+from dall3.models.packed import Float16Linear, Int8Linear, prepare
 from dall3.models.transformer import DalleTransformer, TransformerConfig
 from dall3.models.unet import UNet, UNetConfig
 from dall3.tokens.decoding import draw_image_tokens
@@ -137,18 +137,18 @@ def load_dalle_pytorch(folder: Path | None = None) -> Any:
 
 
 def make_dalle(module: Any, depth: int) -> Any:
-    """An original transformer with random weights."""
+    """An original transformer with random weights that float16 holds."""
     torch.manual_seed(0)
     vae = module.DiscreteVAE(image_size=8 * GRID, num_tokens=CODES, codebook_dim=64, num_layers=3, hidden_dim=16)
     sizes = dict(dim=512, depth=depth, heads=8, dim_head=64, num_text_tokens=WORDS, text_seq_len=TEXT)
-    return module.DALLE(vae=vae, **sizes).eval()
+    return module.DALLE(vae=vae, **sizes).half().float().eval()  # published weights are float16
 
 
 def load_ours(original: Any, depth: int, device: str = "cpu") -> DalleTransformer:
     """Our transformer with the original's weights, loaded from a checkpoint, or with random weights."""
     if original is None:
         torch.manual_seed(0)
-        made = DalleTransformer(TransformerConfig(WORDS, CODES, TEXT, 512, depth)).to(device)
+        made = DalleTransformer(TransformerConfig(WORDS, CODES, TEXT, 512, depth)).half().float().to(device)
         return made.eval().requires_grad_(False)
     hparams = dict(dim=512, depth=depth, heads=8, dim_head=64, num_text_tokens=WORDS, text_seq_len=TEXT)
     hparams |= dict(reversible=False, loss_img_weight=7, attn_types=("full",))
@@ -180,14 +180,25 @@ def bandwidth(device: str) -> tuple[float, float]:
     """Memory bandwidth in bytes per second, of a sum and of a transformer's linear layers at batch size 1."""
     block = torch.ones(64 * 2**20, device=device)
     read = block.numel() * 4 / min(seconds(block.sum) for _ in range(5))
-    ready = prepare(load_ours(None, 12, device), rows=1)
-    layers = [m for m in [*ready.layers.modules(), ready.image_head] if hasattr(m, "weight") and m is not None]
-    layers = [m for m in layers if isinstance(getattr(m, "weight", None), Tensor) and m.weight.ndim == 2]
-    inputs = {n: torch.randn(1, 1, n, device=device) for n in {layer.weight.shape[1] for layer in layers}}
-    size = sum(layer.weight.numel() * 4 for layer in layers)
+    transformer = load_ours(None, 12, device)
+    # The copy that draws has its linear layers in the same places.
+    drawing = dict(prepare(transformer, rows=1).named_modules())
+    layers = [(drawing[n], m.weight) for n, m in transformer.named_modules() if n[:6] == "layers" and is_linear(m)]
+    inputs = {n: torch.randn(1, 1, n, device=device) for n in {weight.shape[1] for _, weight in layers}}
+    size = sum(weight.numel() for _, weight in layers) * weight_bytes(transformer)
     with torch.inference_mode():
-        taken = min(seconds(lambda: [layer(inputs[layer.weight.shape[1]]) for layer in layers]) for _ in range(20))
+        taken = min(seconds(lambda: [layer(inputs[weight.shape[1]]) for layer, weight in layers]) for _ in range(20))
     return read, size / taken
+
+
+def is_linear(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.Linear)
+
+
+def weight_bytes(transformer: DalleTransformer, quantize: str | None = None, rows: int = 1) -> int:
+    """Bytes a number of the linear layers' weights, as they are drawn with."""
+    head = prepare(transformer, quantize, rows).image_head
+    return {Float16Linear: 2, Int8Linear: 1}.get(type(head), 4)
 
 
 def arithmetic(device: str) -> float:
@@ -233,8 +244,8 @@ def tokens(args: argparse.Namespace) -> list[Row]:
             found = in_turn(works, args.rounds)
             for name, taken in found.items():
                 # A lower bound of a step: the time to read the weights, or to multiply with them.
-                bits = 1 if "int8" in name else 4
-                limit = GRID**2 * max(weights * bits / through_linear, 2 * weights * batch / flops)
+                size = weights * weight_bytes(ours, "int8" if "int8" in name else None, batch)
+                limit = GRID**2 * max(size / through_linear, 2 * weights * batch / flops)
                 row = {"depth": depth, "batch": batch, "program": name, "seconds": taken}
                 row |= {"tokens/s": batch * GRID**2 / taken, "times as long": taken / found["ours"]}
                 rows.append(row | ({"share of the limit": limit / taken} if "ours" in name else {}))

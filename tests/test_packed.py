@@ -6,7 +6,17 @@ import weakref
 import pytest
 import torch
 
-from dall3.models.packed import Int8Linear, PackedLinear, RowLinear, can_pack, prepare
+from dall3.models import packed
+from dall3.models.packed import (
+    FLOAT16_ROWS,
+    Float16Linear,
+    Int8Linear,
+    PackedLinear,
+    RowLinear,
+    can_pack,
+    has_fbgemm,
+    prepare,
+)
 from dall3.models.transformer import DalleTransformer, TransformerConfig
 from dall3.tokens.decoding import draw_image_tokens
 from dall3.tokens.sampling import Sampling
@@ -15,6 +25,7 @@ from dall3.tokens.seeds import candidate_uniforms
 from originals import close
 
 SETTINGS = dict(num_text_tokens=30, num_image_tokens=64, text_seq_len=8, dim=64, depth=3, heads=2, dim_head=32)
+needs_fbgemm = pytest.mark.skipif(not has_fbgemm(), reason="torch has no FBGEMM here")
 needs_packing = pytest.mark.skipif(not can_pack(torch.zeros(1)), reason="oneDNN has no layout of its own here")
 
 
@@ -44,6 +55,7 @@ KINDS = {
         (None, 1, "AVX2", RowLinear, 1e-5),
         (None, 1, "AVX512", PackedLinear, 1e-5),
         ("int8", 1, "AVX2", Int8Linear, 0.15),
+        pytest.param("float16", 1, "AVX2", Float16Linear, 0.01, marks=needs_fbgemm),
     ],
 )
 def test_a_prepared_transformer_gives_the_same_logits(
@@ -61,7 +73,48 @@ def test_a_prepared_transformer_gives_the_same_logits(
     hidden = ready.run(hidden[:, : c.seq_len], torch.arange(c.seq_len), c.seq_len)
     logits = ready.image_logits(hidden[:, c.text_seq_len :])
     assert close(logits, expected, tolerance * expected.std().item())
-    assert close(logits, expected, 1e-4 * expected.std().item()) == (quantize is None)  # eight bits are seen
+    assert close(logits, expected, 1e-4 * expected.std().item()) == (quantize is None)  # rounding is seen
+
+
+@needs_packing
+@needs_fbgemm
+@pytest.mark.parametrize("capability, most", [("AVX2", 1024), ("AVX512", FLOAT16_ROWS)])
+def test_weights_that_float16_holds_are_kept_in_it_and_give_the_same_tokens(capability, most, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    model, uniforms = make_transformer().half().float(), candidate_uniforms(0, range(20), 16)
+    ready = prepare(model, rows=most)
+    assert isinstance(ready.image_head, Float16Linear) and ready.image_emb.weight.dtype == torch.float32
+    assert isinstance(prepare(model, rows=most + 1).image_head, Float16Linear if most == 1024 else PackedLinear)
+    drawn = [draw_image_tokens(model, TEXT[0], uniforms, Sampling(temperature=2.0), batch) for batch in (4, 20)]
+    monkeypatch.setattr(packed, "has_fbgemm", lambda: False)
+    with pytest.raises(ValueError, match="quantize='float16' needs FBGEMM"):
+        prepare(model, "float16")
+    packed.PREPARED.clear()
+    assert not isinstance(prepare(model, rows=4).image_head, Float16Linear)
+    expected = draw_image_tokens(model, TEXT[0], uniforms, Sampling(temperature=2.0))
+    assert all(torch.equal(tokens, expected) for tokens in drawn)
+
+
+@needs_packing
+def test_weights_that_float16_rounds_stay_as_they_are_unless_asked():
+    model = make_transformer().half().float()
+    model.layers[1][0].function.to_qkv.weight[0, 0] = 1 / 3
+    assert not isinstance(prepare(model, rows=4).image_head, Float16Linear)
+
+
+@needs_fbgemm
+def test_a_weight_that_float16_cannot_hold_is_refused():
+    with pytest.raises(ValueError, match=r"a weight of 70000 does not fit float16"):
+        Float16Linear(torch.tensor([[1.0, 70000.0]]), None)
+
+
+@needs_packing
+def test_one_layout_is_kept_at_a_time():
+    model = make_transformer()
+    first = weakref.ref(prepare(model))
+    prepare(model, "int8")
+    gc.collect()
+    assert first() is None
 
 
 @needs_packing
@@ -141,7 +194,7 @@ def test_drawing_with_eight_bits_is_near_the_same_and_only_on_a_cpu():
     assert (plain[:, 0] == small[:, 0]).float().mean() > 0.8  # later ones see other tokens before them
     with pytest.raises(ValueError, match="quantize='int8' is for a CPU, and the transformer is on meta"):
         prepare(make_transformer().to("meta"), "int8")
-    with pytest.raises(ValueError, match="quantize='int4' is not known; expected int8 or None"):
+    with pytest.raises(ValueError, match="quantize='int4' is not known; expected float16, int8 or None"):
         Sampling(quantize="int4")
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dall3.models.transformer import DalleTransformer, TransformerConfig, rotary_table
+from dall3.models.transformer import SHARING_ROWS, DalleTransformer, TransformerConfig, rotary_table
 from dall3.tokens.decoding import draw_image_tokens
 from dall3.tokens.sampling import Sampling
 from dall3.weights.convert.dalle_pytorch import load_transformer
@@ -132,6 +132,20 @@ def test_steps_give_the_logits_of_teacher_forcing(case, static):
         assert close(logits[:1], logits[1:], 1e-5)
         found.append(logits[:1])
     assert close(torch.cat(found, dim=1), case.model.image_token_logits(text, image), 1e-4)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_rows_that_share_their_text_give_the_logits_of_teacher_forcing(case, static):
+    text, rows = torch.cat((case.text[:1], case.text[:1].flip(1))), SHARING_ROWS
+    images = torch.stack([case.image[0, :12].roll(k) for k in range(rows)])
+    for _ in range(2):  # the second time in the tensors of the first
+        cache, found = case.model.prefill(text, rows), []
+        for i in range(images.shape[1]):
+            place, end = torch.tensor([i]), None if static else i + 1
+            found.append(case.model.step(images[:, i : i + 1], place, cache, end))
+        case.model.release(cache)
+    expected = case.model.image_token_logits(text.repeat_interleave(rows, 0), images.repeat(2, 1))[:, 1:]
+    assert close(torch.cat(found, dim=1), expected, 1e-4)
 
 
 def test_rotary_table_is_the_checkpoints(case):

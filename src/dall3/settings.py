@@ -51,7 +51,7 @@ class SamplingSettings(TypedDict, total=False):
     top_p: float | None
     cond_scale: float
     guidance_scale: float  # alias of cond_scale
-    quantize: Literal["int8"] | None
+    quantize: Literal["float16", "int8"] | None
     jacobi_window: int | None
     sampling: Sampling
 

@@ -24,7 +24,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     family = parser.add_argument_group("options of `dall3 train family`")
     add = family.add_argument
     add("--minutes", type=float, default=600.0, help="time for all parts (default: %(default)g)")
-    add("--emoji", default="emoji", help="folder or archive of the emoji, already fetched (default: %(default)s)")
+    add("--emoji", default="emoji", help="folder of the emoji, fetched if needed, or archive (default: %(default)s)")
     add("--device", help="cuda, cuda:1, cpu, … (default: every GPU, or the CPU)")
     add("--tiny", action="store_true", help="train very small networks, to try the command")
     add("--commit", default="not stated", help="commit of this library, for the model card")

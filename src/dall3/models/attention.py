@@ -61,13 +61,12 @@ def sparse_pattern(layout: Tensor, seq_len: int) -> Tensor:
 class Positions:
     """Where the tokens of one forward stand, and what follows from it alone: looked up once, read by every layer."""
 
-    index: Tensor  # int64 (n,), places in the sequence
-    visible: int  # keys at 0 … visible - 1 are read
-    masks: dict[str, Tensor | None]  # attention type -> bool (n, visible) or (heads, n, visible); None: sees all
+    index: Tensor  # int64 (n,), places in the caches
+    visible: int  # rows 0 … visible - 1 of the caches are read
+    masks: dict[str, Tensor | None]  # attention type -> bool (n, keys) or (heads, n, keys); None: sees all
     cos: Tensor | None  # (n, dim_head), rotary: of each channel itself
     sin: Tensor | None  # and of the other one of its pair, with its sign
-    # Whom the first and the second quarter of the channels come from, as quarters of the rows: 2 · place for the
-    # one above, 2 · place + 1 for the one to the left.
+    # Whom the first and the second quarter of the channels come from: the places above, then those to the left.
     neighbours: Tensor  # int64 (2 n,)
     has_left: Tensor  # bool (n, 1), whether there is one to the left
     text_length: int  # the image's rows of `grid_size` begin there
@@ -78,11 +77,13 @@ class Positions:
 class LayerCache:
     """What one layer remembers of earlier positions: tensors (batch, …, length, width) by name, written in place.
 
-    What is not written yet is 0.
+    What is not written yet is 0. With `text`, all sequences of a prompt share the rows of its text: `text` holds these,
+    (prompts, …, text length, width), and the other tensors begin with the image's rows.
     """
 
     length: int
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    text: dict[str, Tensor] = field(default_factory=dict)
 
     def update(self, name: str, rows: Tensor, index: Tensor) -> Tensor:
         """Write rows (batch, …, n, width) at `index` (n,) and return all `length` rows."""
@@ -90,13 +91,22 @@ class LayerCache:
             self.tensors[name] = rows.new_zeros(*rows.shape[:-2], self.length, rows.shape[-1])
         return self.tensors[name].index_copy_(-2, index, rows)
 
-    def copy_from(self, other: LayerCache, times: int) -> None:
-        """Copy `other`, each of whose sequences stands `times` times in a row here, into this one's own tensors."""
-        for name, tensor in other.tensors.items():
+    def start(self, other: LayerCache, times: int, shared: bool) -> None:
+        """Begin with the text's rows of `other`, each of whose sequences stands `times` times in a row here."""
+        for name, found in other.tensors.items():
             if name not in self.tensors:
                 with torch.inference_mode(False):  # so that it can be written in every mode
-                    self.tensors[name] = tensor.new_empty(len(tensor) * times, *tensor.shape[1:])
-            self.tensors[name].unflatten(0, (-1, times)).copy_(tensor[:, None])
+                    batch, shape = len(found) * times, found.shape[1:-2]
+                    self.tensors[name] = found.new_empty(batch, *shape, self.length, found.shape[-1])
+                    if shared:
+                        self.text[name] = torch.empty_like(found)
+            if shared:
+                self.text[name].copy_(found)
+                self.tensors[name].zero_()
+            else:
+                text, image = self.tensors[name].split((found.shape[-2], self.length - found.shape[-2]), dim=-2)
+                text.unflatten(0, (-1, times)).copy_(found[:, None])
+                image.zero_()
 
 
 def remember(cache: LayerCache | None, name: str, rows: Tensor, at: Positions) -> Tensor:
@@ -110,6 +120,40 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin: (n, dim_head), as `Positions` holds them.
     """
     return x * cos + x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) * sin
+
+
+def by_products(x: Tensor) -> bool:
+    """Whether `attend_to_cache` is the faster attention for a step: in float32 on a CPU."""
+    return x.device.type == "cpu" and x.dtype == torch.float32
+
+
+def attend_to_cache(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, text: dict[str, Tensor]) -> Tensor:
+    """Attention of a few queries (batch, heads, n, d) to many keys (batch, heads, m, d), by products of matrices.
+
+    text: keys and values "k" and "v" (prompts, heads, t, d) that come before those, alike for all sequences of a
+    prompt, or nothing. They are read once for all of these, whose queries stand side by side. mask: bool (…, n, t + m).
+    For one query a row a CPU takes 0.6 of the time that scaled_dot_product_attention takes.
+    """
+    batch, heads, n, d = q.shape
+    q = (q * d**-0.5).reshape(batch * heads, n, d)
+    scores = torch.bmm(q, k.flatten(0, 1).transpose(1, 2)).view(batch, heads, n, -1)
+    if text:
+        prompts, _, length, _ = text["k"].shape
+        together = q.view(prompts, -1, heads, n, d).transpose(1, 2).reshape(prompts * heads, -1, d)
+        of_text = torch.bmm(together, text["k"].flatten(0, 1).transpose(1, 2))
+        of_text = of_text.view(prompts, heads, -1, n, length).transpose(1, 2)
+        scores = scores.view(prompts, -1, heads, n, scores.shape[-1])
+        scores = torch.cat((of_text, scores), dim=-1).view(batch, heads, n, -1)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    weights = scores.softmax(dim=-1)
+    if not text:
+        return torch.bmm(weights.flatten(0, 1), v.flatten(0, 1)).view(batch, heads, n, d)
+    of_text, of_image = weights.split((length, k.shape[-2]), dim=-1)
+    of_text = of_text.view(prompts, -1, heads, n, length).transpose(1, 2).reshape(prompts * heads, -1, length)
+    out = torch.bmm(of_image.flatten(0, 1), v.flatten(0, 1)).view(prompts, -1, heads, n, d)
+    out += torch.bmm(of_text, text["v"].flatten(0, 1)).view(prompts, heads, -1, n, d).transpose(1, 2)
+    return out.view(batch, heads, n, d)
 
 
 class Attention(nn.Module):
@@ -126,10 +170,12 @@ class Attention(nn.Module):
         qkv = self.to_qkv(x).unflatten(-1, (3, self.heads, -1)).permute(0, 2, 3, 1, 4)  # (batch, 3, heads, n, d)
         if at.cos is not None and at.sin is not None:
             qkv = rotate(qkv, at.cos, at.sin)
-        q = qkv[:, 0]
-        k, v = remember(cache, "kv", qkv[:, 1:], at).unbind(1)
+        q, k, v = qkv.unbind(1)
+        k, v = remember(cache, "k", k, at), remember(cache, "v", v, at)
         if self.kind == "full" and cache is None:  # the same, and half the work
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        elif cache is not None and (cache.text or (x.shape[1] == 1 and by_products(x))):
+            out = attend_to_cache(q, k, v, at.masks[self.kind], cache.text)
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=at.masks[self.kind])
         return self.to_out(out.transpose(1, 2).flatten(2))

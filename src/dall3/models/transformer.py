@@ -6,7 +6,9 @@ padding id a position), then the image vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -18,6 +20,7 @@ from dall3.models.attention import (
     LayerCache,
     Positions,
     attention_pattern,
+    by_products,
     remember,
     sparse_layout,
     sparse_pattern,
@@ -26,6 +29,8 @@ from dall3.models.interface import Cache, ImageTokenTransformer
 
 ATTENTION_TYPES = ("full", "axial_row", "axial_col", "conv_like", "conv_like_causal", "sparse", "mlp")
 FEED_FORWARD_MULT = 4
+# Rows of a prompt from which a CPU reads the keys and values of its text once for all of them, in products of matrices.
+SHARING_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -147,25 +152,27 @@ class Sublayer(nn.Module):
         self.scale = nn.Parameter(torch.full((config.dim,), init))
         self.shift_tokens = config.shift_tokens
 
-    def forward(self, x: Tensor, at: Positions, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, at: Positions, shift: Shift, cache: LayerCache | None = None) -> Tensor:
         x = self.norm(x)
         if self.shift_tokens:
-            x = shift_tokens(x, at, cache)
+            x = shift(x)
         out: Tensor = self.norm_out(self.function(x, at, cache))
         return out
 
 
-def shift_tokens(x: Tensor, at: Positions, cache: LayerCache | None) -> Tensor:
-    """Two quarters of the channels come from neighbours: above and left in the image, left (both) in the text."""
+def shift_all(x: Tensor, at: Positions) -> Tensor:
+    """Two quarters of the channels come from neighbours: above and left in the image, left (both) in the text.
+
+    x (batch, n, dim) holds all positions, so slices do: a look-up's gradient is slow.
+    """
     quarter, text = x.shape[-1] // 4, at.text_length
-    if cache is None:  # all positions, so slices do: a look-up's gradient is slow
-        first, second, rest = x.split((quarter, quarter, 2 * quarter), dim=-1)
-        first = torch.cat((moved(first[:, :text], 1), moved(first[:, text:], at.grid_size)), dim=1)
-        second = torch.cat((moved(second[:, :text], 1), moved(second[:, text:], 1) * at.has_left[text:]), dim=1)
-        return torch.cat((first, second, rest), dim=-1)
-    quarters = cache.update("shift", x[..., : 2 * quarter], at.index).view(len(x), -1, quarter)
-    shifted = quarters.index_select(1, at.neighbours).view(len(x), -1, 2 * quarter)
-    return torch.cat((shifted, x[..., 2 * quarter :]), dim=-1)
+    first, second, rest = x.split((quarter, quarter, 2 * quarter), dim=-1)
+    first = torch.cat((moved(first[:, :text], 1), moved(first[:, text:], at.grid_size)), dim=1)
+    second = torch.cat((moved(second[:, :text], 1), moved(second[:, text:], 1) * at.has_left[text:]), dim=1)
+    return torch.cat((first, second, rest), dim=-1)
+
+
+Shift = Callable[[Tensor], Tensor]
 
 
 def moved(x: Tensor, steps: int) -> Tensor:
@@ -173,9 +180,67 @@ def moved(x: Tensor, steps: int) -> Tensor:
     return F.pad(x, (0, 0, steps, 0))[:, : x.shape[1]]
 
 
+class Memory:
+    """What the sublayers remember of earlier positions, and the text of their prompts, if it is shared.
+
+    shifted: (positions + 1, sublayers, batch, dim / 2), the half of the channels that the token shift moves. Its last
+    row is never written: it is nobody's, and 0. All sublayers share one tensor: a step reads and writes it once.
+    """
+
+    def __init__(self, sublayers: int, positions: int, length: int) -> None:
+        """length: rows of the layers' caches, with the text if it is not shared."""
+        self.layers, self.length = [LayerCache(length) for _ in range(sublayers)], positions
+        self.shifted: Tensor | None = None
+
+    def room(self, like: Tensor, batch: int, width: int) -> Tensor:
+        """`shifted`, made at its first use."""
+        if self.shifted is None:
+            with torch.inference_mode(False):  # so that it can be written in every mode
+                self.shifted = like.new_zeros(self.length, len(self.layers), batch, width)
+        return self.shifted
+
+    def shifts(self, x: Tensor, index: Tensor, at: Positions, moved: list[Tensor]) -> list[Shift]:
+        """The token shift of each sublayer for x (batch, n, dim) at the places `index` (n,).
+
+        With one place its neighbours are known beforehand, and what moves, (batch, 1, dim / 2), is added to `moved`.
+        With more, they may be among x: what moves is written at once.
+        """
+        quarter, shifted = x.shape[-1] // 4, self.room(x, len(x), x.shape[-1] // 2)
+        if len(index) > 1:
+            return [partial(shift_several, rows, index, at) for rows in shifted.unbind(1)]
+        near = shifted.index_select(0, at.neighbours)[:, :, :, None]
+        above, left = near[0, ..., :quarter].unbind(0), near[1, ..., quarter:].unbind(0)
+        return [partial(shift_one, *pair, moved) for pair in zip(above, left, strict=True)]
+
+    def start(self, other: Memory, times: int, shared: bool) -> None:
+        """Begin with the text of `other`, each of whose sequences stands `times` times in a row here."""
+        for layer, found in zip(self.layers, other.layers, strict=True):
+            layer.start(found, times, shared)
+        if other.shifted is not None:  # no image token has its neighbours in the text
+            _, _, prompts, width = other.shifted.shape
+            self.room(other.shifted, prompts * times, width).zero_()
+
+
+def shift_one(above: Tensor, left: Tensor, moved: list[Tensor], x: Tensor) -> Tensor:
+    """The token shift of one place, x (batch, 1, dim), from quarters (batch, 1, dim / 4) of its neighbours."""
+    moves, rest = x.chunk(2, dim=-1)
+    moved.append(moves)
+    return torch.cat((above, left, rest), dim=-1)
+
+
+def shift_several(rows: Tensor, index: Tensor, at: Positions, x: Tensor) -> Tensor:
+    """The token shift of x (batch, n, dim) at the places `index`, with the rows (positions, batch, dim / 2) before."""
+    quarter = x.shape[-1] // 4
+    moves, rest = x.chunk(2, dim=-1)
+    near = rows.index_copy_(0, index, moves.transpose(0, 1)).index_select(0, at.neighbours)
+    above, left = near.unflatten(0, (2, -1)).transpose(1, 2).unbind(0)
+    return torch.cat((above[..., :quarter], left[..., quarter:], rest), dim=-1)
+
+
 @dataclass(eq=False)
 class DalleCache(Cache):
-    layers: list[LayerCache]  # two a layer, one for each sublayer
+    memory: Memory
+    shared: bool  # whether all rows of a prompt share the keys and values of its text
 
 
 class DalleTransformer(ImageTokenTransformer[DalleCache]):
@@ -220,7 +285,7 @@ class DalleTransformer(ImageTokenTransformer[DalleCache]):
         has_above = (above >= 0) & ~(in_image & (above < c.text_length))
         # The row behind the last position is never written: it is nobody's, and 0.
         above, left = torch.where(has_above, above, c.seq_len), torch.where(left >= 0, left, c.seq_len)
-        self.register_buffer("neighbours", torch.stack((2 * above, 2 * left + 1), dim=1), persistent=False)
+        self.register_buffer("neighbours", torch.stack((above, left)), persistent=False)
 
     def set_rotary_angles(self, angles: Tensor) -> None:
         """Take the table of angles (positions, channels) of a checkpoint; neighbouring channels share an angle."""
@@ -308,21 +373,29 @@ class DalleTransformer(ImageTokenTransformer[DalleCache]):
         return self.logits(text_ids, image_ids)[1]
 
     def new_cache(self, prompts: int, rows: int) -> DalleCache:
-        cache = DalleCache(prompts, rows, self.make_caches())
-        cache.first_logits = self.to_logits.weight.new_empty(prompts, self.config.num_image_tokens)
+        c, weight = self.config, self.to_logits.weight
+        shared = rows >= SHARING_ROWS and by_products(weight) and "mlp" not in c.attn_types
+        length = c.image_seq_len if shared else c.seq_len
+        cache = DalleCache(prompts, rows, Memory(2 * c.depth, c.seq_len + 1, length), shared)
+        cache.first_logits = weight.new_empty(prompts, c.num_image_tokens)
         return cache
 
     def fill_cache(self, text_ids: Tensor, cache: DalleCache) -> None:
-        length, text = self.config.text_length, self.make_caches()
-        x = self.run(self.embed_text(text_ids), torch.arange(length, device=text_ids.device), length, text)
+        c = self.config
+        text = Memory(2 * c.depth, c.seq_len + 1, c.text_length)
+        x = self.run(
+            self.embed_text(text_ids), torch.arange(c.text_length, device=text_ids.device), c.text_length, text
+        )
         cache.first_logits.copy_(self.image_logits(x[:, -1]))
-        for layer, found in zip(cache.layers, text, strict=True):
-            layer.copy_from(found, cache.rows)
+        cache.memory.start(text, cache.rows, cache.shared)
 
     def step(self, previous: Tensor, place: Tensor, cache: DalleCache, end: int | None = None) -> Tensor:
         before = self.config.text_length
         x = self.embed_image(previous, place).repeat(cache.prompts, 1, 1)
-        return self.image_logits(self.run(x, place + before, None if end is None else before + end, cache.layers))
+        x = self.run(
+            x, place + before, None if end is None else before + end, cache.memory, place if cache.shared else None
+        )
+        return self.image_logits(x)
 
     @property
     def cache_numbers(self) -> int:
@@ -344,30 +417,39 @@ class DalleTransformer(ImageTokenTransformer[DalleCache]):
         """Text and image ids together, as DALLE-pytorch counts them."""
         return self.config.text_vocabulary + self.config.num_image_tokens
 
-    def make_caches(self) -> list[LayerCache]:
-        """Empty caches for `run`, two a layer; their batch is that of the first tokens fed."""
-        return [LayerCache(self.config.seq_len + 1) for _ in range(2 * self.config.depth)]
+    def make_caches(self) -> Memory:
+        """Empty caches for `run`; their batch is that of the first tokens fed."""
+        return Memory(2 * self.config.depth, self.config.seq_len + 1, self.config.seq_len)
 
-    def run(self, x: Tensor, index: Tensor, end: int | None, caches: list[LayerCache] | None = None) -> Tensor:
+    def run(
+        self, x: Tensor, index: Tensor, end: int | None, caches: Memory | None = None, kept_at: Tensor | None = None
+    ) -> Tensor:
         """Embeddings (batch, n, dim) of the positions `index` (n,) to hidden states (batch, n, dim).
 
         end: the last position + 1. Without caches x holds all positions before it; with them, the last ones, which the
         caches do not know yet, or know otherwise. None, with caches, reads the keys of all positions under a mask: the
-        shapes are then the same for every token.
+        shapes are then the same for every token. kept_at: int64 (n,), the places in the image's grid, where the caches
+        hold the text apart.
         """
-        c, at = self.config, self._positions(index, end)
-        streams = [x, x] if c.reversible else [x]
+        c, at = self.config, self._positions(index, end, kept_at)
+        moved: list[Tensor] = []
         sublayers = [sublayer for pair in self.layers for sublayer in pair.children()]
-        for i, sublayer in enumerate(sublayers):
+        shifts: list[Shift] = [partial(shift_all, at=at)] * len(sublayers)
+        if caches is not None and c.shift_tokens:
+            shifts = caches.shifts(x, index, at, moved)
+        streams = [x, x] if c.reversible else [x]
+        for i, (sublayer, shift) in enumerate(zip(sublayers, shifts, strict=True)):
             target, source = (i % 2, 1 - i % 2) if c.reversible else (0, 0)
-            out = sublayer(streams[source], at, caches[i] if caches else None)
+            out = sublayer(streams[source], at, shift, caches.layers[i] if caches else None)
             streams[target] = torch.addcmul(streams[target], out, cast(Tensor, sublayer.scale))
+        if moved and caches is not None and caches.shifted is not None:
+            caches.shifted.index_copy_(0, index, torch.stack(moved)[None, :, :, 0])
         x = (streams[0] + streams[1]) / 2 if c.reversible else streams[0]
         if c.stable:
             x = x / x.amax(dim=-1, keepdim=True).detach()
         return self.norm_out(x)
 
-    def _positions(self, index: Tensor, end: int | None) -> Positions:
+    def _positions(self, index: Tensor, end: int | None, kept_at: Tensor | None) -> Positions:
         c, visible = self.config, self.config.seq_len if end is None else end
         masks: dict[str, Tensor | None] = {"full": None}
         for kind in {"full", *c.attn_types} - {"mlp"}:
@@ -377,8 +459,10 @@ class DalleTransformer(ImageTokenTransformer[DalleCache]):
         if c.rotary_emb:
             cos = self.rotary_cos[index].repeat_interleave(2, dim=-1)
             sin = torch.stack((-self.rotary_sin[index], self.rotary_sin[index]), dim=-1).flatten(-2)
-        neighbours = self.neighbours[index]
-        has_left = neighbours[:, 1:] < 2 * c.seq_len
+        neighbours = self.neighbours[:, index]
+        has_left = neighbours[1, :, None] < c.seq_len
+        if kept_at is not None:
+            index, visible = kept_at, visible - c.text_length
         return Positions(index, visible, masks, cos, sin, neighbours.flatten(), has_left, c.text_length, c.grid_size)
 
 

@@ -80,8 +80,10 @@ class Sampling:
     dropped; top_p: in (0, 1], the probability that is kept; not both. cond_scale: how far to go from the logits
     without the text to those with it (classifier-free guidance, as DALLE-pytorch 1.6); 1 for the text's own.
     quantize: "int8" for weights of eight bits, on a CPU: faster for a few candidates at a time, and near the same
-    distribution. jacobi_window: draw so many tokens at a time by speculative Jacobi decoding, one candidate after the
-    other (`dall3.tokens.speculative`): other tokens for a seed, of the same distribution, faster for a few candidates.
+    distribution; "float16" for weights rounded to float16, which is nearer still (weights that float16 holds are kept
+    so without being asked). jacobi_window: draw so many tokens at a time by speculative Jacobi decoding, one candidate
+    after the other (`dall3.tokens.speculative`): other tokens for a seed, of the same distribution, faster for a few
+    candidates.
     """
 
     temperature: float = 1.0
