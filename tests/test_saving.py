@@ -269,7 +269,9 @@ def test_a_repository_of_the_hub(folder: Path, tmp_path: Path, monkeypatch: pyte
     assert not list((tmp_path / "home").rglob("*.py"))
     monkeypatch.setenv("DALL3_OFFLINE", "1")
     assert Dall3Pipeline.from_pretrained("owner/name").vqgan is not None
-    with pytest.raises(FetchError, match="owner/other is no folder, and could not be had from the Hugging Face hub"):
+    with pytest.raises(
+        FetchError, match="owner/other is not a folder, .* cannot be downloaded from the Hugging Face Hub"
+    ):
         Dall3Pipeline.from_pretrained("owner/other")
 
 

@@ -1,7 +1,7 @@
-"""Linear layers laid out for drawing tokens on a CPU, where a step is as fast as the weights are read.
+"""Linear layers with packed or quantised weights for the decode step on a CPU, which is bound by memory bandwidth.
 
-`prepare` makes a copy of a transformer that draws with them; its other tensors are the transformer's own. The copy is
-kept as long as the transformer, for the next picture.
+`prepare` copies a transformer and replaces its linear layers; the copy shares all other tensors. Copies are cached for
+the lifetime of the transformer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ QUANTIZATIONS = ("int8",)
 
 
 class PackedLinear(nn.Module):
-    """A linear layer in the order in which oneDNN reads it: the same numbers but for rounding."""
+    """A linear layer with its weight in oneDNN's packed layout. Results are the same up to rounding."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -36,10 +36,11 @@ class PackedLinear(nn.Module):
 
 
 class RowLinear(nn.Module):
-    """A linear layer for one row at a time, its weights' longer side contiguous: the same numbers but for rounding.
+    """A linear layer for a single row, with the longer side of its weight contiguous. Same results up to rounding.
 
-    On a CPU with AVX2 BLAS's product of a matrix and a vector reads them so on one core as fast as oneDNN's layout on
-    two, and a call costs 3 µs in place of 26: of a picture's time that was a quarter on one core and 4 to 9 % on two.
+    On a CPU with AVX2, BLAS's matrix-vector product reads this layout on one core as fast as oneDNN reads its own on
+    two, with 3 µs of overhead per call instead of 26. A picture takes a quarter less time on one core, 4 to 9 % less
+    on two.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -52,9 +53,9 @@ class RowLinear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """A linear layer with weights of eight bits, a scale a row (arXiv 2208.07339, section 2.1, rows alone).
+    """A linear layer with int8 weights and one scale per output row (arXiv 2208.07339, section 2.1).
 
-    What goes in is rounded to bfloat16. Pays where few rows go in at a time: weights are read four times as fast.
+    The input is rounded to bfloat16. The layer is faster for few input rows, because it reads a quarter of the bytes.
     """
 
     weight: Tensor
@@ -75,16 +76,16 @@ class Int8Linear(nn.Module):
 
 
 PREPARED: WeakKeyDictionary[Any, dict[Any, tuple[Any, Any]]] = WeakKeyDictionary()
-OF_A_CALL = ("_idle_caches", "compiled_step")  # what a transformer holds besides what it is
+OF_A_CALL = ("_idle_caches", "compiled_step")  # attributes of calls, not of the network: left out of the signature
 T = TypeVar("T", bound=ImageTokenTransformer[Any])
 
 
 def signature(transformer: ImageTokenTransformer[Any]) -> tuple[Any, ...]:
-    """A value that changes when a tensor of the transformer is replaced or written to.
+    """A value that changes when a tensor of the transformer is replaced or modified.
 
-    Writes that autograd counts change a tensor's version. Writes to `weight.data` change the product of the matrix and
-    a fixed random vector, whose bytes are compared: the order of rows and columns counts, and every change that
-    rounding does not hide. The product reads the weights once, ten times as fast as they are laid out.
+    In-place operations change a tensor's version counter. Writes through `weight.data` do not, so the signature also
+    holds the product of each weight with a fixed random vector. The product detects permutations and every change above
+    rounding. It reads the weights once and is ten times as fast as packing them.
     """
     held: list[Any] = [id(value) for name, value in vars(transformer).items() if name not in OF_A_CALL]
     for tensor in chain(transformer.parameters(), transformer.buffers()):
@@ -103,25 +104,25 @@ def random_vector(length: int) -> Tensor:
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether oneDNN's layout is to be had for a weight, and faster than torch's own."""
+    """Whether oneDNN's packed layout is available for this weight and faster than PyTorch's."""
     intel = platform.machine().lower() in ("x86_64", "amd64") and torch.backends.mkldnn.is_available()
     return intel and weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
 def prepare(transformer: T, quantize: str | None = None, rows: int | None = None) -> T:
-    """A transformer to draw image tokens with: `transformer`, or a copy whose linear layers are laid out for that.
+    """Return `transformer`, or a cached copy with packed or quantised linear layers for the decode step.
 
-    quantize: "int8" for weights of eight bits, which changes the numbers a little; None for the weights as they are.
-    rows: how many are drawn at a time, if that is known; the layout for one is another.
-    Raises ValueError for int8 elsewhere than on a CPU.
+    quantize: "int8" for int8 weights, which changes the logits slightly; None for the original weights. rows: input
+    rows of a decode step, if known; a single row uses another layout. Raises ValueError for "int8" on a device other
+    than a CPU.
     """
     weight, bias = transformer.head
     if quantize is not None and weight.device.type != "cpu":
         raise ValueError(f"quantize='{quantize}' is for a CPU, and the transformer is on {weight.device}")
     if transformer.image_head is not None or (quantize is None and not can_pack(weight)):
         return transformer
-    # With more cores than two, oneDNN's layout may read faster than the one core that reads a row's. With AVX-512 it
-    # does on one core already: of a picture's time it took 0.75 there, 0.54 on two.
+    # RowLinear runs on one core. With more than two cores, or with AVX-512, oneDNN's packed layout is faster: it takes
+    # 0.75 of RowLinear's time per picture on one core with AVX-512, 0.54 on two.
     alone = rows == 1 and torch.get_num_threads() <= 2 and torch.backends.cpu.get_cpu_capability() != "AVX512"
     plain = RowLinear if alone else PackedLinear
     kind: Callable[[Tensor, Tensor | None], nn.Module] = plain if quantize is None else Int8Linear
@@ -129,7 +130,7 @@ def prepare(transformer: T, quantize: str | None = None, rows: int | None = None
     before, ready = kept.get(kind, (None, transformer))
     if before == found:
         return ready
-    kept.pop(kind, None)  # not in memory beside the next one
+    kept.pop(kind, None)  # free the outdated copy before building the next one
     shared = {id(tensor): tensor for tensor in chain(transformer.parameters(), transformer.buffers())}
     ready = copy.deepcopy(transformer, shared)
     ready.image_head = kind(weight, bias)

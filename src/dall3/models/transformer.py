@@ -1,7 +1,7 @@
-"""The DALL·E transformer (arXiv 2102.12092) as DALLE-pytorch built it, releases 1.0 to 1.6 and the seed's fork.
+"""The DALL·E transformer (arXiv 2102.12092) of DALLE-pytorch, releases 1.0 to 1.6 and Jack000's fork.
 
-Sequence: <bos>, `text_seq_len` text tokens, `grid_size`² image tokens. Logits: the text vocabulary (words, then one
-padding id a position), then the image vocabulary.
+Sequence: <bos>, `text_seq_len` text tokens, `grid_size`² image tokens. Vocabulary: the tokenizer's ids, one padding id
+for each text position, then the image tokens.
 """
 
 from __future__ import annotations
@@ -30,9 +30,12 @@ FEED_FORWARD_MULT = 4
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """What a DalleTransformer is, by DALLE-pytorch's names for its hyper-parameters."""
+    """Configuration of a `DalleTransformer`, with DALLE-pytorch's names for its hyper-parameters.
 
-    num_text_tokens: int  # words of the tokenizer; the text vocabulary is `text_seq_len` wider
+    Raises ValueError for settings that contradict each other, such as rotary embeddings with attention type "mlp".
+    """
+
+    num_text_tokens: int  # size of the tokenizer's vocabulary; each text position adds a padding id of its own
     num_image_tokens: int
     text_seq_len: int
     dim: int
@@ -66,7 +69,7 @@ class TransformerConfig:
 
     @property
     def text_length(self) -> int:
-        """Positions before the image: <bos> and the text."""
+        """Number of positions before the image: <bos> and the text."""
         return self.text_seq_len + 1
 
     @property
@@ -75,7 +78,7 @@ class TransformerConfig:
 
     @property
     def seq_len(self) -> int:
-        """Positions that are ever fed: the last image token predicts nothing."""
+        """Number of input positions. The last image token is never an input."""
         return self.text_seq_len + self.image_seq_len
 
     @property
@@ -84,15 +87,15 @@ class TransformerConfig:
 
 
 def rotary_table(config: TransformerConfig) -> Tensor:
-    """Angles (text_length + image_seq_len, channels): a third for the place in the text, two for row and column.
+    """Rotary angles, float (text_length + image_seq_len, channels): a third each for text position, row and column.
 
-    The image stands at 8192 on the text's axis, the text at -10 on the image's, whose rows and columns run from
-    -1 to 1 (DALLE-pytorch, transformer.py).
+    Image tokens have text position 8192. Text tokens have row and column -10; the rows and columns of the image run
+    from -1 to 1 (DALLE-pytorch, `transformer.py`).
     """
     from rotary_embedding_torch import RotaryEmbedding
 
     part, image_length = config.dim_head // 3, config.image_seq_len
-    with torch.device("cpu"):  # real on a meta model too
+    with torch.device("cpu"):  # real even under the meta device
         sequence, pixel = RotaryEmbedding(dim=part), RotaryEmbedding(dim=part, freqs_for="pixel")
         place = torch.cat((torch.arange(config.text_length).float(), torch.full((image_length,), 8192.0)))
         axis = torch.linspace(-1, 1, steps=config.grid_size)
@@ -103,20 +106,20 @@ def rotary_table(config: TransformerConfig) -> Tensor:
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with a gated GELU between them (arXiv 2002.05202)."""
+    """Feed-forward with a gated GELU, GEGLU (arXiv 2002.05202)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.proj_in = nn.Linear(dim, dim * FEED_FORWARD_MULT * 2)
         self.proj_out = nn.Linear(dim * FEED_FORWARD_MULT, dim)
 
-    def forward(self, x: Tensor, at: Positions, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
         x, gate = self.proj_in(x).chunk(2, dim=-1)
         return self.proj_out(x * F.gelu(gate))
 
 
 class GatedMLP(nn.Module):
-    """gMLP (arXiv 2105.08050): positions mix through a learned causal matrix instead of attention."""
+    """gMLP (arXiv 2105.08050): a learned causal matrix mixes the positions instead of attention."""
 
     def __init__(self, dim: int, seq_len: int) -> None:
         super().__init__()
@@ -127,16 +130,16 @@ class GatedMLP(nn.Module):
         self.bias = nn.Parameter(torch.ones(seq_len))
         self.proj_out = nn.Linear(inner // 2, dim)
 
-    def forward(self, x: Tensor, at: Positions, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
         x, gate = F.gelu(self.proj_in(x)).chunk(2, dim=-1)
-        gate = remember(cache, "gate", self.norm(gate), at)
-        weight, mask = self.weight[at.index, : at.visible], at.masks["full"]
+        gate = remember(cache, "gate", self.norm(gate), positions)
+        weight, mask = self.weight[positions.index, : positions.visible], positions.masks["full"]
         weight = weight if mask is None else weight * mask
-        return self.proj_out(x * (weight @ gate + self.bias[at.index, None]))
+        return self.proj_out(x * (weight @ gate + self.bias[positions.index, None]))
 
 
 class Sublayer(nn.Module):
-    """Norm, token shift, function: what is added to the stream, times `scale` (CaiT's LayerScale, arXiv 2103.17239)."""
+    """Layer norm, token shift, and attention or feed-forward. `scale` is CaiT's LayerScale (arXiv 2103.17239)."""
 
     def __init__(self, config: TransformerConfig, function: nn.Module, layer: int) -> None:
         super().__init__()
@@ -147,41 +150,53 @@ class Sublayer(nn.Module):
         self.scale = nn.Parameter(torch.full((config.dim,), init))
         self.shift_tokens = config.shift_tokens
 
-    def forward(self, x: Tensor, at: Positions, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
         x = self.norm(x)
         if self.shift_tokens:
-            x = shift_tokens(x, at, cache)
-        out: Tensor = self.norm_out(self.function(x, at, cache))
+            x = shift_tokens(x, positions, cache)
+        out: Tensor = self.norm_out(self.function(x, positions, cache))
         return out
 
 
-def shift_tokens(x: Tensor, at: Positions, cache: LayerCache | None) -> Tensor:
-    """Two quarters of the channels come from neighbours: above and left in the image, left (both) in the text."""
-    quarter, text = x.shape[-1] // 4, at.text_length
-    if cache is None:  # all positions, so slices do: a look-up's gradient is slow
+def shift_tokens(x: Tensor, positions: Positions, cache: LayerCache | None) -> Tensor:
+    """Token shift of x (batch, n, dim): the first two quarters of the channels come from neighbouring positions.
+
+    In the image, the first quarter comes from the position above and the second from the left. In the text, both come
+    from the left.
+    """
+    quarter, text = x.shape[-1] // 4, positions.text_length
+    if cache is None:  # all positions are present: slices have a faster backward pass than a lookup
         first, second, rest = x.split((quarter, quarter, 2 * quarter), dim=-1)
-        first = torch.cat((moved(first[:, :text], 1), moved(first[:, text:], at.grid_size)), dim=1)
-        second = torch.cat((moved(second[:, :text], 1), moved(second[:, text:], 1) * at.has_left[text:]), dim=1)
+        first = torch.cat((moved(first[:, :text], 1), moved(first[:, text:], positions.grid_size)), dim=1)
+        second = torch.cat((moved(second[:, :text], 1), moved(second[:, text:], 1) * positions.has_left[text:]), dim=1)
         return torch.cat((first, second, rest), dim=-1)
-    quarters = cache.update("shift", x[..., : 2 * quarter], at.index).view(len(x), -1, quarter)
-    shifted = quarters.index_select(1, at.neighbours).view(len(x), -1, 2 * quarter)
+    quarters = cache.update("shift", x[..., : 2 * quarter], positions.index).view(len(x), -1, quarter)
+    shifted = quarters.index_select(1, positions.neighbours).view(len(x), -1, 2 * quarter)
     return torch.cat((shifted, x[..., 2 * quarter :]), dim=-1)
 
 
 def moved(x: Tensor, steps: int) -> Tensor:
-    """x (batch, n, width) with every row `steps` places later, zeros before them."""
+    """Shift x (batch, n, width) by `steps` positions; the first `steps` rows are zero."""
     return F.pad(x, (0, 0, steps, 0))[:, : x.shape[1]]
 
 
 @dataclass(eq=False)
 class DalleCache(Cache):
-    layers: list[LayerCache]  # two a layer, one for each sublayer
+    """Key/value caches of all layers."""
+
+    layers: list[LayerCache]  # two per layer, one for each sublayer
 
 
 class DalleTransformer(ImageTokenTransformer[DalleCache]):
-    """The DALL·E transformer. `forward` gives the original's logits; `prefill` and `step` draw tokens one by one.
+    """The DALL·E transformer of DALLE-pytorch (`dalle_pytorch.py`).
 
-    Raises ValueError for a configuration that contradicts itself.
+    `forward` returns the logits of the original. `prefill` and `step` generate image tokens one by one, with a cache.
+    Raises ValueError if layers of different attention types share weights.
+
+    >>> transformer = DalleTransformer(TransformerConfig(100, 16, 8, dim=32, depth=2, heads=2, grid_size=4))
+    >>> text_ids, image_ids = torch.ones(1, 8, dtype=torch.int64), torch.zeros(1, 16, dtype=torch.int64)
+    >>> transformer(text_ids, image_ids).shape
+    torch.Size([1, 24, 124])
     """
 
     config: TransformerConfig
@@ -213,29 +228,31 @@ class DalleTransformer(ImageTokenTransformer[DalleCache]):
         for kind in {"full", *c.attn_types} - {"mlp", "sparse"}:
             pattern = attention_pattern(kind, c.text_length, c.grid_size)
             self.register_buffer(f"{kind}_pattern", pattern, persistent=False)
-        place = torch.arange(c.text_length + c.image_seq_len, device="cpu")  # real on a meta model too
+        place = torch.arange(c.text_length + c.image_seq_len, device="cpu")  # real even under the meta device
         in_image, in_row = place >= c.text_length, (place - c.text_length) % c.grid_size
         above = torch.where(in_image, place - c.grid_size, place - 1)
         left = torch.where(in_image & (in_row == 0), -1, place - 1)
         has_above = (above >= 0) & ~(in_image & (above < c.text_length))
-        # The row behind the last position is never written: it is nobody's, and 0.
+        # Index seq_len is a sentinel row of the cache that is never written, always zero.
         above, left = torch.where(has_above, above, c.seq_len), torch.where(left >= 0, left, c.seq_len)
         self.register_buffer("neighbours", torch.stack((2 * above, 2 * left + 1), dim=1), persistent=False)
 
     def set_rotary_angles(self, angles: Tensor) -> None:
-        """Take the table of angles (positions, channels) of a checkpoint; neighbouring channels share an angle."""
+        """Set the rotary angles (positions, channels), as stored in a checkpoint. Adjacent channels share an angle."""
         half = angles.reshape(angles.shape[-2:])[:, ::2]
-        # The last channels do not turn; the seed's table lacks the very last position, which is never fed.
+        # The remaining channels are not rotated. Upstream's table lacks the last position, which is never an input.
         rows = self.config.text_length + self.config.image_seq_len - len(half)
         half = F.pad(half, (0, self.config.dim_head // 2 - half.shape[1], 0, rows))
         self.register_buffer("rotary_cos", half.cos())
         self.register_buffer("rotary_sin", half.sin())
 
     def forward(self, text_ids: Tensor, image_ids: Tensor | None = None) -> Tensor:
-        """Logits (batch, positions, text + image vocabulary); what cannot follow has the dtype's lowest value.
+        """Logits of the next token at every position, with the whole sequence as input (teacher forcing).
 
-        text_ids: int64 (batch, text_seq_len), padded with 0. image_ids: int64 (batch, up to grid_size²) or None.
-        There is a position for <bos>, each text and each image token, except the very last one, which nothing follows.
+        text_ids: int64 (batch, text_seq_len), padded with 0. image_ids: int64 (batch, n), n ≤ grid_size², or None.
+        Returns float (batch, positions, text_vocabulary + num_image_tokens). The positions are <bos>, the text and the
+        image tokens, without the last image token of a full grid. Image tokens at text positions, and text tokens at
+        image positions, have the lowest value of the dtype. Raises ValueError for a text of another length.
         """
         text, image = self.logits(text_ids, image_ids)
         lowest = torch.finfo(text.dtype).min
@@ -243,9 +260,10 @@ class DalleTransformer(ImageTokenTransformer[DalleCache]):
         return torch.cat((text, F.pad(image, (self.config.text_vocabulary, 0), value=lowest)), dim=1)
 
     def loss(self, text_ids: Tensor, image_ids: Tensor, seen_ids: Tensor | None = None) -> Tensor:
-        """The next token's mean cross-entropy in nats, text and image weighted 1 : loss_img_weight. Shapes as above.
+        """Mean cross-entropy of the next token in nats; text and image are weighted 1 : loss_img_weight.
 
-        seen_ids: shown to the transformer in place of image_ids, of which it is to find the next one all the same.
+        text_ids: int64 (batch, text_seq_len). image_ids: int64 (batch, grid_size²), the targets. seen_ids: image tokens
+        that replace `image_ids` as the input; the targets stay the same.
         """
         text, image = self.logits(text_ids, image_ids if seen_ids is None else seen_ids)
         text_loss = F.cross_entropy(text.transpose(1, 2), self.pad_text(text_ids))
@@ -254,49 +272,55 @@ class DalleTransformer(ImageTokenTransformer[DalleCache]):
         return (text_loss + weight * image_loss) / (weight + 1)
 
     def logits(self, text_ids: Tensor, image_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Text logits of the positions that a text token follows, image logits of the others."""
+        """Text logits (batch, text_seq_len, text_vocabulary) and image logits (batch, n, num_image_tokens).
+
+        n is the number of positions that an image token follows.
+        """
         c = self.config
         x = self.embed_text(text_ids)
         if image_ids is not None:
             places = torch.arange(image_ids.shape[1], device=x.device)
             x = torch.cat((x, self.embed_image(image_ids, places)), dim=1)[:, : c.seq_len]
         if c.stable:
-            x = x * 0.1 + x.detach() * 0.9  # the same value, a tenth of the gradient (CogView, arXiv 2105.13290)
+            x = x * 0.1 + x.detach() * 0.9  # scales the gradient by 0.1 (CogView, arXiv 2105.13290)
         x = self.run(x, torch.arange(x.shape[1], device=x.device), x.shape[1])
         return self.text_logits(x[:, : c.text_seq_len]), self.image_logits(x[:, c.text_seq_len :])
 
     def image_logits(self, x: Tensor) -> Tensor:
-        """Hidden states (batch, n, dim) from `run` to logits (batch, n, num_image_tokens): half of the head only."""
+        """Map hidden states (batch, n, dim) from `run` to image logits (batch, n, num_image_tokens)."""
         if self.image_head is not None:
             logits: Tensor = self.image_head(x)
             return logits
         return F.linear(x, *self.head)
 
     def text_logits(self, x: Tensor) -> Tensor:
-        """Hidden states (batch, n, dim) from `run` to logits (batch, n, text vocabulary)."""
+        """Map hidden states (batch, n, dim) from `run` to text logits (batch, n, text_vocabulary)."""
         end = self.config.text_vocabulary
         return F.linear(x, self.to_logits.weight[:end], self.to_logits.bias[:end])
 
     def pad_text(self, text_ids: Tensor) -> Tensor:
-        """Every 0 becomes the padding id of its own position."""
+        """Replace each padding 0 at position i by the id `num_text_tokens + i`."""
         padding = torch.arange(self.config.text_seq_len, device=text_ids.device) + self.config.num_text_tokens
         return torch.where(text_ids == 0, padding, text_ids)
 
     def embed_text(self, text_ids: Tensor) -> Tensor:
-        """Text ids (batch, text_seq_len), 0 for padding, to embeddings (batch, text_seq_len + 1, dim); <bos> first."""
+        """Embed text ids (batch, text_seq_len), padded with 0: (batch, text_length, dim), <bos> first.
+
+        Raises ValueError for another length.
+        """
         if text_ids.shape[-1] != self.config.text_seq_len:
             raise ValueError(f"text has {text_ids.shape[-1]} tokens; this transformer takes {self.config.text_seq_len}")
         return self.embed_words(F.pad(self.pad_text(text_ids), (1, 0)), slice(None))
 
     def embed_words(self, ids: Tensor, part: slice) -> Tensor:
-        """A part of the text's ids (batch, n), <bos> = 0 first, as they are, to embeddings (batch, part, dim)."""
+        """Embed the positions `part` of text ids (batch, n) that begin with <bos> = 0, without replacing padding."""
         c = self.config
         table = self.to_logits.weight[: c.text_vocabulary] if c.share_input_output_emb else self.text_emb.weight
         x = F.embedding(ids[:, part], table)
         return x if c.rotary_emb else x + self.text_pos_emb.weight[part]
 
     def embed_image(self, image_ids: Tensor, places: Tensor) -> Tensor:
-        """Image ids (batch, n) at `places` (n,) of the image's grid, 0 first, to embeddings (batch, n, dim)."""
+        """Embed image ids (batch, n) at grid indices `places` (n,), counted from 0: (batch, n, dim)."""
         c = self.config
         table = self.to_logits.weight[c.text_vocabulary :] if c.share_input_output_emb else self.image_emb.weight
         x = F.embedding(image_ids, table)
@@ -327,7 +351,7 @@ class DalleTransformer(ImageTokenTransformer[DalleCache]):
     @property
     def cache_numbers(self) -> int:
         c = self.config
-        kept = 2 * c.heads * c.dim_head + c.dim  # keys, values, and what the token shift of both sublayers remembers
+        kept = 2 * c.heads * c.dim_head + c.dim  # keys, values, and the token shift of both sublayers
         return c.depth * kept * (c.seq_len + 1) + c.num_image_tokens
 
     @property
@@ -341,26 +365,26 @@ class DalleTransformer(ImageTokenTransformer[DalleCache]):
 
     @property
     def top_k_vocabulary(self) -> int:
-        """Text and image ids together, as DALLE-pytorch counts them."""
+        """Size of the text and image vocabulary together, as in DALLE-pytorch."""
         return self.config.text_vocabulary + self.config.num_image_tokens
 
     def make_caches(self) -> list[LayerCache]:
-        """Empty caches for `run`, two a layer; their batch is that of the first tokens fed."""
+        """Empty caches for `run`, two per layer. The first call of `run` sets their batch size."""
         return [LayerCache(self.config.seq_len + 1) for _ in range(2 * self.config.depth)]
 
     def run(self, x: Tensor, index: Tensor, end: int | None, caches: list[LayerCache] | None = None) -> Tensor:
-        """Embeddings (batch, n, dim) of the positions `index` (n,) to hidden states (batch, n, dim).
+        """Run all layers on embeddings (batch, n, dim) of positions `index` (n,): hidden states (batch, n, dim).
 
-        end: the last position + 1. Without caches x holds all positions before it; with them, the last ones, which the
-        caches do not know yet, or know otherwise. None, with caches, reads the keys of all positions under a mask: the
-        shapes are then the same for every token.
+        end: the last position + 1. Without caches, x must hold all positions before `end`. With caches, x holds the
+        last positions, whose cache entries are written or overwritten. With caches and `end` None, the keys of all
+        positions are read under a mask, so that shapes are the same for every token.
         """
-        c, at = self.config, self._positions(index, end)
+        c, positions = self.config, self._positions(index, end)
         streams = [x, x] if c.reversible else [x]
         sublayers = [sublayer for pair in self.layers for sublayer in pair.children()]
         for i, sublayer in enumerate(sublayers):
             target, source = (i % 2, 1 - i % 2) if c.reversible else (0, 0)
-            out = sublayer(streams[source], at, caches[i] if caches else None)
+            out = sublayer(streams[source], positions, caches[i] if caches else None)
             streams[target] = torch.addcmul(streams[target], out, cast(Tensor, sublayer.scale))
         x = (streams[0] + streams[1]) / 2 if c.reversible else streams[0]
         if c.stable:
@@ -371,7 +395,7 @@ class DalleTransformer(ImageTokenTransformer[DalleCache]):
         c, visible = self.config, self.config.seq_len if end is None else end
         masks: dict[str, Tensor | None] = {"full": None}
         for kind in {"full", *c.attn_types} - {"mlp"}:
-            if kind != "full" or end is None or len(index) > 1:  # the last position sees all before it
+            if kind != "full" or end is None or len(index) > 1:  # the last position attends to all keys: no mask
                 masks[kind] = self.get_buffer(f"{kind}_pattern")[..., index, :visible]
         cos = sin = None
         if c.rotary_emb:
@@ -383,7 +407,10 @@ class DalleTransformer(ImageTokenTransformer[DalleCache]):
 
 
 def layer_functions(config: TransformerConfig) -> list[tuple[nn.Module, nn.Module]]:
-    """Attention (or gMLP) and feed-forward of each layer; layers that share weights get the same modules."""
+    """Attention (or gMLP) and feed-forward modules of each layer. Layers that share weights get the same modules.
+
+    Raises ValueError if layers of different attention types share weights.
+    """
     c = config
     attentions: dict[int, tuple[str, nn.Module]] = {}
     feed_forwards: dict[int, nn.Module] = {}
