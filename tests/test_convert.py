@@ -190,7 +190,7 @@ def test_a_unet_that_is_no_published_one_asks_for_its_flags(save: Any) -> None:
     for levels, blocks in (((2, 3), 3), ((1, 2, 3), 2)):
         config = UNetConfig(32, sizes, blocks, levels, 64, num_heads=4, use_scale_shift_norm=True, resblock_updown=True)
         path = save(UNet(config).state_dict())
-        with pytest.raises(CheckpointError, match="attention heads the tensors do not tell; give the flags"):
+        with pytest.raises(CheckpointError, match="do not determine its attention heads; give the flags"):
             load_unet(path)
         assert load_unet(path, {"image_size": 64, "num_heads": 4}).config.num_heads == 4
 
@@ -219,7 +219,7 @@ def features_are_golden(clip: Any) -> bool:
 
 def test_a_clip_that_is_not_openais_file_is_asked_what_it_is(save: Any, tmp_path: Path) -> None:
     path = save({"epoch": 1, "model_state_dict": Golden("clip_vit").weights()})
-    with pytest.raises(CheckpointError, match="do not tell its activation.*give config.*ruCLIP"):
+    with pytest.raises(CheckpointError, match="do not determine its activation.*give config.*ruCLIP"):
         load_clip(path)
     form = {"embed_dim": 32, "vision_cfg": {"image_size": 64, "layers": 2, "width": 64, "patch_size": 16}}
     form |= {"text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2}}
@@ -266,7 +266,7 @@ def test_sizes_of_open_clips_table() -> None:
     for name in ("ViT-B-32-256", "ViT-L-16", "ViT-g-14"):
         assert recognise(shapes(name), "", "x.pt") == open_clip.get_model_config(name)
     for name in ("ViT-B-16", "RN50"):
-        with pytest.raises(CheckpointError, match=f"fits {name} and {name}-quickgelu alike.*ruCLIP"):
+        with pytest.raises(CheckpointError, match=f"matches {name} and {name}-quickgelu, which differ.*ruCLIP"):
             recognise(shapes(name), "", "x.pt")
         training = f"2023_01_01-12_00_00-model_{name}-lr_0.0005-b_64"
         assert recognise(shapes(name), training, "x.pt") == open_clip.get_model_config(name)
@@ -318,7 +318,7 @@ def test_a_name_that_cannot_be_fetched(tiny: str, monkeypatch: pytest.MonkeyPatc
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(pretrained, "hf_hub_download", unreachable)
-    words = "tiny/gone could not be had from .* hub .nobody/nothing.: .*no route to host.*--clip_path FILE"
+    words = "tiny/gone cannot be downloaded from .* Hub .nobody/nothing.: .*no route to host.*--clip_path FILE"
     with pytest.raises(FetchError, match=words):
         load_clip("tiny/gone")
     monkeypatch.setenv("DALL3_OFFLINE", "1")

@@ -9,7 +9,12 @@ import pytest
 import dall3
 from dall3 import batch, images, loading, output, parts, pipeline, request
 from dall3.batch import prompts
+from dall3.diffusion import denoising, schedule
+from dall3.models import clip, dalle_mini, rudalle, transformer, unet, vqgan
 from dall3.output import Preview
+from dall3.text import load, rules
+from dall3.tokens import sampling
+from dall3.weights import registry
 
 PUBLIC = [getattr(dall3, name) for name in dall3.__all__ if name[0] != "_"] + [Preview]
 FROM_ELSEWHERE = {"from_checkpoints", "push_to_hub"}  # need files of 2021, or a network
@@ -24,9 +29,11 @@ def public_functions(owner):
     return found
 
 
+PUBLIC_MODULES = (images, output, loading, parts, pipeline, request, batch, prompts)
+NETWORKS = (clip, dalle_mini, rudalle, transformer, unet, vqgan)
 EXAMPLES = {
     test.name: test
-    for module in (images, output, loading, parts, pipeline, request, batch, prompts)
+    for module in (*PUBLIC_MODULES, *NETWORKS, denoising, schedule, load, rules, sampling, registry)
     for test in doctest.DocTestFinder(exclude_empty=True).find(module)
     if test.examples
 }

@@ -164,7 +164,7 @@ def test_a_saved_folder_loads_again(model, expected, tmp_path):
 
 
 def test_files_that_do_not_fit_are_refused(files, tmp_path):
-    with pytest.raises(CheckpointError, match="128 image rows do not tell .* hparams={'num_image_tokens'"):
+    with pytest.raises(CheckpointError, match="128 image rows do not determine .* hparams={'num_image_tokens'"):
         load_transformer(files)
     with pytest.raises(CheckpointError, match="the decoder of DALL·E Mini or Mega; give both of its files"):
         load_transformer(files[1])

@@ -321,7 +321,7 @@ WRONG = (
     (["redirect_to_nothing"] * 5, "no answer"),
     (["zipped"], "sends it as gzip"),
     (["odd_redirect"], "no answer"),
-    (["huge"], "for which there is no room"),
+    (["huge"], "for which the disk has no room"),
 )
 
 
@@ -448,7 +448,7 @@ def test_a_full_disk_is_said_before_anything_is_fetched(
     monkeypatch.setattr(download.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(FetchError, match="needs 69 MB in .* 67 MB are free; make room, or set DALL3_HOME"):
         fetch_file(want(tmp_path, server.url + "/model.pt", size=len(DATA)), progress=False)
-    with pytest.raises(FetchError, match="has 1,500,000 bytes, as it says, for which there is no room"):
+    with pytest.raises(FetchError, match="reports 1,500,000 bytes, for which the disk has no room"):
         fetch_file(want(tmp_path, server.url + "/model.pt"), progress=False)
     assert not list((tmp_path / "home").rglob("*.part"))
 

@@ -31,7 +31,7 @@ from dall3.weights.folder import load_part, save_part
 from conftest import GOLDEN, Golden, load_seedset, save_dalle, save_vqgan
 from originals import openai_clip
 
-TRANSFORMERS = sorted(folder.name for folder in GOLDEN.glob("dalle_*"))
+TRANSFORMERS = sorted(folder.name for folder in GOLDEN.glob("dalle_*") if folder.name != "dalle_mini")
 UNETS = sorted(folder.name for folder in GOLDEN.glob("unet_*"))
 
 
@@ -269,7 +269,9 @@ def test_a_repository_of_the_hub(folder: Path, tmp_path: Path, monkeypatch: pyte
     assert not list((tmp_path / "home").rglob("*.py"))
     monkeypatch.setenv("DALL3_OFFLINE", "1")
     assert Dall3Pipeline.from_pretrained("owner/name").vqgan is not None
-    with pytest.raises(FetchError, match="owner/other is no folder, and could not be had from the Hugging Face hub"):
+    with pytest.raises(
+        FetchError, match="owner/other is not a folder, .* cannot be downloaded from the Hugging Face Hub"
+    ):
         Dall3Pipeline.from_pretrained("owner/other")
 
 

@@ -188,15 +188,15 @@ def test_every_kind_decodes_tensors_refuses_foreign_ids_and_pickles(kind: str, r
         (b"", "empty"),
         (b" \n\n", "empty"),
         (b"PK\x03\x04\x80\x02weights", "can't decode"),
-        (b"A cube made of cloud\n", "no known kind"),
-        (b"<!doctype html>\n", "no known kind"),
+        (b"A cube made of cloud\n", "not of a known kind"),
+        (b"<!doctype html>\n", "not of a known kind"),
         (MODEL.read_bytes()[:700], "23 characters and 148 merges"),
         (MODEL.read_bytes()[:9], "not enough values"),
         (MODEL.read_bytes().replace(b"173 172 174", b"173 999 174"), "999"),
         (MODEL.read_bytes().replace(b"173 172 174", b"38 29 174"), "not all different"),
         (MODEL.read_bytes().replace(b"9601", b"9602"), "word mark"),
         (b'{"version": "1.0", "model": {"type": "B', "Unterminated"),
-        (b'{"hidden_size": 768}', "its model is no object"),
+        (b'{"hidden_size": 768}', "its model is not an object"),
         (b"[PAD]\n[UNK]\ncube\n", "sep_token"),
     ],
 )
@@ -284,7 +284,7 @@ SELF = "\n".join(["1 40", "97 4", *(f"{4 + i} {4 + i} {5 + i}" for i in range(40
             "64 times",
         ),
         (json.dumps({"model": {"type": "Unknown"}}), "its model is a Unknown"),
-        (json.dumps({"model": 3}), "its model is no object"),
+        (json.dumps({"model": 3}), "its model is not an object"),
         (json.dumps({"model": BPE | {"merges": ["a q"]}}), "damaged or not a tokenizer"),
         ("{" * 100_000, "damaged or not a tokenizer"),
         (SELF, "more than 1000 characters"),
@@ -339,5 +339,5 @@ def test_a_word_that_a_tokenizer_cannot_encode_is_a_value_error(tmp_path):
     words = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[UNK]"}
     text = {"version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": None, "decoder": None}
     (tmp_path / "tokenizer.json").write_text(json.dumps(text | {"model": words}))
-    with pytest.raises(ValueError, match="the tokenizer encodes no such text"):
+    with pytest.raises(ValueError, match="the tokenizer cannot encode this text"):
         load_tokenizer(tmp_path / "tokenizer.json").encode("zebra")

@@ -1,11 +1,11 @@
-"""Errors that several rooms raise. A message says what was wrong, what was expected and what to do."""
+"""Shared exceptions and checks. Every message says what was wrong, what was expected and what to do."""
 
 
 class FetchError(OSError):
-    """Weights that are not here and could not be fetched."""
+    """Weights are not on this machine and could not be downloaded."""
 
 
 def require(holds: bool, message: str) -> None:
-    """Raise ValueError with the message where a condition does not hold."""
+    """Raise ValueError with `message` if the condition `holds` is False."""
     if not holds:
         raise ValueError(message)

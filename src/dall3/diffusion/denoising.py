@@ -1,4 +1,4 @@
-"""The denoising loop: from noise, or a noised picture, to the picture that the UNet predicts."""
+"""The denoising loop: from pure noise, or from a noised image, to the predicted image."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from dall3.models.layout import lay_out
 from dall3.models.unet import UNet
 from dall3.tokens.sampling import check_counts
 
-Guide = Callable[[Predict, GaussianDiffusion, float], Predict]  # the last: the lowest step that is guided
-Generators = list[torch.Generator]  # one a picture
+Guide = Callable[[Predict, GaussianDiffusion, float], Predict]  # the float is the lowest step that is guided
+Generators = list[torch.Generator]  # one for each picture
 
 
-def around_the_edges(unet: UNet) -> Callable[..., Tensor]:
-    """The UNet on pictures whose opposite edges meet: it sees what lies beyond an edge, and gives back the middle."""
+def with_circular_padding(unet: UNet) -> Callable[..., Tensor]:
+    """Wrap a UNet for seamless images: pad the inputs circularly and crop the output."""
 
     def run(x: Tensor, timesteps: Tensor, **conditioning: Tensor) -> Tensor:
         side, margin = x.shape[-1], unet.config.downsampling
 
-        def widen(part: Tensor) -> Tensor:
-            return F.pad(part, [margin * part.shape[-1] // side] * 4, mode="circular")
+        def pad(tensor: Tensor) -> Tensor:
+            return F.pad(tensor, [margin * tensor.shape[-1] // side] * 4, mode="circular")
 
-        more = {name: widen(part) for name, part in conditioning.items()}
-        out: Tensor = unet(widen(x), timesteps, **more)
+        padded = {name: pad(tensor) for name, tensor in conditioning.items()}
+        out: Tensor = unet(pad(x), timesteps, **padded)
         return out[..., margin : margin + side, margin : margin + side]
 
     return run
@@ -49,8 +49,8 @@ def around_the_edges(unet: UNet) -> Callable[..., Tensor]:
 def unet_predict(
     unet: UNet, diffusion: GaussianDiffusion, conditioning: dict[str, Tensor], seamless: bool = False
 ) -> Predict:
-    """The UNet as `predict(x, i)`, in whatever precision its weights have; the statistics are float32."""
-    dtype, run = next(unet.parameters()).dtype, around_the_edges(unet) if seamless else unet
+    """Wrap a UNet as `predict(x, i)`. It runs in the dtype of its weights; the diffusion statistics are float32."""
+    dtype, run = next(unet.parameters()).dtype, with_circular_padding(unet) if seamless else unet
 
     def predict(x: Tensor, i: float) -> Prediction:
         timesteps = torch.full((len(x),), diffusion.at("timestep", i), device=x.device)
@@ -59,28 +59,34 @@ def unet_predict(
     return predict
 
 
-# Pictures refined at a time. A CPU has nothing to gain from more: two cores took 17 to 20 s for four at once, guided,
-# and 12 s for one after the other.
+# Pictures per denoising batch by device type, 4 elsewhere. A CPU gains nothing from more: with guidance, two cores take
+# 17 to 20 s for four pictures in one batch, and 12 s for four one by one.
 REFINED_AT_ONCE = {"cpu": 1}
 
 
 def refined_at_once(given: int | None, device: torch.device | str) -> int:
-    """How many pictures to refine at a time on a device: as many as are asked for, or 1 on a CPU and 4 elsewhere."""
+    """Pictures per denoising batch: `given`, or by default 1 on a CPU and 4 on other devices."""
     return REFINED_AT_ONCE.get(torch.device(device).type, 4) if given is None else given
 
 
 @dataclass(frozen=True)
 class Denoising:
-    """How a picture is refined: what `Dall3Pipeline.upsample` and its call take.
+    """Settings for refining pictures by diffusion, for `Dall3Pipeline.upsample` and the pipeline call.
 
     num_inference_steps: a number, or guided-diffusion's respacing ("10,10,5", "ddim25"). scheduler: "ddim", "ddpm"
-    (ancestral), "dpm-solver++", or a diffusers scheduler. strength: in (0, 1], how far the picture that it starts from
-    is noised, the coarse one enlarged where the UNet is conditioned on codes; None for 0.5 of an unconditional UNet,
-    and for pure noise, as the seed has it, of one that is conditioned. stop_at: stop after so many steps.
-    clip_guidance_scale: how hard CLIP pulls towards the prompt, looking at `cutn` cut-outs; 0 computes nothing of
-    CLIP. tv_scale, range_scale: penalties for unsmoothness and for colours out of range. guidance_share: in [0, 1],
-    the share of the steps, from the noisiest on, that are guided. seamless: opposite edges meet, so that copies of the
-    picture lie side by side without a seam; costs about half as much again.
+    (ancestral sampling), "dpm-solver++", or a diffusers scheduler. strength: in (0, 1], the fraction of the noise that
+    is added to the initial image (the upsampled coarse picture, for a UNet conditioned on codes). None: 0.5 for an
+    unconditional UNet; pure noise for a conditional one, as upstream. stop_at: stop after this many steps.
+
+    clip_guidance_scale: scale of CLIP guidance towards the prompt; 0 skips CLIP. cutn: cut-outs per step that CLIP
+    embeds. tv_scale, range_scale: weights of the total variation loss and of the loss for colours out of range.
+    guidance_share: in [0, 1], the fraction of the steps that are guided, from the first (noisiest) step. seamless: make
+    the picture tileable, with edges that continue on the opposite side; takes about 1.5 times as long.
+
+    Raises ValueError for a value out of range and for an unknown scheduler.
+
+    >>> Denoising(num_inference_steps=10, scheduler="dpm-solver++").clip_guidance_scale
+    0.0
     """
 
     num_inference_steps: int | str = 25
@@ -111,17 +117,17 @@ class Denoising:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the denoising loop, done. x is what the next step starts from: changed in place, it goes on so."""
+    """State after one step of the denoising loop. The next step reads `x`, so in-place changes of it take effect."""
 
-    number: int  # from 0
-    total: int
-    timestep: int  # of the training's steps
-    x: Tensor  # float32 (batch, 3, height, width)
-    pred_xstart: Tensor  # the picture that it aims at, about [-1, 1]
+    number: int  # index of the step, from 0
+    total: int  # number of steps
+    timestep: int  # training timestep
+    x: Tensor  # float32 (batch, 3, height, width), the noisy images
+    pred_xstart: Tensor  # float32 (batch, 3, height, width), the predicted x_0, approximately in [-1, 1]
 
 
 def denoise(*args: Any, **kwargs: Any) -> Tensor:
-    """The last predicted x_0 of `denoising_steps`, whose arguments it takes: float32 (batch, 3, height, width)."""
+    """Run `denoising_steps` with these arguments; returns the last predicted x_0, float32 (batch, 3, height, width)."""
     for step in denoising_steps(*args, **kwargs):  # noqa: B007
         pass
     return step.pred_xstart
@@ -137,10 +143,12 @@ def denoising_steps(
     guide: Guide | None = None,
     progress: str | None = None,
 ) -> Iterator[Step]:
-    """The denoising loop: from noise, or from `picture` noised `strength` of the way, to the predicted x_0.
+    """The denoising loop; yields after every step.
 
-    shape: of one picture. generators: one a picture, on the device where the work is done. picture: float (batch, 3,
-    height, width) in [-1, 1]. guide: wraps `predict`. progress: what a progress bar is called; None for no bar.
+    shape: (3, height, width) of one picture. generators: one for each picture, on the device of the UNet. conditioning:
+    keyword arguments of `UNet.forward`. picture: initial images, float (batch, 3, height, width) in [-1, 1], to which
+    `settings.strength` of the noise is added; None to start from pure noise. guide: adds guidance to `predict`.
+    progress: label of the progress bar; None for no bar.
     """
     device, scheduler = generators[0].device, settings.scheduler
 
@@ -152,7 +160,7 @@ def denoising_steps(
     steps, order = list[Any](range(len(diffusion) - 1, -1, -1)), 1
     if not by_name:
         scheduler = scheduler_for(scheduler, diffusion, int(settings.num_inference_steps), device)
-        # A scheduler of second order takes two runs a step, and one for the last.
+        # A second-order scheduler runs the UNet twice per step, and once in the last step.
         steps, order = scheduler.timesteps.tolist(), scheduler.order
     x, first = start if by_name else start * scheduler.init_noise_sigma, 0
     if picture is not None:

@@ -1,4 +1,4 @@
-"""What pulls the picture towards the prompt: CLIP guidance (Crowson, 2021), as Jack000/guided-diffusion has it."""
+"""CLIP guidance of the denoising loop (Crowson, 2021), as in Jack000/guided-diffusion."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from dall3.models.clip import CLIP
 
 
 def spherical_distance(x: Tensor, y: Tensor) -> Tensor:
-    """Half the squared great-circle distance between the directions of x and y (…, width), in [0, π²/2]: (…)."""
+    """Half the squared great-circle distance of x and y (…, width) on the unit sphere: (…), in [0, π²/2]."""
     chord = (F.normalize(x, dim=-1) - F.normalize(y, dim=-1)).norm(dim=-1)
     return 2 * torch.arcsin(chord / 2) ** 2
 
 
 def total_variation(images: Tensor) -> Tensor:
-    """Mean squared difference of neighbouring pixels (arXiv 1412.0035) of images (batch, 3, h, w): (batch,)."""
+    """Total variation loss (arXiv 1412.0035): mean squared difference of adjacent pixels.
+
+    images: (batch, 3, height, width). Returns (batch,).
+    """
     padded = F.pad(images, (0, 1, 0, 1), "replicate")
     across = padded[..., :-1, 1:] - padded[..., :-1, :-1]
     down = padded[..., 1:, :-1] - padded[..., :-1, :-1]
@@ -28,12 +31,15 @@ def total_variation(images: Tensor) -> Tensor:
 
 
 def range_loss(images: Tensor) -> Tensor:
-    """Mean squared distance of images (batch, 3, h, w) from the range [-1, 1]: (batch,)."""
+    """Mean squared distance of images (batch, 3, height, width) from the range [-1, 1]: (batch,)."""
     return ((images - images.clamp(-1, 1)) ** 2).mean(dim=(1, 2, 3))
 
 
 def draw_cutouts(side: int, cut_size: int, cutn: int, generator: torch.Generator) -> Tensor:
-    """Random squares of a picture of `side` pixels: int64 (cutn, 3) of size, left, top. Sizes from CLIP's to all."""
+    """Sample random squares in an image of `side` pixels: int64 (cutn, 3), with columns size, left, top.
+
+    Sizes are uniform between min(side, cut_size) and side.
+    """
     smallest = min(side, cut_size)
     size, left, top = torch.rand(3, cutn, generator=generator, device=generator.device)
     size = (size * (side - smallest) + smallest).long()
@@ -42,9 +48,10 @@ def draw_cutouts(side: int, cut_size: int, cutn: int, generator: torch.Generator
 
 
 def pooling_matrix(start: Tensor, size: Tensor, side: int, out: int) -> Tensor:
-    """Average pooling of `size` pixels from `start` (both int64 (cutn,)) to `out`, as matrices (cutn, out, side).
+    """Average pooling of the pixels start … start + size - 1 to `out` bins, as matrices, float (cutn, out, side).
 
-    Bin i covers pixels floor(i · size / out) to ceil((i + 1) · size / out), as adaptive_avg_pool2d has it.
+    start, size: int64 (cutn,). Bin i averages the pixels from floor(i · size / out) up to, but not including,
+    ceil((i + 1) · size / out), as `adaptive_avg_pool2d` does.
     """
     bins = torch.arange(out, device=size.device)
     first = start[:, None] + bins * size[:, None] // out
@@ -55,9 +62,10 @@ def pooling_matrix(start: Tensor, size: Tensor, side: int, out: int) -> Tensor:
 
 
 def cut_out(images: Tensor, cutouts: Tensor, cut_size: int) -> Tensor:
-    """Cut-outs (cutn, 3) of square images (batch, 3, side, side), pooled: (cutn · batch, 3, cut_size, cut_size).
+    """Crop and average-pool square images (batch, 3, side, side): (cutn · batch, 3, cut_size, cut_size).
 
-    As two matrix products, so that their random sizes leave every shape static and one call serves all.
+    cutouts: int64 (cutn, 3), from `draw_cutouts`. Two matrix products pool all cut-outs at once, so that shapes stay
+    static for any random sizes.
     """
     size, left, top = cutouts.unbind(-1)
     side = images.shape[-1]
@@ -66,15 +74,16 @@ def cut_out(images: Tensor, cutouts: Tensor, cut_size: int) -> Tensor:
     return torch.einsum("kbcho,kih->kbcio", pooled, rows).flatten(0, 1)
 
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # of what CLIP looks at and of the predicted x_0, summed over the batch
+Loss = Callable[[Tensor, Tensor], Tensor]  # loss(blend, x_start): see `guided`; summed over the batch
 
 
 def clip_loss(
     clip: CLIP, targets: Tensor, weights: Tensor, scale: float, cutn: int, generator: torch.Generator
 ) -> Loss:
-    """The weighted spherical distances of cut-outs to the targets (targets, width), averaged over `cutn` cut-outs.
+    """CLIP loss: the weighted spherical distances of random cut-outs to the targets, averaged over the cut-outs.
 
-    weights: (targets,), whose sum is 1 or -1. generator: draws the cut-outs anew each time, on the pictures' device.
+    targets: embeddings, float (targets, embed_dim). weights: (targets,), with a sum of 1 or -1. scale: factor of the
+    loss. generator: samples new cut-outs at every call, on the device of the images.
     """
 
     def loss(blend: Tensor, x_start: Tensor) -> Tensor:
@@ -87,7 +96,7 @@ def clip_loss(
 
 
 def with_penalties(loss: Loss | None, tv_scale: float, range_scale: float) -> Loss:
-    """A loss, or none, and the penalties for unsmoothness of what CLIP looks at and for an x_0 out of range."""
+    """Add the total variation loss of the blend and the range loss of the predicted x_0 to `loss`, if there is one."""
 
     def total(blend: Tensor, x_start: Tensor) -> Tensor:
         result = blend.new_zeros(()) if loss is None else loss(blend, x_start)
@@ -101,10 +110,10 @@ def with_penalties(loss: Loss | None, tv_scale: float, range_scale: float) -> Lo
 
 
 def guided(predict: Predict, diffusion: GaussianDiffusion, guide_from: float, loss: Loss) -> Predict:
-    """`predict` with the gradient of a loss: one UNet run makes both the step and the gradient.
+    """Wrap `predict` so that its predictions hold the guidance gradient; the step and the gradient share a UNet run.
 
-    The loss sees fac · x_0 + (1 - fac) · x_t with fac = sqrt(1 - ᾱ_t), and x_0. Steps below `guide_from` are left
-    unguided.
+    The arguments of the loss are the blend fac · x_0 + (1 - fac) · x_t with fac = sqrt(1 - ᾱ_t), and the predicted x_0,
+    both (batch, 3, height, width). Steps below `guide_from` are not guided.
     """
 
     def predict_guided(x: Tensor, i: float) -> Prediction:

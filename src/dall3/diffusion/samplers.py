@@ -1,7 +1,7 @@
-"""Samplers: from noise to a picture along the noise schedule.
+"""Diffusion samplers.
 
-Every sampler has one signature, `(predict, diffusion, x, steps, noise)`, and yields (x, predicted x_0) after each step.
-`predict(x, i)` runs the UNet at step i; guidance is a function around it. What is one number a step is a Python float.
+Every sampler has the signature `(predict, diffusion, x, steps, noise)` and yields (x, predicted x_0) after each step.
+`predict(x, i)` runs the UNet at step i; guidance wraps this function. Coefficients of the schedule are Python floats.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dall3.diffusion.schedule import GaussianDiffusion, Prediction
 
-Predict = Callable[[Tensor, float], Prediction]  # a step is an int but between the steps that a scheduler puts there
+Predict = Callable[[Tensor, float], Prediction]  # the step is an int, or fractional for some diffusers schedulers
 Walk = Iterator[tuple[Tensor, Tensor]]
 Sampler = Callable[[Predict, GaussianDiffusion, Tensor, list[int], Callable[[], Tensor]], Walk]
 
@@ -24,7 +24,7 @@ Sampler = Callable[[Predict, GaussianDiffusion, Tensor, list[int], Callable[[], 
 def sample_ddpm(
     predict: Predict, diffusion: GaussianDiffusion, x: Tensor, steps: list[int], noise: Callable[[], Tensor]
 ) -> Walk:
-    """Ancestral sampling (arXiv 2006.11239)."""
+    """DDPM: ancestral sampling (arXiv 2006.11239)."""
     for i in steps:
         prediction = predict(x, i)
         x = diffusion.guided_mean(prediction)
@@ -36,7 +36,7 @@ def sample_ddpm(
 def sample_ddim(
     predict: Predict, diffusion: GaussianDiffusion, x: Tensor, steps: list[int], noise: Callable[[], Tensor]
 ) -> Walk:
-    """DDIM without noise, η = 0 (arXiv 2010.02502)."""
+    """Deterministic DDIM, η = 0 (arXiv 2010.02502)."""
     for i in steps:
         x_start = diffusion.guided_score(predict(x, i)).pred_xstart
         before = diffusion.at("bar_before", i)
@@ -48,7 +48,10 @@ def sample_ddim(
 def sample_dpm_solver(
     predict: Predict, diffusion: GaussianDiffusion, x: Tensor, steps: list[int], noise: Callable[[], Tensor]
 ) -> Walk:
-    """DPM-Solver++ (2M): second order, one UNet run a step, first order at the ends (arXiv 2211.01095, alg. 2)."""
+    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): second order, with one UNet run per step.
+
+    The first step and the step to i = 0 are first order.
+    """
     previous, previous_h = None, 0.0
     for i in steps:
         x_start = diffusion.guided_score(predict(x, i)).pred_xstart
@@ -57,7 +60,7 @@ def sample_dpm_solver(
             return
         h = diffusion.at("half_log_snr", i - 1) - diffusion.at("half_log_snr", i)
         target = x_start
-        # The step to 0 leaps so far in signal-to-noise that a second-order one overshoots.
+        # The step to i = 0 changes the signal-to-noise ratio so much that a second-order step overshoots.
         if i > 1 and previous is not None:
             target = torch.lerp(previous, x_start, 1 + h / (2 * previous_h))
         shrink = diffusion.at("sqrt_one_minus_bar", i - 1) / diffusion.at("sqrt_one_minus_bar", i)
@@ -68,8 +71,8 @@ def sample_dpm_solver(
 
 SAMPLERS: dict[str, Sampler] = {"ddpm": sample_ddpm, "ddim": sample_ddim, "dpm-solver++": sample_dpm_solver}
 
-# Of diffusers, those that take the UNet's noise schedule and find the same pictures. The others sample distilled or
-# inverted models, need another argument, or put their steps on a scale of their own.
+# diffusers schedulers that accept the UNet's noise schedule. The others are for distilled or inverted models, need
+# another argument, or use a timestep scale of their own.
 DIFFUSERS = (
     *("DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler", "DEISMultistepScheduler"),
     *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "EulerAncestralDiscreteScheduler"),
@@ -79,12 +82,12 @@ DIFFUSERS = (
 
 
 def is_known_scheduler(scheduler: Any) -> bool:
-    """Whether a scheduler of diffusers, or a class derived from one, is among DIFFUSERS."""
+    """Whether the class of a diffusers scheduler, or one of its base classes, is in DIFFUSERS."""
     return any(kind.__name__ in DIFFUSERS for kind in type(scheduler).__mro__)
 
 
 def scheduler_for(scheduler: Any, diffusion: GaussianDiffusion, num_steps: int, device: torch.device) -> Any:
-    """A copy of a diffusers scheduler that predicts noise on the noise schedule of the UNet's training."""
+    """Copy a diffusers scheduler, with epsilon prediction, the UNet's noise schedule and `num_steps` timesteps."""
     training = {"trained_betas": diffusion.betas.tolist(), "num_train_timesteps": len(diffusion)}
     made = type(scheduler).from_config(scheduler.config, prediction_type="epsilon", **training)
     made.set_timesteps(num_steps, device=device)
@@ -99,10 +102,10 @@ def sample_with_scheduler(
     scheduler: Any,
     noise: list[torch.Generator],
 ) -> Walk:
-    """The last `len(steps)` steps of a scheduler of diffusers from `scheduler_for`. steps: its timesteps as numbers.
+    """Run the last `len(steps)` steps of a diffusers scheduler made by `scheduler_for`.
 
-    `diffusion` has all of the training's steps. x is the scheduler's own: scaled by its `init_noise_sigma`, or noised
-    by its `add_noise`.
+    diffusion: with all training steps. x: initial sample, scaled by the scheduler's `init_noise_sigma` or noised by its
+    `add_noise`. steps: the timesteps as Python numbers. noise: one generator for each picture.
     """
     extra = {"generator": noise} if "generator" in inspect.signature(scheduler.step).parameters else {}
     learned = str(scheduler.config.get("variance_type", "")).startswith("learned") and diffusion.config.learn_sigma

@@ -1,4 +1,4 @@
-"""Gaussian diffusion (arXiv 2006.11239, 2102.09672): the noise schedule and the statistics of one step."""
+"""Gaussian diffusion (arXiv 2006.11239, 2102.09672): the noise schedule and the statistics of a step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from dall3.models.unet import DiffusionConfig
 
 
 def beta_schedule(name: str, steps: int) -> np.ndarray:
-    """Variances of the noise added at each step, float64 (steps,). name: "linear" or "cosine" (arXiv 2102.09672)."""
+    """Betas, the variances of the noise added at each step: float64 (steps,).
+
+    name: "linear" (arXiv 2006.11239) or "cosine" (arXiv 2102.09672).
+    """
     if name == "linear":
         return np.linspace(0.1 / steps, 20 / steps, steps, dtype=np.float64)
     edges = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
@@ -22,10 +25,11 @@ def beta_schedule(name: str, steps: int) -> np.ndarray:
 
 
 def space_timesteps(total: int, spacing: int | str) -> list[int]:
-    """Select steps of `total` training steps, ascending.
+    """Select a subset of the training steps 0 … total - 1, in ascending order (guided-diffusion, `respace.py`).
 
-    spacing: a number ("25") or numbers for equal parts of the process ("10,10,5"), spread evenly over each with both
-    ends kept; or "ddim20", every k-th step from 0, as the DDIM paper has it. Raises ValueError when it does not fit.
+    spacing: a number of steps (25 or "25"); numbers for equal sections of the process ("10,10,5"), each spaced evenly
+    with both ends included; or "ddim20", every k-th step from 0, as in the DDIM paper. Raises ValueError if the spacing
+    cannot be parsed or does not fit.
 
     >>> space_timesteps(1000, 5)
     [0, 250, 500, 749, 999]
@@ -47,7 +51,7 @@ def space_timesteps(total: int, spacing: int | str) -> list[int]:
         if not 0 < count <= size:
             raise ValueError(f"cannot take {count} of {size} steps; steps must be from 1 to {size}")
         spread = (size - 1) / max(count - 1, 1)
-        place = 0.0  # accumulated, not multiplied: the rounding must be upstream's
+        place = 0.0  # accumulated instead of multiplied, to round as upstream does
         for _ in range(count):
             steps.add(start + round(place))
             place += spread
@@ -57,17 +61,17 @@ def space_timesteps(total: int, spacing: int | str) -> list[int]:
 
 @dataclass(frozen=True)
 class Prediction:
-    """p(x_{t-1} | x_t), computed from the predicted x_0 when it is read.
+    """The distribution p(x_{t-1} | x_t), from the predicted x_0. Mean and variance are computed on access.
 
-    The tensors are float32 (batch, 3, height, width).
+    All tensors are float32 (batch, 3, height, width).
     """
 
     diffusion: GaussianDiffusion
     x: Tensor  # x_t
-    t: float | Tensor  # the step, or int64 (batch,), one a picture
-    pred_xstart: Tensor
-    variance_share: Tensor | None = None  # learned variance: 0 is the posterior's, 1 is beta, in the logarithm
-    gradient: Tensor | None = None  # of the log-probability that guidance adds, by x_t
+    t: float | Tensor  # the step, or int64 (batch,), one for each picture
+    pred_xstart: Tensor  # the predicted x_0
+    variance_share: Tensor | None = None  # learned log-variance between that of the posterior (0) and beta (1)
+    gradient: Tensor | None = None  # guidance: gradient of the log-probability with respect to x_t
 
     @property
     def mean(self) -> Tensor:
@@ -85,18 +89,23 @@ class Prediction:
         return self.log_variance.exp()
 
     def detach(self, gradient: Tensor | None = None) -> Prediction:
-        """The same without a graph for autograd, and with the gradient of what guides."""
+        """A copy that is detached from the autograd graph and holds the guidance gradient."""
         share = None if self.variance_share is None else self.variance_share.detach()
         x, x_start = self.x.detach(), self.pred_xstart.detach()
         return replace(self, x=x, pred_xstart=x_start, variance_share=share, gradient=gradient)
 
 
 class GaussianDiffusion:
-    """The noise schedule over some of the training's steps. Step i counts those taken; 0 is the least noisy.
+    """The noise schedule of a subset of the training steps. Step 0 is the least noisy.
 
-    A step t is a number, one for the whole batch, or a tensor, int64 (batch,), one a picture. Tables give a float for
-    the first and a float32 tensor for the second. Between two steps, where schedulers of diffusers may put one, the
-    tables are interpolated.
+    spacing: the subset, as in `space_timesteps`; None for all training steps. Methods take a step t, which is an index
+    into the subset: a number for the whole batch, or int64 (batch,), one for each picture. Coefficients are a float for
+    a number and a float32 tensor for a tensor. Fractional steps, which some diffusers schedulers use, interpolate the
+    tables.
+
+    >>> diffusion = GaussianDiffusion(DiffusionConfig(), 25)
+    >>> len(diffusion), diffusion.timestep_map[-1]
+    (25, 999)
     """
 
     def __init__(self, config: DiffusionConfig, spacing: int | str | None = None) -> None:
@@ -107,7 +116,7 @@ class GaussianDiffusion:
         before = np.append(1.0, bar[:-1])
         betas = 1 - bar / before
         posterior = betas * (1 - before) / (1 - bar)
-        # The variance of the last step is 0, whose logarithm does not exist; that of the step before it stands in.
+        # The posterior variance of step 0 is 0 and has no logarithm; that of step 1 replaces it.
         log_posterior = np.log(np.append(posterior[1:2] if len(posterior) > 1 else betas[:1], posterior[1:]))
         self.betas, self.alphas_cumprod = betas, bar
         self.timestep_scale = 1000 / config.diffusion_steps if config.rescale_timesteps else 1.0
@@ -123,7 +132,7 @@ class GaussianDiffusion:
             "log_posterior": log_posterior,
             "log_beta": np.log(betas),
             "log_fixed": np.log(np.append(np.exp(log_posterior[:1]), betas[1:])),
-            # DPM-Solver's time: half the logarithm of the signal-to-noise ratio
+            # lambda of DPM-Solver: half the logarithm of the signal-to-noise ratio
             "half_log_snr": 0.5 * np.log(bar / (1 - bar)),
         }
         self._tables: dict[str, list[float]] = {name: table.tolist() for name, table in tables.items()}
@@ -137,7 +146,11 @@ class GaussianDiffusion:
     @overload
     def at(self, name: str, t: Tensor, like: Tensor | None = None) -> Tensor: ...
     def at(self, name: str, t: float | Tensor, like: Tensor | None = None) -> float | Tensor:
-        """A table's value at a step, or its values at steps of the pictures, with the dimensions of `like`."""
+        """Look up a table at step t.
+
+        Returns a float for a number, and a tensor for a tensor: (batch,), or (batch, 1, …) with the dimensions of
+        `like`.
+        """
         if not isinstance(t, Tensor):
             table, below = self._tables[name], int(t)
             return table[below] + (table[below + 1] - table[below]) * (t - below) if t > below else table[below]
@@ -148,11 +161,11 @@ class GaussianDiffusion:
         return values if like is None else values.view(-1, *[1] * (like.ndim - 1))
 
     def add_noise(self, x_start: Tensor, t: float | Tensor, noise: Tensor) -> Tensor:
-        """A sample of q(x_t | x_0): pictures in [-1, 1] noised to step t."""
+        """Sample q(x_t | x_0): add noise to images x_start in [-1, 1]. noise: standard normal, the shape of x_start."""
         return self.at("sqrt_bar", t, x_start) * x_start + self.at("sqrt_one_minus_bar", t, x_start) * noise
 
     def predict(self, output: Tensor, x: Tensor, t: float | Tensor) -> Prediction:
-        """The prediction that the UNet's output (batch, 6 or 3, height, width) at x and step t makes."""
+        """Convert the UNet's output (batch, 6 or 3, height, width) for x at step t to a prediction."""
         share = None
         if self.config.learn_sigma:
             output, place = output.chunk(2, dim=1)
@@ -171,16 +184,16 @@ class GaussianDiffusion:
         return (self.at("sqrt_recip_bar", t, x) * x - x_start) / self.at("sqrt_recip_bar_minus_one", t, x)
 
     def guided_mean(self, prediction: Prediction) -> Tensor:
-        """The mean, moved along the gradient by the variance (arXiv 2105.05233, algorithm 1)."""
+        """The mean plus variance · gradient (arXiv 2105.05233, algorithm 1), for ancestral sampling."""
         if prediction.gradient is None:
             return prediction.mean
         return prediction.mean + prediction.variance * prediction.gradient
 
     def guided_score(self, prediction: Prediction) -> Prediction:
-        """The prediction with the gradient added to its score (arXiv 2105.05233, algorithm 2), for DDIM and solvers."""
+        """Add the gradient to the score (arXiv 2105.05233, algorithm 2), for DDIM and other ODE solvers."""
         if prediction.gradient is None:
             return prediction
-        # noise - sqrt(1 - bar) · gradient, written in x_0
+        # epsilon - sqrt(1 - ᾱ) · gradient, expressed in x_0
         bar_term = self.at("sqrt_recip_bar_minus_one", prediction.t, prediction.x)
         pull = bar_term * self.at("sqrt_one_minus_bar", prediction.t, prediction.x)
         return replace(prediction, pred_xstart=prediction.pred_xstart + pull * prediction.gradient)

@@ -1,1 +1,1 @@
-"""The networks, a file each, with the names of their checkpoints where that is possible."""
+"""The networks, one file each. Modules keep the parameter names of the published checkpoints where possible."""

@@ -1,4 +1,4 @@
-"""CLIP (arXiv 2103.00020): a thin layer over open_clip that embeds text, embeds pictures and scores them."""
+"""CLIP (arXiv 2103.00020): a thin wrapper around open_clip that embeds texts and images and scores images."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ TEXT = ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio")
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """What a CLIP is, by open_clip's names.
+    """Configuration of a `CLIP`, with open_clip's names.
 
-    tokenizer: "pipeline" (the transformer's, and a start and an end token after its vocabulary) or "clip" (OpenAI's).
-    mean, std: of the pictures' channels; OpenAI's if None. interpolation: how pictures are brought to its size.
+    tokenizer: "pipeline" (the transformer's tokenizer, with a start and an end token after its vocabulary) or "clip"
+    (OpenAI's). mean, std: normalisation of the RGB channels; None for OpenAI's values. interpolation: "bicubic" or
+    "bilinear", the resizing of images to the network's input size.
     """
 
     embed_dim: int
@@ -38,13 +39,16 @@ class CLIPConfig:
 
 
 class PromptTokenizer:
-    """Texts to what open_clip's text transformer reads: start, ids, end, cut at its length, padded with 0."""
+    """Encode texts for open_clip's text transformer: start token, ids, end token; truncated and padded with 0."""
 
     def __init__(self, tokenizer: Tokenizer, context_length: int) -> None:
         self.tokenizer, self.context_length = tokenizer, context_length
 
     def __call__(self, texts: list[str]) -> Tensor:
-        """Ids, int64 (texts, context_length). The end is the highest id: that is where open_clip looks."""
+        """Return ids, int64 (texts, context_length).
+
+        The end token has the highest id, because open_clip reads the text feature at the highest id of a row.
+        """
         start, end = self.tokenizer.vocab_size, self.tokenizer.vocab_size + 1
         rows = torch.zeros(len(texts), self.context_length, dtype=torch.int64)
         for row, text in zip(rows, texts, strict=True):
@@ -54,11 +58,19 @@ class PromptTokenizer:
 
 
 class CLIP(nn.Module):
-    """One open_clip model with its tokenizer, its picture size and its normalisation."""
+    """An open_clip model with its tokenizer, input size and normalisation.
+
+    model: the open_clip network; its gradients are switched off. tokenize: texts to ids, int64 (texts, context_length).
+    image_size: side of the input in pixels. mean, std, interpolation: as in `CLIPConfig`.
+
+    >>> from dall3.weights import load_clip
+    >>> clip = load_clip("ViT-B-16.pt")  # doctest: +SKIP
+    >>> clip.score(images, clip.embed_text(["a red cube"]))  # doctest: +SKIP
+    """
 
     mean: Tensor
     std: Tensor
-    config: CLIPConfig | None = None  # None: one of open_clip's that is more than pictures, text and its tokenizer
+    config: CLIPConfig | None = None  # None for an open_clip model that `CLIPConfig` cannot describe
 
     def __init__(
         self,
@@ -75,18 +87,22 @@ class CLIP(nn.Module):
         self.model: Any = model.requires_grad_(False)
         self.tokenize, self.image_size, self.interpolation = tokenize, image_size, interpolation or "bicubic"
         for name, values in (("mean", mean or OPENAI_DATASET_MEAN), ("std", std or OPENAI_DATASET_STD)):
-            channels = torch.tensor(values, device="cpu")[:, None, None]  # real on a meta model too
+            channels = torch.tensor(values, device="cpu")[:, None, None]  # real even under the meta device
             self.register_buffer(name, channels, persistent=False)
         self.eval()
 
     @classmethod
     def from_config(cls, config: CLIPConfig, tokenizer: Tokenizer | None = None) -> CLIP:
-        """An untrained model. Raises ValueError for a tokenizer that is missing or larger than the vocabulary."""
+        """Build an untrained model.
+
+        tokenizer: required if `config.tokenizer` is "pipeline". Raises ValueError for an unknown setting, and for a
+        tokenizer that is missing or larger than the vocabulary.
+        """
         from open_clip.model import CLIP as Network
         from open_clip.model import CLIPTextCfg, CLIPVisionCfg
         from open_clip.tokenizer import SimpleTokenizer
 
-        # Other settings of open_clip's name models elsewhere, which it would fetch.
+        # open_clip's other settings can name external models, which it would download.
         for part, known in ((config.vision_cfg, VISION), (config.text_cfg, TEXT)):
             odd = [name for name, value in part.items() if name not in known or isinstance(value, str | dict)]
             if odd:
@@ -110,29 +126,32 @@ class CLIP(nn.Module):
         vision = CLIPVisionCfg(**config.vision_cfg)
         model = Network(config.embed_dim, vision, text, quick_gelu=config.quick_gelu)
         shape = (text.context_length, text.context_length)
-        causal = torch.full(shape, float("-inf"), device="cpu").triu(1)  # open_clip's own is not real on a meta model
+        causal = torch.full(shape, float("-inf"), device="cpu").triu(1)  # open_clip's has no data on the meta device
         model.register_buffer("attn_mask", causal, persistent=False)
         found = cls(model, tokenize, config.vision_cfg["image_size"], config.mean, config.std, config.interpolation)
         found.config = config
         return found
 
     def embed_text(self, texts: list[str]) -> Tensor:
-        """Texts, cut at CLIP's length, to embeddings, float32 (texts, width)."""
+        """Embed texts: float32 (texts, embed_dim), not normalised. Long texts are truncated to the context length."""
         return self.model.encode_text(self.tokenize(texts).to(self.mean.device)).float()
 
     def embed_images(self, images: Tensor) -> Tensor:
-        """Pictures, float (batch, 3, image_size, image_size) in [0, 1], to embeddings, float32 (batch, width)."""
+        """Embed images, float (batch, 3, image_size, image_size) in [0, 1]: float32 (batch, embed_dim)."""
         return self.model.encode_image(((images - self.mean) / self.std).to(self.mean.dtype)).float()
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """Square pictures, float (batch, 3, side, side) in [0, 1], to CLIP's size, as its own preprocessing and the
-        upstream's generate.py do: cut to 8 bits, then resized with antialiasing, in 8 bits again.
+        """Resize square images, float (batch, 3, side, side) in [0, 1], to (batch, 3, image_size, image_size).
+
+        As in CLIP's preprocessing and upstream's generate.py, images are truncated to 8 bits, resized with
+        antialiasing, and rounded to 8 bits again.
         """
         pixels, size = (images.float() * 255).floor(), (self.image_size, self.image_size)
         return F.interpolate(pixels, size, mode=self.interpolation, antialias=True).round().clamp(0, 255) / 255
 
     def score(self, images: Tensor, text: Tensor) -> Tensor:
-        """Cosine similarity, (batch,), of square pictures, float (batch, 3, side, side) in [0, 1], to the embedding of
-        a text, (1, width).
+        """Cosine similarity in [-1, 1], (batch,), of square images with a text.
+
+        images: float (batch, 3, side, side) in [0, 1]. text: (1, embed_dim), from `embed_text`.
         """
         return F.cosine_similarity(self.embed_images(self.preprocess(images)), text)

@@ -1,7 +1,7 @@
-"""DALL·E Mini and Mega: an encoder for the text, a decoder for the image tokens, with the names of their checkpoints.
+"""DALL·E Mini and Mega: a text encoder and an image-token decoder, with the parameter names of their checkpoints.
 
-Source: borisdayma/dalle-mini, `model/modeling.py`, and its PyTorch port kuprel/min-dalle. Both halves are BART's (arXiv
-1910.13461) with the additional layer norms of Normformer (arXiv 2110.09456) and gated feed-forwards (arXiv 2002.05202).
+Source: borisdayma/dalle-mini, `model/modeling.py`, and its PyTorch port kuprel/min-dalle. The network is BART (arXiv
+1910.13461) with the additional layer norms of NormFormer (arXiv 2110.09456) and gated feed-forwards (arXiv 2002.05202).
 """
 
 from __future__ import annotations
@@ -21,13 +21,16 @@ START, PAD, END = 0, 1, 2  # ids of <s>, <pad> and </s> in the text
 
 @dataclass(frozen=True)
 class DalleMiniConfig:
-    """Sizes of a DalleMini. Its heads are 64 channels wide."""
+    """Configuration of a `DalleMini`. Attention heads have 64 channels.
+
+    Raises ValueError if `dim` is not divisible by 64.
+    """
 
     num_text_tokens: int  # rows of the text embedding
-    num_image_tokens: int  # the codes; the start token is one more row of the image embedding
+    num_image_tokens: int  # size of the codebook; the image embedding has one more row for the start token
     text_seq_len: int
     dim: int
-    ff_dim: int  # width between the linear layers of a feed-forward
+    ff_dim: int  # hidden width of the feed-forward layers
     encoder_depth: int
     decoder_depth: int
     grid_size: int = 16
@@ -42,22 +45,23 @@ class DalleMiniConfig:
 
     @property
     def text_family(self) -> str:
-        """The `kind` of `dall3.text.load_text_encoder` that encodes its prompts."""
+        """The `kind` of `dall3.text.load_text_encoder` for the prompts of this transformer."""
         return "dalle-mini"
 
     @property
     def unit_range(self) -> bool:
-        """Whether its VQGAN was trained on pixels in [0, 1] instead of [-1, 1]."""
+        """Whether the VQGAN of this transformer was trained on pixels in [0, 1] instead of [-1, 1]."""
         return True
 
 
 @dataclass(eq=False)
 class DalleMiniCache(Cache):
-    """Keys and values of all decoder layers, and which text positions are padding."""
+    """Keys and values of all decoder layers, and the mask of the text."""
 
-    keys: Tensor  # float (layers, prompts · rows, heads, grid_size², 64), of the image; rows 0 … i after token i - 1
+    # Self-attention, float (layers, prompts · rows, heads, grid_size², 64). Position 0 is the start token.
+    keys: Tensor
     values: Tensor
-    text_keys: Tensor  # float (layers, prompts, heads, text_seq_len, 64), of the encoded text
+    text_keys: Tensor  # cross-attention, float (layers, prompts, heads, text_seq_len, 64)
     text_values: Tensor
     text_mask: Tensor  # bool (prompts, 1, 1, text_seq_len), False at padding
 
@@ -86,7 +90,7 @@ def split_heads(x: Tensor) -> Tensor:
 
 
 class GLU(nn.Module):
-    """Feed-forward with a gate, a layer norm before and between its linear layers."""
+    """Gated feed-forward with a layer norm before and between its linear layers."""
 
     def __init__(self, dim: int, ff_dim: int) -> None:
         super().__init__()
@@ -114,7 +118,7 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(EncoderLayer):
-    """An encoder's layer with attention to the text after that to itself."""
+    """An encoder layer with cross-attention to the text after the self-attention."""
 
     def __init__(self, dim: int, ff_dim: int) -> None:
         super().__init__(dim, ff_dim)
@@ -123,7 +127,7 @@ class DecoderLayer(EncoderLayer):
 
 
 class Half(nn.Module):
-    """What the encoder and the decoder share: embeddings, layers, the last norm."""
+    """The common structure of the encoder and the decoder: embeddings, layers, final layer norm."""
 
     def __init__(self, tokens: int, positions: int, layers: list[nn.Module], dim: int) -> None:
         super().__init__()
@@ -132,15 +136,21 @@ class Half(nn.Module):
         self.layers: Any = nn.ModuleList(layers)
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """ids (batch, n) at positions (n,) -> (batch, n, dim)."""
+        """Embed ids (batch, n) at positions (n,): (batch, n, dim)."""
         out: Tensor = self.layernorm_embedding(self.embed_tokens(ids) + self.embed_positions(positions))
         return out
 
 
 class DalleMini(ImageTokenTransformer[DalleMiniCache]):
-    """DALL·E Mini or Mega. Text ids are those of `load_text_encoder(…, kind="dalle-mini")`: <s>, ids, </s>, padding 1.
+    """DALL·E Mini or Mega.
 
-    The image starts with the id `num_image_tokens`, the first row after the codes, as in training.
+    Text ids come from `load_text_encoder(…, kind="dalle-mini")`: <s>, ids, </s>, padded with 1. The start token of the
+    image has the id `num_image_tokens`, the first row after the codes, as in training.
+
+    >>> config = DalleMiniConfig(100, 16, 8, dim=64, ff_dim=128, encoder_depth=1, decoder_depth=1)
+    >>> transformer = DalleMini(config).requires_grad_(False)
+    >>> transformer.image_token_logits(torch.ones(1, 8, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int64)).shape
+    torch.Size([1, 4, 16])
     """
 
     causal_mask: Tensor
@@ -157,8 +167,10 @@ class DalleMini(ImageTokenTransformer[DalleMiniCache]):
         self.register_buffer("causal_mask", mask, persistent=False)
 
     def encode_text(self, text_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Text ids, int64 (batch, text_seq_len), to hidden states (batch, text_seq_len, dim), and the mask of those
-        that are no padding, bool (batch, 1, 1, text_seq_len). Raises ValueError for another length.
+        """Encode text ids, int64 (batch, text_seq_len).
+
+        Returns hidden states, float (batch, text_seq_len, dim), and the attention mask, bool (batch, 1, 1,
+        text_seq_len), False at padding. Raises ValueError for another length.
         """
         if text_ids.shape[-1] != self.config.text_seq_len:
             raise ValueError(f"text has {text_ids.shape[-1]} tokens; this transformer takes {self.config.text_seq_len}")
@@ -169,12 +181,13 @@ class DalleMini(ImageTokenTransformer[DalleMiniCache]):
         return self.text_encoder.final_ln(x), mask
 
     def decode(self, ids: Tensor, positions: Tensor, cache: DalleMiniCache, end: int | None) -> Tensor:
-        """Ids (batch, n), the start token included, at positions (n,) to hidden states (batch, n, dim).
+        """Decode ids (batch, n) at positions (n,) to hidden states (batch, n, dim). Position 0 is the start token.
 
-        Writes their keys and values to the cache and reads those of positions 0 … end - 1, of all if end is None.
+        Writes the keys and values of these positions to the cache. Attends to positions 0 … end - 1, or to all
+        positions under the causal mask if `end` is None.
         """
         x, visible = self.image_decoder.embed(ids, positions), self.config.image_seq_len if end is None else end
-        # The last position sees all that there is.
+        # A single position that is the last one attends to all keys that are read.
         mask = None if end is not None and len(positions) == 1 else self.causal_mask[positions, :visible]
         for i, layer in enumerate(self.image_decoder.layers):
             h = layer.pre_self_attn_layer_norm(x)
@@ -182,7 +195,7 @@ class DalleMini(ImageTokenTransformer[DalleMiniCache]):
             k = cache.keys[i].index_copy_(2, positions, k)[:, :, :visible]
             v = cache.values[i].index_copy_(2, positions, v)[:, :, :visible]
             x = x + layer.self_attn_layer_norm(layer.self_attn(layer.self_attn.queries(h), k, v, mask))
-            # Rows of a prompt share its keys: they are queries side by side.
+            # The rows of one prompt share its text keys, so they are batched as queries of one sequence.
             h = layer.pre_encoder_attn_layer_norm(x).view(cache.prompts, -1, x.shape[-1])
             k, v = cache.text_keys[i], cache.text_values[i]
             h = layer.encoder_attn(layer.encoder_attn.queries(h), k, v, cache.text_mask)
@@ -192,7 +205,7 @@ class DalleMini(ImageTokenTransformer[DalleMiniCache]):
         return out
 
     def image_logits(self, x: Tensor) -> Tensor:
-        """Hidden states (batch, n, dim) to logits of the codes (batch, n, num_image_tokens)."""
+        """Map hidden states (batch, n, dim) to logits (batch, n, num_image_tokens)."""
         logits: Tensor = (self.image_head or self.lm_head)(x)
         return logits
 

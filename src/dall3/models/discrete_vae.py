@@ -1,4 +1,4 @@
-"""Discrete VAEs: DALLE-pytorch's own, and OpenAI's dVAE (arXiv 2102.12092, appendix A)."""
+"""Discrete VAEs: DALLE-pytorch's DiscreteVAE, and OpenAI's dVAE (arXiv 2102.12092, appendix A)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from dall3.models.vqgan import square_side
 
 @dataclass(frozen=True)
 class DiscreteVAEConfig:
-    """What a DiscreteVAE is, by DALLE-pytorch's names for its hyper-parameters."""
+    """Configuration of a `DiscreteVAE`, with DALLE-pytorch's names.
 
-    image_size: int
+    normalization: mean and standard deviation of each channel, for images in [0, 1]; None for no normalisation.
+    """
+
+    image_size: int  # side of the input in pixels
     num_tokens: int
     codebook_dim: int
     num_layers: int
@@ -37,7 +40,10 @@ class ResBlock(nn.Module):
 
 
 class DiscreteVAE(nn.Module):
-    """DALLE-pytorch's first VAE: strided convolutions down to one code for 2^num_layers pixels a side, and up again."""
+    """DALLE-pytorch's DiscreteVAE (`dalle_pytorch.py`): strided convolutions and a codebook.
+
+    One code stands for a square of 2^num_layers pixels a side.
+    """
 
     def __init__(self, config: DiscreteVAEConfig) -> None:
         super().__init__()
@@ -57,7 +63,7 @@ class DiscreteVAE(nn.Module):
 
     @property
     def codebook(self) -> Tensor:
-        """The codes' embeddings, float (num_tokens, codebook_dim)."""
+        """Embeddings of the codes, float (num_tokens, codebook_dim)."""
         return self.codebook_embedding.weight
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,7 +71,7 @@ class DiscreteVAE(nn.Module):
         return like.new_tensor(mean)[:, None, None], like.new_tensor(std)[:, None, None]
 
     def encode(self, images: Tensor) -> Tensor:
-        """Pictures, float (batch, channels, image_size, image_size) in [0, 1], to ids, int64 (batch, side²).
+        """Encode images, float (batch, channels, image_size, image_size) in [0, 1], to ids, int64 (batch, side²).
 
         Raises ValueError for another shape.
         """
@@ -76,11 +82,14 @@ class DiscreteVAE(nn.Module):
         return self.encoder((images - mean) / std).argmax(dim=1).flatten(1)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Ids, int64 (batch, side²), to embeddings, float (batch, codebook_dim, side, side)."""
+        """Look up the embeddings of ids, int64 (batch, side²): float (batch, codebook_dim, side, side)."""
         return rearrange(self.codebook_embedding(ids), "b (h w) c -> b c h w", h=square_side(ids))
 
     def decode(self, ids: Tensor) -> Tensor:
-        """Ids, int64 (batch, side²), to pictures, float (batch, channels, side · downsampling, …) in [0, 1]."""
+        """Decode ids, int64 (batch, side²), to images in [0, 1].
+
+        Returns float (batch, channels, side · downsampling, side · downsampling).
+        """
         images = self.decoder(self.embed(ids))
         mean, std = self._statistics(images)
         return (images * std + mean).clamp(0, 1)
@@ -88,7 +97,7 @@ class DiscreteVAE(nn.Module):
 
 @dataclass(frozen=True)
 class OpenAIDiscreteVAEConfig:
-    """What OpenAI's dVAE is, by the names of its package."""
+    """Configuration of an `OpenAIDiscreteVAE`, with the names of OpenAI's `dall_e` package."""
 
     n_hid: int = 256
     n_init: int = 128
@@ -98,7 +107,7 @@ class OpenAIDiscreteVAEConfig:
 
 
 class OpenAIBlock(nn.Module):
-    """A bottleneck residual block of four convolutions with these kernels."""
+    """A bottleneck residual block of four convolutions. kernels: their sizes. gain: factor of the residual branch."""
 
     def __init__(self, n_in: int, n_out: int, kernels: tuple[int, ...], gain: float) -> None:
         super().__init__()
@@ -116,7 +125,7 @@ class OpenAIBlock(nn.Module):
 def openai_groups(
     c: OpenAIDiscreteVAEConfig, width: int, widths: list[int], kernels: tuple[int, ...], resample: nn.Module
 ) -> list[nn.Module]:
-    """Groups of blocks, one for each of `widths`, with the resampling between them."""
+    """One group of blocks for each of `widths`, with `resample` between the groups."""
     layers: list[nn.Module] = []
     for group, next_width in enumerate(widths):
         layers += [resample] if group else []
@@ -127,9 +136,12 @@ def openai_groups(
 
 
 class OpenAIDiscreteVAE(nn.Module):
-    """OpenAI's dVAE: 8 pixels a side to one of 8,192 codes. Its codes have no embedding: they enter as one-hot."""
+    """OpenAI's dVAE (package `dall_e`): one of 8,192 codes for a square of 8 pixels a side.
 
-    epsilon = 0.1  # logit-Laplace: pixels are squeezed into [0.1, 0.9]
+    The decoder takes one-hot codes; there is no codebook of embeddings.
+    """
+
+    epsilon = 0.1  # logit-Laplace: pixels are mapped to [0.1, 0.9]
 
     def __init__(self, config: OpenAIDiscreteVAEConfig) -> None:
         super().__init__()
@@ -146,7 +158,10 @@ class OpenAIDiscreteVAE(nn.Module):
         )
 
     def encode(self, images: Tensor) -> Tensor:
-        """Pictures, float (batch, 3, height, width) in [0, 1], sides divisible by 8, to ids, int64 (batch, codes)."""
+        """Encode images, float (batch, 3, height, width) in [0, 1], to ids, int64 (batch, height · width / 64).
+
+        Raises ValueError for another shape, and for sides that are not divisible by 8.
+        """
         step, shape = self.downsampling, tuple(images.shape)
         if len(shape) != 4 or shape[1] != 3 or shape[2] % step or shape[3] % step:
             raise ValueError(
@@ -155,8 +170,8 @@ class OpenAIDiscreteVAE(nn.Module):
         return self.encoder(images * (1 - 2 * self.epsilon) + self.epsilon).argmax(dim=1).flatten(1)
 
     def decode(self, ids: Tensor) -> Tensor:
-        """Ids, int64 (batch, side²), to pictures, float (batch, 3, 8 · side, 8 · side) in [0, 1]."""
-        first, *rest = self.decoder  # a 1×1 convolution of one-hot codes is a look-up in its weights
+        """Decode ids, int64 (batch, side²), to images, float (batch, 3, 8 · side, 8 · side) in [0, 1]."""
+        first, *rest = self.decoder  # a 1×1 convolution of one-hot codes is a lookup in its weights
         x = F.embedding(ids, first.get_parameter("weight").flatten(1).T) + first.get_parameter("bias")
         x = rearrange(x, "b (h w) c -> b c h w", h=square_side(ids))
         mean = nn.Sequential(*rest)(x)[:, :3]

@@ -1,7 +1,7 @@
-"""Group normalisation (arXiv 1803.08494) whose gradient a CPU finds fast in channels-last layout, too.
+"""Group normalisation (arXiv 1803.08494) with a fast backward pass for channels-last tensors on a CPU.
 
-That layout is what convolutions are fastest in, but torch's own gradient of the normalisation takes up to ten times
-as long in it as in the other one, which is more than the convolutions gain.
+Convolutions are fastest in channels-last layout. PyTorch's own backward pass of group normalisation is up to ten times
+slower in that layout than in the contiguous one, which costs more than the convolutions gain.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 
 def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """x (batch, channels, height, width), normalised over each group of channels, times weight plus bias."""
+    """Group normalisation of x (batch, channels, height, width). weight, bias: (channels,)."""
     wanted = torch.is_grad_enabled() and x.requires_grad and not (weight.requires_grad or bias.requires_grad)
     if wanted and x.device.type == "cpu" and x.dim() == 4 and is_channels_last(x):
         out: Tensor = FrozenGroupNorm.apply(x, groups, weight, bias, eps)
@@ -33,8 +33,10 @@ class GroupNorm(nn.GroupNorm):
 
 
 class FrozenGroupNorm(torch.autograd.Function):
-    """With weight and bias that take no gradient: one reading of x and its gradient for two sums a channel, from which
-    three factors a channel follow, and another reading to apply them.
+    """Group normalisation whose weight and bias take no gradient.
+
+    The backward pass reads x and the gradient twice: once for two sums per channel, from which three factors per
+    channel follow, and once to apply these factors.
     """
 
     @staticmethod
@@ -49,14 +51,14 @@ class FrozenGroupNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
         batch, channels, height, width = x.shape
-        groups, share = mean.shape[1], mean.shape[1] / channels / height / width
-        rows, pull = (tensor.permute(0, 2, 3, 1).reshape(batch, -1, channels) for tensor in (x, gradient))
+        groups, inverse_count = mean.shape[1], mean.shape[1] / channels / height / width
+        rows, grads = (tensor.permute(0, 2, 3, 1).reshape(batch, -1, channels) for tensor in (x, gradient))
         # With y = (x - mean) · rstd and g = gradient · weight: rstd · (g - mean of g - y · mean of g · y).
-        sums = torch.stack([t.sum(1, dtype=torch.float32) for t in (pull, pull * rows)]) * (weight * share)
-        pulled, along = sums.view(2, batch, groups, -1).sum(-1)
-        slope = (mean * pulled - along) * rstd**3
-        offset = -(pulled * rstd + slope * mean)
+        sums = torch.stack([t.sum(1, dtype=torch.float32) for t in (grads, grads * rows)]) * (weight * inverse_count)
+        mean_g, mean_gx = sums.view(2, batch, groups, -1).sum(-1)
+        slope = (mean * mean_g - mean_gx) * rstd**3
+        offset = -(mean_g * rstd + slope * mean)
         factors = torch.stack((rstd.float(), slope, offset)).repeat_interleave(channels // groups, -1)
         rstd, slope, offset = factors.to(x.dtype).unsqueeze(2)
-        found = torch.addcmul(offset, rows, slope).addcmul_(pull, rstd * weight)
-        return found.view(batch, height, width, channels).permute(0, 3, 1, 2), None, None, None, None
+        grad_x = torch.addcmul(offset, rows, slope).addcmul_(grads, rstd * weight)
+        return grad_x.view(batch, height, width, channels).permute(0, 3, 1, 2), None, None, None, None

@@ -1,4 +1,4 @@
-"""What every transformer that draws image tokens offers to the decoding loop."""
+"""The interface between the decoding loop and the transformers that generate image tokens."""
 
 from __future__ import annotations
 
@@ -9,42 +9,42 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-KEPT_CACHES = 2  # idle caches that a transformer keeps: those of a full batch and of a last, smaller one
-KEPT_BYTES = 2**30  # of each; a larger one is freed after its use
+KEPT_CACHES = 2  # idle caches that a transformer keeps: one for full batches and one for a smaller last batch
+KEPT_BYTES = 2**30  # largest cache that is kept; a larger one is freed after use
 
 
 class TokenConfig(Protocol):
-    """The settings of a transformer that the decoding loop reads. Dataclasses and properties both fit."""
+    """The settings of a transformer that the decoding loop reads. Fields and properties both satisfy it."""
 
     @property
     def num_image_tokens(self) -> int:
-        """Image tokens that may be drawn: ids 0 … num_image_tokens - 1."""
+        """Size of the image vocabulary: ids are 0 … num_image_tokens - 1."""
 
     @property
     def grid_size(self) -> int:
-        """Image tokens a side."""
+        """Side of the square grid of image tokens."""
 
     @property
     def image_seq_len(self) -> int:
-        """Image tokens of a picture: grid_size²."""
+        """Image tokens per picture: grid_size²."""
 
     @property
     def text_seq_len(self) -> int:
-        """Ids of an encoded text, padding included."""
+        """Length of an encoded text, padding included."""
 
 
 @dataclass(eq=False)
 class Cache:
-    """What a transformer remembers of a text and of the image tokens drawn for it. Each family adds its own tensors.
+    """Static key/value cache of a transformer for a text and its image tokens. Subclasses add the tensors of a family.
 
-    Its sequences are `prompts` times `rows`, prompt by prompt: sequence p · rows + r is row r of prompt p. Prompts are
-    the text and, with classifier-free guidance, the negative or empty text. Rows are candidates, drawn side by side.
-    The tensors keep their addresses and shapes as long as the cache lives.
+    A cache holds `prompts` · `rows` sequences: sequence p · rows + r is row r of prompt p. The prompts are the text
+    and, with classifier-free guidance, the negative or empty text. The rows are the candidates of one batch. The
+    tensors keep their addresses and shapes for the lifetime of the cache, as CUDA graphs require.
     """
 
     prompts: int
     rows: int
-    # float (prompts, num_image_tokens), written by `prefill`: logits of image token 0, alike for all rows of a prompt
+    # float (prompts, num_image_tokens), written by `prefill`: logits of image token 0, shared by all rows of a prompt
     first_logits: Tensor = field(init=False)
 
 
@@ -52,11 +52,11 @@ C = TypeVar("C", bound=Cache)
 
 
 class ImageTokenTransformer(nn.Module, ABC, Generic[C]):
-    """A transformer that draws image tokens for a text, one after the other in the order of the grid's rows.
+    """A transformer that generates image tokens for a text autoregressively, in row-major order.
 
-    `prefill` runs the text (a decoder's prefix, or an encoder) and everything else that comes before the first image
-    token, such as a start token. It leaves the logits of image token 0 in `cache.first_logits`. Then `step` takes
-    image token i and returns the logits of image token i + 1. The last token of the grid is never fed.
+    `prefill` runs everything before the first image token: the text (as a prefix or through an encoder), and a start
+    token if there is one. It writes the logits of image token 0 to `cache.first_logits`. `step` then takes image token
+    i and returns the logits of image token i + 1. The last token of the grid is never an input.
 
         cache = transformer.prefill(text_ids, rows)
         logits = cache.first_logits.repeat_interleave(rows, dim=0)
@@ -67,89 +67,89 @@ class ImageTokenTransformer(nn.Module, ABC, Generic[C]):
     """
 
     config: Any  # a TokenConfig
-    image_head: nn.Module | None  # replaces the head of a copy made by `packed.prepare`
-    compiled_step: Any  # `step` as torch.compile returned it, after `compile`
+    image_head: nn.Module | None  # replacement of the output head in a copy made by `packed.prepare`
+    compiled_step: Any  # result of torch.compile on `step`, or None before `compile`
 
     def __init__(self) -> None:
         super().__init__()
         self.image_head = None
         self.compiled_step = None
-        self._idle_caches: dict[tuple[int, int], C] = {}  # by prompts and rows
+        self._idle_caches: dict[tuple[int, int], C] = {}  # keys: (prompts, rows)
 
     @abstractmethod
     def image_token_logits(self, text_ids: Tensor, image_ids: Tensor) -> Tensor:
-        """Logits of image tokens 1 … n + 1 by one run over all of them (teacher forcing).
+        """Logits of all image tokens in one forward pass (teacher forcing).
 
         text_ids: int64 (batch, text_seq_len). image_ids: int64 (batch, n), the first n ≤ grid_size² image tokens.
-        Returns float (batch, min(n + 1, grid_size²), num_image_tokens): place i holds the logits of image token i,
-        given the image tokens before it.
+        Returns float (batch, min(n + 1, grid_size²), num_image_tokens): index i holds the logits of image token i,
+        counted from 0, given the text and image tokens 0 … i - 1. Raises ValueError for a text of another length.
         """
 
     @abstractmethod
     def new_cache(self, prompts: int, rows: int) -> C:
-        """A cache on the device and in the precision of the weights. `fill_cache` writes it before it is read."""
+        """Allocate a cache with the device and dtype of the weights. `fill_cache` writes it before it is read."""
 
     @abstractmethod
     def fill_cache(self, text_ids: Tensor, cache: C) -> None:
-        """Run the texts, int64 (prompts, text_seq_len), each once, and write all of `cache`, `first_logits` included.
+        """Run the texts, int64 (prompts, text_seq_len), once each, and write `cache`, `first_logits` included.
 
-        What an earlier use of the cache left in it must not be seen: numbers that are not written before they are read
-        are set to 0.
+        Values from an earlier use of the cache must not affect the result. Implementations set to 0 every element that
+        could be read before it is written.
         """
 
     @abstractmethod
     def step(self, previous: Tensor, place: Tensor, cache: C, end: int | None = None) -> Tensor:
         """Logits of the image tokens that follow `previous`: float (prompts · rows, n, num_image_tokens).
 
-        previous: int64 (rows, n), image tokens, n = 1 but in speculative decoding; each prompt gets the same. place:
-        int64 (n,), consecutive places of `previous` in the grid, counted from 0. What the cache held of these places
-        is replaced. end: `place[-1] + 1` where the caller knows it: only keys up to there are read. None reads the
-        keys of all places under a mask, so that the shapes are the same at every step and a graph can be recorded.
-        No value is read back from the device.
+        previous: int64 (rows, n), image tokens, the same for every prompt; n is 1 except in speculative decoding.
+        place: int64 (n,), consecutive indices of `previous` in the grid, from 0; their cache entries are overwritten.
+        end: `place[-1] + 1`, so that only keys up to there are read. With None, the keys of all positions are read
+        under a mask: shapes are then the same at every step, as CUDA graphs and torch.compile require. The step does
+        not synchronise with the host.
         """
 
     @property
     @abstractmethod
     def cache_numbers(self) -> int:
-        """Numbers that a cache holds for one sequence."""
+        """Number of elements that a cache holds per sequence."""
 
     @property
     @abstractmethod
     def head(self) -> tuple[Tensor, Tensor | None]:
-        """Weight (num_image_tokens, width) and bias of the linear layer that makes image logits.
+        """Weight (num_image_tokens, dim) and bias (num_image_tokens,) or None of the image output head.
 
-        `step` and `fill_cache` run `image_head` in its place where that is set.
+        If `image_head` is set, `step` and `fill_cache` run it instead.
         """
 
     @property
     @abstractmethod
     def decoder(self) -> nn.Module:
-        """The module whose linear layers a step runs, the head aside. `packed.prepare` replaces them in a copy."""
+        """The module with the linear layers of a step, without the head. `packed.prepare` replaces them in a copy."""
 
     @property
     def top_k_vocabulary(self) -> int:
-        """Size of the vocabulary of which `top_k` is a share."""
+        """Size of the vocabulary that the fraction `Sampling.top_k` refers to."""
         return int(self.config.num_image_tokens)
 
     def empty_text(self) -> Tensor:
-        """Ids of the empty text, int64 (text_seq_len,), on the transformer's device: what guidance leads away from."""
+        """Ids of the empty text, int64 (text_seq_len,): the unconditional input of classifier-free guidance."""
         return torch.zeros(self.config.text_seq_len, dtype=torch.int64, device=self.head[0].device)
 
     @torch.no_grad()
     def prefill(self, text_ids: Tensor, rows: int) -> C:
-        """Run the texts, int64 (prompts, text_seq_len), once, and return a cache for `rows` rows of each.
+        """Run the texts, int64 (prompts, text_seq_len), once and return a cache with `rows` rows for each.
 
-        The cache is the caller's alone until `release`, which keeps it for a later call of the same shape.
+        The caller owns the cache until it calls `release`, which keeps the cache for a later call of the same shape.
         """
         cache = self._idle_caches.pop((len(text_ids), rows), None)
         if cache is None:
-            with torch.inference_mode(False):  # so that it can be written in every mode
+            with torch.inference_mode(False):  # an inference tensor could not be written outside of inference mode
                 cache = self.new_cache(len(text_ids), rows)
         self.fill_cache(text_ids, cache)
         return cache
 
     def release(self, cache: C) -> None:
-        """Keep a cache for the next `prefill` of its shape, unless it is large."""
+        """Return a cache for reuse by the next `prefill` of the same shape. A cache above 1 GiB is freed instead."""
         if self.cache_bytes(cache.prompts, cache.rows) <= KEPT_BYTES:
             kept = [*self._idle_caches.items()][-(KEPT_CACHES - 1) :]
             self._idle_caches = dict(kept) | {(cache.prompts, cache.rows): cache}
@@ -159,17 +159,20 @@ class ImageTokenTransformer(nn.Module, ABC, Generic[C]):
         self._idle_caches = {}
 
     def cache_bytes(self, prompts: int, rows: int) -> int:
-        """Memory of a cache."""
+        """Size of a cache in bytes."""
         return prompts * rows * self.cache_numbers * self.head[0].element_size()
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile `step` with torch.compile, whose arguments it takes: one graph for all tokens."""
+        """Compile `step`, the decode step, with torch.compile: one graph for all tokens.
+
+        The arguments are those of `torch.compile`; `fullgraph=True` and `dynamic=False` are the defaults here.
+        """
         self.compiled_step = torch.compile(self.step, *args, **{"fullgraph": True, "dynamic": False} | kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self.free_caches()  # they are where the weights were, in the precision that these had
+        self.free_caches()  # they have the previous device and dtype
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has caches of its own, and its compiled step would run this module.
+        # A copy must not share caches, and the compiled step is bound to this module.
         return self.__dict__ | {"_idle_caches": {}, "compiled_step": None}

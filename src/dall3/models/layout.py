@@ -1,4 +1,4 @@
-"""Weights where a network's convolutions read them fastest."""
+"""Memory layout of convolution weights."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from torch import nn
 
 
 def lay_out(model: nn.Module) -> None:
-    """Put a network's weights channels last, as convolutions want them. On a CPU every tensor then begins at a multiple
-    of 64 bytes, as torch allocates it and a mapped file need not: AVX-512 kernels may round otherwise elsewhere, and
-    the same weights are to give the same pictures.
+    """Convert a network's convolution weights to channels-last, the fastest layout for convolutions, in place.
+
+    On a CPU, tensors are also aligned to 64 bytes. PyTorch allocates them so, but tensors mapped from a file may not
+    be: AVX-512 kernels can round differently on unaligned data, and the same weights must give the same pictures.
     """
     last = torch.channels_last
     for parameter in model.parameters():

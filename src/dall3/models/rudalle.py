@@ -1,7 +1,7 @@
-"""ruDALL-E (Malevich, Emojich, Surrealist): a decoder-only transformer, with the names of its checkpoints.
+"""ruDALL-E (Malevich, Emojich, Surrealist): a decoder-only transformer with the parameter names of its checkpoints.
 
-Source: ai-forever/ru-dalle 1.1.3, `dalle/model.py`, `dalle/transformer.py`. Layer norms stand before and after each
-function (CogView's sandwich, arXiv 2105.13290).
+Source: ai-forever/ru-dalle 1.1.3, `dalle/model.py`, `dalle/transformer.py`. Each attention and MLP has a layer norm
+before and after it (sandwich layer norm of CogView, arXiv 2105.13290).
 """
 
 from __future__ import annotations
@@ -15,21 +15,23 @@ from torch import Tensor, nn
 
 from dall3.models.interface import Cache, ImageTokenTransformer
 
-START, END = 2, 3  # ids in the text; 0 is padding, 1 an unknown character
+START, END = 2, 3  # special text ids; 0 is padding, 1 an unknown character
 VERSIONS = ("v2", "v3")
-REACH = 5  # of the convolutional window, in rows and in columns
+REACH = 5  # radius of the convolutional window, in rows and columns
 
 
 @dataclass(frozen=True)
 class RudalleConfig:
-    """Sizes and rules of a Rudalle.
+    """Configuration of a `Rudalle`.
 
-    version: the rules it was trained with, ru-dalle's `hf_version`. "v2" (Malevich's first files, Emojich) puts another
-    start token before the text, which its masks do not count, and its convolutional window wraps at the border. "v3"
-    (Malevich's later file, Surrealist) does neither.
+    version: ru-dalle's `hf_version`. "v2" (the first Malevich files, Emojich) prepends a second start token to the
+    text, which its masks do not count, and its convolutional window wraps around at the border. "v3" (the later
+    Malevich file, Surrealist) does neither. loss_img_weight: weight of the image loss relative to the text loss.
+
+    Raises ValueError for another version, and if `dim` is not divisible by `heads`.
     """
 
-    num_text_tokens: int  # words of the tokenizer; the text vocabulary is `text_seq_len` wider
+    num_text_tokens: int  # size of the tokenizer's vocabulary; each text position adds a padding id of its own
     num_image_tokens: int
     text_seq_len: int
     dim: int
@@ -51,12 +53,12 @@ class RudalleConfig:
 
     @property
     def text_length(self) -> int:
-        """Positions before the image."""
+        """Number of positions before the image."""
         return self.text_seq_len + (self.version == "v2")
 
     @property
     def seq_len(self) -> int:
-        """Positions that are ever fed: the last image token predicts nothing."""
+        """Number of input positions. The last image token is never an input."""
         return self.text_length + self.image_seq_len - 1
 
     @property
@@ -65,18 +67,18 @@ class RudalleConfig:
 
     @property
     def text_family(self) -> str:
-        """The `kind` of `dall3.text.load_text_encoder` that encodes its prompts."""
+        """The `kind` of `dall3.text.load_text_encoder` for the prompts of this transformer."""
         return "rudalle"
 
 
 def attention_mask(kind: str, config: RudalleConfig) -> Tensor:
-    """Which position sees which, bool (seq_len, seq_len); row = query, column = key; causal, all text visible.
+    """Causal attention mask, bool (seq_len, seq_len): rows are queries, columns are keys. All text is visible.
 
-    kind: "row" (the `grid_size` positions before), "column" (the same column) or "conv" (a window of 11 × 11). All
-    kinds take the first `text_seq_len` positions as text, by version "v2" too, where there is one position more.
+    kind: "row" (the `grid_size` positions before), "column" (the same column) or "conv" (an 11 × 11 window). The masks
+    count `text_seq_len` text positions, also in "v2", which has one more.
     """
     grid, text = config.grid_size, config.text_seq_len
-    places = torch.arange(config.seq_len, device="cpu") - text  # real on a meta model too
+    places = torch.arange(config.seq_len, device="cpu") - text  # real even under the meta device
     back = places[:, None] - places[None, :]
     if kind == "row":
         near = back <= grid
@@ -101,7 +103,7 @@ def mask_kind(layer: int, depth: int) -> str:
 class RudalleCache(Cache):
     """Keys and values of all layers."""
 
-    keys: Tensor  # float (layers, prompts · rows, heads, seq_len, width of a head)
+    keys: Tensor  # float (layers, prompts · rows, heads, seq_len, dim_head)
     values: Tensor
 
 
@@ -112,11 +114,11 @@ class Attention(nn.Module):
         self.query_key_value, self.dense = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """x (batch, n, dim) to queries, keys and values, each (batch, heads, n, width of a head)."""
+        """Project x (batch, n, dim) to queries, keys and values, each (batch, heads, n, dim_head)."""
         return self.query_key_value(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """(batch, heads, n, width of a head) -> (batch, n, dim)."""
+        """(batch, heads, n, dim_head) -> (batch, n, dim)."""
         out: Tensor = self.dense(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
         return out
 
@@ -150,7 +152,12 @@ class Layers(nn.Module):
 
 
 class Rudalle(ImageTokenTransformer[RudalleCache]):
-    """ruDALL-E. Text ids are those of `load_text_encoder(…, kind="rudalle")`: 2, ids, 3, padding 0."""
+    """ruDALL-E. Text ids come from `load_text_encoder(…, kind="rudalle")`: 2, ids, 3, padded with 0.
+
+    >>> transformer = Rudalle(RudalleConfig(100, 16, 8, dim=32, depth=2, heads=2, grid_size=4))
+    >>> transformer.image_token_logits(torch.ones(1, 8, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int64)).shape
+    torch.Size([1, 4, 16])
+    """
 
     def __init__(self, config: RudalleConfig) -> None:
         super().__init__()
@@ -167,13 +174,14 @@ class Rudalle(ImageTokenTransformer[RudalleCache]):
             self.register_buffer(f"{kind}_mask", attention_mask(kind, c), persistent=False)
 
     def pad_text(self, text_ids: Tensor) -> Tensor:
-        """Every 0 becomes the padding id of its own position."""
+        """Replace each padding 0 at position i by the id `num_text_tokens + i`."""
         padding = torch.arange(self.config.text_seq_len, device=text_ids.device) + self.config.num_text_tokens
         return torch.where(text_ids == 0, padding, text_ids)
 
     def embed_text(self, text_ids: Tensor) -> Tensor:
-        """Text ids, int64 (batch, text_seq_len), to embeddings (batch, text_length, dim). Raises ValueError for another
-        length.
+        """Embed text ids, int64 (batch, text_seq_len): (batch, text_length, dim).
+
+        Raises ValueError for another length.
         """
         if text_ids.shape[-1] != self.config.text_seq_len:
             raise ValueError(f"text has {text_ids.shape[-1]} tokens; this transformer takes {self.config.text_seq_len}")
@@ -182,17 +190,17 @@ class Rudalle(ImageTokenTransformer[RudalleCache]):
         return out
 
     def embed_image(self, image_ids: Tensor, places: Tensor) -> Tensor:
-        """Image ids (batch, n) at `places` (n,) of the grid, 0 first, to embeddings (batch, n, dim)."""
+        """Embed image ids (batch, n) at grid indices `places` (n,), counted from 0: (batch, n, dim)."""
         grid = self.config.grid_size
         rows, columns = self.image_row_embeddings(places // grid), self.image_col_embeddings(places % grid)
         out: Tensor = self.image_embeddings(image_ids) + rows + columns
         return out
 
     def run(self, x: Tensor, positions: Tensor, end: int | None, cache: RudalleCache | None = None) -> Tensor:
-        """Embeddings (batch, n, dim) at `positions` (n,) to hidden states (batch, n, dim).
+        """Run all layers on embeddings (batch, n, dim) at `positions` (n,); returns hidden states (batch, n, dim).
 
-        With a cache their keys and values are written to it, and those of positions 0 … end - 1 are read, of all if
-        end is None. Without one x holds all positions before `end`.
+        With a cache, their keys and values are written to it, and positions 0 … end - 1 are attended to, or all
+        positions under the masks if `end` is None. Without a cache, x must hold all positions before `end`.
         """
         visible = self.config.seq_len if end is None else end
         masks = {kind: self.get_buffer(f"{kind}_mask")[positions, :visible] for kind in ("row", "column", "conv")}
@@ -209,15 +217,18 @@ class Rudalle(ImageTokenTransformer[RudalleCache]):
         return out
 
     def image_logits(self, x: Tensor) -> Tensor:
-        """Hidden states (batch, n, dim) to logits (batch, n, num_image_tokens): half of the head only."""
+        """Map hidden states (batch, n, dim) to image logits (batch, n, num_image_tokens)."""
         if self.image_head is not None:
             logits: Tensor = self.image_head(x)
             return logits
         return F.linear(x, *self.head)
 
     def logits(self, text_ids: Tensor, image_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (batch, text_length, text vocabulary) of what follows each text position, and (batch, n + 1 or
-        grid_size², num_image_tokens) of the image tokens, given image_ids (batch, n).
+        """Text and image logits in one forward pass (teacher forcing).
+
+        text_ids: int64 (batch, text_seq_len). image_ids: int64 (batch, n). Returns the logits of the ids that follow
+        each text position, (batch, text_length, text_vocabulary), and of the image tokens, (batch, min(n + 1,
+        grid_size²), num_image_tokens).
         """
         c, device = self.config, text_ids.device
         x = self.embed_image(image_ids, torch.arange(image_ids.shape[1], device=device))
@@ -228,10 +239,11 @@ class Rudalle(ImageTokenTransformer[RudalleCache]):
         return words, self.image_logits(x[:, c.text_length - 1 :])
 
     def loss(self, text_ids: Tensor, image_ids: Tensor) -> Tensor:
-        """The next token's mean cross-entropy in nats, text and image weighted 1 : loss_img_weight.
+        """Mean cross-entropy of the next token in nats; text and image are weighted 1 : loss_img_weight.
 
-        Every text id after the start and every image token count once, by the logits that they are drawn from.
-        ru-dalle's own "v3" instead takes image token 0 for a text id, and does not train its image logits.
+        text_ids: int64 (batch, text_seq_len). image_ids: int64 (batch, grid_size²). Every text id after the start token
+        and every image token counts once, with the logits that sampling uses. ru-dalle's "v3" differs: it treats image
+        token 0 as a text id and does not train its image logits.
         """
         words, image = self.logits(text_ids, image_ids)
         following = self.pad_text(text_ids)[:, self.config.text_seq_len - self.config.text_length + 1 :]
@@ -281,5 +293,5 @@ class Rudalle(ImageTokenTransformer[RudalleCache]):
 
 
 def finite(x: Tensor) -> Tensor:
-    """Numbers beyond float16 at its border: the layer norm behind this one would else make NaN of them."""
+    """Clamp float16 infinities to the largest finite value; the layer norm that follows would turn them into NaN."""
     return x.clamp(-65504, 65504) if x.dtype == torch.float16 else x

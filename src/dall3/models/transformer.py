@@ -1,4 +1,4 @@
-"""The DALL·E transformer (arXiv 2102.12092) as DALLE-pytorch built it, releases 1.0 to 1.6 and the seed's fork.
+"""The DALL·E transformer (arXiv 2102.12092) as DALLE-pytorch built it, releases 1.0 to 1.6 and upstream's fork.
 
 Sequence: <bos>, `text_seq_len` text tokens, `grid_size`² image tokens. Logits: the text vocabulary (words, then one
 padding id a position), then the image vocabulary.
@@ -283,14 +283,14 @@ class DalleTransformer(ImageTokenTransformer[DalleCache]):
         above = torch.where(in_image, place - c.grid_size, place - 1)
         left = torch.where(in_image & (in_row == 0), -1, place - 1)
         has_above = (above >= 0) & ~(in_image & (above < c.text_length))
-        # The row behind the last position is never written: it is nobody's, and 0.
+        # Sentinel row behind the last position: never written, always zero.
         above, left = torch.where(has_above, above, c.seq_len), torch.where(left >= 0, left, c.seq_len)
         self.register_buffer("neighbours", torch.stack((above, left)), persistent=False)
 
     def set_rotary_angles(self, angles: Tensor) -> None:
         """Take the table of angles (positions, channels) of a checkpoint; neighbouring channels share an angle."""
         half = angles.reshape(angles.shape[-2:])[:, ::2]
-        # The last channels do not turn; the seed's table lacks the very last position, which is never fed.
+        # The last channels do not turn; upstream's table lacks the very last position, which is never fed.
         rows = self.config.text_length + self.config.image_seq_len - len(half)
         half = F.pad(half, (0, self.config.dim_head // 2 - half.shape[1], 0, rows))
         self.register_buffer("rotary_cos", half.cos())

@@ -1,7 +1,8 @@
-"""The UNet of guided diffusion (arXiv 2105.05233) with the names of its checkpoints.
+"""The UNet of guided diffusion (arXiv 2105.05233) with the parameter names of its checkpoints.
 
-Three kinds: plain; conditioned on code embeddings, which join the middle block (Jack000/guided-diffusion); and
-conditioned on a low-resolution picture, which joins the input (super-resolution).
+There are three variants: unconditional or class-conditional (openai/guided-diffusion); conditioned on code embeddings,
+concatenated before the middle block (Jack000/guided-diffusion); and conditioned on a low-resolution image, concatenated
+to the input (super-resolution).
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ from dall3.models.vqgan import silu, upsample
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """How a UNet was trained, by guided-diffusion's names."""
+    """The diffusion process that a UNet was trained with, with guided-diffusion's names.
+
+    Raises ValueError for an unknown noise schedule.
+    """
 
     diffusion_steps: int = 1000
-    noise_schedule: str = "linear"
-    learn_sigma: bool = True
-    predict_xstart: bool = False
-    rescale_timesteps: bool = True
+    noise_schedule: str = "linear"  # or "cosine"
+    learn_sigma: bool = True  # the output has three more channels for the variance
+    predict_xstart: bool = False  # the output is x_0 instead of the noise
+    rescale_timesteps: bool = True  # timesteps are scaled to 0 … 1000
 
     def __post_init__(self) -> None:
         if self.noise_schedule not in ("linear", "cosine"):
@@ -36,24 +40,27 @@ class DiffusionConfig:
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """What a UNet is, by guided-diffusion's names. Channels of a level: int(multiplier · model_channels)."""
+    """Configuration of a `UNet`, with guided-diffusion's names.
+
+    The channels of a level are int(multiplier · model_channels).
+    """
 
     model_channels: int
     channel_mult: tuple[float, ...]
     num_res_blocks: int
-    attention_levels: tuple[int, ...]  # levels with attention, counted from the full resolution down
-    image_size: int
+    attention_levels: tuple[int, ...]  # levels with attention; level 0 has the full resolution
+    image_size: int  # side of the output in pixels
     num_heads: int = 4
-    num_head_channels: int | None = None  # if given, decides the number of heads
-    num_heads_upsample: int | None = None  # None for num_heads
+    num_head_channels: int | None = None  # overrides num_heads
+    num_heads_upsample: int | None = None  # heads in the upsampling half; None for num_heads
     use_new_attention_order: bool = False
     use_scale_shift_norm: bool = True
     resblock_updown: bool = True
     num_classes: int | None = None
-    embedding_dims: tuple[int, int] | None = None  # channels of the code embeddings: given, after the convolution
+    embedding_dims: tuple[int, int] | None = None  # channels of image_embeds: before, after its convolution
     super_resolution: bool = False
-    norm_groups: int = 32  # of group normalization; with as many groups as channels, it removes each channel's mean
-    predict_residual: bool = False  # the output is added to the enlarged low_res
+    norm_groups: int = 32  # groups of the group normalisation; one group per channel removes each channel's mean
+    predict_residual: bool = False  # the upsampled low_res is added to the output
     diffusion: DiffusionConfig = DiffusionConfig()
 
     @property
@@ -62,21 +69,21 @@ class UNetConfig:
 
     @property
     def downsampling(self) -> int:
-        """Pixels a side that one place of the middle block stands for."""
+        """Ratio of the input's side to that of the middle block."""
         return 2 ** (len(self.channel_mult) - 1)
 
 
 def scale_shift_norm(norm: GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """norm(x) · (1 + scale) + shift of x (batch, channels, height, width); scale and shift are (batch, channels)."""
+    """norm(x) · (1 + scale) + shift for x (batch, channels, height, width). scale, shift: (batch, channels)."""
     if len(x) > 1:
         return torch.addcmul(shift[:, :, None, None], norm(x), 1 + scale[:, :, None, None])
-    # One picture's scale and shift join those of the normalisation, and x is passed over only once.
+    # For a batch of one, scale and shift fold into the normalisation's weight and bias: a single pass over x.
     weight, bias = norm.weight * (1 + scale[0]), norm.bias * (1 + scale[0]) + shift[0]
     return group_norm(x, norm.num_groups, weight, bias, norm.eps)
 
 
 class ResBlock(nn.Module):
-    """A residual block that hears the time; `resample` halves or doubles both its branches."""
+    """A residual block conditioned on the timestep. `resample` downsamples or upsamples both of its branches."""
 
     def __init__(self, c: UNetConfig, channels: int, out_channels: int, resample: nn.Module | None = None) -> None:
         super().__init__()
@@ -107,7 +114,10 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Attention over all places. Checkpoints before the "new order" keep each head's q, k, v together."""
+    """Self-attention over all pixels.
+
+    Without `use_new_attention_order`, the q, k and v channels of a head are adjacent.
+    """
 
     def __init__(self, c: UNetConfig, channels: int, num_heads: int) -> None:
         super().__init__()
@@ -121,7 +131,7 @@ class AttentionBlock(nn.Module):
         self.proj_out = nn.Conv1d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Places as rows: the convolutions are matrix products, and a fused attention wants a head's channels together.
+        # (batch, pixels, channels): 1×1 convolutions become matrix products, and fused attention needs this layout.
         rows = self.norm(x).flatten(2).transpose(1, 2)
         qkv = F.linear(rows, self.qkv.weight[:, :, 0], self.qkv.bias)
         axes = (3, self.num_heads) if self.new_order else (self.num_heads, 3)
@@ -136,7 +146,7 @@ def downsample(channels: int, out_channels: int) -> nn.Module:
 
 
 class Block(nn.Sequential):
-    """Layers in order; the residual blocks among them hear the time."""
+    """Layers in sequence; the residual blocks among them are conditioned on the timestep."""
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:  # type: ignore[override]
         for layer in self:
@@ -145,7 +155,7 @@ class Block(nn.Sequential):
 
 
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
-    """Cosines and sines of timesteps (batch,), which may be fractions, at `dim` // 2 frequencies: (batch, dim)."""
+    """Sinusoidal embedding of timesteps (batch,), which may be fractional: float32 (batch, dim), cosines first."""
     half = dim // 2
     exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
     angles = timesteps[:, None].float() * torch.exp(-math.log(10000) * exponents)
@@ -159,13 +169,20 @@ def run_block(block: nn.Module, x: Tensor, time: Tensor) -> Tensor:
 
 
 def recomputed(block: nn.Module, x: Tensor, time: Tensor) -> Tensor:
-    """The block's output, of which nothing is kept for the gradient but what went in."""
+    """Run the block with gradient checkpointing."""
     out: Tensor = checkpoint(block, x, time, use_reentrant=False)
     return out
 
 
 class UNet(nn.Module):
-    """Noisy picture and time to the noise in it (and, with learn_sigma, to where its variance lies)."""
+    """The UNet of guided diffusion (`guided_diffusion/unet.py`): predicts the noise, or x_0, of a noisy image.
+
+    With `learn_sigma`, the output has three more channels that interpolate the variance.
+
+    >>> unet = UNet(UNetConfig(32, (1, 2), num_res_blocks=1, attention_levels=(1,), image_size=16))
+    >>> unet(torch.randn(2, 3, 16, 16), torch.tensor([999, 500])).shape
+    torch.Size([2, 6, 16, 16])
+    """
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -220,8 +237,9 @@ class UNet(nn.Module):
                 module.num_groups = c.norm_groups
 
     def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
-        """Keep only what goes into each block for a gradient, and run the block again for the rest: less memory, more
-        time. CLIP guidance takes a gradient through all of the UNet.
+        """Recompute each block in the backward pass instead of storing its activations: less memory, more time.
+
+        CLIP guidance takes a gradient through the whole UNet.
         """
         self.gradient_checkpointing = enabled
 
@@ -233,11 +251,13 @@ class UNet(nn.Module):
         low_res: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> Tensor:
-        """Float (batch, 3, height, width) in [-1, 1] and noise, to (batch, 6 or 3, height, width).
+        """Predict the noise (or x_0) of noisy images.
 
-        timesteps: (batch,) on the scale of training, 0 … 1000. image_embeds: (batch, channels, side, side), twice the
-        side of the middle block. low_res: (batch, 3, h, w) in [-1, 1]. labels: int64 (batch,).
-        Raises ValueError when the conditioning is not the kind that this UNet was made for.
+        x: float (batch, 3, height, width), x_t of images in [-1, 1]. timesteps: (batch,), in [0, 1000) with
+        `rescale_timesteps`, else [0, diffusion_steps). image_embeds: float (batch, embedding_dims[0], side, side),
+        with twice the side of the middle block. low_res: float (batch, 3, h, w) in [-1, 1]. labels: int64 (batch,).
+        Returns float (batch, 6, height, width) with `learn_sigma`, else (batch, 3, height, width).
+        Raises ValueError for a missing condition, and for one that the configuration does not have.
         """
         for name, given, wanted in (
             ("image_embeds", image_embeds, self.config.embedding_dims),

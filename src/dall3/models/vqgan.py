@@ -1,6 +1,6 @@
-"""VQGAN (arXiv 2012.09841) as taming-transformers has it: GumbelVQ and VQModel, with the names of its checkpoints.
+"""VQGAN (arXiv 2012.09841) of taming-transformers: GumbelVQ and VQModel, with the parameter names of its checkpoints.
 
-DALL·E Mini's and ruDALL-E's are of these kinds; what they do otherwise is in the configuration.
+The VQGANs of DALL·E Mini and ruDALL-E are the same networks; the configuration holds the differences.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class VQGANConfig:
-    """What a VQGAN is, by taming's names; `attn_levels` counts levels from the full resolution down.
+    """Configuration of a `VQModel` or `GumbelVQ`, with taming-transformers' names.
 
-    has_encoder: False for DALL·E Mini's `detoker.pt`, which only decodes. unit_range: its network takes and gives
-    pixels in [0, 1] instead of [-1, 1], as DALL·E Mini's. dwt: the decoder ends in an inverse Haar transform and gives
-    pictures of twice the side that the encoder takes, as ruDALL-E's second one.
+    attn_levels: levels with attention; level 0 has the full resolution. has_encoder: False for DALL·E Mini's
+    `detoker.pt`, which only decodes. unit_range: the network works on pixels in [0, 1] instead of [-1, 1], as DALL·E
+    Mini's. dwt: the decoder ends in an inverse Haar transform and returns images of twice the encoder's input size, as
+    ruDALL-E's second VQGAN.
     """
 
     ch: int
@@ -34,7 +35,7 @@ class VQGANConfig:
     has_encoder: bool = True
     unit_range: bool = False
     dwt: bool = False
-    norm_groups: int = 32  # of group normalization; with as many groups as channels, it removes each channel's mean
+    norm_groups: int = 32  # groups of the group normalisation; one group per channel removes each channel's mean
 
 
 def normalization(channels: int) -> nn.GroupNorm:
@@ -42,14 +43,14 @@ def normalization(channels: int) -> nn.GroupNorm:
 
 
 def set_norm_groups(model: nn.Module, groups: int) -> None:
-    """Set the number of groups of every group normalization of a network."""
+    """Set the number of groups of every group normalisation of a network."""
     for module in model.modules():
         if isinstance(module, nn.GroupNorm):
             module.num_groups = groups
 
 
 def silu(x: Tensor) -> Tensor:
-    """Written over x where no gradient asks for x again: faster than new memory."""
+    """SiLU, in place unless x requires a gradient."""
     return F.silu(x, inplace=not x.requires_grad)
 
 
@@ -70,7 +71,7 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Single-head attention over all places of the picture."""
+    """Single-head self-attention over all pixels."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -85,7 +86,7 @@ class AttnBlock(nn.Module):
 
 
 def downsample(channels: int) -> nn.Module:
-    pad = nn.ZeroPad2d((0, 1, 0, 1))  # taming pads on the right and below only
+    pad = nn.ZeroPad2d((0, 1, 0, 1))  # taming-transformers pads only on the right and at the bottom
     return nn.Sequential(OrderedDict(pad=pad, conv=nn.Conv2d(channels, channels, 3, stride=2)))
 
 
@@ -100,7 +101,7 @@ def middle(channels: int) -> nn.Module:
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, each followed by attention where the level has it, then the resampling."""
+    """The residual blocks of one resolution, each followed by attention if the level has it, then the resampling."""
 
     def __init__(self, width: int, out: int, blocks: int, attention: bool, **resample: nn.Module) -> None:
         super().__init__()
@@ -163,19 +164,26 @@ class Decoder(nn.Module):
 
 
 def inverse_haar(bands: Tensor) -> Tensor:
-    """One step of the inverse Haar transform: bands (batch, 12, height, width) to a picture (batch, 3, 2 · height, …).
+    """One level of the inverse Haar transform.
 
-    Bands are the low ones of three colours, then each colour's three high ones, in pywt's order (cH, cV, cD).
+    bands: (batch, 12, height, width): the low band of each colour channel, then the three high bands of each colour
+    channel in pywt's order (cH, cV, cD). Returns images, (batch, 3, 2 · height, 2 · width).
     """
     low = bands[:, :3]
     high, vertical, diagonal = bands[:, 3:].unflatten(1, (3, 3)).unbind(2)
-    signs = ((1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1))  # of the four pixels of a place, row by row
+    signs = ((1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1))  # for the four pixels of a coefficient, row by row
     pixels = [(low + h * high + v * vertical + d * diagonal) / 2 for h, v, d in signs]
     return F.pixel_shuffle(torch.stack(pixels, dim=2).flatten(1, 2), 2)
 
 
 class VQModel(nn.Module):
-    """Pictures to codes of a learned codebook, the nearest entry winning (arXiv 1711.00937), and back."""
+    """VQGAN with nearest-neighbour vector quantisation (arXiv 1711.00937; taming-transformers, `models/vqgan.py`).
+
+    >>> vqgan = VQModel(VQGANConfig(32, (1, 1), 1, (), z_channels=8, embed_dim=8, n_embed=16))
+    >>> ids = vqgan.encode(torch.rand(1, 3, 16, 16))
+    >>> ids.shape, vqgan.decode(ids).shape
+    (torch.Size([1, 64]), torch.Size([1, 3, 16, 16]))
+    """
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
@@ -191,18 +199,19 @@ class VQModel(nn.Module):
 
     @property
     def codebook(self) -> Tensor:
-        """The codes' embeddings, float (n_embed, embed_dim)."""
+        """Embeddings of the codes, float (n_embed, embed_dim)."""
         return self.quantize.get_parameter("embedding.weight")
 
     def choose(self, features: Tensor) -> Tensor:
-        """Features (batch, embed_dim, h, w) to the ids of their codes, int64 (batch, h, w)."""
+        """Quantise features (batch, embed_dim, h, w) to the ids of the nearest codes, int64 (batch, h, w)."""
         features, entries = rearrange(features, "b c h w -> b h w c").float(), self.codebook.float()
         return ((entries**2).sum(-1) - 2 * features @ entries.T).argmin(dim=-1)  # |f|² is the same for every entry
 
     def encode(self, images: Tensor) -> Tensor:
-        """Pictures, float (batch, 3, height, width) in [0, 1], sides divisible by `downsampling`, to the ids of their
-        codes, int64 (batch, height · width / downsampling²), row by row. Raises ValueError for another shape, and where
-        there is no encoder.
+        """Encode images, float (batch, 3, height, width) in [0, 1], to ids of codes.
+
+        Returns int64 (batch, height · width / downsampling²), in row-major order. Raises ValueError for another shape,
+        for sides that are not divisible by `downsampling`, and if the VQGAN has no encoder.
         """
         if not self.config.has_encoder:
             raise ValueError(
@@ -219,22 +228,24 @@ class VQModel(nn.Module):
         )
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Ids of a square grid, int64 (batch, side²), to embeddings, float (batch, embed_dim, side, side)."""
+        """Look up the embeddings of ids, int64 (batch, side²): float (batch, embed_dim, side, side)."""
         return rearrange(F.embedding(ids, self.codebook), "b (h w) c -> b c h w", h=square_side(ids))
 
     def decode(self, ids: Tensor) -> Tensor:
-        """Ids, int64 (batch, side²), to pictures, float (batch, 3, side · downsampling, …) in [0, 1].
+        """Decode ids, int64 (batch, side²), to images in [0, 1].
 
-        Where the decoder ends in a Haar transform, their sides are twice as long.
+        Returns float (batch, 3, side · downsampling, side · downsampling); with `dwt`, the sides are twice as long.
+        Raises ValueError if the ids do not form a square grid.
         """
         pictures = self.decoder(self.post_quant_conv(self.embed(ids)))
         return pictures.clamp(0, 1) if self.config.unit_range else (pictures.clamp(-1, 1) + 1) / 2
 
 
 class GumbelVQ(VQModel):
-    """The VQGAN of the seed and of ruDALL-E: a 1×1 convolution gives each code its logit (arXiv 1611.01144).
+    """VQGAN with Gumbel quantisation (arXiv 1611.01144), as in Jack000/DALLE-pytorch and ruDALL-E.
 
-    The likeliest code wins. The original adds Gumbel noise outside training too; its codes vary from run to run.
+    A 1×1 convolution computes the logits of the codes, and the most likely code is taken. taming-transformers adds
+    Gumbel noise outside of training too, so its codes vary from run to run.
     """
 
     def __init__(self, config: VQGANConfig) -> None:
@@ -244,16 +255,16 @@ class GumbelVQ(VQModel):
 
     @property
     def codebook(self) -> Tensor:
-        """The codes' embeddings, float (n_embed, embed_dim)."""
+        """Embeddings of the codes, float (n_embed, embed_dim)."""
         return self.quantize.get_parameter("embed.weight")
 
     def choose(self, features: Tensor) -> Tensor:
-        """Features (batch, embed_dim, h, w) to the ids of their codes, int64 (batch, h, w)."""
+        """Quantise features (batch, embed_dim, h, w) to the ids of the most likely codes, int64 (batch, h, w)."""
         return self.quantize["proj"](features).argmax(dim=1)
 
 
 def square_side(ids: Tensor) -> int:
-    """The side of the square that ids (batch, side²) make. Raises ValueError when they make none."""
+    """Side of the square grid of ids (batch, side²). Raises ValueError if they do not form a square grid."""
     side = round(ids.shape[-1] ** 0.5)
     if ids.ndim != 2 or side**2 != ids.shape[-1]:
         raise ValueError(f"tokens have shape {tuple(ids.shape)}; expected (batch, side²), a square grid row by row")
@@ -261,7 +272,7 @@ def square_side(ids: Tensor) -> int:
 
 
 def check_codes(transformer_config: Any, vqgan: Any) -> None:
-    """Raise ValueError where a transformer's image tokens are not the codes of a VQGAN, or of another VAE."""
+    """Raise ValueError if the image tokens of a transformer are not the codes of this VQGAN or discrete VAE."""
     codes, unit_range = transformer_config.num_image_tokens, getattr(transformer_config, "unit_range", False)
     if codes != vqgan.num_tokens:
         raise ValueError(f"the transformer draws {codes} codes, the vqgan has {vqgan.num_tokens}")

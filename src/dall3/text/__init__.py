@@ -1,4 +1,4 @@
-"""Prompts to token ids: one file a tokenizer family, `rules` for lengths, padding and special ids, `load` for files."""
+"""Text encoding: one file per tokenizer family, `rules` for lengths, padding and special ids, `load` for files."""
 
 from dall3.text.load import load_text_encoder, load_tokenizer, tokenizer_json
 from dall3.text.rules import DalleMiniTextEncoder, RudalleTextEncoder, TextEncoder, text_encoder_of

@@ -1,4 +1,4 @@
-"""CLIP's tokenizer, DALLE-pytorch's default."""
+"""CLIP's tokenizer, the default of DALLE-pytorch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ CLIP_JSON = '{"tokenizer": "clip"}'
 
 
 class ClipTokenizer:
-    """CLIP's byte-level BPE, 49408 tokens; open_clip ships the merges."""
+    """CLIP's byte-level BPE with 49,408 tokens. The merges come with open_clip."""
 
     def __init__(self) -> None:
         from open_clip.tokenizer import SimpleTokenizer
@@ -26,4 +26,4 @@ class ClipTokenizer:
         return self.bpe.decode(kept).rstrip()
 
     def to_json(self) -> str:
-        return CLIP_JSON  # it mends its text with ftfy first, which no file of `tokenizers` can say
+        return CLIP_JSON  # a marker: the JSON format of `tokenizers` cannot express the ftfy cleaning of the text

@@ -1,4 +1,4 @@
-"""DALL·E Mini's and Mega's tokenizer as min-dalle reads it: BART's byte-level BPE, but words end at spaces alone."""
+"""The tokenizer of DALL·E Mini and Mega, as in min-dalle: BART's byte-level BPE with words split only at spaces."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ WORD_MARK = "Ġ"
 
 
 def merges_beside(vocabulary: Path) -> Path:
-    """Where the merges of a vocabulary are expected: merges_mini.txt beside vocab_mini.json."""
+    """Path of the merges that belong to a vocabulary: merges_mini.txt in the folder of vocab_mini.json."""
     return vocabulary.with_name(vocabulary.name.replace("vocab", "merges")).with_suffix(".txt")
 
 
 def dalle_mini_tokenizer(vocabulary: str, merges: str) -> HuggingFaceTokenizer:
-    """The tokenizer of the texts of `vocab.json` and `merges.txt`. Its first line of merges is a header.
+    """Build the tokenizer from the contents of `vocab.json` and `merges.txt`. The first line of merges is a header.
 
-    Every word is the word mark and its letters; pieces that the vocabulary lacks are <unk>.
+    Every word starts with the word mark; tokens that the vocabulary lacks become <unk>. Raises ValueError if the
+    vocabulary or the merges are damaged.
     """
     from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
     from tokenizers.models import BPE
 
     ids = json.loads(vocabulary)
     if not isinstance(ids, dict) or not all(type(i) is int for i in ids.values()) or ids.get("<unk>") != 3:
-        raise ValueError("its vocabulary is no object of ids, or lacks <unk> with the id 3")
+        raise ValueError("its vocabulary is not an object of ids, or lacks <unk> with the id 3")
     lines = [tuple(line.split()) for line in merges.split("\n")[1:] if line]
     pairs = [(pair[0], pair[1]) for pair in lines if len(pair) == 2]
     if len(pairs) != len(lines):
-        raise ValueError("its merges have a line that is no pair of tokens")
+        raise ValueError("its merges have a line that is not a pair of tokens")
     made = Tokenizer(BPE(ids, pairs, unk_token="<unk>"))
     ends = normalizers.Replace(Regex("^ | $"), "")
     made.normalizer = normalizers.Sequence([normalizers.Replace(Regex(" +"), " "), ends])

@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face's `tokenizers`: DALLE-pytorch's `--hug` and `--chinese`."""
+"""Tokenizers of Hugging Face's `tokenizers` library: DALLE-pytorch's `--hug` and `--chinese`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from dall3.text.tokenizer import without_padding
 
-PARTS = {  # of a tokenizer of `tokenizers`: the kinds that neither panic nor fetch nor blow a text up
+PARTS = {  # accepted component types: those that cannot panic, access the network or expand a text without bound
     "model": ("BPE", "WordPiece", "WordLevel", "Unigram"),
     "normalizer": (
         *("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Strip", "StripAccents", "Replace", "Prepend", "ByteLevel"),
@@ -25,8 +25,10 @@ PARTS = {  # of a tokenizer of `tokenizers`: the kinds that neither panic nor fe
 
 
 def longest_replacement(charsmap: str) -> int:
-    """Bytes of the longest text in sentencepiece's table of replacements: its trie's size, its trie, and those texts,
-    each with a zero after it. Raises ValueError for another table.
+    """Length in bytes of the longest replacement in sentencepiece's precompiled normalisation table (base64).
+
+    The table holds the size of a trie, the trie, and the replacements, each terminated by a zero byte. Raises
+    ValueError for a damaged table.
     """
     table = base64.b64decode(charsmap, validate=True)
     trie = int.from_bytes(table[:4], "little")
@@ -36,14 +38,18 @@ def longest_replacement(charsmap: str) -> int:
 
 
 def vetted(text: str) -> str:
-    """A tokenizer's JSON without what DALLE-pytorch does not use. Raises ValueError for parts that are a trap."""
+    """Check a tokenizer's JSON and return it without truncation, padding and post-processor.
+
+    Raises ValueError for component types that are not accepted, and for normalisation that can expand a text more than
+    64 times.
+    """
     found = json.loads(text)
     growth, lists = 1.0, {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
 
     def check(place: str, part: Any) -> None:
         nonlocal growth
         if not isinstance(part, dict):
-            raise ValueError(f"its {place} is no object")
+            raise ValueError(f"its {place} is not an object")
         kind = part.get("type", "BPE" if place == "model" else None)
         if kind == "Sequence" and place in lists:
             for inner in part[lists[place]]:
@@ -53,7 +59,7 @@ def vetted(text: str) -> str:
         if kind == "Precompiled":  # sentencepiece's, as XLM-R has it
             growth *= max(longest_replacement(part.get("precompiled_charsmap") or ""), 1)
         added = max(len(part.get(key) or "") for key in ("content", "prepend"))
-        if added:  # for so many characters, or, where the pattern may match nothing, beside every one
+        if added:  # replaces the pattern's characters; a pattern that can match nothing inserts at every position
             pattern = part.get("pattern")
             replaced = len(pattern.get("String") or "") if isinstance(pattern, dict) else 0
             growth *= max(added / replaced, 1) if replaced else 1 + added
@@ -64,24 +70,24 @@ def vetted(text: str) -> str:
         if found.get(place) is not None or place == "model":
             check(place, found.get(place))
     if found["model"].get("type", "BPE") == "BPE" and found["model"].get("continuing_subword_prefix"):
-        raise ValueError("its BPE has a continuing_subword_prefix, which takes characters apart")
-    # Ids are cut and padded by the text encoder, and no start or end is added.
+        raise ValueError("its BPE has a continuing_subword_prefix, which can split characters")
+    # The text encoder truncates and pads, and adds the special ids.
     return json.dumps(found | {"truncation": None, "padding": None, "post_processor": None}, ensure_ascii=False)
 
 
 @contextmanager
-def as_value_error(does: str) -> Iterator[None]:
-    """`tokenizers` raises nothing more precise than Exception, and panics as no Exception."""
+def as_value_error(action: str) -> Iterator[None]:
+    """Convert the errors of `tokenizers` to ValueError: it raises plain Exception, and PanicException on a panic."""
     try:
         yield
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ValueError(f"the tokenizer {does} no such text: {' '.join(str(error).split())[:500]}") from error
+        raise ValueError(f"the tokenizer cannot {action}: {' '.join(str(error).split())[:500]}") from error
 
 
 class HuggingFaceTokenizer:
-    """Any tokenizer of Hugging Face's `tokenizers`, from its JSON."""
+    """A tokenizer of Hugging Face's `tokenizers`, from its JSON. Raises ValueError as `vetted` does."""
 
     def __init__(self, text: str) -> None:
         from tokenizers import Tokenizer
@@ -91,13 +97,13 @@ class HuggingFaceTokenizer:
         self.vocab_size = self.tokenizer.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        # DALLE-pytorch replaces the file's post-processor, which may add start and end tokens, by one that adds none.
-        with as_value_error("encodes"):
+        # DALLE-pytorch removes the post-processor, which could add start and end tokens.
+        with as_value_error("encode this text"):
             return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
         kept = without_padding(ids, self.vocab_size)
-        with as_value_error("decodes"):
+        with as_value_error("decode these ids"):
             return self.tokenizer.decode(kept)
 
     def to_json(self) -> str:

@@ -1,4 +1,4 @@
-"""Tokenizers and text encoders from files."""
+"""Loading of tokenizers and text encoders from files."""
 
 from __future__ import annotations
 
@@ -22,16 +22,18 @@ def load_text_encoder(
     text_seq_len: int | None = None,
     num_text_tokens: int | None = None,
 ) -> TextEncoder:
-    """Load a tokenizer with the rules of a family of transformers: what encodes its prompts.
+    """Load the text encoder of a family of transformers: a tokenizer with the family's rules for prompts.
 
-    path: as `load_tokenizer` takes it; of "dalle-mini" also the folder of its two files. kind: "dalle-pytorch",
-    "dalle-mini" (Mini and Mega) or "rudalle". text_seq_len: ids of a prompt, by default 256, 64 or 128.
-    num_text_tokens: ids that the transformer knows, by default all of the tokenizer.
+    path: as for `load_tokenizer`; for "dalle-mini" also the folder of its two files. kind: "dalle-pytorch",
+    "dalle-mini" (Mini and Mega) or "rudalle". text_seq_len: length of the encoded prompt; by default 256, 64 or 128.
+    num_text_tokens: size of the transformer's text vocabulary; by default that of the tokenizer.
 
-    Raises FileNotFoundError where there is no file, ValueError for one that is not a tokenizer or another kind.
+    Raises FileNotFoundError if there is no such file; ValueError for a file that is not a tokenizer, and for an unknown
+    kind.
 
     >>> encode = load_text_encoder("bpe.model", kind="rudalle")  # doctest: +SKIP
-    >>> encode("кот")  # doctest: +SKIP
+    >>> encode("кот").shape  # doctest: +SKIP
+    torch.Size([128])
     """
     check_kind(kind)
     if kind == "dalle-mini" and isinstance(path, str | Path) and Path(path).is_dir():
@@ -48,12 +50,18 @@ def vocabulary_in(folder: Path) -> Path:
 
 
 def load_tokenizer(path: TokenizerPath | None = None) -> Tokenizer:
-    """The tokenizer in a file, its kind told by the content; without a file CLIP's own, DALLE-pytorch's default.
+    """Load a tokenizer from a file; the content decides its type. Without a path, return CLIP's tokenizer.
 
-    The kinds are DALLE-pytorch's: a youtokentome model (ruDALL-E's too), a JSON file of Hugging Face's `tokenizers`
-    (`--hug`), the `vocab.txt` of bert-base-chinese (`--chinese`); and DALL·E Mini's `vocab.json` with its `merges.txt`
-    beside it, or both as a pair. Raises FileNotFoundError or IsADirectoryError where there is no file, ValueError for
-    one that is empty, damaged or of another kind.
+    path: a youtokentome model (DALLE-pytorch's `--bpe_path`, ruDALL-E), a JSON file of Hugging Face's `tokenizers`
+    (`--hug`), the `vocab.txt` of bert-base-chinese (`--chinese`), or DALL·E Mini's `vocab.json` with its `merges.txt`
+    in the same folder. A pair (vocab, merges) gives both files of DALL·E Mini.
+
+    Raises FileNotFoundError or IsADirectoryError if there is no such file; ValueError for a file that is empty, damaged
+    or not a tokenizer.
+
+    >>> tokenizer = load_tokenizer()
+    >>> tokenizer.decode(tokenizer.encode("a red cube"))
+    'a red cube'
     """
     if path is None:
         return ClipTokenizer()
@@ -71,7 +79,7 @@ def load_tokenizer(path: TokenizerPath | None = None) -> Tokenizer:
         return YttmTokenizer(text)
     except OSError:
         raise
-    except BaseException as error:  # tokenizers raises nothing more precise, and panics as no Exception
+    except BaseException as error:  # `tokenizers` raises plain Exception, and PanicException on a panic
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise damaged(path, error) from error
@@ -85,7 +93,7 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path} is {path.stat().st_size:,} bytes large, which no tokenizer is; {EXPECTED}")
     with path.open(encoding="utf-8-sig") as file:
         try:
-            return "".join(file)  # by lines: a checkpoint, given by mistake, fails within its first bytes
+            return "".join(file)  # line by line, so that a checkpoint given by mistake fails at once
         except UnicodeDecodeError as error:
             raise damaged(path, error) from None
 
@@ -95,15 +103,15 @@ def damaged(path: Path, error: BaseException) -> ValueError:
 
 
 def is_vocabulary(text: str) -> bool:
-    """Whether a text is the vocabulary alone of a tokenizer: an object with an id for <s>."""
+    """Whether a text is a bare vocabulary, as DALL·E Mini's: a JSON object with an id for <s>."""
     found = json.loads(text) if text.startswith("{") and '"<s>"' in text else None
     return isinstance(found, dict) and type(found.get("<s>")) is int
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> str:
-    """A tokenizer of any kind that `load_tokenizer` knows as the text of a JSON file, which it reads again.
+    """Serialise a tokenizer as JSON that `load_tokenizer` reads.
 
-    Raises ValueError for a tokenizer of another kind.
+    Raises ValueError for a tokenizer that `load_tokenizer` did not make.
     """
     if not isinstance(tokenizer, HuggingFaceTokenizer | YttmTokenizer | ClipTokenizer):
         raise ValueError(f"a {type(tokenizer).__name__} has no JSON; expected a tokenizer of load_tokenizer")

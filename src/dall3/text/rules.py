@@ -1,4 +1,4 @@
-"""How each family reads a prompt: what is cleaned, which special ids stand around it, how it is cut and padded."""
+"""Prompt encoding of each family: normalisation of the text, special ids, truncation and padding."""
 
 from __future__ import annotations
 
@@ -10,15 +10,22 @@ from dall3.text.tokenizer import Tokenizer
 
 
 class TextEncoder:
-    """A prompt as DALLE-pytorch's transformers read it: lower-cased, its ids, padding 0."""
+    """Text encoder of DALLE-pytorch's transformers: lower-cased text, no special ids, padded with 0.
 
-    before: tuple[int, ...] = ()  # special ids around a prompt
-    after: tuple[int, ...] = ()
+    text_seq_len: length of the encoded prompt. num_text_tokens: size of the transformer's text vocabulary.
+
+    >>> from dall3.text import load_tokenizer
+    >>> TextEncoder(load_tokenizer(), text_seq_len=8, num_text_tokens=49408)("a red cube").shape
+    torch.Size([8])
+    """
+
+    before: tuple[int, ...] = ()  # special ids before the prompt
+    after: tuple[int, ...] = ()  # special ids after the prompt
     padding = 0
-    special_ids = frozenset({0})  # those that are no text
-    family = "this transformer"
+    special_ids = frozenset({0})  # ids that `decode` leaves out
+    family = "this transformer"  # used in error messages, as `letters`
     letters = "letters that its tokenizer knows"
-    usual_length = 256
+    usual_length = 256  # default of text_seq_len
 
     def __init__(self, tokenizer: Tokenizer, text_seq_len: int, num_text_tokens: int) -> None:
         self.tokenizer = tokenizer
@@ -26,15 +33,15 @@ class TextEncoder:
         self.num_text_tokens = num_text_tokens
 
     def prepare(self, prompt: str) -> str:
-        """The text that the tokenizer is given."""
+        """Normalise a prompt for the tokenizer."""
         return prompt.lower()
 
     def __call__(self, prompt: str, truncate: bool = False) -> torch.Tensor:
-        """Ids of a prompt, int64 (text_seq_len,), in [0, num_text_tokens), padded at the end.
+        """Encode a prompt: ids, int64 (text_seq_len,), in [0, num_text_tokens), padded at the end.
 
-        truncate: cut a prompt that is too long instead of refusing it. Raises TypeError if `prompt` is not a str;
-        ValueError if it has no tokens in a family without special ids around it, too many, or an id that the
-        transformer does not know.
+        truncate: truncate a prompt that is too long instead of raising an error. Raises TypeError if `prompt` is not a
+        str; ValueError if it is empty (for a family without special ids), has too many tokens, or has an id outside of
+        the transformer's vocabulary.
         """
         if not isinstance(prompt, str):
             raise TypeError(f"the prompt must be a str, not {type(prompt).__name__}; encode several one by one")
@@ -49,12 +56,13 @@ class TextEncoder:
         return torch.tensor(ids + [self.padding] * (self.text_seq_len - len(ids)), dtype=torch.int64)
 
     def cut(self, ids: list[int]) -> list[int]:
-        """The ids that fit."""
+        """Truncate ids to `text_seq_len`."""
         return ids[: self.text_seq_len]
 
     def check(self, prompt: str) -> None:
-        """Raise ValueError for a prompt that is empty or has no letter that the family reads, such as one in another
-        language. `__call__` encodes these as the originals do.
+        """Raise ValueError for a prompt that is empty or has no letter that the tokenizer knows.
+
+        An example is a prompt in another language. `__call__` accepts such prompts, as the original code does.
         """
         if not prompt.strip():
             raise ValueError(f"the prompt {prompt!r} is empty: expected text to draw")
@@ -64,20 +72,21 @@ class TextEncoder:
             raise ValueError(f"{self.family} cannot read the prompt {prompt!r}: it reads {self.letters}")
 
     def letters_read(self, prompt: str) -> set[str]:
-        """Letters of a prompt that reach the transformer."""
+        """Letters of a prompt that survive encoding and decoding."""
         text = self.prepare(prompt)
         return {letter for letter in text if letter.isalpha()} & {*self.tokenizer.decode(self.tokenizer.encode(text))}
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids of shape (n,), without padding, special ids and ids that no token has."""
+        """Decode ids (n,) to text. Padding, special ids and unknown ids are left out."""
         known = min(self.num_text_tokens, self.tokenizer.vocab_size)
         return self.tokenizer.decode([i for i in map(int, ids) if 0 < i < known and i not in self.special_ids])
 
 
 class DalleMiniTextEncoder(TextEncoder):
-    """A prompt as DALL·E Mini and Mega read it: <s>, its ids, </s>, padding 1. Rules and ids are min-dalle's.
+    """Text encoder of DALL·E Mini and Mega: <s>, ids, </s>, padded with 1 (kuprel/min-dalle, `text_tokenizer.py`).
 
-    Emoji become their names, letters beyond ASCII are dropped. One that is too long keeps its </s>, as in training.
+    Emoji are replaced by their names and non-ASCII characters are dropped. A truncated prompt keeps its </s>, as in
+    training.
     """
 
     before, after, padding = (0,), (2,), 1
@@ -98,7 +107,7 @@ class DalleMiniTextEncoder(TextEncoder):
 
 
 class RudalleTextEncoder(TextEncoder):
-    """A prompt as ruDALL-E reads it: lower-cased and stripped, 2, its ids, 3, padding 0."""
+    """Text encoder of ruDALL-E: lower-cased and stripped text; 2, ids, 3, padded with 0."""
 
     before, after = (2,), (3,)
     special_ids = frozenset({0, 1, 2, 3})
@@ -121,7 +130,7 @@ KINDS: dict[str, type[TextEncoder]] = {
 
 
 def check_kind(kind: str) -> None:
-    """Raise ValueError for a family that is not known."""
+    """Raise ValueError for an unknown family."""
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is not known; expected one of {', '.join(KINDS)}")
 
@@ -129,10 +138,11 @@ def check_kind(kind: str) -> None:
 def text_encoder_of(
     kind: str, tokenizer: Tokenizer, text_seq_len: int | None = None, num_text_tokens: int | None = None
 ) -> TextEncoder:
-    """A tokenizer with the rules of a family: "dalle-pytorch", "dalle-mini" or "rudalle".
+    """Build the text encoder of a family from a tokenizer.
 
-    text_seq_len: ids of a prompt, by default the family's usual 256, 64 or 128. num_text_tokens: ids that the
-    transformer knows, by default all of the tokenizer. Raises ValueError for another family.
+    kind: "dalle-pytorch", "dalle-mini" or "rudalle". text_seq_len: length of the encoded prompt; by default 256, 64 or
+    128. num_text_tokens: size of the transformer's text vocabulary; by default that of the tokenizer. Raises ValueError
+    for an unknown kind.
     """
     check_kind(kind)
     encoder = KINDS[kind]

@@ -1,26 +1,27 @@
-"""What every tokenizer offers, and what they share."""
+"""The interface of tokenizers, and shared helpers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Protocol
 
-MOST_BYTES, LONGEST = 64 << 20, 1000  # of a tokenizer's file, and characters of one token
+MOST_BYTES, LONGEST = 64 << 20, 1000  # upper bounds: bytes of a tokenizer file, characters of a token
 
 
 class Tokenizer(Protocol):
-    """Text to ids in [0, vocab_size) and back; 0 is padding and has no text."""
+    """Interface of a tokenizer: text to ids in [0, vocab_size) and back. Id 0 is padding and decodes to nothing."""
 
     vocab_size: int
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without start, end or padding; an empty list for an empty text."""
+        """Encode a text to ids, without special ids or padding. An empty text gives an empty list."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids` (a 1-D tensor does too), zeros left out. ValueError at an id that no token has."""
+        """Decode ids, also a 1-D tensor, to text, without padding. Raises ValueError for an id out of range."""
 
 
 def without_padding(ids: Iterable[int], vocab_size: int) -> list[int]:
+    """The ids without zeros. Raises ValueError for an id outside of [0, vocab_size)."""
     kept = [i for i in map(int, ids) if i != 0]
     if any(not 0 < i < vocab_size for i in kept):
         raise ValueError(f"ids from {min(kept)} to {max(kept)} are not all of this tokenizer's, 0 to {vocab_size - 1}")

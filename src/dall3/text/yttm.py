@@ -10,13 +10,17 @@ from dall3.text.tokenizer import LONGEST, MOST_BYTES, without_padding
 
 
 class YttmTokenizer:
-    """youtokentome's `bpe.cpp`; a file lists characters (code point, id), merges (left, right, new id), special ids."""
+    """youtokentome's BPE (`bpe.cpp`), from the content of a model file.
+
+    The file lists characters (code point, id), merges (left, right, new id) and the special ids. Raises ValueError for
+    a damaged file.
+    """
 
     def __init__(self, text: str) -> None:
         from tokenizers.models import BPE
 
         if not re.match(r"\d+ \d+\n", text):
-            raise ValueError("it is of no known kind" if text.strip() else "it is empty")
+            raise ValueError("it is not of a known kind" if text.strip() else "it is empty")
         num_characters, num_merges, *body, self.unknown, pad, bos, eos = map(int, text.split())
         if len(body) != 2 * num_characters + 3 * num_merges:
             raise ValueError(f"its length is not that of {num_characters} characters and {num_merges} merges")
@@ -29,7 +33,7 @@ class YttmTokenizer:
             self.merges.append((tokens[left], tokens[right]))
             tokens[new] = tokens[left] + tokens[right]
             size += len(tokens[new])
-            if len(tokens[new]) > LONGEST or size > MOST_BYTES:  # tokens that double would soon fill all memory
+            if len(tokens[new]) > LONGEST or size > MOST_BYTES:  # merges can double the length each time
                 raise ValueError(f"it has tokens of more than {LONGEST} characters, or too many long ones")
         special = {self.unknown: "<UNK>", pad: "<PAD>", bos: "<BOS>", eos: "<EOS>"}
         self.names = tokens | {i: name for i, name in special.items() if i >= 0}
@@ -41,9 +45,9 @@ class YttmTokenizer:
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
-        # The whitespace of C's isspace and the word mark itself; str.split would also split at U+00A0 and the like.
+        # Split at the whitespace of C's isspace and at the word mark. str.split would also split at U+00A0.
         for word in re.findall(r"[^ \t\n\v\f\r▁]+", text):
-            # No merge crosses an unknown character, and a run of them is one <UNK>.
+            # No merge crosses an unknown character, and a run of unknown characters becomes one <UNK>.
             for known, run in groupby("▁" + word, self.alphabet.__contains__):
                 ids += [token.id for token in self.bpe.tokenize("".join(run))] if known else [self.unknown]
         return ids
@@ -56,12 +60,12 @@ class YttmTokenizer:
         from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
         from tokenizers.models import BPE
 
-        # No merge leads to a special token's name, and an id that is no token's takes part in none either.
+        # Special tokens are in the vocabulary for decoding only: no merge produces their names.
         vocabulary = {name: i for i, name in self.names.items()}
         if len(vocabulary) != len(self.names):
             raise ValueError("a merge of this youtokentome model has the name of a special token")
         made = Tokenizer(BPE(vocabulary, self.merges, unk_token=self.names[self.unknown], fuse_unk=True))
-        # Words stand between spaces with the word mark before each; the mark in a text counts as a space.
+        # Words are separated by whitespace and get a word mark in front. A word mark in the text counts as whitespace.
         spaces = normalizers.Replace(Regex(r"[ \t\n\x0b\f\r▁]+"), " ")
         made.normalizer = normalizers.Sequence([spaces, normalizers.Replace(Regex("^ | $"), "")])
         made.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="always", split=True)

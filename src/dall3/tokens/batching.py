@@ -1,4 +1,4 @@
-"""How many candidates or pictures are worked on at a time."""
+"""Batch sizes that fit the memory of the device."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 from dall3.models.interface import ImageTokenTransformer
 from dall3.tokens.sampling import Sampling
 
-MOST_AT_ONCE = {"cpu": 32}  # candidates, by type of device; 256 on others: more are not faster
+MOST_AT_ONCE = {"cpu": 32}  # maximum batch size by device type, 256 elsewhere; larger batches are not faster
 
 
 def memory_for_caches(transformer: ImageTokenTransformer[Any], device: torch.device) -> int:
-    """Bytes that the caches of a draw may take on a device.
+    """Memory budget for key/value caches on a device, in bytes.
 
-    On CUDA half of the memory that the weights leave of the device: that number is the same at every call, whatever
-    the allocator has reserved. On a CPU half of the memory that the machine has available.
+    On CUDA: half of what the weights leave of the device's total memory. This value does not depend on what the
+    allocator has reserved, so it is the same at every call. On a CPU: half of the available memory.
     """
     if device.type == "cuda":
         weights = sum(parameter.numel() * parameter.element_size() for parameter in transformer.parameters())
@@ -30,7 +30,7 @@ def memory_for_caches(transformer: ImageTokenTransformer[Any], device: torch.dev
 
 
 def fitting_batch_size(transformer: ImageTokenTransformer[Any], settings: Sampling) -> int:
-    """Candidates to draw at a time: a power of two whose caches fit the memory for them."""
+    """Candidates per batch: the largest power of two whose caches fit `memory_for_caches`, up to `MOST_AT_ONCE`."""
     device = transformer.head[0].device
     room = memory_for_caches(transformer, device) // transformer.cache_bytes(1 if settings.cond_scale == 1 else 2, 1)
     most = min(max(room, 1), MOST_AT_ONCE.get(device.type, 256))
@@ -41,9 +41,10 @@ T = TypeVar("T")
 
 
 def batches_that_fit(count: int, size: int, work: Callable[[range], Iterator[T]]) -> Iterator[tuple[range, T]]:
-    """What `work` yields on ranges of `size` numbers, one after the other, up to `count`, each with its range.
+    """Run `work` on consecutive ranges of up to `size` indices below `count`; yield its values with their range.
 
-    Where the device's memory does not hold a batch, half of it is tried from its beginning.
+    When CUDA runs out of memory, the batch size is halved and the batch is started again. Raises
+    torch.cuda.OutOfMemoryError if a batch of one does not fit.
     """
     start = 0
     while start < count:
@@ -57,6 +58,6 @@ def batches_that_fit(count: int, size: int, work: Callable[[range], Iterator[T]]
             fits = False
         if fits:
             start = batch.stop
-        else:  # outside of the handler, whose traceback holds on to the batch's tensors
+        else:  # outside of the handler, whose traceback keeps the batch's tensors alive
             size = len(batch) // 2
             torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""The decoding loop: image tokens, and text tokens, drawn one after the other."""
+"""The decoding loop: autoregressive sampling of image tokens, and of text tokens."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from dall3.tokens.batching import batches_that_fit
 from dall3.tokens.cuda_graph import CudaGraph
 from dall3.tokens.sampling import Sampling
 
-# Rows up to which a step is recorded as a CUDA graph (a candidate counts twice with cond_scale). For few rows the time
-# of a step is that of launching kernels from Python: an H100 drew 256 tokens (dim 512, depth 12) of 1 and of 8
-# candidates in 1.42 and 1.45 s, with recorded steps in 0.38 and 0.49 s.
+# Largest number of rows for which a step is captured as a CUDA graph; with classifier-free guidance a candidate has two
+# rows. With few rows, launching kernels from Python dominates: on an H100, 256 tokens (dim 512, depth 12) of 1 and 8
+# candidates take 1.42 and 1.45 s without a graph, 0.38 and 0.49 s with one.
 GRAPHED_ROWS = 32
 
 
 def texts_for(transformer: ImageTokenTransformer[Any], text_ids: Tensor, settings: Sampling) -> Tensor:
-    """The prompts of a draw, int64 (1 or 2, text_seq_len): with classifier-free guidance also what it leads away from.
+    """Input texts of the transformer, int64 (1, text_seq_len), or (2, text_seq_len) with classifier-free guidance.
 
-    text_ids: int64 (text_seq_len,), the text; or (2, text_seq_len), the text and a negative one in place of the empty.
+    The second row is the unconditional input: the negative text if there is one, else the empty text. text_ids: int64
+    (text_seq_len,), the text; or (2, text_seq_len), the text and a negative text.
     """
     texts = text_ids.view(-1, text_ids.shape[-1])
     if settings.cond_scale == 1:
@@ -42,13 +43,15 @@ def image_token_steps(
     batch_size: int | None = None,
     kept: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, range, int]]:
-    """Draw image tokens for one text, and yield after every token.
+    """Sample image tokens for one text; yields after every token.
 
-    text_ids: int64 (text_seq_len,); or (2, text_seq_len), the second a negative text, used where `cond_scale` guides.
-    uniforms: (candidates, grid_size²) in [0, 1), on the transformer's device. batch_size: candidates drawn at a time,
-    fewer where the device's memory does not hold them; None for all. kept: int64 (grid_size²,), tokens that stay as
-    they are, -1 where they are drawn. Yields the tokens, int64 (candidates, grid_size²), the same tensor each time;
-    the range of candidates being drawn; and how many tokens these have.
+    text_ids: int64 (text_seq_len,); or (2, text_seq_len), the text and a negative text, which is used if
+    `settings.cond_scale` is not 1. uniforms: float (candidates, grid_size²) in [0, 1), on the transformer's device, one
+    random number per token. batch_size: candidates per batch, halved when memory runs out; None for all. kept: int64
+    (grid_size²,), fixed tokens, -1 where tokens are sampled.
+
+    Yields a tuple: the tokens, int64 (candidates, grid_size²), the same tensor each time; the range of candidates of
+    the current batch; the number of tokens sampled in this batch so far.
     """
     compiled = transformer.compiled_step if settings.quantize is None else None
     texts = texts_for(transformer, text_ids, settings)
@@ -58,7 +61,7 @@ def image_token_steps(
         )
     run, config, device = compiled or transformer.step, transformer.config, uniforms.device
     places = torch.arange(config.image_seq_len, device=device)
-    with torch.inference_mode(False):  # the result may go where gradients are taken
+    with torch.inference_mode(False):  # callers may use the result with autograd
         drawn = torch.zeros(uniforms.shape, dtype=torch.int64, device=device)
     keeps = torch.full_like(places, -1) if kept is None else kept
 
@@ -83,7 +86,7 @@ def image_token_steps(
             inputs = tokens[:, i - 1 : i], places[i - 1 : i], numbers[:, i], keeps[i]
             if graphed and i == 1:
                 advance = CudaGraph(step, *inputs)
-            # Compiled or recorded, every step has the same shapes; otherwise only the keys written so far are read.
+            # A compiled or captured step has static shapes. Otherwise only the keys written so far are read.
             end = None if compiled or graphed else i
             tokens[:, i] = advance(*inputs)
             yield i + 1
@@ -100,7 +103,7 @@ def draw_image_tokens(
     settings: Sampling,
     batch_size: int | None = None,
 ) -> Tensor:
-    """The tokens, int64 (candidates, grid_size²), after all of `image_token_steps`."""
+    """Run `image_token_steps` to the end and return the tokens, int64 (candidates, grid_size²)."""
     for drawn, _, _ in image_token_steps(transformer, text_ids, uniforms, settings, batch_size):  # noqa: B007
         pass
     return drawn
@@ -108,9 +111,10 @@ def draw_image_tokens(
 
 @torch.no_grad()
 def draw_text_tokens(transformer: DalleTransformer, given: Tensor, uniforms: Tensor, settings: Sampling) -> Tensor:
-    """Complete a text: int64 (text_seq_len,), 0 for padding, from the ids that `given` (text_seq_len,) begins with.
+    """Complete a text autoregressively; returns ids, int64 (text_seq_len,), padded with 0.
 
-    uniforms: (1, text_seq_len) in [0, 1). Ends at the first padding token.
+    given: int64 (text_seq_len,), the ids that the text begins with, padded with 0. uniforms: float (1, text_seq_len) in
+    [0, 1). The text ends at the first padding token that is sampled.
     """
     config = transformer.config
     start = int((given != 0).sum())

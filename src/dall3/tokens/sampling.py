@@ -1,4 +1,4 @@
-"""Sampling settings: the filters of logits, and the draw of one token."""
+"""Sampling settings, top-k and top-p filters, and sampling of one token from logits."""
 
 from __future__ import annotations
 
@@ -15,16 +15,20 @@ from dall3.models.packed import QUANTIZATIONS
 
 
 def check_counts(**counts: Any) -> None:
-    """Raise ValueError for a value that is not a whole number from 1."""
+    """Raise ValueError for a value that is not a positive integer."""
     for name, value in counts.items():
         whole = isinstance(value, int | np.integer) and not isinstance(value, bool) and value > 0
         require(bool(whole), f"{name}={value}; expected a whole number from 1")
 
 
 def filter_top_k(logits: Tensor, threshold: float, vocabulary: int | None = None) -> Tensor:
-    """Keep the max(int((1 - threshold) · vocabulary), 1) largest of logits (batch, n), the others become -inf.
+    """Keep the k largest of logits (batch, n) and set the others to -inf (DALLE-pytorch's top-k filter).
 
-    vocabulary: DALLE-pytorch counts text and image ids together; None for n. threshold in [0, 1].
+    k is max(int((1 - threshold) · vocabulary), 1). threshold: in [0, 1], the fraction that is dropped. vocabulary:
+    number of ids that the fraction refers to; None for n. DALLE-pytorch counts text and image ids together.
+
+    >>> filter_top_k(torch.tensor([[1.0, 3.0, 2.0, 0.0]]), 0.5)
+    tensor([[-inf, 3., 2., -inf]])
     """
     k = max(int((1 - threshold) * (vocabulary or logits.shape[-1])), 1)
     if k >= logits.shape[-1]:
@@ -34,10 +38,11 @@ def filter_top_k(logits: Tensor, threshold: float, vocabulary: int | None = None
 
 
 def sort_likeliest(logits: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest of logits (batch, n), largest first, with their indices and probabilities, which pass `threshold`.
+    """Sort logits (batch, n) in descending order; returns values, indices and probabilities, each (batch, m), m ≤ n.
 
-    On a CPU, where sorting a whole vocabulary may cost as much as a step of the transformer and looking at a number is
-    not waiting for it, an eighth is sorted if that is enough.
+    The m largest probabilities sum to more than `threshold` unless m is n. On a CPU, sorting the whole vocabulary can
+    cost as much as a step of the transformer, so m is n // 8 if that is enough. Elsewhere this test would synchronise
+    with the device.
     """
     if logits.device.type == "cpu" and threshold < 1 and logits.shape[-1] >= 64:
         values, indices = logits.topk(logits.shape[-1] // 8)
@@ -49,8 +54,9 @@ def sort_likeliest(logits: Tensor, threshold: float) -> tuple[Tensor, Tensor, Te
 
 
 def filter_top_p(logits: Tensor, threshold: float) -> Tensor:
-    """Keep the smallest set of logits (batch, n) whose probability passes `threshold` (nucleus sampling,
-    arXiv 1904.09751), the token that passes it included; the others become -inf. threshold in (0, 1].
+    """Nucleus sampling (arXiv 1904.09751): keep the most likely of logits (batch, n) and set the others to -inf.
+
+    The smallest set whose probability exceeds `threshold` is kept. threshold: in (0, 1].
     """
     values, indices, probabilities = sort_likeliest(logits, threshold)
     before = probabilities.cumsum(dim=-1).roll(1, dims=-1)
@@ -61,29 +67,34 @@ def filter_top_p(logits: Tensor, threshold: float) -> Tensor:
 
 
 def choose(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Draw one id a row from logits (batch, n) by inverting the distribution function at uniforms (batch,) in [0, 1).
+    """Sample one id per row of logits (batch, n) by inverse transform sampling at uniforms (batch,) in [0, 1).
 
-    One random number a token: a candidate's draws can be made beforehand and do not depend on its batch.
+    Returns int64 (batch,). Each token takes one random number, so the numbers of a candidate can be drawn in advance
+    and do not depend on the batch.
     """
     probabilities = logits.float().softmax(dim=-1)
     cumulative = probabilities.cumsum(dim=-1)
-    # The total is 1 but for rounding. Ids of probability 0 are passed over: a parallel sum may not be monotone there.
+    # The total is 1 up to rounding. A parallel cumulative sum may not be monotone, so ids of probability 0 are skipped.
     reached = (cumulative >= uniforms[:, None] * cumulative[:, -1:]) & (probabilities > 0)
     return reached.int().argmax(dim=-1)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen: what `Dall3Pipeline.generate_tokens` and its call take.
+    """Settings for sampling image tokens, for `Dall3Pipeline.generate_tokens` and the pipeline call.
 
-    temperature: above 0; divides after filtering, as in 2021. top_k: in [0, 1), the share of the vocabulary that is
-    dropped; top_p: in (0, 1], the probability that is kept; not both. cond_scale: how far to go from the logits
-    without the text to those with it (classifier-free guidance, as DALLE-pytorch 1.6); 1 for the text's own.
-    quantize: "int8" for weights of eight bits, on a CPU: faster for a few candidates at a time, and near the same
-    distribution; "float16" for weights rounded to float16, which is nearer still (weights that float16 holds are kept
-    so without being asked). jacobi_window: draw so many tokens at a time by speculative Jacobi decoding, one candidate
-    after the other (`dall3.tokens.speculative`): other tokens for a seed, of the same distribution, faster for a few
-    candidates.
+    temperature: above 0; divides the logits after filtering, as in DALLE-pytorch. top_k: in [0, 1), the fraction of the
+    vocabulary that is dropped. top_p: in (0, 1], the probability that is kept (nucleus sampling). cond_scale: scale of
+    classifier-free guidance, as in DALLE-pytorch 1.6; 1 for none. quantize: "int8" for int8 weights on a CPU: faster
+    for a few candidates at a time, with nearly the same distribution; "float16" for
+    weights rounded to float16 (weights that float16 represents exactly are stored so by default). jacobi_window: tokens per step of speculative
+    Jacobi decoding (`dall3.tokens.speculative`), one candidate after the other: faster for a few candidates, with
+    different tokens for a seed but the same distribution.
+
+    Raises ValueError for a value out of range, and if both `top_k` and `top_p` are given.
+
+    >>> Sampling(temperature=0.9, top_p=0.95).cond_scale
+    1.0
     """
 
     temperature: float = 1.0
@@ -106,14 +117,17 @@ class Sampling:
         check_counts(jacobi_window=1 if self.jacobi_window is None else self.jacobi_window)
 
     def guide(self, logits: Tensor) -> Tensor:
-        """One row of logits a candidate: (batch, …), of twice as many where cond_scale guides, the text's first."""
+        """Apply classifier-free guidance. Returns one row of logits for each candidate.
+
+        logits: (batch, …); with guidance (2 · batch, …), the conditional rows before the unconditional ones.
+        """
         if self.cond_scale == 1:
             return logits
         with_text, without_text = logits.chunk(2)
         return without_text + (with_text - without_text) * self.cond_scale
 
     def filter(self, logits: Tensor, vocabulary: int) -> Tensor:
-        """Logits (batch, n) as they are drawn from; `vocabulary` as in `filter_top_k`."""
+        """Apply top-k or top-p and the temperature to logits (batch, n). vocabulary: as in `filter_top_k`."""
         if self.top_k is not None:
             logits = filter_top_k(logits, self.top_k, vocabulary)
         elif self.top_p is not None:
@@ -121,5 +135,8 @@ class Sampling:
         return logits / self.temperature
 
     def choose(self, logits: Tensor, uniforms: Tensor, vocabulary: int) -> Tensor:
-        """Draw one id a row from logits (batch, n) at uniforms (batch,); `vocabulary` as in `filter_top_k`."""
+        """Sample one id per row of logits (batch, n) at uniforms (batch,) in [0, 1): int64 (batch,).
+
+        vocabulary: as in `filter_top_k`.
+        """
         return choose(self.filter(logits, vocabulary), uniforms)

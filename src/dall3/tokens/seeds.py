@@ -1,4 +1,4 @@
-"""Random numbers that follow from the seed and the picture's number alone."""
+"""Random number generators that depend only on the seed, the stream and the index of the picture."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 from dall3.errors import require
 
-STREAMS = ("tokens", "noise", "cutouts", "speculation", "change")  # of random numbers that follow from one seed
+STREAMS = ("tokens", "noise", "cutouts", "speculation", "change")  # independent streams of one seed; order matters
 
 
 def choose_seed(seed: int | None, generator: torch.Generator | None = None) -> int:
-    """The seed as given, drawn from the generator, or from the system.
+    """Return `seed` if given, else one drawn from `generator`, else one from the operating system.
 
-    Raises ValueError for a seed that is not a whole number in [0, 2**63).
+    Raises ValueError for a seed that is not an integer in [0, 2**63).
     """
     if seed is not None:
         whole = isinstance(seed, int | np.integer) and not isinstance(seed, bool) and 0 <= seed < 2**63
@@ -28,9 +28,10 @@ def choose_seed(seed: int | None, generator: torch.Generator | None = None) -> i
 
 
 def make_generator(device: torch.device | str, seed: int, stream: str, k: int = 0) -> torch.Generator:
-    """A generator whose numbers follow from the seed, the stream (a name in STREAMS) and a picture's number alone.
+    """Create a generator for a seed, a stream (a name in STREAMS) and the index k of a picture.
 
-    The first picture's noise is that of the bare seed: what upstream's sample.py draws on the same kind of device.
+    The noise of picture 0 uses the seed itself, so that it is the noise of upstream's sample.py on the same device
+    type.
     """
     if stream == "noise" and k == 0:
         return torch.Generator(device).manual_seed(seed)
@@ -39,8 +40,8 @@ def make_generator(device: torch.device | str, seed: int, stream: str, k: int = 
 
 
 def candidate_uniforms(seed: int, candidates: range, count: int) -> Tensor:
-    """Random numbers in [0, 1), float (candidates, count), that follow from the seed and a candidate's number alone.
+    """Random numbers in [0, 1), float (candidates, count), one row for each candidate index.
 
-    Made on the CPU, so that they are the same wherever the tokens are drawn.
+    They are generated on the CPU, so that they are the same on every device.
     """
     return torch.stack([torch.rand(count, generator=make_generator("cpu", seed, "tokens", k)) for k in candidates])

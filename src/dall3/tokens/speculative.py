@@ -1,8 +1,9 @@
-"""Speculative Jacobi decoding of image tokens (arXiv 2410.01699): several tokens a step, from the same distribution.
+"""Speculative Jacobi decoding of image tokens (arXiv 2410.01699): several tokens per step, from the same distribution.
 
-A window of drafts is run at once. Each draft stands with the probability min(1, p / q) of speculative sampling (arXiv
-2211.17192): p is its probability after the tokens before it, q the one that it was drawn with, a step ago. The first
-that falls is drawn from what p has more than q; those behind it are drawn anew, and are the next step's drafts.
+Each step runs a window of draft tokens. A draft is accepted with probability min(1, p / q), as in speculative sampling
+(arXiv 2211.17192): p is its probability given the tokens before it, q the probability that it was sampled with in an
+earlier step. The first rejected draft is sampled again from max(p - q, 0), normalised. The drafts after it are sampled
+again from p and become the drafts of the next step.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dall3.tokens.sampling import Sampling
 
 
 def draw(weights: Tensor, generator: torch.Generator) -> Tensor:
-    """One id a row, int64 (n,), of weights (n, ids) that need not sum to 1."""
+    """Sample one id per row, int64 (n,), from weights (n, ids), which need not sum to 1."""
     return torch.multinomial(weights, 1, generator=generator)[:, 0]
 
 
@@ -33,20 +34,23 @@ def speculative_token_steps(
     kept: Tensor | None = None,
     empty_ids: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, range, int]]:
-    """Draw image tokens for one text, a candidate a generator, as `image_token_steps` does, and tell of each step.
+    """Sample image tokens for one text, one candidate after the other; yields after every step.
 
-    text_ids: int64 (text_seq_len,). generators: on the CPU. settings: `jacobi_window` tokens are run at a time. kept:
-    int64 (grid_size²,), tokens that stay as they are, -1 where they are drawn. How far a step came is read back from
-    the device, and the choice is made on the CPU: this is for few candidates where a step's overhead is what costs.
+    text_ids: int64 (text_seq_len,); or (2, text_seq_len), the text and a negative text. generators: one for each
+    candidate, on the CPU. settings: `jacobi_window` tokens are run per step. kept: int64 (grid_size²,), fixed tokens,
+    -1 where tokens are sampled. Yields the same tuples as `image_token_steps`.
+
+    Tokens are sampled on the CPU, and every step synchronises with the device. This pays for few candidates, where the
+    overhead of a step dominates.
     """
     config, width = transformer.config, settings.jacobi_window or 1
     transformer, length = prepare(transformer, settings.quantize), config.image_seq_len
     codes, vocabulary = config.num_image_tokens, transformer.top_k_vocabulary
     texts = texts_for(transformer, text_ids, settings)
     places = torch.arange(length, device=text_ids.device)
-    with torch.inference_mode(False):  # the result may go where gradients are taken
+    with torch.inference_mode(False):  # callers may use the result with autograd
         drawn = torch.zeros(len(generators), length, dtype=torch.int64, device=text_ids.device)
-    stays = torch.zeros(length, dtype=torch.bool) if kept is None else kept.cpu() >= 0
+    fixed = torch.zeros(length, dtype=torch.bool) if kept is None else kept.cpu() >= 0
 
     def probabilities(logits: Tensor) -> Tensor:
         guided = settings.guide(logits.float())[0]
@@ -54,27 +58,28 @@ def speculative_token_steps(
 
     for k, generator in enumerate(generators):
         cache = transformer.prefill(texts, 1)
-        tokens = torch.randint(codes, (length,), generator=generator)  # the first drafts are mere guesses,
-        q = torch.full((length, codes), 1 / codes)  # and known to be
+        tokens = torch.randint(codes, (length,), generator=generator)  # the first drafts are uniform,
+        q = torch.full((length, codes), 1 / codes)  # and so is q
         if kept is not None:
-            tokens = torch.where(stays, kept.cpu(), tokens)
-        tokens[:1] = torch.where(stays[:1], tokens[:1], draw(probabilities(cache.first_logits[:, None]), generator))
+            tokens = torch.where(fixed, kept.cpu(), tokens)
+        tokens[:1] = torch.where(fixed[:1], tokens[:1], draw(probabilities(cache.first_logits[:, None]), generator))
         start = 1
         while start < length:
             end = min(start + width, length)
             previous = tokens[None, start - 1 : end - 1].to(places.device)
             p = probabilities(transformer.step(previous, places[start - 1 : end - 1], cache, end - 1))
-            drafts, before = tokens[start:end, None], q[start:end]
-            chance = (p.gather(1, drafts) / before.gather(1, drafts))[:, 0]
-            stands = (torch.rand(end - start, generator=generator) < chance) | stays[start:end]
-            fallen = start + int(stands.long().cumprod(dim=0).sum())
-            if fallen < end:
-                anew = p[fallen - start :].clone()
-                more = (anew[0] - q[fallen]).clamp_min(0)
-                anew[0] = torch.where(more.sum() > 0, more, anew[0])  # 0 by rounding alone
-                tokens[fallen:end] = torch.where(stays[fallen:end], tokens[fallen:end], draw(anew, generator))
-                q[fallen:end] = p[fallen - start :]
-            start = min(fallen + 1, end)
+            drafts = tokens[start:end, None]
+            ratio = (p.gather(1, drafts) / q[start:end].gather(1, drafts))[:, 0]
+            accepted = (torch.rand(end - start, generator=generator) < ratio) | fixed[start:end]
+            rejected = start + int(accepted.long().cumprod(dim=0).sum())  # the first rejected position
+            if rejected < end:
+                weights = p[rejected - start :].clone()
+                residual = (weights[0] - q[rejected]).clamp_min(0)
+                weights[0] = torch.where(residual.sum() > 0, residual, weights[0])  # rounding can make all of it 0
+                sampled = draw(weights, generator)
+                tokens[rejected:end] = torch.where(fixed[rejected:end], tokens[rejected:end], sampled)
+                q[rejected:end] = p[rejected - start :]
+            start = min(rejected + 1, end)
             drawn[k, :start] = tokens[:start].to(drawn.device)
             yield drawn, range(k, k + 1), start
         transformer.release(cache)

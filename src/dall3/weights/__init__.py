@@ -1,6 +1,7 @@
-"""Checkpoints and folders of weights: loaders that stand alone.
+"""Loaders for checkpoints and folders of weights.
 
 >>> from dall3.weights import load_vqgan
+>>> vqgan = load_vqgan("vqgan.ckpt")  # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -25,6 +26,6 @@ MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in MODULES:  # at first use: a name in the registry is looked up without torch
+    if name in MODULES:  # imported on first use, so that the registry can be read without importing torch
         return getattr(import_module(f"dall3.weights.convert.{MODULES[name]}"), name)
     raise AttributeError(f"module 'dall3.weights' has no attribute '{name}'")

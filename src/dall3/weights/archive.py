@@ -1,7 +1,7 @@
-"""PyTorch's files read as data: nothing that stands inside one is ever run.
+"""Safe reader of PyTorch files: no code in a file is executed.
 
-Three containers: zip (torch 1.6 and later, and TorchScript), the older stream of pickles, and safetensors. Tensors are
-mapped from the file, not copied.
+It reads three formats: zip archives (torch 1.6 and later, and TorchScript), the legacy sequence of pickles, and
+safetensors. Tensors are memory-mapped, not copied.
 """
 
 from __future__ import annotations
@@ -26,31 +26,36 @@ DTYPES = dict(zip(STORAGES, (*FLOATS, *INTS, torch.int8, torch.uint8, torch.bool
 BaseUnpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]
 REFUSED = "INST OBJ NEWOBJ_EX EXT1 EXT2 EXT4 BYTEARRAY8 NEXT_BUFFER READONLY_BUFFER INT LONG LONG4 DICT FROZENSET"
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-# Of a tensor, of a dictionary's key and of a module tree: far above any network, far below a trap.
+# Upper bounds: dimensions of a tensor, elements of a tuple key and depth of a module tree; entries of a module tree;
+# length of a tensor's name. No network reaches them.
 MAX_DEPTH, MAX_ITEMS, MAX_NAME = 64, 100_000, 1000
-# Of keys that are no text, in a whole file: colliding ones would take time that grows with their number squared.
+# Upper bounds on keys that are not strings: value of an integer, integers per file, other keys per file. Inserting n
+# keys with colliding hashes takes time proportional to n².
 MAX_NUMBER, MAX_NUMBERS, MAX_ODD = 2**53, 20_000, 1000
 
 
 class CheckpointError(ValueError):
-    """A file that is not what it should be. The message says what was wrong, what was expected and what to do."""
+    """A checkpoint or configuration file is damaged or of an unexpected kind.
+
+    The message says what was wrong, what was expected and what to do.
+    """
 
 
 def one_line(path: object, message: object) -> CheckpointError:
-    """The error for a file, whatever the file has in its names: one printable line, not without end."""
+    """A CheckpointError with one printable line of limited length, also if `message` quotes names from the file."""
     text = " ".join(str(message).split())[:1000]
     return CheckpointError(f"{path}: {''.join(c if c.isprintable() else '?' for c in text)}")
 
 
 @dataclass(frozen=True)
 class Name:
-    """A class or function that a pickle names: inert."""
+    """The name of a class or function in a pickle. It is never imported."""
 
     text: str
 
 
 class Placeholder(dict[Any, Any]):
-    """An object of a class that is not known: what the pickle says of it, and nothing more."""
+    """An object of an unknown class: its items and its state, without the class."""
 
     __hash__ = object.__hash__  # type: ignore[assignment]
 
@@ -58,12 +63,12 @@ class Placeholder(dict[Any, Any]):
         self.name, self.state = name, None
 
     def __repr__(self) -> str:
-        return f"<{self.name}>"  # without its contents, which may be a trap
+        return f"<{self.name}>"  # without the contents, which may be nested without bound
 
 
 @dataclass(eq=False)
 class Storage:
-    """A run of numbers in the file. `data` is a tensor (numel,) mapped from it, or None while it is not known where."""
+    """A storage in the file. `data` is a memory-mapped tensor (numel,), or None while its offset is unknown."""
 
     dtype: torch.dtype
     numel: int
@@ -71,14 +76,14 @@ class Storage:
 
 
 def build_tensor(storage: Any, offset: Any, size: Any, stride: Any, *unused: Any) -> Tensor | None:
-    """A view of a storage, checked to lie inside it."""
+    """A strided view of a storage. Raises CheckpointError if the view exceeds the storage."""
     if not (isinstance(storage, Storage) and isinstance(size, tuple | list) and isinstance(stride, tuple | list)):
         raise CheckpointError("a tensor has no storage, no size or no strides")
     numbers = (offset, *size, *stride)
     if len(size) != len(stride) or len(size) > MAX_DEPTH or any(type(n) is not int or n < 0 for n in numbers):
         raise CheckpointError("a tensor has a negative or odd size, stride or offset")
     end = offset + 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    # A tensor with more numbers than its storage is no larger as a view, and a bomb once it is copied.
+    # A view with more elements than its storage (stride 0) would need unbounded memory once it is copied.
     if 0 not in size and max(end, math.prod(size)) > storage.numel:
         raise CheckpointError(f"a tensor of shape {tuple(size)} reaches beyond its storage of {storage.numel} numbers")
     if storage.data is None:
@@ -100,9 +105,10 @@ KNOWN: dict[str, Callable[..., Any]] = {
 
 
 class Unpickler(BaseUnpickler):
-    """The standard library's unpickler in Python, with every way to a class or a call replaced.
+    """The standard library's pure-Python unpickler, with every opcode that imports or calls something replaced.
 
-    The one in C would reserve what a file's memo index claims, up to 32 GB; this one keeps a dictionary.
+    The C unpickler would allocate as much memory as a memo index in the file claims, up to 32 GB. The Python one uses a
+    dictionary for the memo.
     """
 
     dispatch = dict(BaseUnpickler.dispatch)
@@ -118,7 +124,7 @@ class Unpickler(BaseUnpickler):
 
     def persistent_load(self, pid: Any) -> Storage | Name:
         if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module" and isinstance(pid[1], Name):
-            return pid[1]  # older files keep a module's source text beside its class
+            return pid[1]  # legacy files store the source code of a module with its class
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or not isinstance(pid[1], Name):
             raise CheckpointError("the pickle refers to something other than a storage")
         kind, key, numel = pid[1].text.rsplit(".", 1)[-1].removesuffix("Storage"), pid[2], pid[4]
@@ -133,8 +139,10 @@ class Unpickler(BaseUnpickler):
         return self.storages[key]
 
     def plain(self, key: Any) -> Any:
-        """A dictionary's key or a set's member, checked: hashing a tuple of tuples may take forever or overflow the
-        stack, and numbers can be chosen whose hashes collide.
+        """Check a dictionary key or set member and return it. Raises CheckpointError for a key that is unsafe to hash.
+
+        Hashing nested tuples can take exponential time or overflow the stack, and integers can be chosen so that their
+        hashes collide.
         """
         if isinstance(key, str):
             return key
@@ -149,11 +157,11 @@ class Unpickler(BaseUnpickler):
             self.odd_keys += 1
             fits = self.odd_keys <= MAX_ODD
         if not fits:
-            raise CheckpointError("its keys that are no text are more, or larger, than a network's")
+            raise CheckpointError("it has more or larger keys that are not strings than any network")
         return key
 
     def build_set(self, items: Any) -> set[Any]:
-        """A set that uses its list up: a pickle could else copy the same list again with every call."""
+        """Build a set and empty the list that it is made from, so that a pickle cannot copy the same list again."""
         if not isinstance(items, list):
             raise CheckpointError(f"a set is made of a {type(items).__name__}")
         made = {self.plain(item) for item in items}
@@ -161,7 +169,7 @@ class Unpickler(BaseUnpickler):
         return made
 
     def load_reduce(self) -> None:
-        """What a call makes: a tensor or plain container where the name is known, else a placeholder."""
+        """Replace a call: by a tensor or plain container if the name is known, else by a placeholder."""
         args, name = self.stack.pop(), self.stack[-1]
         if not isinstance(name, Name) or not isinstance(args, tuple):
             raise CheckpointError("the pickle calls something that is not a name")
@@ -181,7 +189,7 @@ class Unpickler(BaseUnpickler):
             target.extend(items)
         elif kind is set and isinstance(target, set):
             target.update(map(self.plain, items))
-        elif not isinstance(target, Placeholder):  # whose items are left out where its class is a list or set
+        elif not isinstance(target, Placeholder):  # items of a placeholder for a list or set subclass are ignored
             raise CheckpointError(f"the pickle adds items to a {type(target).__name__}")
 
     dispatch[pickle.REDUCE[0]] = load_reduce
@@ -192,21 +200,24 @@ class Unpickler(BaseUnpickler):
     dispatch[pickle.SETITEM[0]] = lambda self: self.add(dict, [self.stack.pop(-2), self.stack.pop()])
     dispatch[pickle.SETITEMS[0]] = lambda self: self.add(dict, self.pop_mark())
     dispatch[pickle.ADDITEMS[0]] = lambda self: self.add(set, self.pop_mark())
-    # What no checkpoint has: other ways to a call, the extension registry, a buffer as large as the file claims,
-    # numbers of any length, containers built another way.
+    # Opcodes that no checkpoint uses: other kinds of calls, the extension registry, buffers of a size that the file
+    # claims, integers of any length, and other ways to build containers.
     for name in REFUSED.split():
         del dispatch[getattr(pickle, name)[0]]
 
 
 def map_numbers(mapped: mmap.mmap, start: int, size: int, storage: Storage, key: str) -> Tensor:
-    """`storage.numel` numbers at byte `start` of the file, of which `size` bytes are theirs."""
+    """Map the elements of a storage, which has `size` bytes from byte `start` of the file: a tensor (numel,).
+
+    Raises CheckpointError if the storage claims more elements than the file holds.
+    """
     if storage.numel * storage.dtype.itemsize > size or start + size > len(mapped):
         raise CheckpointError(f"storage {key} claims {storage.numel} numbers; the file holds {size} bytes of it")
     if storage.numel == 0:
         return torch.empty(0, dtype=storage.dtype)
     numbers = torch.frombuffer(mapped, dtype=storage.dtype, count=storage.numel, offset=start)
-    if storage.dtype == torch.bool and numbers.view(torch.uint8).max() > 1:  # undefined in C++
-        raise CheckpointError(f"storage {key} is of truth values, but holds other numbers than 0 and 1")
+    if storage.dtype == torch.bool and numbers.view(torch.uint8).max() > 1:  # undefined behaviour in C++
+        raise CheckpointError(f"storage {key} is of dtype bool, but holds values other than 0 and 1")
     return numbers
 
 
@@ -241,7 +252,9 @@ def read_zip(path: Path, mapped: mmap.mmap) -> Any:
 
 
 def read_legacy(mapped: mmap.mmap) -> Any:
-    """Pickles of a magic number, a protocol, the machine and the object, the storages' keys, then the numbers."""
+    """Read the legacy format: pickles of a magic number, the protocol, system information, the object and the keys of
+    the storages, followed by the data of the storages.
+    """
 
     def load(load_storage: Callable[[Storage, str], Tensor | None]) -> tuple[Any, dict[str, Storage]]:
         unpickler = Unpickler(mapped, load_storage)
@@ -252,12 +265,12 @@ def read_legacy(mapped: mmap.mmap) -> Any:
     for _ in range(2):
         load(lambda storage, key: None)
     start = mapped.tell()
-    _, storages = load(lambda storage, key: None)  # once to get past it: the numbers stand behind
+    _, storages = load(lambda storage, key: None)  # first pass without data, to find where the data begins
     keys = load(lambda storage, key: None)[0]
     places, place = {}, mapped.tell()
     for key in keys if isinstance(keys, list) else []:
         if type(key) is not str or key not in storages or place + 8 > len(mapped):
-            raise CheckpointError("a storage is listed but the file ends or does not use it")
+            raise CheckpointError("it lists a storage that it does not use, or ends before the storage's data")
         size = struct.unpack_from("<q", mapped, place)[0] * storages[key].dtype.itemsize
         places[key] = (place + 8, size)
         place += 8 + max(size, 0)
@@ -266,11 +279,14 @@ def read_legacy(mapped: mmap.mmap) -> Any:
 
 
 def read_archive(path: str | Path) -> Any:
-    """The object that torch.save wrote, or TorchScript, or the tensors of a safetensors file.
+    """Read a file written by torch.save or torch.jit.save, or a safetensors file, without executing code in it.
 
-    Tensors come as they are, mapped from the file; dictionaries, lists and numbers as Python's; every other object as
-    a `Placeholder`. Raises CheckpointError for a file that is not one of these or is broken, FileNotFoundError,
-    IsADirectoryError.
+    Returns the object in the file: tensors with their dtypes, memory-mapped; dictionaries, lists and numbers as Python
+    objects; every other object as a `Placeholder`. Raises CheckpointError for a file that is damaged or of another
+    format; FileNotFoundError; IsADirectoryError.
+
+    >>> read_archive("vqgan.ckpt").keys()  # doctest: +SKIP
+    dict_keys(['epoch', 'global_step', 'state_dict', ...])
     """
     path = Path(path)
     if path.is_dir():
@@ -280,7 +296,7 @@ def read_archive(path: str | Path) -> Any:
     if path.stat().st_size < 16:
         raise CheckpointError(f"{path} is empty or nearly so ({path.stat().st_size} bytes); expected a checkpoint file")
     with open(path, "rb") as file:
-        # Private and writable: torch wants memory that it could write; the file never changes.
+        # Copy-on-write: torch requires writable memory, and the file must never change.
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     message = f"not a PyTorch or safetensors file (it begins with {bytes(mapped[:8])!r})"
     try:
@@ -296,15 +312,15 @@ def read_archive(path: str | Path) -> Any:
         message = str(error)
     except RecursionError:
         message = "nested deeper than any checkpoint"
-    except Exception as error:  # whatever a broken pickle or archive trips over is one thing to its reader
+    except Exception as error:  # a damaged pickle or archive can raise any exception
         message = f"truncated or damaged ({type(error).__name__}: {error})"
     raise one_line(path, message)
 
 
 def module_tensors(module: Any) -> dict[str, Tensor]:
-    """The state dict of a module that was pickled whole, or of a TorchScript module: tensors by dotted name.
+    """The state dict of a pickled module or a TorchScript module: tensors by dotted name.
 
-    Raises CheckpointError for a tree that no network has.
+    Raises CheckpointError for a module tree beyond `MAX_DEPTH`, `MAX_ITEMS` or `MAX_NAME`.
     """
     seen = 0
 
@@ -316,7 +332,7 @@ def module_tensors(module: Any) -> dict[str, Tensor]:
             for name, value in part.items():
                 seen += 1
                 if depth > MAX_DEPTH or seen > MAX_ITEMS or not isinstance(name, str) or len(prefix + name) > MAX_NAME:
-                    raise CheckpointError("modules nested deeper or wider than any network, or without names")
+                    raise CheckpointError("its module tree is deeper or larger than any network, or lacks names")
                 if isinstance(value, Tensor):
                     yield f"{prefix}{name}", value
                 elif isinstance(value, Placeholder):

@@ -1,8 +1,8 @@
-"""The cache of fetched weights: where a file of a set is, what it must be, and what is known of it.
+"""The cache of downloaded weights: the location, the expected hash and the download state of each file.
 
 The cache is the folder `DALL3_HOME`, or `dall3` in the user's cache folder; nothing is written outside of it. With
-`DALL3_OFFLINE=1` nothing is fetched. A file x has its pins in x.json: the SHA-256 that it must have ever after. While
-it comes it is x.part, and x.part.json tells where from.
+`DALL3_OFFLINE=1`, nothing is downloaded. For a file x, x.json holds its pins: the SHA-256 that it had when it was first
+downloaded and must have from then on. During a download, x.part holds the partial file and x.part.json its source.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from typing import Any
 from dall3.errors import FetchError
 from dall3.weights.registry import File, Part, Place, WeightsSet
 
-SAME = "every place that holds the same bytes"  # the key of their pin
+SAME = "every place that holds the same bytes"  # key of the pin that all places with the same content share
 
 
 @dataclass(frozen=True)
 class Pins:
-    """What a file was when it was verified: while its size and time are the same, so is the file. hashes: the SHA-256
-    that it had when it first came, for the places that hold the same bytes and for each that holds others.
+    """The verified state of a file in the cache.
+
+    sha256, size, mtime_ns: hash, size in bytes and modification time when the file was last verified; the file counts
+    as unchanged while size and time are the same. hashes: the SHA-256 of the first download, by `key_of` its place.
     """
 
     sha256: str = ""
@@ -36,7 +38,7 @@ class Pins:
 
 @dataclass(frozen=True)
 class Wanted:
-    """A file of a set, and where it goes in the cache."""
+    """A file of a set of weights, and its location in the cache."""
 
     weights: WeightsSet
     part: Part
@@ -56,7 +58,7 @@ class Wanted:
 
     @property
     def pins(self) -> Pins:
-        """Empty where there are none, or none that can be read."""
+        """The stored pins; empty if there are none or they cannot be read."""
         try:
             found = Pins(**json.loads(self.pins_at.read_text(encoding="utf-8")))
             return found if isinstance(found.hashes, dict) else Pins()
@@ -64,18 +66,18 @@ class Wanted:
             return Pins()
 
     def set_pin(self, sha256: str, key: str, found: os.stat_result) -> None:
-        """found: the file's, from before it was read."""
+        """Store the hash of the file. key: `key_of` its place. found: result of stat() before the file was hashed."""
         hashes = {key: sha256} | self.pins.hashes
         make_folder(self.target.parent)
         write_json(self.pins_at, asdict(Pins(sha256, found.st_size, found.st_mtime_ns, hashes)))
 
     def find(self) -> Path | None:
-        """Where the file is on this machine: at one of its places on disk, else in the cache; or None."""
+        """Path of the file on this machine: at one of its places on disk, else in the cache, else None."""
         on_disk = (place.path for place in self.file.places if place.path is not None)
         return next((path for path in (*on_disk, self.target) if path.is_file()), None)
 
     def sha256_at(self, place: Place) -> str | None:
-        """What the file at a place must have: as weights.toml says, else as it was when it first came from there."""
+        """Expected hash of the file at a place: from weights.toml, else from the pins; None if it is unknown."""
         return place.sha256 or self.pins.hashes.get(key_of(place))
 
 
@@ -89,7 +91,7 @@ def home() -> Path:
 
 
 def default_home() -> Path:
-    """`dall3` in the user's folder for caches, by the rules of the system."""
+    """`dall3` in the user's cache folder, as is customary on the operating system."""
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local") / "dall3" / "dall3" / "Cache"
     if sys.platform == "darwin":
@@ -98,7 +100,7 @@ def default_home() -> Path:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder of the cache. Raises FetchError where it cannot be made."""
+    """Create a folder of the cache with its parents. Raises FetchError if it cannot be created."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -116,7 +118,7 @@ def beside(path: Path, suffix: str) -> Path:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """In one move: a reader finds the old file or the new one."""
+    """Write a JSON file atomically."""
     new = beside(path, f".{os.getpid()}-{threading.get_ident()}")
     new.write_text(json.dumps(value), encoding="utf-8")
     os.replace(new, path)
@@ -135,7 +137,7 @@ def files_of(weights: WeightsSet) -> list[Wanted]:
 
 
 def forget(partial: Path) -> None:
-    """Remove what came of a file so far, and what tells where from."""
+    """Delete a partial download and its state file."""
     for path in (partial, beside(partial, ".json")):
         path.unlink(missing_ok=True)
 
@@ -157,5 +159,5 @@ def size_of(path: Path) -> int:
 
 
 def reason(error: BaseException) -> str:
-    """An error in one short line."""
+    """The message of an error in one line of at most 200 characters, or the name of its class."""
     return " ".join(str(error).split())[:200] or type(error).__name__

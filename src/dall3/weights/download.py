@@ -1,4 +1,4 @@
-"""One file of weights to the cache: fetched once, resumed where it broke off, verified before it has its name."""
+"""Download of one file of weights to the cache: resumable, and verified before it gets its final name."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ from dall3.weights.cache import (
 from dall3.weights.registry import Place
 from dall3.weights.verify import check_here, look_at
 
-ATTEMPTS = 5  # at one place
-TIMEOUT = (10.0, 30.0)  # seconds to connect, and between two chunks
-BACK_OFF, LONGEST_WAIT = 1.0, 60.0  # seconds; each wait is twice the one before
-SLOWEST, PATIENCE = 1024, 60.0  # bytes a second, for so many seconds: below that a host is as good as gone
-RESERVE = 64 << 20  # bytes of the disk that are left free
-CHUNK = 1 << 20
-LATER = (408, 425, 429, 500, 502, 503, 504)  # statuses after which the same request may succeed
+ATTEMPTS = 5  # consecutive failures at one place
+TIMEOUT = (10.0, 30.0)  # seconds to connect, and to wait for data
+BACK_OFF, LONGEST_WAIT = 1.0, 60.0  # seconds; the wait doubles after each failure
+SLOWEST, PATIENCE = 1024, 60.0  # a download below SLOWEST bytes per second for PATIENCE seconds is interrupted
+RESERVE = 64 << 20  # bytes of disk space to leave free
+CHUNK = 1 << 20  # bytes
+LATER = (408, 425, 429, 500, 502, 503, 504)  # HTTP status codes that a retry may fix
 
 logger = logging.getLogger("dall3")
 
 
 class RetryableError(Exception):
-    """A failure that the next attempt may not have. wait: seconds that the host asks for."""
+    """An error that a retry may fix. wait: seconds to wait, from the host's Retry-After header."""
 
     def __init__(self, message: str, wait: float = 0.0) -> None:
         super().__init__(message)
@@ -51,13 +51,13 @@ class RetryableError(Exception):
 
 
 class UnusableSource(Exception):
-    """A failure that every attempt at this place will have."""
+    """An error that a retry at the same place cannot fix."""
 
 
 def fetch_file(wanted: Wanted, progress: bool = True) -> Path:
-    """The file on this machine: at a place on disk, in the cache, or fetched from the first place that has it.
+    """Return the path of a file: on disk, in the cache, or downloaded from the first place that has it.
 
-    Raises FetchError that says what happened at each place, and how to do without them.
+    progress: show a progress bar. Raises FetchError with the problem of each place, and with what to do.
     """
     from filelock import FileLock, Timeout
 
@@ -82,7 +82,7 @@ def fetch_file(wanted: Wanted, progress: bool = True) -> Path:
             f"{target.parent} cannot be written ({reason(error)}); set DALL3_HOME to another folder"
         ) from None
     try:
-        if target.is_file() and check_here(wanted, target) is None:  # while this one waited
+        if target.is_file() and check_here(wanted, target) is None:  # another process has downloaded it meanwhile
             return target
         for place in (place for place in wanted.file.places if place.path is None):
             try:
@@ -100,9 +100,9 @@ def fetch_file(wanted: Wanted, progress: bool = True) -> Path:
 
 
 def fetch_from(place: Place, wanted: Wanted, progress: bool) -> None:
-    """Fetch the file from one place, verify it and give it its name.
+    """Download a file from one place, verify it and move it to its final name.
 
-    Raises UnusableSource where the place does not have it, FetchError where no place would do.
+    Raises UnusableSource if this place cannot provide the file; FetchError if no place could, as with a full disk.
     """
     target, expected = wanted.target, wanted.sha256_at(place)
     partial = beside(target, ".part")
@@ -124,11 +124,12 @@ def fetch_from(place: Place, wanted: Wanted, progress: bool) -> None:
             if fresh:
                 pinned = "" if place.sha256 else f", as {wanted.pins_at} says"
                 raise UnusableSource(f"holds other bytes, with SHA-256 {sha256}; expected {expected}{pinned}")
-            problem, failures = RetryableError("the parts of two attempts did not fit each other"), failures + 1
+            problem, failures = RetryableError("the resumed download has another SHA-256"), failures + 1
         except RetryableError as error:
-            # A host that breaks off again and again, but brings something each time, gets there in the end.
-            further = size_of(partial) > most + CHUNK  # than ever before, so that this ends
-            problem, failures, most = error, 1 if further else failures + 1, max(most, size_of(partial))
+            # Failures only count without progress: an unreliable host that sends more data each time is used to the
+            # end. Progress is measured against the largest size so far, so the loop terminates.
+            progressed = size_of(partial) > most + CHUNK
+            problem, failures, most = error, 1 if progressed else failures + 1, max(most, size_of(partial))
             logger.info("%s: %s (attempt %d of %d)", wanted.name, error, failures, ATTEMPTS)
     else:
         raise UnusableSource(f"{problem}, {ATTEMPTS} times")
@@ -144,7 +145,7 @@ def fetch_from(place: Place, wanted: Wanted, progress: bool) -> None:
 
 
 def address(place: Place) -> tuple[str, dict[str, str]]:
-    """The URL of a place, and the headers that its host wants."""
+    """The URL of a place, and the HTTP headers for its host."""
     if not place.url.startswith("hf:"):
         return place.url, {}
     from huggingface_hub import hf_hub_url
@@ -157,10 +158,11 @@ def address(place: Place) -> tuple[str, dict[str, str]]:
 def transfer(
     url: str, headers: dict[str, str], partial: Path, size: int | None, expected: str | None, name: str, progress: bool
 ) -> bool:
-    """Bring what `partial` lacks of the file; whether all of it came now, in one piece.
+    """Download what is missing of `partial`. Returns True if this call downloaded the whole file.
 
-    size, expected: of the file, its bytes and SHA-256, None where not known. Without a hash that will tell, a file is
-    only continued where the host says that it is still the same. Raises RetryableError, UnusableSource, FetchError.
+    size, expected: size in bytes and SHA-256 of the file, None if unknown. Without an expected hash, a partial file is
+    only resumed if the host confirms that the file has not changed. Raises RetryableError, UnusableSource or
+    FetchError.
     """
     import requests
 
@@ -169,31 +171,31 @@ def transfer(
     offset = size_of(partial) if tag or (expected is not None and state.get("sha256") == expected) else 0
     if size is not None and offset == size:
         return False
-    headers = {**headers, "Accept-Encoding": "identity"}  # compressed bytes could not be counted
+    headers = {**headers, "Accept-Encoding": "identity"}  # compression would change the byte offsets
     headers |= {"Range": f"bytes={offset}-"} if offset else {}
     headers |= {"If-Range": tag} if offset and tag else {}
     try:
-        response = requests.get(url, headers=headers, stream=True, timeout=TIMEOUT)  # follows what redirects it
+        response = requests.get(url, headers=headers, stream=True, timeout=TIMEOUT)  # follows redirects
     except (requests.ConnectionError, requests.Timeout) as error:
         raise RetryableError(f"no answer ({reason(error)})") from None
-    except Exception as error:  # an address that no library can read is as good as none
+    except Exception as error:  # requests raises various exceptions for malformed URLs
         raise UnusableSource(f"no answer ({reason(error)})") from None
     with response:
         whole = response.headers.get("Content-Range") == f"bytes */{offset}"
         if offset and response.status_code == 416 and whole:
-            return False  # and what came after it was interrupted
+            return False  # the partial file is complete; only its verification was interrupted
         offset, total = read_head(response, url, offset, state if tag else {}, partial)
         if size is not None and total not in (None, size):
             raise UnusableSource(f"has {total:,} bytes; expected {size:,}")
         total = size if total is None else total
         chunked = response.headers.get("Transfer-Encoding", "").lower() == "chunked"
         if expected is None and total is None and not chunked:
-            raise UnusableSource("does not say how long the file is, whose SHA-256 nobody knows")
+            raise UnusableSource("does not say how long the file is, and its SHA-256 is not known")
         if not offset:
-            forget(partial)  # before what is said of it changes: the old bytes must never go by the new validator
+            forget(partial)  # before the state changes: old bytes must never be paired with the new validator
         room = has_room(partial, (total or 0) - offset)
         if not room and size is None:
-            raise UnusableSource(f"has {total:,} bytes, as it says, for which there is no room")
+            raise UnusableSource(f"reports {total:,} bytes, for which the disk has no room")
         if not room:
             raise FetchError(room_message(partial, (total or 0) - offset, name))
         write_json(
@@ -207,7 +209,7 @@ def transfer(
                 bar.update(len(chunk))
                 if total is None and not has_room(partial, 0):
                     file.truncate(0)
-                    raise UnusableSource("sends more than there is room for, without an end")
+                    raise UnusableSource("sends more data than the disk has room for")
                 if total is not None and file.tell() > total:
                     break
             file.flush()
@@ -217,30 +219,30 @@ def transfer(
         raise RetryableError(f"broke off after {found:,} of {total:,} bytes")
     if total is not None and found > total:
         forget(partial)
-        raise UnusableSource(f"sends more than the {total:,} bytes that it promised")
+        raise UnusableSource(f"sends more than the {total:,} bytes that it announced")
     return offset == 0
 
 
 def validator_of(response: Any) -> str | None:
-    """What tells that the host still has the same file: a strong ETag, or else the time of its last change."""
+    """The validator for If-Range: a strong ETag, else Last-Modified, else None."""
     tag = response.headers.get("ETag", "")
     return response.headers.get("Last-Modified") if not tag or tag.startswith("W/") else tag
 
 
 def read_head(response: Any, url: str, offset: int, state: dict[str, Any], partial: Path) -> tuple[int, int | None]:
-    """Where the bytes that come belong, and the file's size, None where the host does not say. state: what it said of
-    the file when the first of them came.
+    """Check the status and headers of a response. Returns the offset of its body and the file's size, None if unknown.
 
-    Raises RetryableError or UnusableSource where none come, or not those that were asked for.
+    state: the stored state of the partial file. Raises RetryableError or UnusableSource if the response is an error, or
+    does not hold the requested range of the same file.
     """
     status, headers = response.status_code, response.headers
     addresses = [answer.url for answer in (*response.history, response)]
     if url.startswith("https://") and not all(address.startswith("https://") for address in addresses):
-        raise UnusableSource(f"leads to {addresses[-1]} by a way that is not encrypted")
+        raise UnusableSource(f"redirects to {addresses[-1]} over an unencrypted connection")
     if status in LATER:
         raise RetryableError(f"answers {status}", float(whole_number(headers.get("Retry-After", "")) or 0))
     if status == 416:
-        forget(partial)  # it is not a beginning of what the host has now
+        forget(partial)  # the file on the host has changed
         raise RetryableError("answers 416 to the rest of the file")
     if status not in (200, 206):
         raise UnusableSource(f"answers {status} {response.reason}")
@@ -264,7 +266,7 @@ def whole_number(text: str) -> int | None:
 
 
 def chunks(response: Any) -> Iterator[bytes]:
-    """The body as it comes. Raises RetryableError where it stops."""
+    """Iterate over the body of a response. Raises RetryableError if the connection breaks or is too slow."""
     import requests
     import urllib3
 

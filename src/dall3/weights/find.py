@@ -1,4 +1,4 @@
-"""What a name of weights means, and the files of a set: fetched where they are not here yet, or removed."""
+"""Resolve names of weights; download and remove the files of a set."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from dall3.weights.registry import NAME, WeightsSet, no_such_set, read_registry
 
 
 def find_weights(name: str | Path, registry: str | Path | None = None) -> WeightsSet | Path:
-    """What a name means: a set of weights.toml, a folder, or "owner/name" of the Hugging Face hub as a folder.
+    """Resolve a name: a set in weights.toml, a folder, or a repository "owner/name" on the Hugging Face Hub.
 
-    Raises ValueError for a name that is none of them, FetchError for a repository that cannot be had.
+    A repository is downloaded and returned as a folder. registry: as for `read_registry`. Raises ValueError for a name
+    that is none of these; FetchError if the repository cannot be downloaded.
     """
     known = read_registry(registry)
     if isinstance(name, str) and name in known:
@@ -27,8 +28,9 @@ def find_weights(name: str | Path, registry: str | Path | None = None) -> Weight
 
 
 def fetch_repository(name: str) -> Path:
-    """A repository of the Hugging Face hub, "owner/name", as a folder in the cache; only files of the formats that
-    `save_pretrained` writes. Raises FetchError.
+    """Download a repository "owner/name" of the Hugging Face Hub to a folder in the cache.
+
+    Only files of the formats that `save_pretrained` writes are downloaded. Raises FetchError if that fails.
     """
     from huggingface_hub import snapshot_download
 
@@ -38,22 +40,22 @@ def fetch_repository(name: str) -> Path:
         path = snapshot_download(
             name, cache_dir=cache, allow_patterns=kinds, local_files_only=offline(), library_name="dall3"
         )
-    except Exception as error:  # of the hub's library, of its HTTP library, of the system
+    except Exception as error:  # huggingface_hub, its HTTP library or the operating system
         hint = "DALL3_OFFLINE is set" if offline() else reason(error)
         raise FetchError(
-            f"{name} is no folder, and could not be had from the Hugging Face hub ({hint}); nothing of it is in {cache}"
+            f"{name} is not a folder, is not in {cache}, and cannot be downloaded from the Hugging Face Hub ({hint})"
         ) from None
     return Path(path)
 
 
 def fetch_set(weights: WeightsSet, progress: bool = True) -> dict[str, tuple[Path, Path | None]]:
-    """The files of every part of a set, fetched where they are not here yet: (file, config) by the part's name.
+    """Download the missing files of a set. Returns (file, config) for each part by name; config may be None.
 
-    Raises FetchError that says what is missing, what was tried and what to do.
+    Raises FetchError with the missing file, what was tried and what to do.
     """
     wanted = files_of(weights)
     absent = [one for one in wanted if one.find() is None]
-    if absent and offline():  # before the others are looked at, which may take long
+    if absent and offline():  # before the files that are present are hashed, which may take long
         raise FetchError(offline_message(absent[0], "is not here"))
     paths = {(one.part.name, one.file.name): fetch_file(one, progress) for one in wanted}
     return {
@@ -63,8 +65,10 @@ def fetch_set(weights: WeightsSet, progress: bool = True) -> dict[str, tuple[Pat
 
 
 def remove_set(weights: WeightsSet) -> int:
-    """Remove a set's fetched files, whole or begun, from the cache; how many bytes that were. Pins stay: a file that
-    is fetched again must be the one that it was. Raises FetchError for one that is being fetched.
+    """Delete the files of a set, complete or partial, from the cache; returns the number of bytes.
+
+    The pins stay, so that a file that is downloaded again must have the same hash. Raises FetchError for a file that is
+    being downloaded.
     """
     from filelock import FileLock, Timeout
 
@@ -73,7 +77,7 @@ def remove_set(weights: WeightsSet) -> int:
         if not one.target.parent.is_dir():
             continue
         try:
-            # The lock's file stays: another process may be waiting for it.
+            # The lock file is not deleted, because another process may be waiting for it.
             with FileLock(beside(one.target, ".lock"), timeout=0):
                 partial = beside(one.target, ".part")
                 removed += size_of(one.target) + size_of(partial)

@@ -1,8 +1,8 @@
-"""Weights as a folder: for every part of a pipeline a safetensors file and a `config.json`, and one `tokenizer.json`.
+"""Pipeline folders: a safetensors file and a `config.json` for every part, and one `tokenizer.json`.
 
-README.md                                  the model card
-generation_config.json                     settings that suit the weights, where there are any
-tokenizer.json                             of Hugging Face's `tokenizers`
+README.md                                  model card
+generation_config.json                     recommended settings of the weights (optional)
+tokenizer.json                             tokenizer, in the format of Hugging Face's `tokenizers`
 transformer/ vqgan/ clip/ upsampler/ …     config.json, model.safetensors
 """
 
@@ -53,7 +53,7 @@ MODELS: dict[str, tuple[Any, Any]] = {
 
 @dataclass(frozen=True)
 class Origin:
-    """Where weights come from: their licence, and an address or a file."""
+    """Origin of weights: their licence, and a URL or file name as the source."""
 
     licence: str = "not stated"
     source: str = "not stated"
@@ -62,9 +62,12 @@ class Origin:
 def save_part(
     model: Any, folder: PathLike, dtype: torch.dtype | None = torch.float16, origin: Origin | None = None
 ) -> None:
-    """Write a model's weights and its configuration to a folder, made if need be; floats as `dtype`, None: as is.
+    """Save the weights and the configuration of a model to a folder, which is created if it does not exist.
 
-    Raises ValueError for a CLIP of open_clip's that has no configuration of ours.
+    dtype: dtype of the floating-point tensors; None keeps them as they are. Raises ValueError for a CLIP that
+    `CLIPConfig` cannot describe, and for values that `dtype` cannot represent.
+
+    >>> save_part(vqgan, "weights/vqgan", torch.float16, Origin(licence="mit"))  # doctest: +SKIP
     """
     from safetensors.torch import save_file
 
@@ -80,16 +83,16 @@ def save_part(
                 raise ValueError(f"{name} has values that {dtype} cannot hold; save as it is")
     config = {"model": type(model).__name__, **(asdict(origin) if origin else {}), **asdict(model.config)}
     text = json.dumps(config, indent=2) + "\n"
-    check_limits(json.loads(text))  # what could not be read again is not written
+    check_limits(json.loads(text))  # load_part would reject the file otherwise
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(text, encoding="utf-8")
     save_file(state, folder / WEIGHTS)
-    # safetensors writes for the owner alone; whoever may read the configuration is to read the weights too.
+    # safetensors creates files that only the owner can read; give the weights the permissions of the configuration.
     (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)
 
 
 def shared_names(model: torch.nn.Module) -> dict[str, str]:
-    """Names of parameters that are another one's by a second name (layers that share weights), and that first name."""
+    """Parameters of layers that share weights: each further name of a parameter, with its first name."""
     first: dict[int, str] = {}
     names = [(name, first.setdefault(id(p), name)) for name, p in model.named_parameters(remove_duplicate=False)]
     return {name: original for name, original in names if name != original}
@@ -101,9 +104,12 @@ def load_part(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Any:
-    """The model that `save_part` wrote to a folder. tokenizer: what a CLIP reads text with.
+    """Load a model that `save_part` wrote to a folder.
 
-    Raises CheckpointError where the files are missing, broken, or do not fit each other.
+    tokenizer: the transformer's tokenizer, for a CLIP that uses it. dtype: dtype of the floating-point tensors. Raises
+    CheckpointError for files that are missing or damaged, or do not match each other.
+
+    >>> vqgan = load_part("weights/vqgan")  # doctest: +SKIP
     """
     folder = Path(folder)
     settings = read_config(folder / CONFIG)
@@ -118,7 +124,7 @@ def load_part(
         config = from_json(config_class, settings)
         with without_weights():
             model = CLIP.from_config(config, tokenizer) if model_class is CLIP else model_class(config)
-    except Exception as error:  # whatever odd settings trip a network over is one thing to their reader
+    except Exception as error:  # invalid settings can raise any exception
         raise one_line(folder / CONFIG, f"makes no {name}: {type(error).__name__}: {error}") from None
     state = read_tensors(folder / WEIGHTS, device, dtype)
     state |= {name: state[first] for name, first in shared_names(model).items() if first in state}
@@ -126,9 +132,9 @@ def load_part(
 
 
 def read_tensors(path: Path, device: str | torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, floats as `dtype`: mapped from it where they need no change.
+    """Read a safetensors file; floating-point tensors are converted to `dtype`, or memory-mapped if they have it.
 
-    Raises CheckpointError where it is none.
+    Raises CheckpointError for a file that is missing or damaged.
     """
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
@@ -143,7 +149,7 @@ def read_tensors(path: Path, device: str | torch.device, dtype: torch.dtype) -> 
             return load_file(path, device=str(device))
         state = {}
         for name in kinds:
-            # Opened anew for each: a mapping goes with its last tensor, and so no second copy of all stays in memory.
+            # Opened again for each tensor: a mapping lives as long as its tensors and would keep a second copy of all.
             with safe_open(path, framework="pt", device=str(device)) as file:
                 tensor = file.get_tensor(name)
             state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
@@ -165,7 +171,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def from_json(config_class: Any, settings: dict[str, Any]) -> Any:
-    """A configuration of plain values: JSON's lists are tuples in it. Raises TypeError for a name that it lacks."""
+    """Build a configuration from JSON values; lists become tuples. Raises TypeError for an unknown setting."""
     known = {field.name for field in fields(config_class)}
     unknown = sorted(settings.keys() - known)
     if unknown:
@@ -186,10 +192,10 @@ def as_tuples(value: Any) -> Any:
 def load_folder(
     folder: PathLike, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> dict[str, Any]:
-    """The parts that a pipeline folder holds, by name, and "tokenizer" where there is one; of the bundled CLIP the
-    function that loads it.
+    """Load the parts of a pipeline folder: models by name, and "tokenizer" if there is one.
 
-    Raises CheckpointError for a folder that holds none, or a broken one.
+    The bundled CLIP is returned as a function that loads it. Raises CheckpointError for a folder without parts, and for
+    a damaged part.
     """
     folder = Path(folder)
     present = [name for name in PARTS if (folder / name).is_dir()]
@@ -204,7 +210,7 @@ def load_folder(
             raise CheckpointError(str(error)) from None
     for name in present:
         load = partial(load_part, folder / name, found.get("tokenizer"), device, dtype)
-        # The bundled CLIP is known to be good, and its library takes longer to import than all else to load.
+        # The bundled CLIP is loaded on first use: importing open_clip takes longer than loading everything else.
         found[name] = load if folder == BUNDLED and name == "clip" else load()
     return found
 
@@ -212,7 +218,10 @@ def load_folder(
 def load_files(
     files: dict[str, tuple[Path, Path | None]], device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> dict[str, Any]:
-    """The parts in files of any format, (file, config) by the part's name: those of `save_part`, and those of 2021."""
+    """Load parts from files of any supported format: those of `save_part`, and the original checkpoints.
+
+    files: (file, config) for each part by name; config may be None. Raises CheckpointError as the loaders do.
+    """
     try:
         found: dict[str, Any] = {"tokenizer": load_tokenizer(files["tokenizer"][0])} if "tokenizer" in files else {}
     except ValueError as error:
@@ -230,7 +239,7 @@ def load_files(
 
 
 def read_origins(folder: PathLike) -> dict[str, Origin]:
-    """Where the parts of a pipeline folder come from, as their config.json says."""
+    """The origins of the parts of a pipeline folder by name, from their config.json."""
     found = {}
     for name in PARTS:
         if (Path(folder) / name / CONFIG).exists():
@@ -242,16 +251,16 @@ def read_origins(folder: PathLike) -> dict[str, Origin]:
 
 
 def read_defaults(folder: PathLike) -> dict[str, Any]:
-    """The settings that suit the weights of a pipeline folder, as its generation_config.json has them; none without it.
+    """The recommended settings in the generation_config.json of a pipeline folder; empty without such a file.
 
-    Raises CheckpointError for a file that is no object of settings.
+    Raises CheckpointError for a file that is not a JSON object.
     """
     path = Path(folder) / DEFAULTS
     return read_config(path) if path.exists() else {}
 
 
 def set_default(folder: PathLike, name: str, value: Any) -> None:
-    """Write one more setting that suits the weights of a pipeline folder, or another value of it."""
+    """Add or replace a recommended setting in the generation_config.json of a pipeline folder."""
     settings = read_defaults(folder) | {name: value}
     (Path(folder) / DEFAULTS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
@@ -264,10 +273,11 @@ def save_folder(
     origins: dict[str, Origin] | None = None,
     defaults: dict[str, Any] | None = None,
 ) -> Path:
-    """Write parts, by name, to a folder that is not there yet or is empty, with a model card, and return its path.
+    """Save parts by name, a tokenizer and a model card to a new or empty folder; returns its absolute path.
 
-    It is written beside its place and moved there when it is whole. Raises FileExistsError for a folder that holds
-    something, ValueError for a part or a tokenizer that has no form of ours.
+    dtype: as for `save_part`. origins: by part. defaults: recommended settings. The folder is written to a temporary
+    place in the same directory and then renamed, so it is never incomplete. Raises FileExistsError for a folder that is
+    not empty; ValueError for a part or a tokenizer that cannot be saved.
     """
     folder, origins = Path(folder).absolute(), origins or {}
     check_empty(folder)
@@ -283,18 +293,18 @@ def save_folder(
         if defaults:
             (new / DEFAULTS).write_text(json.dumps(defaults, indent=2) + "\n", encoding="utf-8")
         (new / "README.md").write_text(model_card(new, origins), encoding="utf-8")
-        new.replace(folder)  # takes the place of an empty folder too
+        new.replace(folder)  # also replaces an empty folder
     return folder
 
 
 def check_empty(folder: Path) -> None:
-    """Raise FileExistsError for a folder that holds something, or a file in its place."""
+    """Raise FileExistsError for a folder that is not empty, and for an existing file."""
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise FileExistsError(f"{folder} is there already and not empty; give another folder")
 
 
 def model_card(folder: Path, origins: dict[str, Origin]) -> str:
-    """The README.md of a pipeline folder, with the front matter that the Hugging Face hub reads."""
+    """The README.md of a pipeline folder, with the front matter for the Hugging Face Hub."""
     licences = {origins.get(name, Origin()).licence for name in PARTS if (folder / name).is_dir()}
     licence = licences.pop().lower() if len(licences) == 1 else "other"
     licence = licence if re.fullmatch(r"[a-z0-9.-]+", licence) else "other"

@@ -1,20 +1,20 @@
-"""Upper bounds accepted in config.json: with larger settings, building a network would take all memory or time."""
+"""Upper bounds accepted in config.json: larger settings could exhaust memory or time while a network is built."""
 
 from __future__ import annotations
 
 from typing import Any
 
-LIMITS = {  # of other numbers 2**20
+LIMITS = {  # by name; 2**20 for all other numbers
     **dict.fromkeys(("num_res_blocks", "num_resnet_blocks", "num_layers", "n_blk_per_group", "group_count"), 16),
     **dict.fromkeys(("depth", "encoder_depth", "decoder_depth"), 256),
     **{"layers": 128, "heads": 256, "grid_size": 128, "cutn": 1024},
     **dict.fromkeys(("text_seq_len", "context_length", "image_size"), 8192),
 }
-MOST_POSITIONS = 5000  # of a transformer, whose patterns of attention take 9 bytes for each pair while it is built
+MOST_POSITIONS = 5000  # sequence length of a transformer; building its masks takes 9 bytes per pair of positions
 
 
 def check_limits(settings: Any, name: str = "") -> None:
-    """Raise ValueError for settings above any network's, with which building one would take all memory or time."""
+    """Raise ValueError for settings above the upper bounds accepted in config.json."""
     if isinstance(settings, dict):
         for key, value in settings.items():
             check_limits(value, key)

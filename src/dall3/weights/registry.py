@@ -1,4 +1,4 @@
-"""weights.toml: every set of weights by name, its parts, and where their files are."""
+"""Reader of weights.toml: the sets of weights by name, with their parts and the locations of their files."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from dall3.errors import require
 
 PathLike = str | Path
 PART_NAMES = ("tokenizer", "transformer", "vqgan", "clip", "upsampler", "super_resolution")
-PARTS = PART_NAMES[1:]  # those that are models: the tokenizer is a file
+PARTS = PART_NAMES[1:]  # the parts that are models
 RESERVED = ("hub", "open_clip")  # folders of the cache that are not sets
-MOST_BYTES = 1 << 20  # of a file of settings
+MOST_BYTES = 1 << 20  # largest settings file
 PACKAGE = Path(__file__).parents[1]
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # a folder or a file of the cache, and never one outside of it
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # safe as the name of a file or folder in the cache
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a file is: an address, or a path on disk. sha256, size: of what is there, None where not known. other: it
-    holds other bytes than the places that the file's own sha256 and size tell of.
+    """A location of a file: a URL, or a path on disk.
+
+    sha256, size: hash and size in bytes of the file there, None if unknown. other: the place has its own sha256 and
+    size in weights.toml, because its file differs from that of the other places.
     """
 
     url: str
@@ -35,13 +37,13 @@ class Place:
 
     @property
     def path(self) -> Path | None:
-        """The path, of a place on disk."""
+        """The path of a place on disk, None for a URL."""
         return None if self.url.startswith(("https://", "http://", "hf:")) else Path(self.url)
 
 
 @dataclass(frozen=True)
 class File:
-    """One file of a part: its name in the cache and its places, in the order in which they are tried."""
+    """A file of a part: its name in the cache and its places, in the order in which they are tried."""
 
     name: str
     places: tuple[Place, ...]
@@ -49,7 +51,7 @@ class File:
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a set. config: the second file that some formats need."""
+    """A part of a set of weights. config: the configuration file, for formats that need one."""
 
     name: str
     file: File
@@ -64,7 +66,7 @@ class Part:
 
 @dataclass(frozen=True)
 class WeightsSet:
-    """defaults: settings of `Sampling` and `Denoising` that suit the weights, as they are written."""
+    """A set of weights. about: a description. defaults: recommended settings of `Sampling` and `Denoising`."""
 
     name: str
     about: str
@@ -73,7 +75,7 @@ class WeightsSet:
 
 
 def read_settings_text(path: PathLike) -> str:
-    """A file of settings as text. Raises ValueError for one that is far larger than any, or not UTF-8."""
+    """Read a settings file as text. Raises ValueError for a file above 1 MiB, and for one that is not UTF-8."""
     if Path(path).stat().st_size > MOST_BYTES:
         raise ValueError(f"{path} is {Path(path).stat().st_size:,} bytes large; settings have {MOST_BYTES:,} at most")
     try:
@@ -83,7 +85,7 @@ def read_settings_text(path: PathLike) -> str:
 
 
 def read_toml(path: PathLike) -> dict[str, Any]:
-    """A TOML file as a dictionary. Raises ValueError for another file, FileNotFoundError for none."""
+    """Read a TOML file. Raises ValueError for a file that is not TOML; FileNotFoundError."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -95,16 +97,20 @@ def read_toml(path: PathLike) -> dict[str, Any]:
 
 
 def own_file() -> Path:
-    """The weights.toml that comes with dall3: inside the wheel, or at the top of a checkout."""
+    """Path of dall3's own weights.toml: in the installed package, or at the root of a checkout."""
     inside = PACKAGE / "weights.toml"
     return inside if inside.exists() else PACKAGE.parents[1] / "weights.toml"
 
 
 def read_registry(path: PathLike | None = None) -> dict[str, WeightsSet]:
-    """Every set by name: dall3's own, and those of the file at `path`, or else of the one that DALL3_WEIGHTS names.
+    """All sets of weights by name: those of dall3's weights.toml, and of a second file.
 
-    A set of the second file takes the place of one of the same name. Raises ValueError for a file that is not in the
-    form that weights.toml describes, FileNotFoundError for one that is not there.
+    path: the second file; by default the one in the environment variable DALL3_WEIGHTS. Its sets replace sets of the
+    same name. Raises ValueError for a file that does not follow the format described in weights.toml;
+    FileNotFoundError.
+
+    >>> "mini" in read_registry()
+    True
     """
     more = path or os.environ.get("DALL3_WEIGHTS")
     found = parse_registry(own_file())
@@ -112,7 +118,7 @@ def read_registry(path: PathLike | None = None) -> dict[str, WeightsSet]:
 
 
 def find_set(name: str, path: PathLike | None = None) -> WeightsSet:
-    """The set of that name. Raises ValueError that lists the names for one that is not there."""
+    """The set of weights with this name. Raises ValueError with the known names for an unknown one."""
     found = read_registry(path)
     require(name in found, no_such_set(name, found))
     return found[name]
@@ -152,7 +158,7 @@ def parse_part(name: str, table: dict[str, Any], path: Path, set_name: str) -> P
     file, second = (None if one is None else parse_file(one, path, where) for one in (table, config))
     assert file is not None
     names = sorted(one.name for one in (file, second) if one is not None)
-    # A file's pin, lock and beginning lie beside it under its name and more.
+    # The cache adds suffixes to a file's name for its pins, lock and partial download.
     apart = len(names) == 1 or not f"{names[1]}.".startswith(f"{names[0]}.")
     require(apart, f"{where}: one of its two files has the name of the other, or begins with it")
     return Part(name, file, second, licence, source)

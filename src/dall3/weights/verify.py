@@ -1,4 +1,4 @@
-"""Whether a file of weights on this machine is the one that it should be."""
+"""Verification of files of weights on this machine."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from dall3.weights.cache import SAME, Wanted, key_of, reason, sha256_of
 
 
 def check_here(wanted: Wanted, path: Path, thorough: bool = False) -> str | None:
-    """What is wrong with a file on this machine, or None. What nobody knows a hash of is looked at and pinned.
+    """Verify a file on this machine. Returns the problem, or None if the file is good.
 
-    thorough: read it in any case, not only where its size or time are not those that it was verified with.
+    A file without an expected hash is checked by content and then pinned. thorough: hash the file even if its size and
+    modification time have not changed since the last verification.
     """
     pins, found = wanted.pins, path.stat()
     known = {sha256 for place in wanted.file.places if (sha256 := wanted.sha256_at(place))}
@@ -20,10 +21,10 @@ def check_here(wanted: Wanted, path: Path, thorough: bool = False) -> str | None
     if same and not thorough and pins.sha256 in known:
         return None
     in_cache = path == wanted.target
-    if not in_cache and not known and not thorough:  # the user's own, of which nothing is known
+    if not in_cache and not known and not thorough:  # a user's own file without an expected hash
         return None
     sha256 = sha256_of(path)
-    # A copy that nothing was known of may come from the place whose hash nobody knows.
+    # A file that has no pins yet may come from a place without an expected hash.
     unknown = next((place for place in wanted.file.places if wanted.sha256_at(place) is None), None)
     first = not pins.sha256 and unknown is not None
     if known and sha256 not in known and not first:
@@ -41,15 +42,15 @@ def check_here(wanted: Wanted, path: Path, thorough: bool = False) -> str | None
         known_at = (place for place in wanted.file.places if wanted.sha256_at(place) == sha256)
         place = next(known_at, unknown)
         key = SAME if place is None else key_of(place)
-        with suppress(OSError):  # a cache that cannot be written to is good for reading
+        with suppress(OSError):  # the cache may be read-only
             wanted.set_pin(sha256, key, found)
     return None
 
 
 def look_at(path: Path, wanted: Wanted) -> None:
-    """Read a file whose hash nobody knows as far as tells that it is whole, and what it should be.
+    """Check by content that a file without an expected hash is complete and of the right kind.
 
-    Raises ValueError where it is not.
+    Raises ValueError if it is not.
     """
     from dall3.text import load_tokenizer
     from dall3.weights.archive import read_archive
@@ -66,7 +67,7 @@ def look_at(path: Path, wanted: Wanted) -> None:
     elif suffix == ".json":
         settings = read_flags(path)
         if not settings.keys() & {"model", "image_size", "large_size", "num_channels", "num_heads", "noise_schedule"}:
-            raise ValueError("no settings of a model")
+            raise ValueError("it has no settings of a model")
     elif suffix == ".safetensors" and part.config is not None:  # a part that save_pretrained wrote
         read_archive(path)
     else:

@@ -1,3 +1,5 @@
-"""Checkpoints of other projects to models: one file a format. What an architecture is, is read off the names and
-shapes of its tensors; what they cannot tell comes from the settings beside them, or is asked for.
+"""Converters from the checkpoints of other projects to models, one file per format.
+
+The architecture is inferred from the names and shapes of the tensors. What these do not determine comes from the
+settings in the checkpoint, or must be given by the caller.
 """

@@ -1,7 +1,7 @@
-"""CLIP from OpenAI's file, from checkpoints with OpenAI's names, and by open_clip's names.
+"""CLIP from OpenAI's files, from checkpoints with OpenAI's parameter names, and from open_clip's pretrained models.
 
-The tensors tell neither the activation (OpenAI's trainings have QuickGELU, open_clip's own mostly GELU), nor the width
-of a head, nor the tokenizer (ruCLIP has another): a file that is not OpenAI's own has to say which network it is.
+The tensors do not determine the activation (QuickGELU in OpenAI's models, mostly GELU in open_clip's), the width of the
+attention heads, or the tokenizer (ruCLIP has its own). Files other than OpenAI's therefore need a configuration.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dall3.weights.convert.state import (
 )
 from dall3.weights.registry import PathLike
 
-SIZES = ("input_resolution", "context_length", "vocab_size")  # numbers that OpenAI's file has beside its weights
+SIZES = ("input_resolution", "context_length", "vocab_size")  # scalars in OpenAI's files that are not weights
 ASK = (
     "give config: a name of open_clip's (for OpenAI's weights \"ViT-B-16-quickgelu\" and the like), its JSON file, or "
     'a dictionary such as {"quick_gelu": true}; ruCLIP, whose tokenizer is another, is not read as CLIP'
@@ -39,15 +39,20 @@ ASK = (
 def load_clip(path_or_name: PathLike, config: Settings | None = None) -> CLIP:
     """Load CLIP in float32 on the CPU, from a file or by name.
 
-    path_or_name: OpenAI's TorchScript file; a checkpoint with the same names of tensors, such as open_clip's; or one of
-    open_clip's own by name, as "ViT-B-16/openai", fetched by open_clip into dall3's cache.
-    config: of a file, what its tensors cannot tell: a name of open_clip's, as "ViT-B-16" or "ViT-B-16/openai"; or a
-    dictionary or JSON file in open_clip's form, in which quick_gelu is false, and heads are 64 wide, where it does not
-    say otherwise. It is not needed for OpenAI's file, a checkpoint of open_clip's that says its model's name, and sizes
-    that one network of open_clip's table has.
+    path_or_name: OpenAI's TorchScript file; a checkpoint with the same parameter names, such as open_clip's; or the
+    name of an open_clip model with its pretraining tag, such as "ViT-B-16/openai", which is downloaded to dall3's
+    cache.
 
-    Raises CheckpointError for a file that is not one or does not tell which network it is, and for a name that
-    open_clip does not know; FetchError (an OSError) for one that cannot be fetched.
+    config: for a file, the settings that the tensors do not determine. Either a model of open_clip ("ViT-B-16" or
+    "ViT-B-16/openai"), or a dictionary or JSON file in open_clip's format; its defaults are quick_gelu=False and heads
+    of 64 channels. It is not needed for OpenAI's files, for open_clip checkpoints that contain the name of their model,
+    and for tensor shapes that match exactly one model of open_clip.
+
+    Raises CheckpointError for a file that is not a CLIP or needs `config`, and for a name that open_clip does not know;
+    FetchError (an OSError) for weights that cannot be downloaded.
+
+    >>> clip = load_clip("ViT-B-16.pt")  # doctest: +SKIP
+    >>> clip = load_clip("open_clip_pytorch_model.bin", config="ViT-B-32")  # doctest: +SKIP
     """
     import open_clip
 
@@ -71,9 +76,9 @@ def load_clip(path_or_name: PathLike, config: Settings | None = None) -> CLIP:
 
 
 def read_clip_settings(config: Settings) -> dict[str, Any]:
-    """The settings that a name of open_clip's, a dictionary or a JSON file stands for, in open_clip's form.
+    """Read settings in open_clip's format from the name of an open_clip model, a dictionary or a JSON file.
 
-    Raises CheckpointError for none of them.
+    Raises CheckpointError for anything else, and for an unknown setting.
     """
     import open_clip
 
@@ -84,7 +89,7 @@ def read_clip_settings(config: Settings) -> dict[str, Any]:
             raise one_line(config, "neither a file of settings nor a model of open_clip, such as 'ViT-B-16-quickgelu'")
         return settings | (tag_settings(name, tag) if tag else {})
     settings = read_settings(config, "open_clip's settings of a model")
-    if isinstance(settings.get("model_cfg"), Mapping):  # as open_clip's repositories on the hub have it
+    if isinstance(settings.get("model_cfg"), Mapping):  # the format of open_clip's repositories on the Hub
         preprocess = settings.get("preprocess_cfg") or {}
         settings = dict(settings["model_cfg"]) | {key: preprocess[key] for key in PREPROCESS if key in preprocess}
     known = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", *PREPROCESS}
@@ -97,7 +102,7 @@ PREPROCESS = ("mean", "std", "interpolation")
 
 
 def tag_settings(name: str, tag: str) -> dict[str, Any]:
-    """What open_clip knows of a training: its activation, and how pictures are brought to it."""
+    """The settings of an open_clip pretraining tag: activation, normalisation and interpolation."""
     from open_clip import get_pretrained_cfg
 
     known = get_pretrained_cfg(name, tag)
@@ -105,10 +110,10 @@ def tag_settings(name: str, tag: str) -> dict[str, Any]:
 
 
 def recognise(state: State, training: str, path: PathLike) -> dict[str, Any]:
-    """The settings of the one network of open_clip's table that fits the tensors. training: the name that a checkpoint
-    of open_clip's has inside, which holds the model's.
+    """Find the open_clip model that matches the tensors and return its settings.
 
-    Raises CheckpointError where none fits or several do.
+    training: the name of the training run in an open_clip checkpoint, which contains the name of the model. Raises
+    CheckpointError if no model matches, or if several match that differ in activation or heads.
     """
     import open_clip
 
@@ -118,15 +123,15 @@ def recognise(state: State, training: str, path: PathLike) -> dict[str, Any]:
     if said:
         return fitting[said[0]]
     if not fitting:
-        raise one_line(path, f"its tensors do not tell its activation and the width of its heads; {ASK}")
+        raise one_line(path, f"its tensors do not determine its activation and the width of its heads; {ASK}")
     different = {repr((settings.get("quick_gelu", False), heads_of(settings))) for settings in fitting.values()}
     if len(different) > 1:
-        raise one_line(path, f"fits {' and '.join(fitting)} alike, which differ in what tensors do not tell; {ASK}")
+        raise one_line(path, f"matches {' and '.join(fitting)}, which differ in their activation or heads; {ASK}")
     return next(iter(fitting.values()))
 
 
 def fit(name: str, found: dict[str, Any]) -> dict[str, Any] | None:
-    """The settings of a model of open_clip's table where they are those of the tensors, else None."""
+    """The settings of an open_clip model if they match those found in the tensors, else None."""
     import open_clip
 
     settings = open_clip.get_model_config(name)
@@ -137,8 +142,7 @@ def fit(name: str, found: dict[str, Any]) -> dict[str, Any] | None:
         if int(theirs["width"] * theirs["mlp_ratio"]) != int(ours["width"] * ours["mlp_ratio"]):
             return None
         for key, value in ours.items():
-            told = tuple(theirs[key]) if isinstance(theirs.get(key), list) else theirs.get(key)
-            if key not in ("mlp_ratio", "patch_size") and told != value:
+            if key not in ("mlp_ratio", "patch_size") and as_plain(theirs.get(key)) != value:
                 return None
         if ours.get("patch_size") not in (None, theirs.get("patch_size")):
             return None
@@ -146,7 +150,7 @@ def fit(name: str, found: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def is_plain(settings: Mapping[str, Any]) -> bool:
-    """Whether a model is a transformer or ResNet for pictures and one for text, as OpenAI's are."""
+    """Whether a model has OpenAI's architecture: a ViT or ResNet image encoder and a text transformer."""
     plain = settings.keys() <= {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}
     return plain and settings["vision_cfg"].keys() <= {*VISION} and settings["text_cfg"].keys() <= {*TEXT}
 
@@ -156,7 +160,7 @@ def heads_of(settings: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def plain_settings(state: State) -> dict[str, Any]:
-    """What the tensors tell, in open_clip's form: a vision transformer or a ResNet, and the text's."""
+    """The settings that the tensors determine, in open_clip's format."""
     context_length, width = state["model.positional_embedding"].shape
     text: dict[str, Any] = {"context_length": context_length, "width": width}
     text["vocab_size"] = len(state["model.token_embedding.weight"])
@@ -177,42 +181,42 @@ def plain_settings(state: State) -> dict[str, Any]:
 
 
 def mlp_ratio(weight: Any) -> float:
-    """Of a hidden layer's width to its input's; where no round number is, one whose product is cut to that width."""
+    """Ratio of an MLP's hidden width to its input width, such that int(width · ratio) is the hidden width."""
     hidden, width = weight.shape
     return hidden / width if hidden * 8 % width == 0 else (hidden + 0.5) / width
 
 
-def clip_config_of(state: State, told: Mapping[str, Any], path: PathLike) -> CLIPConfig:
-    """The architecture that the tensors tell, and what they do not as `told`, in open_clip's form, says.
+def clip_config_of(state: State, given: Mapping[str, Any], path: PathLike) -> CLIPConfig:
+    """Combine the architecture found in the tensors with the given settings in open_clip's format.
 
-    Raises CheckpointError where they contradict each other.
+    Raises CheckpointError if they contradict each other.
     """
     found = plain_settings(state)
     parts = {"vision_cfg": {"head_width": 64}, "text_cfg": {"heads": found["text_cfg"]["width"] // 64}}
     for part, known in parts.items():
-        for key, value in dict(told.get(part) or {}).items():
+        for key, value in dict(given.get(part) or {}).items():
             value = tuple(value) if isinstance(value, list) else value
             tensors = found[part].get(key, value)
             if key not in ("mlp_ratio", "patch_size") and value != tensors:
                 raise CheckpointError(f"the config says {key}={value}, but {path} has {tensors}")
             known[key] = value
         found[part] = known | found[part]
-    if told.get("embed_dim", found["embed_dim"]) != found["embed_dim"]:
-        raise CheckpointError(f"the config says embed_dim={told['embed_dim']}, but {path} has {found['embed_dim']}")
-    colours: dict[str, Any] = {key: tuple(told[key]) for key in ("mean", "std") if told.get(key)}
+    if given.get("embed_dim", found["embed_dim"]) != found["embed_dim"]:
+        raise CheckpointError(f"the config says embed_dim={given['embed_dim']}, but {path} has {found['embed_dim']}")
+    normalisation: dict[str, Any] = {key: tuple(given[key]) for key in ("mean", "std") if given.get(key)}
     return CLIPConfig(
         **found,
-        quick_gelu=bool(told.get("quick_gelu", False)),
+        quick_gelu=bool(given.get("quick_gelu", False)),
         tokenizer="clip",
-        interpolation=told.get("interpolation") or "bicubic",
-        **colours,
+        interpolation=given.get("interpolation") or "bicubic",
+        **normalisation,
     )
 
 
 def load_open_clip(name: str, tag: str) -> CLIP:
-    """Load one of open_clip's own models, fetched into dall3's cache where it is not there yet, as it was trained.
+    """Load a pretrained open_clip model with the settings of its training; downloaded to dall3's cache if missing.
 
-    Raises FetchError where it cannot be had.
+    Raises FetchError if it cannot be downloaded.
     """
     import open_clip
     from open_clip.pretrained import download_pretrained
@@ -220,15 +224,15 @@ def load_open_clip(name: str, tag: str) -> CLIP:
 
     known, cache = open_clip.get_pretrained_cfg(name, tag), str(home() / "open_clip")
     instead = "if you have its file, give that: load_clip(FILE), or --clip_path FILE"
-    if offline():  # open_clip may ask its host even for what it has
-        raise FetchError(f"{name}/{tag} is open_clip's to fetch, and DALL3_OFFLINE is set; {instead}")
+    if offline():  # open_clip may access the network even for cached files
+        raise FetchError(f"open_clip has to download {name}/{tag}, but DALL3_OFFLINE is set; {instead}")
     try:
         weights = download_pretrained(known, cache_dir=cache)
         tokenize = open_clip.get_tokenizer(name, cache_dir=cache)
-    except Exception as error:  # of the hub's library, of its HTTP library, of the system
+    except Exception as error:  # huggingface_hub, its HTTP library or the operating system
         hub = known.get("hf_hub", "")
-        source = f"the Hugging Face hub ({hub.strip('/')})" if hub else known.get("url", "open_clip's host")
-        raise FetchError(f"CLIP {name}/{tag} could not be had from {source}: {reason(error)}; {instead}") from None
+        source = f"the Hugging Face Hub ({hub.strip('/')})" if hub else known.get("url", "open_clip's host")
+        raise FetchError(f"CLIP {name}/{tag} cannot be downloaded from {source}: {reason(error)}; {instead}") from None
     training = tag_settings(name, tag)
     model = open_clip.create_model(name, pretrained=weights, force_quick_gelu=training["quick_gelu"], cache_dir=cache)
     size = model.visual.image_size

@@ -1,4 +1,4 @@
-"""DALL·E Mini's and Mega's files, as kuprel/min-dalle holds them: `encoder.pt` and `decoder.pt` to a DalleMini."""
+"""Converter for DALL·E Mini and Mega: `encoder.pt` and `decoder.pt` of kuprel/min-dalle to a DalleMini."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from dall3.weights.convert.state import (
 )
 from dall3.weights.registry import PathLike
 
-CODES = {16385: 16384, 16416: 16384}  # rows of the image embedding of Mini and of Mega: codes among them
-# Layer norms that the models lack a weight for; min-dalle's modules have one, which stays 1.
+CODES = {16385: 16384, 16416: 16384}  # rows of the image embedding of Mini and Mega: size of the codebook
+# Layer norms that have no weight in some files; it is 1.
 WITHOUT_WEIGHT = re.compile(
     r"(final_ln|layers\.\d+\.(pre_self_attn_layer_norm|pre_encoder_attn_layer_norm|glu\.ln[01]))\.bias"
 )
@@ -34,12 +34,16 @@ WITHOUT_WEIGHT = re.compile(
 def load_dalle_mini(
     encoder_path: PathLike, decoder_path: PathLike, hparams: Settings | None = None, dtype: torch.dtype = torch.float32
 ) -> DalleMini:
-    """Load the encoder's and the decoder's file, on the CPU. Tensors that have `dtype` in them are mapped, not copied.
+    """Load DALL·E Mini or Mega from its two files, on the CPU.
 
-    hparams: `num_image_tokens`, the codes of its VQGAN, a dictionary or a JSON file, where the decoder's rows are not
-    Mini's or Mega's: rows behind the codes are never drawn.
+    hparams: a dictionary or a JSON file with `num_image_tokens`, the size of the VQGAN's codebook; needed if the
+    decoder's image embedding has another number of rows than Mini's or Mega's. dtype: dtype of the weights; tensors
+    that have it in the file are memory-mapped, not copied.
 
-    Raises CheckpointError when a file is not one, the two do not fit each other, or the codes are not known.
+    Raises CheckpointError for a file of another kind, for files that do not match each other, and if
+    `num_image_tokens` is needed.
+
+    >>> mini = load_dalle_mini("encoder.pt", "decoder.pt", dtype=torch.float16)  # doctest: +SKIP
     """
     files, settings = f"{encoder_path}, {decoder_path}", read_settings(hparams, "num_image_tokens")
     encoder, decoder = read_state(encoder_path, MINI_ENCODER).tensors, read_state(decoder_path, MINI_DECODER).tensors
@@ -53,8 +57,8 @@ def load_dalle_mini(
     if codes is None:
         raise one_line(
             decoder_path,
-            f"its {rows} image rows do not tell how many are codes; give hparams={{'num_image_tokens': …}}, the number "
-            "of codes of its VQGAN",
+            f"its {rows} image rows do not determine the number of codes; give hparams={{'num_image_tokens': …}}, the "
+            "size of its VQGAN's codebook",
         )
     if not 0 < int(codes) < rows:
         raise one_line(decoder_path, f"num_image_tokens={codes}; expected less than its {rows} image rows")
@@ -69,7 +73,7 @@ def load_dalle_mini(
         grid_size=math.isqrt(len(decoder["embed_positions.weight"])),
     )
     if dim % HEAD_WIDTH:
-        raise one_line(files, f"it is {dim} channels wide, which is no number of heads of {HEAD_WIDTH}")
+        raise one_line(files, f"it is {dim} channels wide, which is not divisible by {HEAD_WIDTH}, the width of a head")
     with without_weights():
         model = DalleMini(config)
     state: State = {}
@@ -79,7 +83,7 @@ def load_dalle_mini(
             weight = name.removesuffix("bias") + "weight"
             if WITHOUT_WEIGHT.fullmatch(name) and weight not in tensors:
                 state[f"{half}.{weight}"] = torch.ones_like(tensor)
-    # Of the rows behind the codes the first is the start token, which is never drawn; nothing reads the others.
+    # The first row after the codes is the start token, which is never sampled. The remaining rows are unused.
     state["lm_head.weight"] = state.pop("image_decoder.lm_head.weight")[: config.num_image_tokens]
     first = "image_decoder.embed_tokens.weight"
     state[first] = state[first][: config.num_image_tokens + 1]

@@ -1,4 +1,4 @@
-"""DALLE-pytorch's checkpoints, releases 1.0 to 1.6 and upstream's fork, to a DalleTransformer."""
+"""Converter for checkpoints of DALLE-pytorch, releases 1.0 to 1.6 and Jack000's fork, to a DalleTransformer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dall3.weights.convert.state import (
 )
 from dall3.weights.registry import PathLike
 
-TRANSFORMER_NAMES = [  # patterns in DALLE-pytorch's names, in this order, and what they become
+TRANSFORMER_NAMES = [  # substitutions in DALLE-pytorch's parameter names, applied in this order
     (r"^to_logits\.0\.", "norm_out."),
     (r"^to_logits\.1\.", "to_logits."),
     (r"^image_pos_emb\.weights[._]0$", "row_pos_emb.weight"),
@@ -42,14 +42,17 @@ TRANSFORMER_NAMES = [  # patterns in DALLE-pytorch's names, in this order, and w
 
 @checked
 def load_transformer(path: PathLike, hparams: Settings | None = None, release: str | None = None) -> DalleTransformer:
-    """Load DALLE-pytorch's checkpoint, of releases 1.0 to 1.6 or of upstream's fork, in float32 on the CPU.
+    """Load a checkpoint of DALLE-pytorch, releases 1.0 to 1.6 or Jack000's fork, in float32 on the CPU.
 
-    path: the file, or the folder that DeepSpeed leaves. hparams: the hyper-parameters of its training, a dictionary or
-    a JSON file, where the file has none (weights alone) or other ones; what they leave out has DALLE-pytorch's default.
-    release: of DALLE-pytorch that trained it, as "1.4.2", where the file does not say. It matters for "conv_like"
-    attention alone: 1.5 moved its window, and files of 1.3 to 1.6 look alike; without it, 1.5 or later is taken.
+    path: the file, or the folder of a DeepSpeed checkpoint. hparams: the hyper-parameters of the training, a dictionary
+    or a JSON file, if the file has none or to override them; DALLE-pytorch's defaults apply to those left out. release:
+    the version of DALLE-pytorch, such as "1.4.2", if the file does not contain it. It only affects "conv_like"
+    attention, whose window changed in 1.5: files of 1.3 to 1.6 look the same, and 1.5 or later is assumed.
 
-    Raises CheckpointError when the file is not one, does not fit, or has no hyper-parameters and none are given.
+    Raises CheckpointError for a file of another kind, for tensors that do not match the hyper-parameters, and if
+    `hparams` are needed.
+
+    >>> transformer = load_transformer("dalle.pt")  # doctest: +SKIP
     """
     found = read_state(path, DALLE)
     tensors, version = found.tensors, found.beside.get("version")
@@ -68,14 +71,15 @@ def load_transformer(path: PathLike, hparams: Settings | None = None, release: s
         if name.endswith((".scale", "function.bias")):
             tensor = tensor.flatten()
         elif name.endswith(("function.weight", "pos_emb.weight", "transformer.pos_emb")):
-            tensor = tensor.reshape(-1, tensor.shape[-1])  # leading dimensions of 1: gMLP's head, the tables' batch
-        if not name.startswith("vae.") and ".linear." not in name:  # shared embeddings are the head's rows
+            tensor = tensor.reshape(-1, tensor.shape[-1])  # drops leading dimensions of 1
+        if not name.startswith("vae.") and ".linear." not in name:  # ".linear.": embeddings shared with the head
             state[name] = tensor
     angles = state.pop("transformer.pos_emb", None)
     layouts = [state.pop(name) for name in list(state) if name.endswith("attn_fn.master_layout")]
     share = "text_emb.weight" not in state
 
-    # Norm and function make two wrappers of a feed-forward; token shift one more; the caches of 1.3 and later another.
+    # Count the wrappers ("fn.") around a layer: norm and scale are two, token shift is one, the caches of 1.3 and later
+    # are one.
     functions = [name for name in tensors if name.endswith(("net.0.weight", "to_qkv.weight"))]
     depths = {name.rsplit("fn.")[-1]: name.count("fn.") for name in functions}
     shift = depths.get("net.0.weight", 0) > 2
@@ -86,7 +90,7 @@ def load_transformer(path: PathLike, hparams: Settings | None = None, release: s
         kinds = tuple("conv_like_causal" if kind == "conv_like" else kind for kind in kinds)
     text_seq_len, words = int(settings.get("text_seq_len", 256)), int(settings.get("num_text_tokens", 10000))
     vocabulary, dim = state["to_logits.weight"].shape
-    # The table of angles ends with the image, or, in upstream's fork, one position before.
+    # The table of angles covers the whole sequence, or in Jack000's fork all but the last position.
     grid = math.isqrt(len(angles) - text_seq_len) if angles is not None else len(state["row_pos_emb.weight"])
     config = TransformerConfig(
         num_text_tokens=words,
@@ -113,7 +117,7 @@ def load_transformer(path: PathLike, hparams: Settings | None = None, release: s
     if angles is not None:
         model.set_rotary_angles(angles)
         state |= {"rotary_cos": model.rotary_cos, "rotary_sin": model.rotary_sin}
-    if "sparse" in kinds:  # DeepSpeed ran every layer with the layout of the first
+    if "sparse" in kinds:  # DeepSpeed runs every layer with the layout of the first
         own = model.get_buffer("sparse_pattern")
         state["sparse_pattern"] = sparse_pattern(layouts[0], config.seq_len) if layouts else own
     return fill(model, state, path)

@@ -1,4 +1,4 @@
-"""guided-diffusion's checkpoints to UNets."""
+"""Converter for checkpoints of guided-diffusion (OpenAI's and Jack000's) to a UNet."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ NUMBERS = (*("image_size", "large_size", "num_channels", "num_res_blocks", "diff
 
 @dataclass(frozen=True)
 class Published:
-    """A network of guided-diffusion's README and of upstream's sample.py: what its tensors tell, and the flags that
-    they do not.
+    """A network published in guided-diffusion's README or upstream's sample.py.
+
+    flags: the settings that the tensors do not determine. The other fields identify the network by its tensors.
     """
 
     image_size: int
@@ -63,18 +64,22 @@ PUBLISHED = (
 
 @checked
 def load_unet(path: PathLike, config: PathLike | dict[str, Any] | None = None) -> UNet:
-    """Load guided-diffusion's checkpoint as a UNet in float32 on the CPU; how it was trained is in its config.
+    """Load a checkpoint of guided-diffusion as a UNet in float32 on the CPU.
 
-    config: the flags of its training (a dictionary or a JSON file) for what the tensors cannot tell: the attention
-    heads and the noise schedule. Without it, the tensors must be shaped as those of a published network of 512, 256,
-    128 or 64 pixels, or a super-resolution network of 256 or 512, whose flags are known.
+    config: the flags of its training, a dictionary or a JSON file, for settings that the tensors do not determine: the
+    attention heads and the noise schedule. It is not needed if the tensors have the shapes of a published network: of
+    512, 256, 128 or 64 pixels, or super-resolution to 256 or 512 pixels. `UNet.config.diffusion` holds the diffusion
+    process of the training.
 
-    Raises CheckpointError when the file is not one, does not fit, or needs a config.
+    Raises CheckpointError for a file of another kind, for flags that contradict the tensors, and if `config` is needed.
+
+    >>> unet = load_unet("512x512_diffusion_uncond_finetune_008100.pt")  # doctest: +SKIP
+    >>> unet = load_unet("upsampler.pt", {"num_heads": 4, "image_size": 256})  # doctest: +SKIP
     """
     state, flags = read_state(path, UNET).tensors, read_flags(config)
     model_channels, outputs = state["time_embed.0.weight"].shape[1], count(state, r"output_blocks\.(\d+)\.")
     doubles = re.compile(r"output_blocks\.(\d+)\.[12]\.(in_layers|conv)\.")
-    # A level's last output block ends with a second residual block or a convolution that doubles the picture.
+    # The last output block of a level ends with an upsampling residual block or convolution.
     doubling = [match[1] for name in state if (match := doubles.match(name))]
     blocks = min(map(int, doubling), default=outputs - 1)
     firsts = range(1, 1 + outputs, blocks + 1)  # each level's first input block
@@ -92,13 +97,14 @@ def load_unet(path: PathLike, config: PathLike | dict[str, Any] | None = None) -
     image_size = flags.get("large_size", flags.get("image_size", usual))
     if sizes and image_size != usual and not super_resolution and not flags.get("channel_mult"):
         raise one_line(path, f"the config says image_size={image_size}, but its tensors are those of {usual} pixels")
-    told = {name: value for name, value in flags.items() if value not in (-1, "", None)}
-    heads = told.keys() & set(ATTENTION_HEADS)  # flags with heads are all flags: what they leave out has its default
+    given = {name: value for name, value in flags.items() if value not in (-1, "", None)}
+    heads = given.keys() & set(ATTENTION_HEADS)  # flags with heads count as complete: missing ones have their default
     if not image_size or (published is None and not heads):
         raise one_line(
             path,
-            "a UNet of an unusual size, whose attention heads the tensors do not tell; give the flags of its training "
-            "as config, a dictionary or a JSON file with image_size, num_heads or num_head_channels, noise_schedule, …",
+            "a UNet of an unusual size: its tensors do not determine its attention heads; give the flags of its "
+            "training as config, a dictionary or a JSON file with image_size, num_heads or num_head_channels, "
+            "noise_schedule, …",
         )
     if published is not None and not heads:
         if model_channels != published.model_channels:
@@ -107,13 +113,13 @@ def load_unet(path: PathLike, config: PathLike | dict[str, Any] | None = None) -
                 "config if it was trained with others",
                 *(path, model_channels, published.image_size, published.model_channels, published.flags),
             )
-        told = published.flags | told
+        given = published.flags | given
     diffusion = DiffusionConfig(
-        diffusion_steps=told.get("diffusion_steps", 1000),
-        noise_schedule=told.get("noise_schedule", "linear"),
+        diffusion_steps=given.get("diffusion_steps", 1000),
+        noise_schedule=given.get("noise_schedule", "linear"),
         learn_sigma=len(state["out.2.weight"]) == 6,
-        predict_xstart=told.get("predict_xstart", False),
-        rescale_timesteps=told.get("rescale_timesteps", True),
+        predict_xstart=given.get("predict_xstart", False),
+        rescale_timesteps=given.get("rescale_timesteps", True),
     )
     embedding, labels = state.get("external_block.op.weight"), state.get("label_emb.weight")
     unet_config = UNetConfig(
@@ -122,8 +128,8 @@ def load_unet(path: PathLike, config: PathLike | dict[str, Any] | None = None) -
         num_res_blocks=blocks,
         attention_levels=attention_levels,
         image_size=image_size,
-        **{name: told[name] for name in ATTENTION_HEADS if name in told},
-        use_new_attention_order=told.get("use_new_attention_order", False),
+        **{name: given[name] for name in ATTENTION_HEADS if name in given},
+        use_new_attention_order=given.get("use_new_attention_order", False),
         use_scale_shift_norm=scale_shift,
         resblock_updown=updown,
         num_classes=None if labels is None else len(labels),
@@ -138,9 +144,9 @@ def load_unet(path: PathLike, config: PathLike | dict[str, Any] | None = None) -
 
 
 def read_flags(config: Settings | None) -> dict[str, Any]:
-    """guided-diffusion's flags, those that were copied from a shell script as the numbers and truths that they say.
+    """Read guided-diffusion's flags. Text values, as copied from a command line, become numbers and booleans.
 
-    Raises CheckpointError for a file that is no JSON object, ValueError for a flag that says neither.
+    Raises CheckpointError for a file that is not a JSON object; ValueError for a value of the wrong type.
     """
     flags = read_settings(config, "guided-diffusion's flags")
     for name, value in flags.items():
@@ -156,7 +162,7 @@ def read_flags(config: Settings | None) -> dict[str, Any]:
 
 
 def check_unet_flags(found: UNetConfig, flags: dict[str, Any], path: PathLike) -> None:
-    """Raise CheckpointError where the flags say something else than the tensors."""
+    """Raise CheckpointError if the flags contradict the tensors."""
     for flag, value in (
         ("num_channels", found.model_channels),
         ("num_res_blocks", found.num_res_blocks),

@@ -1,4 +1,4 @@
-"""ruDALL-E's files (Malevich, Emojich, Surrealist) to a Rudalle."""
+"""Converter for checkpoints of ruDALL-E (Malevich, Emojich, Surrealist) to a Rudalle."""
 
 from __future__ import annotations
 
@@ -19,18 +19,22 @@ from dall3.weights.convert.state import (
 )
 from dall3.weights.registry import PathLike
 
-HEADS = {2048: 16}  # of the released models, by their width
-MASKS = ("row_mask", "col_mask", "conv_mask")  # computed, not learned; the oldest file has them without a prefix
+HEADS = {2048: 16}  # heads of the released models, by their width
+MASKS = ("row_mask", "col_mask", "conv_mask")  # buffers; the oldest file has them without the prefix "transformer."
 
 
 @checked
 def load_rudalle(path: PathLike, hparams: Settings | None = None, dtype: torch.dtype = torch.float32) -> Rudalle:
-    """Load ru-dalle's checkpoint, on the CPU. Tensors that are of `dtype` in it are mapped, not copied.
+    """Load a checkpoint of ru-dalle, on the CPU.
 
-    hparams: ru-dalle's own names, a dictionary or a JSON file: `num_attention_heads` for another width than 2,048,
-    `hf_version` ("v2" or "v3") for a file without its masks. Other sizes are read off the tensors and compared.
+    hparams: a dictionary or a JSON file with ru-dalle's names. `num_attention_heads` is needed for a width other than
+    2,048; `hf_version` ("v2" or "v3") for a file without masks. Other settings are compared with the tensors. dtype:
+    dtype of the weights; tensors that have it in the file are memory-mapped, not copied.
 
-    Raises CheckpointError when the file is not one, does not fit, or needs hparams.
+    Raises CheckpointError for a file of another kind, for hparams that contradict the tensors, and if `hparams` are
+    needed.
+
+    >>> malevich = load_rudalle("pytorch_model.bin", dtype=torch.float16)  # doctest: +SKIP
     """
     found, settings = dict(read_state(path, RUDALLE).tensors), read_settings(hparams, "ru-dalle's hyper-parameters")
     masks = {name: found.pop(key) for name in MASKS for key in (name, f"transformer.{name}") if key in found}
@@ -39,13 +43,13 @@ def load_rudalle(path: PathLike, hparams: Settings | None = None, dtype: torch.d
     heads = settings.get("num_attention_heads", HEADS.get(dim))
     if heads is None:
         raise one_line(
-            path, f"it is {dim} channels wide, which does not tell its heads; give hparams={{'num_attention_heads': …}}"
+            path, f"it is {dim} channels wide, with unknown heads; give hparams={{'num_attention_heads': …}}"
         )
     version = settings.get("hf_version")
     if version is None:
         if "conv_mask" not in masks:
-            raise one_line(path, "has no conv_mask to tell its rules by; give hparams={'hf_version': 'v2' or 'v3'}")
-        # Whether the last place of the grid's first row sees the first: the window wraps in v2 alone.
+            raise one_line(path, "has no conv_mask to determine its version; give hparams={'hf_version': 'v2' or 'v3'}")
+        # The convolutional window wraps around only in v2: there, the end of the first row attends to its start.
         version = "v2" if bool(masks["conv_mask"][text_seq_len + grid - 1, text_seq_len]) else "v3"
     config = RudalleConfig(
         num_text_tokens=vocabulary - text_seq_len,
@@ -71,9 +75,10 @@ def load_rudalle(path: PathLike, hparams: Settings | None = None, dtype: torch.d
 
 
 def without_dwt_names(tensors: State) -> State:
-    """The tensors of the VQGAN whose decoder ends in a Haar transform by taming's names; others as they are.
+    """Rename the tensors of ruDALL-E's VQGAN with a Haar transform to taming's names; return other tensors unchanged.
 
-    Its decoder has a post_quant_conv of its own, and the one outside of it is not used. The filters are not learned.
+    Its decoder has a post_quant_conv of its own, which replaces the one outside. The filters of the transform are
+    constants and left out.
     """
     prefix = "decoder."
     if f"{prefix}post_quant_conv.weight" not in tensors:

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint, whatever they are wrapped in, and how a model takes them."""
+"""Finding the tensors of a network in a checkpoint, and loading them into a model."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from dall3.weights.registry import NAME, PathLike, read_settings_text
 State = dict[str, Tensor]
 Model = TypeVar("Model", bound=nn.Module)
 Load = TypeVar("Load", bound=Callable[..., Any])
-Settings = PathLike | Mapping[str, Any]  # a dictionary, or the JSON file that holds one
+Settings = PathLike | Mapping[str, Any]  # a dictionary, or the path of a JSON file with one
 
-MAX_DICTIONARIES, MAX_NESTING = 10_000, 8  # looked through in one file
+MAX_DICTIONARIES, MAX_NESTING = 10_000, 8  # upper bounds of the search in one file
 AVERAGED = re.compile(r"(?<![a-z])(ema|swa|averaged?)(?![a-z])")
-RAW = re.compile(r"(?<![a-z])(online|raw)(?![a-z])")  # the copy in training, inside an object that averages
+RAW = re.compile(r"(?<![a-z])(online|raw)(?![a-z])")  # the raw copy inside an object that averages weights
 DEEPSPEED = "mp_rank_00_model_states.pt"
 
 logger = logging.getLogger("dall3")
@@ -35,8 +35,10 @@ logger = logging.getLogger("dall3")
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of checkpoint. marker: the name of a tensor that tells it. absent: one that it does not have, where
-    another kind has the marker too.
+    """A kind of checkpoint, recognised by the names of its tensors.
+
+    marker: the name of a tensor that this kind has. absent: the name of a tensor that it does not have, to tell it from
+    another kind with the same marker.
     """
 
     name: str
@@ -47,7 +49,7 @@ class Kind:
         return self.name
 
     def prefixes(self, names: Mapping[str, Any]) -> list[str]:
-        """What stands before this kind's names among the names of tensors: once for each copy of the network."""
+        """Prefixes of the names of this kind, one for each copy of the network."""
         ends = (name for name in names if name == self.marker or name.endswith(f".{self.marker}"))
         found = (name.removesuffix(self.marker) for name in ends)
         return [prefix for prefix in found if not self.absent or prefix + self.absent not in names]
@@ -65,15 +67,17 @@ UNET = Kind("a UNet of guided-diffusion", "time_embed.0.weight")
 DVAE = Kind("a DiscreteVAE of DALLE-pytorch", "codebook.weight")
 OPENAI_CLIP = Kind("a CLIP model", "visual.conv1.weight")
 OPENAI = Kind("a part of OpenAI's dVAE", "blocks.input.w")
-KINDS = (  # in the order in which a file is said to look like one
+KINDS = (  # the order in which `kind_of` tries them
     *(RUDALLE, MINI_DECODER, MINI_ENCODER, DALLE, VQGAN, DETOKER, UNET, DVAE, OPENAI_CLIP, OPENAI),
 )
 
 
 @dataclass(frozen=True)
 class Found:
-    """A network in a checkpoint. place: the keys and the prefix that lead to it. beside: what stands beside its tensors
-    and around them, by name.
+    """A network in a checkpoint.
+
+    place: the keys and the prefix that lead to its tensors. beside: other entries of the same dictionary and of the
+    dictionaries around it, such as hyper-parameters.
     """
 
     kind: Kind
@@ -87,7 +91,7 @@ class Found:
 
 
 def checked(load: Load) -> Load:
-    """Whatever an odd tensor or hyper-parameter trips a loader over becomes a CheckpointError that names the file."""
+    """Decorator of loaders: convert any exception to a CheckpointError that names the file. OSError passes through."""
 
     @wraps(load)
     def wrapper(path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -98,17 +102,17 @@ def checked(load: Load) -> Load:
         except KeyError as error:
             problem = f"missing: {error.args[0]}"
         except Exception as error:
-            problem = f"its tensors and settings make no model: {error}"
+            problem = f"cannot build a model from its tensors and settings: {error}"
         raise one_line(path, problem)
 
     return cast(Load, wrapper)
 
 
 def read_state(path: PathLike, *kinds: Kind) -> Found:
-    """The network of one of these kinds in a checkpoint, looked for in every dictionary and behind every prefix.
+    """Find the network of one of these kinds in a checkpoint, in any nested dictionary and behind any prefix.
 
-    path: a file, or the folder that DeepSpeed leaves. Averaged weights are taken before raw ones. Raises
-    CheckpointError where there is no such network, or several.
+    path: a file, or the folder of a DeepSpeed checkpoint. Averaged (EMA) weights are preferred. Raises CheckpointError
+    if the file has no such network, or several.
     """
     path = deepspeed_file(Path(path))
     archive = read_archive(path)
@@ -119,7 +123,7 @@ def read_state(path: PathLike, *kinds: Kind) -> Found:
 
 
 def find_networks(archive: Any, kind: Kind) -> list[Found]:
-    """Every network of a kind in what a file holds, outermost first."""
+    """All networks of a kind in the object of a file, outermost first."""
     found = []
     for place, tensors, beside in dictionaries(archive):
         for prefix in kind.prefixes(tensors):
@@ -130,7 +134,7 @@ def find_networks(archive: Any, kind: Kind) -> list[Found]:
 
 
 def choose_network(found: list[Found], path: PathLike) -> Found:
-    """The averaged network where there is one, else the only one. Raises CheckpointError where several are left."""
+    """The averaged network if there is one, else the only one. Raises CheckpointError if there are several."""
     averaged = [one for one in found if one.averaged]
     chosen = averaged or found
     if len(chosen) > 1:
@@ -145,8 +149,9 @@ def choose_network(found: list[Found], path: PathLike) -> Found:
 
 
 def dictionaries(archive: Any) -> Iterator[tuple[str, State, dict[str, Any]]]:
-    """Every dictionary of tensors in what a file holds, outermost first: its place, its tensors by name, and what
-    stands beside them and around them. A pickled module counts as one.
+    """All dictionaries of tensors in the object of a file, outermost first. A pickled module counts as one.
+
+    Yields the place, the tensors by name, and the other entries of this dictionary and of those around it.
     """
     waiting: deque[tuple[str, Any, dict[str, Any]]] = deque([("", archive, {})])
     seen: set[int] = set()
@@ -167,7 +172,7 @@ def dictionaries(archive: Any) -> Iterator[tuple[str, State, dict[str, Any]]]:
 
 
 def pickled_module(node: Any, place: str) -> State:
-    """The tensors of a module that was pickled whole; none of another object."""
+    """The tensors of a pickled module; empty for any other object."""
     if not isinstance(node, Placeholder):
         return {}
     try:
@@ -175,11 +180,11 @@ def pickled_module(node: Any, place: str) -> State:
     except CheckpointError:
         if not place:
             raise
-        return {}  # something beside the weights
+        return {}  # a nested object that is not a network
 
 
 def values_of(settings: Any) -> dict[Any, Any]:
-    """What a dictionary holds; or an object that stands for one, such as argparse's Namespace."""
+    """The entries of a dictionary, or the attributes of a pickled object such as argparse's Namespace."""
     if isinstance(settings, Placeholder):
         return dict(settings) | (settings.state if isinstance(settings.state, dict) else {})
     return settings if isinstance(settings, dict) else {}
@@ -190,12 +195,12 @@ def kind_of(archive: Any) -> str:
 
 
 def keys_of(archive: Any) -> str:
-    """What a file holds, for whoever has to find out why it does not fit."""
+    """Describe the object in a file, for an error message."""
     if not isinstance(archive, dict):
         return f"it holds {type(archive).__name__}"
     values = values_of(archive)
     if isinstance(values.get("weights"), str):
-        return "its weights are a text: this is the file of settings that DeepSpeed's folder has; give the folder"
+        return "its weights are a text: it is the settings file in DeepSpeed's folder; give the folder instead"
     inner = {
         name: f" ({', '.join(map(str, [*value][:3]))}, …)" for name, value in values.items() if isinstance(value, dict)
     }
@@ -204,8 +209,9 @@ def keys_of(archive: Any) -> str:
 
 
 def deepspeed_file(path: Path) -> Path:
-    """The weights in the folder that DeepSpeed leaves; another path as it is. Raises CheckpointError for a folder
-    whose weights are split between processes.
+    """The file with the weights in the folder of a DeepSpeed checkpoint; other paths are returned unchanged.
+
+    Raises CheckpointError for a folder whose weights are split between processes.
     """
     if not path.is_dir():
         return path
@@ -223,7 +229,10 @@ def deepspeed_file(path: Path) -> Path:
 
 
 def read_settings(settings: Settings | None, what: str) -> dict[str, Any]:
-    """Settings as a dictionary of their own, from one or from a JSON file; none if None. what: they should be."""
+    """Read settings from a dictionary, which is copied, or from a JSON file. None gives an empty dictionary.
+
+    what: the expected content, for error messages. Raises CheckpointError for a file that is not a JSON object.
+    """
     if settings is None or isinstance(settings, Mapping):
         return dict(settings or {})
     try:
@@ -236,7 +245,7 @@ def read_settings(settings: Settings | None, what: str) -> dict[str, Any]:
 
 
 def as_bool(value: Any) -> bool:
-    """A truth value, also as text, which guided-diffusion's str2bool reads so. Raises ValueError for another text."""
+    """Convert a value, or a text as in guided-diffusion's `str2bool`, to bool. Raises ValueError for another text."""
     if not isinstance(value, str):
         return bool(value)
     if value.lower() not in ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0"):
@@ -245,7 +254,7 @@ def as_bool(value: Any) -> bool:
 
 
 class WithoutInit(TorchFunctionMode):
-    """Leaves parameters as they are made; drawing random numbers on the meta device would import torch's compiler."""
+    """Skip parameter initialisation: random functions on the meta device would import torch's compiler."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__module__", None) == "torch.nn.init":
@@ -255,15 +264,16 @@ class WithoutInit(TorchFunctionMode):
 
 @contextmanager
 def without_weights() -> Iterator[None]:
-    """Modules made here have shapes and no memory, until `fill` gives them tensors."""
+    """Create modules on the meta device, without memory, for `fill` to load tensors into."""
     with torch.device("meta"), WithoutInit():
         yield
 
 
 def fill(model: Model, state: State, path: object, dtype: torch.dtype = torch.float32) -> Model:
-    """Give a model built on the meta device its tensors, floats as `dtype`, without a copy where they have it already.
+    """Load tensors into a model on the meta device and return it in eval mode, without gradients.
 
-    Raises CheckpointError naming the tensors that are missing, unexpected or of another shape.
+    Floating-point tensors are converted to `dtype`; those that have it are not copied. Raises CheckpointError with the
+    names of tensors that are missing, unexpected, or of another type or shape.
     """
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -289,7 +299,7 @@ def fill(model: Model, state: State, path: object, dtype: torch.dtype = torch.fl
 
 
 def count(state: Mapping[str, Any], pattern: str) -> int:
-    """How many different numbers stand where `pattern` has its group."""
+    """Number of distinct values of the first group of `pattern` in the names of tensors."""
     return len({match[1] for name in state if (match := re.match(pattern, name))})
 
 

@@ -1,4 +1,4 @@
-"""The door to all transformers: which family a checkpoint is of is read off its tensors."""
+"""Loader for transformers of all families. The family is recognised from the names of the tensors."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ def load_transformer(
     release: str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> DalleTransformer | DalleMini | Rudalle:
-    """Load a transformer of any family, on the CPU: DALLE-pytorch's, DALL·E Mini or Mega, ruDALL-E.
+    """Load a transformer of any family, on the CPU: DALLE-pytorch, DALL·E Mini or Mega, ruDALL-E.
 
-    path: the checkpoint; of DALL·E Mini and Mega the pair (encoder.pt, decoder.pt). hparams: a dictionary or a JSON
-    file, for what the tensors do not tell: DALLE-pytorch's and ru-dalle's own hyper-parameters, `num_image_tokens` of
-    DALL·E Mini. The released files need none. release: see `dalle_pytorch.load_transformer`. dtype: of the weights;
-    tensors that have it in the file are mapped from it, not copied.
+    path: the checkpoint; for DALL·E Mini and Mega the pair (encoder.pt, decoder.pt). hparams: a dictionary or a JSON
+    file with the settings that the tensors do not determine: the hyper-parameters of DALLE-pytorch or ru-dalle, or
+    `num_image_tokens` of DALL·E Mini. The released files need none. release: the version of DALLE-pytorch, such as
+    "1.4.2"; see `dall3.weights.convert.dalle_pytorch.load_transformer`. dtype: dtype of the weights; tensors that have
+    it in the file are memory-mapped, not copied.
 
-    Raises CheckpointError when a file is not one, does not fit, or needs hparams.
+    Raises CheckpointError for a file of another kind, for tensors that do not match the settings, and if `hparams` are
+    needed.
 
     >>> mega = load_transformer(("encoder.pt", "decoder.pt"), dtype=torch.float16)  # doctest: +SKIP
     """

@@ -1,4 +1,4 @@
-"""The VAEs of 2021 to models: taming-transformers' VQGANs, DALLE-pytorch's DiscreteVAE, OpenAI's dVAE."""
+"""Converters for VAEs: VQGANs of taming-transformers, DALLE-pytorch's DiscreteVAE, OpenAI's dVAE."""
 
 from __future__ import annotations
 
@@ -30,19 +30,22 @@ from dall3.weights.convert.state import (
 )
 from dall3.weights.registry import PathLike, read_settings_text
 
-MOST_YAML = 1 << 16  # characters of taming's model.yaml, which has some 1,500
+MOST_YAML = 1 << 16  # largest model.yaml in characters; taming's have about 1,500
 
 
 @checked
 def load_vqgan(checkpoint: PathLike, config: PathLike | None = None, unit_range: bool = False) -> VQModel:
-    """Load taming-transformers' checkpoint as a GumbelVQ or VQModel in float32 on the CPU.
+    """Load a VQGAN of taming-transformers as a GumbelVQ or VQModel, in float32 on the CPU.
 
-    checkpoint: its own file, a DALL·E checkpoint that carries one, DALL·E Mini's `detoker.pt`, or ruDALL-E's, with or
-    without the Haar transform. The architecture is read off the tensors. config: taming's YAML, which is checked
-    against them where given. unit_range: pixels are in [0, 1] inside, as for taming's f16 checkpoint with DALL·E
-    Mini's codes; of `detoker.pt` that is known.
+    checkpoint: a checkpoint of taming-transformers, a DALLE-pytorch checkpoint that contains a VQGAN, DALL·E Mini's
+    `detoker.pt`, or ruDALL-E's VQGAN with or without the Haar transform. The architecture is inferred from the tensors.
+    config: taming's YAML file, optional; it is compared with the tensors. unit_range: the network works on pixels in
+    [0, 1], as taming's f16 checkpoint for DALL·E Mini; always True for `detoker.pt`.
 
-    Raises CheckpointError when a file is not one or they do not fit each other.
+    Raises CheckpointError for a file of another kind, and for a config that contradicts the tensors.
+
+    >>> vqgan = load_vqgan("vqgan.gumbelf8.ckpt", "vqgan.gumbelf8.yaml")  # doctest: +SKIP
+    >>> images = vqgan.decode(tokens)  # doctest: +SKIP
     """
     return vqgan_of(read_state(checkpoint, VQGAN, DETOKER), checkpoint, config, unit_range)
 
@@ -79,13 +82,14 @@ def vqgan_of(network: Found, checkpoint: PathLike, config: PathLike | None, unit
 
 
 def read_taming_config(path: PathLike) -> dict[str, Any]:
-    """The parameters in taming's model.yaml, numbers as text. Raises CheckpointError for another file."""
+    """Read the `params` of taming's model.yaml; numbers stay text. Raises CheckpointError for another file."""
     import yaml
 
-    # Text alone: YAML 1.1 has numbers in base 60 that take minutes to make, and whole numbers as keys that collide.
+    # BaseLoader keeps scalars as text: parsing YAML 1.1's base-60 numbers can take minutes, and integer keys can have
+    # colliding hashes.
     class Loader(yaml.BaseLoader):
         def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):  # of aliases a few lines make a tree without end
+            if self.check_event(yaml.AliasEvent):  # a few lines of aliases can expand to an exponentially large tree
                 raise yaml.YAMLError("it has aliases")
             return super().compose_node(parent, index)
 
@@ -103,7 +107,7 @@ def read_taming_config(path: PathLike) -> dict[str, Any]:
 
 
 def check_vqgan_config(found: VQGANConfig, config: PathLike, checkpoint: PathLike) -> None:
-    """Raise CheckpointError where taming's YAML says something else than the checkpoint's tensors."""
+    """Raise CheckpointError if taming's YAML file contradicts the tensors of the checkpoint."""
     params = read_taming_config(config)
     try:
         said: dict[str, Any] = {name: int(params[name]) for name in ("embed_dim", "n_embed")}
@@ -118,20 +122,24 @@ def check_vqgan_config(found: VQGANConfig, config: PathLike, checkpoint: PathLik
 
 @checked
 def load_discrete_vae(path: PathLike, hparams: Settings | None = None) -> DiscreteVAE:
-    """Load DALLE-pytorch's DiscreteVAE, from its own file or from a DALL·E checkpoint that carries one, in float32 on
-    the CPU.
+    """Load DALLE-pytorch's DiscreteVAE in float32 on the CPU.
 
-    hparams: the hyper-parameters of its training, a dictionary or a JSON file, where the file has none: the tensors do
-    not tell image_size and normalization.
+    path: its checkpoint, or a DALLE-pytorch checkpoint that contains one. hparams: the hyper-parameters of the
+    training, a dictionary or a JSON file, if the file has none or to override them: the tensors do not determine
+    `image_size` and `normalization`.
 
-    Raises CheckpointError when the file is not one, does not fit, or has no hyper-parameters and none are given.
+    Raises CheckpointError for a file of another kind, for hparams that contradict the tensors, and if `hparams` are
+    needed.
+
+    >>> vae = load_discrete_vae("vae.pt")  # doctest: +SKIP
+    >>> images = vae.decode(tokens)  # doctest: +SKIP
     """
     return discrete_vae_of(read_state(path, DVAE), path, hparams)
 
 
 def discrete_vae_of(network: Found, path: PathLike, given: Settings | None) -> DiscreteVAE:
     state, beside = dict(network.tensors), network.beside
-    # Beside a DALL·E transformer the 'hparams' are the transformer's.
+    # In a checkpoint with a transformer, 'hparams' belong to the transformer.
     hparams = values_of(beside["vae_params"] if "vae_params" in beside else beside.get("hparams"))
     hparams |= read_settings(given, "DALLE-pytorch's hyper-parameters")
     if not hparams:
@@ -166,7 +174,10 @@ def discrete_vae_of(network: Found, path: PathLike, given: Settings | None) -> D
 
 @checked
 def load_openai_dvae(encoder: PathLike, decoder: PathLike) -> OpenAIDiscreteVAE:
-    """OpenAI's dVAE from its two pickled modules, read as data. Raises CheckpointError when they are not."""
+    """Load OpenAI's dVAE from its two files, encoder.pkl and decoder.pkl, in float32 on the CPU.
+
+    The pickled modules are read without executing code. Raises CheckpointError for files of another kind.
+    """
     halves = {"encoder": read_state(encoder, OPENAI).tensors, "decoder": read_state(decoder, OPENAI).tensors}
     return openai_dvae_of(halves, f"{encoder}, {decoder}")
 
@@ -183,7 +194,7 @@ def openai_dvae_of(halves: dict[str, State], path: object) -> OpenAIDiscreteVAE:
         model = OpenAIDiscreteVAE(config)
     state: State = {}
     for half, tensors in halves.items():
-        # Both sides list the same convolutions from the input to the output, weight before bias.
+        # Both sides list the same convolutions in the same order, weight before bias.
         names = [name for name in model.state_dict() if name.startswith(half)]
         state |= dict(zip(names, tensors.values(), strict=False))
     return fill(model, state, path)
@@ -195,10 +206,11 @@ VAE = VQModel | DiscreteVAE | OpenAIDiscreteVAE
 def load_vae(
     path: PathLike | tuple[PathLike, PathLike] | None, config: Settings | None = None, dalle: PathLike | None = None
 ) -> VAE | None:
-    """Load whichever VAE `path` holds: a VQGAN, a DiscreteVAE, or OpenAI's (encoder.pkl, decoder.pkl).
+    """Load a VAE of any kind: a VQGAN, a DiscreteVAE, or the pair (encoder.pkl, decoder.pkl) of OpenAI's dVAE.
 
-    config: taming's YAML of a VQGAN, or the hyper-parameters of a DiscreteVAE. Without a path, the VAE inside the
-    DALL·E checkpoint `dalle`; None where it has none.
+    config: taming's YAML file for a VQGAN, or the hyper-parameters of a DiscreteVAE. dalle: a DALLE-pytorch checkpoint
+    whose VAE is loaded if `path` is None. Returns None if neither has a VAE. Raises CheckpointError as `load_vqgan` and
+    `load_discrete_vae` do.
     """
     if isinstance(path, tuple | list):
         return load_openai_dvae(*path)
@@ -219,7 +231,9 @@ def load_one_vae(path: PathLike, config: Settings | None) -> VAE:
 
 @checked
 def load_vae_inside(dalle: PathLike) -> VAE | None:
-    """The VAE among the tensors of a DALL·E checkpoint: they tell which it is, and its vae_params may be stale."""
+    """Load the VAE in a DALLE-pytorch checkpoint, or return None. Its kind is recognised from the tensors, because
+    `vae_params` may be outdated.
+    """
     path = deepspeed_file(Path(dalle))
     archive = read_archive(path)
     if networks := find_networks(archive, VQGAN):
