@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> None:
         prompts = [pipe.complete_text(prompt, truncate=args.truncate, **write) for prompt in prompts]
     truncate = args.truncate or args.gentxt
     for prompt in prompts:  # a prompt that does not fit is an error before the first picture is drawn
+        pipe.text_encoder.check(prompt)
         pipe.text_encoder(prompt, truncate)
     # Encoded and decoded: the same bytes, also where Python takes the file system's encoding for ASCII.
     folders = [Path(args.outputs_dir) / os.fsdecode(name.encode()) for name in folder_names(prompts)]

@@ -33,6 +33,14 @@ def filter_top_k(logits: Tensor, threshold: float, vocabulary: int | None = None
     return torch.full_like(logits, float("-inf")).scatter(-1, indices, values)
 
 
+def filter_count(logits: Tensor, count: int) -> Tensor:
+    """Keep the `count` largest of logits (batch, n) and those equal to the last of them; the others become -inf."""
+    if count >= logits.shape[-1]:
+        return logits
+    smallest = logits.topk(count, sorted=False).values.amin(dim=-1, keepdim=True)
+    return logits.masked_fill(logits < smallest, float("-inf"))
+
+
 def sort_likeliest(logits: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     """The largest of logits (batch, n), largest first, with their indices and probabilities, which pass `threshold`.
 
@@ -77,8 +85,10 @@ class Sampling:
     """How tokens are chosen: what `Dall3Pipeline.generate_tokens` and its call take.
 
     temperature: above 0; divides after filtering, as in 2021. top_k: in [0, 1), the share of the vocabulary that is
-    dropped; top_p: in (0, 1], the probability that is kept; not both. cond_scale: how far to go from the logits
-    without the text to those with it (classifier-free guidance, as DALLE-pytorch 1.6); 1 for the text's own.
+    dropped; top_p: in (0, 1], the probability that is kept; not both. top_k as a whole number from 1 is the count of
+    codes that are kept, as DALL·E Mini and ruDALL-E have it: equal ones all stay, the temperature divides first, and
+    top_p may further choose among them. cond_scale: how far to go from the logits without the text to those with it
+    (classifier-free guidance, as DALLE-pytorch 1.6); 1 for the text's own.
     quantize: "int8" for weights of eight bits, on a CPU: faster for a few candidates at a time, and near the same
     distribution. jacobi_window: draw so many tokens at a time by speculative Jacobi decoding, one candidate after the
     other (`dall3.tokens.speculative`): other tokens for a seed, of the same distribution, faster for a few candidates.
@@ -95,13 +105,23 @@ class Sampling:
         top_k, top_p = self.top_k, self.top_p
         require(0 < self.temperature < math.inf, f"temperature={self.temperature}; expected a number above 0")
         require(math.isfinite(self.cond_scale), f"cond_scale={self.cond_scale}; expected a number")
-        require(top_k is None or 0 <= top_k < 1, f"top_k={top_k}; expected a share of the words to drop, in [0, 1)")
+        fits = top_k is None or self.counts_codes or 0 <= top_k < 1
+        expected = "expected a share of the words to drop, in [0, 1), or how many codes to keep, a whole number from 1"
+        require(fits, f"top_k={top_k}; {expected}")
         require(top_p is None or 0 < top_p <= 1, f"top_p={top_p}; expected a probability to keep, in (0, 1]")
-        require(top_k is None or top_p is None, "both top_k and top_p are given; choose one")
+        require(
+            top_k is None or top_p is None or self.counts_codes,
+            "both top_k and top_p are given; choose one, or give top_k as a number of codes",
+        )
         kinds = ", ".join(QUANTIZATIONS)
         known = self.quantize is None or self.quantize in QUANTIZATIONS
         require(known, f"quantize={self.quantize!r} is not known; expected {kinds} or None")
         check_counts(jacobi_window=1 if self.jacobi_window is None else self.jacobi_window)
+
+    @property
+    def counts_codes(self) -> bool:
+        """Whether top_k is a number of codes to keep."""
+        return isinstance(self.top_k, int) and not isinstance(self.top_k, bool) and self.top_k >= 1
 
     def guide(self, logits: Tensor) -> Tensor:
         """One row of logits a candidate: (batch, …), of twice as many where cond_scale guides, the text's first."""
@@ -112,6 +132,9 @@ class Sampling:
 
     def filter(self, logits: Tensor, vocabulary: int) -> Tensor:
         """Logits (batch, n) as they are drawn from; `vocabulary` as in `filter_top_k`."""
+        if self.counts_codes:
+            logits = filter_count(logits / self.temperature, int(self.top_k or 0))
+            return logits if self.top_p is None or self.top_p == 1 else filter_top_p(logits, self.top_p)
         if self.top_k is not None:
             logits = filter_top_k(logits, self.top_k, vocabulary)
         elif self.top_p is not None:
