@@ -629,6 +629,10 @@ GOOD = '[own.vqgan]\nfile = "last.ckpt"\nplaces = ["https://host/x"]\n'
         (GOOD + "size = -1\n", "expected bytes"),
         (GOOD + "shasum = 1\n", "shasum is not known"),
         (GOOD + 'config = "x"\n', "config is a table"),
+        (GOOD + "settings = 1\n", "settings is a table of what the file does not tell"),
+        (GOOD + 'same_as = "mini.vqgan"\n', "has nothing else"),
+        ('[own.vqgan]\nsame_as = "mini.clip"\n', "expected a set before this one and its part, 'name.vqgan'"),
+        ('[own.vqgan]\nsame_as = "nowhere.vqgan"\n', "expected a set before this one"),
         (GOOD + 'config = { file = "last.ckpt", places = ["x"] }\n', "one of its two files has the name of the other"),
         (GOOD + 'config = { file = "last.ckpt.json", places = ["x"] }\n', "or begins with it"),
         (GOOD.replace("own", "hub"), "no set may be called hub"),
@@ -646,8 +650,9 @@ def test_a_weights_toml_that_is_wrong(tmp_path: Path, text: str, words: str) -> 
 
 def test_the_sets_that_come_with_it() -> None:
     known = read_registry()
-    assert list(known) == ["mini", "dall3", "dall3-super-resolution", "openai-256-uncond", "rudalle"]
+    assert {"mini", "dall3", "dalle-mega", "dalle-mini", "rudalle-malevich", "openai-512-uncond"} <= known.keys()
     (file,) = files_of(known["openai-256-uncond"])
+    assert files_of(known["dalle-mega"])[-1].target == file.target  # fetched once
     assert file.file.places[0].size == 2_211_383_297
     assert all(one.part.licence and one.part.source for name in known for one in files_of(known[name]))
     with pytest.raises(ValueError, match="no set of weights is called 'dalle3'; did you mean dall3"):

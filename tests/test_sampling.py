@@ -1,6 +1,7 @@
 """Choosing tokens: the originals' filters, honest draws, and a loop that draws what full forwards would."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -40,6 +41,26 @@ def test_filters_are_the_originals(name):
     kind, threshold = name.rsplit("_", 1)
     filtered = {"top_k": filter_top_k, "top_p": filter_top_p}[kind](stored["logits"], float(threshold))
     assert torch.equal(filtered, stored[name])
+
+
+FILTERS_RUDALLE = load_file(GOLDEN / "filters_rudalle.safetensors")
+
+
+@pytest.mark.parametrize("name", sorted(FILTERS_RUDALLE.keys() - {"logits"}))
+def test_a_count_of_codes_filters_as_rudalle_did(name):
+    temperature, top_k, top_p = re.fullmatch(r"temperature_(.+)_top_k_(.+)_top_p_(.+)", name).groups()
+    settings = Sampling(temperature=float(temperature), top_k=int(top_k), top_p=float(top_p))
+    torch.testing.assert_close(settings.filter(FILTERS_RUDALLE["logits"], 10_000), FILTERS_RUDALLE[name])
+
+
+def test_a_count_of_codes_draws_as_min_dalle_did():
+    stored = load_file(GOLDEN / "dalle_mini" / "expected.safetensors")
+    at = stored["positions"].tolist().index(39)
+    with_text, without = stored["logits"][:, at], stored["logits_uncond"][:, at]
+    for temperature, top_k, scale in ((1, 24, 16), (0.5, 8, 10)):
+        settings = Sampling(temperature=temperature, top_k=top_k, cond_scale=scale)
+        logits = settings.filter(settings.guide(torch.cat((with_text, without))), 96)
+        assert close(logits.softmax(dim=-1), stored[f"probabilities_t{temperature}_k{top_k}_s{scale}"], 1e-4)
 
 
 def test_top_k_counts_the_whole_vocabulary():

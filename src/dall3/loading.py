@@ -11,12 +11,12 @@ import torch
 
 from dall3.errors import require
 from dall3.models.clip import PromptTokenizer
+from dall3.models.interface import ImageTokenTransformer
 from dall3.parts import Parts
 from dall3.settings import check_defaults
-from dall3.text import TextEncoder, Tokenizer, load_tokenizer, tokenizer_json
+from dall3.text import TextEncoder, Tokenizer, load_tokenizer, text_encoder_of, tokenizer_json
 from dall3.weights.archive import CheckpointError, one_line
 from dall3.weights.convert.clip import load_clip
-from dall3.weights.convert.dalle_pytorch import load_transformer
 from dall3.weights.convert.guided_diffusion import load_unet
 from dall3.weights.convert.vae import load_vae
 from dall3.weights.find import fetch_set, find_weights
@@ -26,6 +26,7 @@ from dall3.weights.folder import (
     Origin,
     load_files,
     load_folder,
+    load_transformer_for,
     read_defaults,
     read_origins,
     save_folder,
@@ -34,6 +35,13 @@ from dall3.weights.registry import PARTS, PathLike, WeightsSet
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+def encoder_for(transformer: ImageTokenTransformer[Any], tokenizer: Tokenizer) -> TextEncoder:
+    """What reads prompts with a tokenizer as the transformer's family was trained to."""
+    config = transformer.config
+    family = getattr(config, "text_family", "dalle-pytorch")
+    return text_encoder_of(family, tokenizer, config.text_seq_len, config.num_text_tokens)
 
 
 class Defaults(dict[str, Any]):
@@ -111,15 +119,15 @@ class LoadedParts(Parts):
         found = find_weights(BUNDLED if name is None else name, registry)
         if isinstance(found, WeightsSet):
             defaults = check_defaults(found.defaults)
-            parts = load_files(fetch_set(found, progress), device, dtype)
+            told = {part.name: part.settings for part in found.parts}
+            parts = load_files(fetch_set(found, progress), device, dtype, told)
             origins = {part.name: Origin(part.licence, part.source) for part in found.parts}
         else:
             parts, origins = load_folder(found, device, dtype), read_origins(found)
             defaults = load_defaults(found)
         tokenizer, transformer = parts.pop("tokenizer", None), parts.get("transformer")
         if tokenizer is not None and transformer is not None:
-            config = transformer.config
-            parts["text_encoder"] = TextEncoder(tokenizer, config.text_seq_len, config.num_text_tokens)
+            parts["text_encoder"] = encoder_for(transformer, tokenizer)
         pipe = cls(**parts)
         pipe.origins, pipe.defaults = origins, defaults
         return pipe.to(device)
@@ -179,8 +187,8 @@ class LoadedParts(Parts):
     @classmethod
     def from_checkpoints(
         cls,
-        dalle: PathLike | None = None,
-        bpe: PathLike | None = None,
+        dalle: PathLike | tuple[PathLike, PathLike] | None = None,
+        bpe: PathLike | tuple[PathLike, PathLike] | None = None,
         vqgan: PathLike | tuple[PathLike, PathLike] | None = None,
         vqgan_config: PathLike | None = None,
         diffusion: PathLike | None = None,
@@ -191,29 +199,26 @@ class LoadedParts(Parts):
         dalle_config: PathLike | dict[str, Any] | None = None,
         clip_config: PathLike | dict[str, Any] | None = None,
     ) -> Self:
-        """Load a pipeline from original checkpoints, in float32 on the CPU. Parts without a file are None.
+        """A pipeline from the files of 2021 and 2022, in float32 on the CPU. What is not given is left out.
 
-        dalle: checkpoint of DALLE-pytorch, or DeepSpeed's folder. dalle_config: its hyper-parameters, a dictionary or a
-        JSON file, if the checkpoint has none.
-        bpe: its tokenizer, any kind that `load_tokenizer` reads (default: CLIP's).
-        vqgan, vqgan_config: checkpoint and YAML of taming-transformers; a DiscreteVAE's file and hyper-parameters; or
-        OpenAI's pair (encoder.pkl, decoder.pkl) (default: the VAE inside `dalle`, if any).
-        diffusion, super_resolution: checkpoints of guided-diffusion. diffusion_config, super_resolution_config: their
-        flags, a dictionary or a JSON file, if they differ from upstream's.
-        clip: a file, or a name of open_clip such as "ViT-B-16/openai". clip_config: what the file's tensors do not
-        determine; see `load_clip`.
+        dalle: DALLE-pytorch's checkpoint, or DeepSpeed's folder; DALL·E Mini's or Mega's (encoder.pt, decoder.pt);
+        ruDALL-E's checkpoint. dalle_config: its hyper-parameters, a dictionary or JSON, where it has none. bpe: its
+        tokenizer, of any kind that `load_tokenizer` knows, such as (vocab.json, merges.txt); CLIP's if not given.
+        vqgan, vqgan_config: taming's checkpoint and YAML, or Mini's detoker.pt; or a DiscreteVAE's file and its
+        hyper-parameters; or OpenAI's (encoder.pkl, decoder.pkl); if not given, the VAE inside `dalle`, if there is one.
+        diffusion, super_resolution: guided-diffusion's checkpoints, with their flags as JSON where they are not
+        upstream's. clip: a file or a name of open_clip's, as "ViT-B-16/openai". clip_config: what a file's tensors
+        cannot tell, as `load_clip` has it.
 
         Raises CheckpointError (a ValueError) for a file that is damaged, of another kind, or incompatible.
         """
-        transformer = None if dalle is None else load_transformer(dalle, dalle_config)
-        text_encoder = None
-        if transformer is not None:
-            config = transformer.config
-            text_encoder = TextEncoder(load_tokenizer(bpe), config.text_seq_len, config.num_text_tokens)
+        vae = load_vae(vqgan, vqgan_config, dalle if isinstance(dalle, str | Path) else None)
+        transformer = None if dalle is None else load_transformer_for(vae, dalle, dalle_config)
+        text_encoder = None if transformer is None else encoder_for(transformer, load_tokenizer(bpe))
         return cls(
             text_encoder=text_encoder,
             transformer=transformer,
-            vqgan=load_vae(vqgan, vqgan_config, dalle),
+            vqgan=vae,
             clip=None if clip is None else load_clip(clip, clip_config),
             upsampler=None if diffusion is None else load_unet(diffusion, diffusion_config),
             super_resolution=None if super_resolution is None else load_unet(super_resolution, super_resolution_config),

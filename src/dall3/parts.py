@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from dall3.errors import require
 from dall3.models.clip import CLIP
 from dall3.models.discrete_vae import DiscreteVAE, OpenAIDiscreteVAE
+from dall3.models.interface import ImageTokenTransformer
 from dall3.models.layout import lay_out
-from dall3.models.transformer import DalleTransformer
 from dall3.models.unet import UNet
-from dall3.models.vqgan import VQModel
+from dall3.models.vqgan import VQModel, check_codes
 from dall3.text import TextEncoder
 from dall3.tokens.sampling import check_counts
 
@@ -55,15 +55,14 @@ class Parts:
         self,
         *,
         text_encoder: TextEncoder | None = None,
-        transformer: DalleTransformer | None = None,
+        transformer: ImageTokenTransformer[Any] | None = None,
         vqgan: VQModel | DiscreteVAE | OpenAIDiscreteVAE | None = None,
         clip: CLIP | Callable[[], CLIP] | None = None,
         upsampler: UNet | None = None,
         super_resolution: UNet | None = None,
     ) -> None:
         if transformer is not None and vqgan is not None:
-            codes = transformer.config.num_image_tokens
-            require(codes == vqgan.num_tokens, f"the transformer draws {codes} codes, the vqgan has {vqgan.num_tokens}")
+            check_codes(transformer.config, vqgan)
         if upsampler is not None and upsampler.config.embedding_dims and isinstance(vqgan, VQModel | DiscreteVAE):
             wanted, found = upsampler.config.embedding_dims[0], vqgan.codebook.shape[1]
             require(wanted == found, f"the upsampler takes code embeddings of {wanted}, the vqgan's have {found}")

@@ -16,6 +16,7 @@ from dall3.errors import require
 from dall3.generate import Record, draw, refine, result_of, run
 from dall3.images import center_crop, to_tensor
 from dall3.loading import LoadedParts
+from dall3.models.transformer import DalleTransformer
 from dall3.output import Dall3Output, Preview
 from dall3.request import (
     StopGeneration,
@@ -358,11 +359,9 @@ class Dall3Pipeline(LoadedParts):
     ) -> str:
         """Complete a prompt with the transformer's text tokens. Returns the prompt followed by the completion.
 
-        prompt: may be empty. seed: integer in [0, 2**63), random by default. truncate: cut a prompt that is too long.
-        settings: temperature, top_k and top_p of `Sampling`; those not given come from `defaults`.
-
-        Raises ValueError as `generate_tokens` does, and for the other settings of `Sampling`, which apply to images
-        only.
+        truncate: cut a prompt that is too long. settings: temperature, top_k and top_p of `Sampling`; where not given,
+        what `defaults` has for these weights. Raises ValueError as `generate_tokens` does, for the other settings of
+        `Sampling`, which are for pictures, and for a transformer that writes no text (DALL·E Mini's, ruDALL-E's).
 
         >>> Dall3Pipeline.from_pretrained().complete_text("a red cube", seed=0).startswith("a red cube")
         True
@@ -377,6 +376,9 @@ class Dall3Pipeline(LoadedParts):
             require(value is None, f"{name}={value!r} is for image tokens; a text is drawn without it")
         for part in ("transformer", "text_encoder"):
             self.require(part, "writing text")
+        family = type(self.transformer).__name__
+        writes = isinstance(self.transformer, DalleTransformer)
+        require(writes, f"a {family} draws pictures only; writing text needs a transformer of DALLE-pytorch's")
         with self.using("writing text", "transformer", "text_encoder") as [transformer, encode]:
             length = transformer.config.text_seq_len
             given_ids = encode(prompt, truncate) if prompt.strip() else torch.zeros(length, dtype=torch.int64)

@@ -189,7 +189,7 @@ def make_request(
     guide = parts.held_clip is not None and parts.upsampler is not None
     scale = parts.defaults.get("clip_guidance_scale", 1000.0) if guide else 0.0
     refinement, scheduler = take_refinement(parts, given, scale)
-    parts.require("text_encoder", "reading text")(prompt, given.get("truncate", False))
+    check_text(parts, prompt, given.get("truncate", False))
     parts.require("vqgan", "making pictures of tokens")
     if num_candidates > num_images:
         parts.require("clip", f"choosing {num_images} of {num_candidates} candidates")
@@ -233,7 +233,7 @@ def make_token_request(
     check_counts(num_candidates=num_candidates)
     sampling = take_sampling(parts, given)
     parts.require("transformer", "drawing tokens")
-    parts.require("text_encoder", "reading text")(prompt, given.get("truncate", False))
+    check_text(parts, prompt, given.get("truncate", False))
     if given.get("negative_prompt"):
         require(sampling.cond_scale != 1, "negative_prompt changes nothing here; set guidance_scale above 1")
     drawing = take_drawing(parts, given, sampling, num_candidates, num_candidates)
@@ -279,6 +279,13 @@ def make_refining(
 def check_prompt(prompt: str) -> None:
     if not isinstance(prompt, str):
         raise TypeError(f"prompt={prompt!r:.60}; expected a text, or a list of texts")
+
+
+def check_text(parts: Parts, prompt: str, truncate: bool) -> None:
+    """Raise ValueError for a prompt that the transformer's family cannot read, or that does not fit."""
+    encode = parts.require("text_encoder", "reading text")
+    encode.check(prompt)
+    encode(prompt, truncate)
 
 
 def take_sampling(parts: Parts, given: dict[str, Any]) -> Sampling:

@@ -61,7 +61,8 @@ def run(args: argparse.Namespace) -> None:
         write = {"seed": args.seed, "top_k": 0.5} | given(args, "temperature", "top_k")
         prompts = [pipe.complete_text(prompt, truncate=args.truncate, **write) for prompt in prompts]
     truncate = args.truncate or args.gentxt
-    for prompt in prompts:  # raise for a prompt that is too long before drawing any
+    for prompt in prompts:  # a prompt that does not fit is an error before the first picture is drawn
+        pipe.text_encoder.check(prompt)
         pipe.text_encoder(prompt, truncate)
     # Encode and decode, so that the bytes are the same if Python assumes ASCII as the file system's encoding.
     folders = [Path(args.outputs_dir) / os.fsdecode(name.encode()) for name in folder_names(prompts)]

@@ -25,11 +25,15 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
 def add_sampling(parser: argparse.ArgumentParser, or_else: str = "none") -> None:
     """Add the options of token sampling. or_else: the top_p that applies if neither options nor weights set one."""
     add = parser.add_argument
-    add("--top_k", type=float, help="fraction of the vocabulary to drop, in [0, 1)")
+    add("--top_k", type=count_or_share, help="codes to keep, such as 256; or fraction of the vocabulary to drop, < 1")
     own = f"default: the weights' own, or {or_else} if --top_k is not given"
     add("--top_p", type=float, help=f"nucleus sampling: probability mass to keep, in (0, 1] ({own})")
     add("--temperature", type=float, help="default: the weights' own, or 1")
     add("--cond_scale", type=float, help="classifier-free guidance scale (default: the weights' own, or 1: off)")
+
+
+def count_or_share(text: str) -> int | float:
+    return int(text) if text.isdecimal() else float(text)
 
 
 def add_diffusion(parser: argparse.ArgumentParser) -> None:

@@ -44,10 +44,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def weights_table(sets: list[Any]) -> str:
-    """A table with one line per part: set, part, size, licence, and whether it is on this machine."""
+    """A line a part: set, part, size, licence, source, and whether it is here; then what each set is, and needs."""
     from dall3.weights.cache import files_of, home
 
-    rows = [("set", "part", "size", "licence", "here")]
+    rows = [("set", "part", "size", "licence", "here", "source")]
     for one in sets:
         for part in one.parts:
             files = [wanted for wanted in files_of(one) if wanted.part == part]
@@ -58,10 +58,11 @@ def weights_table(sets: list[Any]) -> str:
             ]
             here = "yes" if all(paths) else "in part" if any(paths) else "no"
             size = size_text(sum(sizes)) if sizes[0] else "unknown"
-            rows.append((one.name if part == one.parts[0] else "", part.name, size, part.licence, here))
+            name = one.name if part == one.parts[0] else ""
+            rows.append((name, part.name, size, part.licence, here, part.source))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    abouts = [f"{one.name}: {one.about}" for one in sets if one.about]
+    abouts = [f"{one.name}: {'. '.join(filter(None, (one.about, one.needs)))}" for one in sets if one.about]
     return "\n".join([*lines, "", *abouts, "", f"cache (DALL3_HOME): {home()}"])
 
 

@@ -93,11 +93,13 @@ class Int8Linear(nn.Module):
         weight = weight.detach().float()
         low, high = weight.aminmax(dim=1)
         scale = torch.maximum(-low, high).clamp_min(1e-12) / 127
-        self.weight, self.scale = (weight / scale[:, None]).round_().to(torch.int8), scale.bfloat16()
+        self.pad = -weight.shape[1] % 16  # the product reads whole registers, beyond the end of a narrower row
+        self.weight = F.pad((weight / scale[:, None]).round_().to(torch.int8), (0, self.pad))
+        self.scale = scale.bfloat16()
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]).bfloat16()
+        rows = F.pad(x.reshape(-1, x.shape[-1]).bfloat16(), (0, self.pad))
         out = torch._weight_int8pack_mm(rows, self.weight, self.scale).view(*x.shape[:-1], -1)
         return (out if self.bias is None else out + self.bias).to(x.dtype)
 

@@ -1,6 +1,6 @@
 """Text encoding: one file per tokenizer family, `rules` for lengths, padding and special ids, `load` for files."""
 
-from dall3.text.load import load_text_encoder, load_tokenizer, tokenizer_json
+from dall3.text.load import check_tokenizer_file, load_text_encoder, load_tokenizer, tokenizer_json
 from dall3.text.rules import DalleMiniTextEncoder, RudalleTextEncoder, TextEncoder, text_encoder_of
 from dall3.text.tokenizer import Tokenizer
 
@@ -9,6 +9,7 @@ __all__ = [
     "RudalleTextEncoder",
     "TextEncoder",
     "Tokenizer",
+    "check_tokenizer_file",
     "load_text_encoder",
     "load_tokenizer",
     "text_encoder_of",

@@ -15,6 +15,15 @@ def merges_beside(vocabulary: Path) -> Path:
     return vocabulary.with_name(vocabulary.name.replace("vocab", "merges")).with_suffix(".txt")
 
 
+def merges_of(text: str) -> list[tuple[str, str]]:
+    """The pairs of tokens in a list of merges, whose first line is a header. Raises ValueError for another text."""
+    lines = [tuple(line.split()) for line in text.split("\n")[1:] if line]
+    pairs = [(pair[0], pair[1]) for pair in lines if len(pair) == 2]
+    if len(pairs) != len(lines):
+        raise ValueError("its merges have a line that is no pair of tokens")
+    return pairs
+
+
 def dalle_mini_tokenizer(vocabulary: str, merges: str) -> HuggingFaceTokenizer:
     """Build the tokenizer from the contents of `vocab.json` and `merges.txt`. The first line of merges is a header.
 
@@ -26,12 +35,8 @@ def dalle_mini_tokenizer(vocabulary: str, merges: str) -> HuggingFaceTokenizer:
 
     ids = json.loads(vocabulary)
     if not isinstance(ids, dict) or not all(type(i) is int for i in ids.values()) or ids.get("<unk>") != 3:
-        raise ValueError("its vocabulary is not an object of ids, or lacks <unk> with the id 3")
-    lines = [tuple(line.split()) for line in merges.split("\n")[1:] if line]
-    pairs = [(pair[0], pair[1]) for pair in lines if len(pair) == 2]
-    if len(pairs) != len(lines):
-        raise ValueError("its merges have a line that is not a pair of tokens")
-    made = Tokenizer(BPE(ids, pairs, unk_token="<unk>"))
+        raise ValueError("its vocabulary is no object of ids, or lacks <unk> with the id 3")
+    made = Tokenizer(BPE(ids, merges_of(merges), unk_token="<unk>"))
     ends = normalizers.Replace(Regex("^ | $"), "")
     made.normalizer = normalizers.Sequence([normalizers.Replace(Regex(" +"), " "), ends])
     made.pre_tokenizer = pre_tokenizers.Metaspace(WORD_MARK, prepend_scheme="always", split=True)

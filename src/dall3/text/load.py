@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from dall3.text.clip import CLIP_JSON, ClipTokenizer
-from dall3.text.dalle_mini import dalle_mini_tokenizer, merges_beside
+from dall3.text.dalle_mini import dalle_mini_tokenizer, merges_beside, merges_of
 from dall3.text.hugging_face import HuggingFaceTokenizer, bert_json
 from dall3.text.rules import TextEncoder, check_kind, text_encoder_of
 from dall3.text.tokenizer import MOST_BYTES, Tokenizer
@@ -83,6 +83,15 @@ def load_tokenizer(path: TokenizerPath | None = None) -> Tokenizer:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise damaged(path, error) from error
+
+
+def check_tokenizer_file(path: Path) -> None:
+    """Raise ValueError for a file that is neither a tokenizer nor one of the two that DALL·E Mini's consists of."""
+    text = read_text(path)
+    if text.startswith("#version"):  # the header of a list of merges
+        merges_of(text)
+    elif not is_vocabulary(text):
+        load_tokenizer(path)
 
 
 def read_text(path: Path) -> str:

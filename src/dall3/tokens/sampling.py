@@ -37,6 +37,14 @@ def filter_top_k(logits: Tensor, threshold: float, vocabulary: int | None = None
     return torch.full_like(logits, float("-inf")).scatter(-1, indices, values)
 
 
+def filter_count(logits: Tensor, count: int) -> Tensor:
+    """Keep the `count` largest of logits (batch, n) and those equal to the last of them; the others become -inf."""
+    if count >= logits.shape[-1]:
+        return logits
+    smallest = logits.topk(count, sorted=False).values.amin(dim=-1, keepdim=True)
+    return logits.masked_fill(logits < smallest, float("-inf"))
+
+
 def sort_likeliest(logits: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     """Sort logits (batch, n) in descending order; returns values, indices and probabilities, each (batch, m), m ≤ n.
 
@@ -84,14 +92,15 @@ class Sampling:
     """Settings for sampling image tokens, for `Dall3Pipeline.generate_tokens` and the pipeline call.
 
     temperature: above 0; divides the logits after filtering, as in DALLE-pytorch. top_k: in [0, 1), the fraction of the
-    vocabulary that is dropped. top_p: in (0, 1], the probability that is kept (nucleus sampling). cond_scale: scale of
-    classifier-free guidance, as in DALLE-pytorch 1.6; 1 for none. quantize: "int8" for int8 weights on a CPU: faster
-    for a few candidates at a time, with nearly the same distribution; "float16" for
-    weights rounded to float16 (weights that float16 represents exactly are stored so by default). jacobi_window: tokens per step of speculative
-    Jacobi decoding (`dall3.tokens.speculative`), one candidate after the other: faster for a few candidates, with
-    different tokens for a seed but the same distribution.
+    vocabulary that is dropped; or a whole number from 1, the codes that are kept, as DALL·E Mini and ruDALL-E have it:
+    equal ones all stay, the temperature divides first, and top_p may further choose among them. top_p: in (0, 1], the
+    probability that is kept (nucleus sampling). cond_scale: scale of classifier-free guidance, as in DALLE-pytorch 1.6;
+    1 for none. quantize: "int8" for int8 weights on a CPU: faster for a few candidates at a time, with nearly the same
+    distribution; "float16" for weights rounded to float16 (weights that float16 represents exactly are stored so by
+    default). jacobi_window: tokens per step of speculative Jacobi decoding (`dall3.tokens.speculative`), one candidate
+    after the other: faster for a few candidates, with different tokens for a seed but the same distribution.
 
-    Raises ValueError for a value out of range, and if both `top_k` and `top_p` are given.
+    Raises ValueError for a value out of range, and if both `top_k` as a fraction and `top_p` are given.
 
     >>> Sampling(temperature=0.9, top_p=0.95).cond_scale
     1.0
@@ -108,13 +117,23 @@ class Sampling:
         top_k, top_p = self.top_k, self.top_p
         require(0 < self.temperature < math.inf, f"temperature={self.temperature}; expected a number above 0")
         require(math.isfinite(self.cond_scale), f"cond_scale={self.cond_scale}; expected a number")
-        require(top_k is None or 0 <= top_k < 1, f"top_k={top_k}; expected a share of the words to drop, in [0, 1)")
+        fits = top_k is None or self.counts_codes or 0 <= top_k < 1
+        expected = "expected a share of the words to drop, in [0, 1), or how many codes to keep, a whole number from 1"
+        require(fits, f"top_k={top_k}; {expected}")
         require(top_p is None or 0 < top_p <= 1, f"top_p={top_p}; expected a probability to keep, in (0, 1]")
-        require(top_k is None or top_p is None, "both top_k and top_p are given; choose one")
+        require(
+            top_k is None or top_p is None or self.counts_codes,
+            "both top_k and top_p are given; choose one, or give top_k as a number of codes",
+        )
         kinds = ", ".join(QUANTIZATIONS)
         known = self.quantize is None or self.quantize in QUANTIZATIONS
         require(known, f"quantize={self.quantize!r} is not known; expected {kinds} or None")
         check_counts(jacobi_window=1 if self.jacobi_window is None else self.jacobi_window)
+
+    @property
+    def counts_codes(self) -> bool:
+        """Whether top_k is a number of codes to keep."""
+        return isinstance(self.top_k, int) and not isinstance(self.top_k, bool) and self.top_k >= 1
 
     def guide(self, logits: Tensor) -> Tensor:
         """Apply classifier-free guidance. Returns one row of logits for each candidate.
@@ -127,7 +146,10 @@ class Sampling:
         return without_text + (with_text - without_text) * self.cond_scale
 
     def filter(self, logits: Tensor, vocabulary: int) -> Tensor:
-        """Apply top-k or top-p and the temperature to logits (batch, n). vocabulary: as in `filter_top_k`."""
+        """Logits (batch, n) as they are drawn from; `vocabulary` as in `filter_top_k`."""
+        if self.counts_codes:
+            logits = filter_count(logits / self.temperature, int(self.top_k or 0))
+            return logits if self.top_p is None or self.top_p == 1 else filter_top_p(logits, self.top_p)
         if self.top_k is not None:
             logits = filter_top_k(logits, self.top_k, vocabulary)
         elif self.top_p is not None:

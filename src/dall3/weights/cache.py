@@ -46,11 +46,11 @@ class Wanted:
 
     @property
     def name(self) -> str:
-        return f"{self.weights.name}/{self.part.name}/{self.file.name}"
+        return f"{self.part.kept}/{self.file.name}"
 
     @property
     def target(self) -> Path:
-        return home() / self.weights.name / self.part.name / self.file.name
+        return home() / self.part.kept / self.file.name
 
     @property
     def pins_at(self) -> Path:

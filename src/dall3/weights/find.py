@@ -65,16 +65,15 @@ def fetch_set(weights: WeightsSet, progress: bool = True) -> dict[str, tuple[Pat
 
 
 def remove_set(weights: WeightsSet) -> int:
-    """Delete the files of a set, complete or partial, from the cache; returns the number of bytes.
-
-    The pins stay, so that a file that is downloaded again must have the same hash. Raises FetchError for a file that is
-    being downloaded.
+    """Remove a set's fetched files, whole or begun, from the cache; how many bytes that were. Pins stay: a file that
+    is fetched again must be the one that it was. So do parts that are another set's. Raises FetchError for one that is
+    being fetched.
     """
     from filelock import FileLock, Timeout
 
     removed = 0
     for one in files_of(weights):
-        if not one.target.parent.is_dir():
+        if not one.target.parent.is_dir() or not one.part.kept.startswith(f"{weights.name}/"):
             continue
         try:
             # The lock file is not deleted, because another process may be waiting for it.

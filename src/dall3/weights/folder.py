@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from dall3.text import Tokenizer, load_tokenizer, tokenizer_json
 from dall3.weights.archive import CheckpointError, one_line
 from dall3.weights.convert.clip import load_clip
 from dall3.weights.convert.guided_diffusion import load_unet
-from dall3.weights.convert.state import fill, without_weights
+from dall3.weights.convert.state import Settings, fill, without_weights
 from dall3.weights.convert.transformer import load_transformer
 from dall3.weights.convert.vae import load_vae
 from dall3.weights.limits import check_limits
@@ -216,26 +217,48 @@ def load_folder(
 
 
 def load_files(
-    files: dict[str, tuple[Path, Path | None]], device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    files: dict[str, tuple[Path, Path | None]],
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Load parts from files of any supported format: those of `save_part`, and the original checkpoints.
-
-    files: (file, config) for each part by name; config may be None. Raises CheckpointError as the loaders do.
+    """The parts in files of any format, (file, config) by the part's name: those of `save_part`, and those of 2021 and
+    2022. settings: by the part's name, what its file does not tell.
     """
-    try:
-        found: dict[str, Any] = {"tokenizer": load_tokenizer(files["tokenizer"][0])} if "tokenizer" in files else {}
-    except ValueError as error:
-        raise CheckpointError(str(error)) from None
-    of_2021: dict[str, Any] = {"transformer": load_transformer, "vqgan": load_vae, "clip": load_clip}
-    for name, (file, config) in files.items():
-        if name == "tokenizer":
-            continue
+    found: dict[str, Any] = {}
+    if "tokenizer" in files:
+        vocabulary, merges = files["tokenizer"]
+        try:
+            found["tokenizer"] = load_tokenizer(vocabulary if merges is None else (vocabulary, merges))
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
+    loaders: dict[str, Any] = {"vqgan": load_vae, "clip": load_clip}
+    # The transformer last: how many of a small Mini's rows are codes is known from its VQGAN.
+    for name in sorted(files.keys() - {"tokenizer"}, key=lambda name: (name == "transformer", PARTS.index(name))):
+        file, config = files[name]
+        told = dict((settings or {}).get(name, {})) or None
         if (file.name, config) == (WEIGHTS, file.with_name(CONFIG)):
             found[name] = load_part(file.parent, found.get("tokenizer"), device, dtype)
+        elif name == "transformer":
+            pair = config is not None and config.suffix != ".json"
+            path: Any = (file, config) if pair else file
+            found[name] = load_transformer_for(found.get("vqgan"), path, told if pair else told or config, dtype)
         else:
-            settings = () if config is None else (config,)
-            found[name] = of_2021.get(name, load_unet)(file, *settings).to(device, dtype)
+            found[name] = loaders.get(name, load_unet)(file, told or config)
+        found[name] = found[name].to(device, dtype)
     return found
+
+
+def load_transformer_for(
+    vqgan: Any,
+    path: PathLike | tuple[PathLike, PathLike],
+    hparams: Settings | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """`load_transformer`, with the codes of the VQGAN for a DALL·E Mini of which nobody says how many it has."""
+    if hparams is None and vqgan is not None and isinstance(path, tuple | list):
+        hparams = {"num_image_tokens": vqgan.num_tokens}
+    return load_transformer(path, hparams, dtype=dtype)
 
 
 def read_origins(folder: PathLike) -> dict[str, Origin]:

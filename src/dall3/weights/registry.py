@@ -51,13 +51,18 @@ class File:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a set of weights. config: the configuration file, for formats that need one."""
+    """One part of a set. config: the second file that some formats need. settings: what the tensors do not tell, as the
+    loader of such a part takes it. kept: the folder of the cache that its files are in, of its own set or, where it is
+    the same as another set's part, of that one.
+    """
 
     name: str
     file: File
     config: File | None
     licence: str
     source: str
+    kept: str
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def files(self) -> tuple[File, ...]:
@@ -66,12 +71,15 @@ class Part:
 
 @dataclass(frozen=True)
 class WeightsSet:
-    """A set of weights. about: a description. defaults: recommended settings of `Sampling` and `Denoising`."""
+    """defaults: settings of `Sampling` and `Denoising` that suit the weights, as they are written. needs: disk, memory
+    and time, in words.
+    """
 
     name: str
     about: str
     parts: tuple[Part, ...]
     defaults: dict[str, Any] = field(default_factory=dict)
+    needs: str = ""
 
 
 def read_settings_text(path: PathLike) -> str:
@@ -113,8 +121,8 @@ def read_registry(path: PathLike | None = None) -> dict[str, WeightsSet]:
     True
     """
     more = path or os.environ.get("DALL3_WEIGHTS")
-    found = parse_registry(own_file())
-    return found | parse_registry(Path(more)) if more else found
+    found = parse_registry(own_file(), {})
+    return found | parse_registry(Path(more), found) if more else found
 
 
 def find_set(name: str, path: PathLike | None = None) -> WeightsSet:
@@ -130,8 +138,9 @@ def no_such_set(name: str, known: dict[str, WeightsSet]) -> str:
     return f"no set of weights is called '{name}'; {hint}there are {', '.join(known)}"
 
 
-def parse_registry(path: Path) -> dict[str, WeightsSet]:
-    sets = {}
+def parse_registry(path: Path, known: dict[str, WeightsSet]) -> dict[str, WeightsSet]:
+    """The sets of a file. known: other sets that its parts may be the same as."""
+    sets: dict[str, WeightsSet] = {}
     for name, table in read_toml(path).items():
         where = f"{path}: [{name}]"
         require(bool(NAME.fullmatch(name)), f"{where}: a set's name has letters, digits, '.', '_' and '-'")
@@ -140,20 +149,27 @@ def parse_registry(path: Path) -> dict[str, WeightsSet]:
         defaults = table.pop("defaults", {})
         require(isinstance(defaults, dict), f"{where}: defaults is a table of settings")
         parts = {key: value for key, value in table.items() if isinstance(value, dict)}
-        unknown = [key for key in table if key not in {"about", *PART_NAMES} or (key != "about" and key not in parts)]
+        texts = {"about", "needs"}
+        unknown = [key for key in table if key not in {*texts, *PART_NAMES} or (key not in texts and key not in parts)]
         require(not unknown, f"{where}: {', '.join(unknown)} is no part; expected tables {', '.join(PART_NAMES)}")
         require(bool(parts), f"{where}: has no part; expected tables {', '.join(PART_NAMES)}")
-        made = tuple(parse_part(key, parts[key], path, name) for key in PART_NAMES if key in parts)
-        sets[name] = WeightsSet(name, text_of(table, "about", where, ""), made, defaults)
+        others = known | sets
+        made = tuple(parse_part(key, parts[key], path, name, others) for key in PART_NAMES if key in parts)
+        about, needs = (text_of(table, key, where, "") for key in ("about", "needs"))
+        sets[name] = WeightsSet(name, about, made, defaults, needs)
     return sets
 
 
-def parse_part(name: str, table: dict[str, Any], path: Path, set_name: str) -> Part:
+def parse_part(name: str, table: dict[str, Any], path: Path, set_name: str, sets: dict[str, WeightsSet]) -> Part:
     where = f"{path}: [{set_name}.{name}]"
-    known = {"file", "places", "size", "sha256", "licence", "source", "config"}
+    if "same_as" in table:
+        return same_part(name, table, where, sets)
+    known = {"file", "places", "size", "sha256", "licence", "source", "config", "settings"}
     require(table.keys() <= known, f"{where}: {', '.join(sorted(table.keys() - known))} is not known")
     config = table.get("config")
     require(config is None or isinstance(config, dict), f"{where}: config is a table of file and places")
+    settings = table.get("settings", {})
+    require(isinstance(settings, dict), f"{where}: settings is a table of what the file does not tell")
     licence, source = (text_of(table, key, where, "not stated") for key in ("licence", "source"))
     file, second = (None if one is None else parse_file(one, path, where) for one in (table, config))
     assert file is not None
@@ -161,7 +177,19 @@ def parse_part(name: str, table: dict[str, Any], path: Path, set_name: str) -> P
     # The cache adds suffixes to a file's name for its pins, lock and partial download.
     apart = len(names) == 1 or not f"{names[1]}.".startswith(f"{names[0]}.")
     require(apart, f"{where}: one of its two files has the name of the other, or begins with it")
-    return Part(name, file, second, licence, source)
+    return Part(name, file, second, licence, source, f"{set_name}/{name}", settings)
+
+
+def same_part(name: str, table: dict[str, Any], where: str, sets: dict[str, WeightsSet]) -> Part:
+    """The part of another set that `same_as` names."""
+    require(table.keys() == {"same_as"}, f"{where}: a part that is the same as another has nothing else")
+    owner, _, part = str(table["same_as"]).rpartition(".")
+    found = [one for one in sets[owner].parts if one.name == part] if owner in sets else []
+    fits = bool(found) and part == name
+    require(
+        fits, f"{where}: same_as = {table['same_as']!r}; expected a set before this one and its part, 'name.{name}'"
+    )
+    return found[0]
 
 
 def parse_file(table: dict[str, Any], path: Path, where: str) -> File:

@@ -52,16 +52,20 @@ def look_at(path: Path, wanted: Wanted) -> None:
 
     Raises ValueError if it is not.
     """
-    from dall3.text import load_tokenizer
+    from dall3.text import check_tokenizer_file
     from dall3.weights.archive import read_archive
+    from dall3.weights.convert import state
     from dall3.weights.convert.guided_diffusion import read_flags
-    from dall3.weights.convert.state import DALLE, DVAE, OPENAI_CLIP, UNET, VQGAN, read_state
     from dall3.weights.convert.vae import read_taming_config
 
-    kinds = {"transformer": (DALLE,), "vqgan": (VQGAN, DVAE), "clip": (OPENAI_CLIP,)}
+    kinds: dict[str, tuple[state.Kind, ...]] = {
+        "transformer": (state.DALLE, state.RUDALLE, state.MINI_DECODER, state.MINI_ENCODER),
+        "vqgan": (state.VQGAN, state.DVAE, state.DETOKER),
+        "clip": (state.OPENAI_CLIP,),
+    }
     suffix, part = Path(wanted.file.name).suffix, wanted.part
     if part.name == "tokenizer":
-        load_tokenizer(path)
+        check_tokenizer_file(path)
     elif suffix in (".yaml", ".yml"):
         read_taming_config(path)
     elif suffix == ".json":
@@ -76,4 +80,4 @@ def look_at(path: Path, wanted: Wanted) -> None:
                 broken = archive.testzip()
             if broken is not None:
                 raise ValueError(f"its entry {broken} is damaged")
-        read_state(path, *kinds.get(part.name, (UNET,)))
+        state.read_state(path, *kinds.get(part.name, (state.UNET,)))

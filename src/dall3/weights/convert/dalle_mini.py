@@ -53,7 +53,7 @@ def load_dalle_mini(
         raise one_line(
             files, f"the encoder is {dim} channels wide, the decoder {width}; give both files of Mini or both of Mega"
         )
-    codes = settings.get("num_image_tokens", CODES.get(rows))
+    codes = CODES.get(rows, settings.get("num_image_tokens"))
     if codes is None:
         raise one_line(
             decoder_path,

@@ -1,0 +1,82 @@
+"""What a user does with the sets of weights, in a process of its own: python rehearse.py FOLDER SET …
+
+Prints one line of JSON a set: what was loaded, drawn and refined. The environment says where the weights are.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from dall3 import Dall3Pipeline
+from dall3.cli import main
+from dall3.weights import load_clip
+from dall3.weights.cache import Wanted, files_of
+from dall3.weights.download import fetch_file
+from dall3.weights.registry import find_set
+
+PROMPTS = {
+    "dalle-mini": "a cube made of cloud",
+    "dalle-pytorch": "a cube made of cloud",
+    "rudalle": "рыжий кот на луне",
+}
+QUICK = {"seed": 0, "num_inference_steps": 2, "progress": False}
+
+
+def rehearse(name: str, folder: Path) -> dict[str, object]:
+    pipe = Dall3Pipeline.from_pretrained(name, progress=False)
+    found: dict[str, object] = {"set": name, "loaded": [part for part, held in pipe.components.items() if held]}
+    if pipe.transformer is not None:
+        family = getattr(pipe.transformer.config, "text_family", "dalle-pytorch")
+        guided = {"cutn": 2} if pipe.clip is not None and pipe.upsampler is not None else {}
+        out = pipe(PROMPTS[family], **QUICK, **guided)
+        out.save(folder / name)
+        found |= {"drew": out.coarse_images[0].size, "settings": {key: out.settings[key] for key in pipe.defaults}}
+        found |= {"refined": out.images[0].size} if pipe.upsampler is not None else {}
+    for stage in ("upsampler", "super_resolution") if pipe.transformer is None else ():
+        if getattr(pipe, stage) is not None:
+            blue = Image.new("RGB", (256, 256), "blue")
+            smaller = {} if pipe.vqgan is not None else {"output_size": 128}  # one on codes has a size of its own
+            fine = pipe.upsample(image=blue, stage=stage, strength=0.4, **smaller, **QUICK)
+            found |= {"refined": tuple(fine.shape[:1:-1])}
+    files = files_of(find_set(name))
+    found |= {"files": [one.file.name for one in files], "bytes": sum(one.find().stat().st_size for one in files)}
+    own = [one for one in files if one.part.kept.startswith(f"{name}/")]
+    return found | {"places": sum(map(try_places, own))}
+
+
+def try_places(one: Wanted) -> int:
+    """Fetch a file from each of its places alone, and read it. Returns how many there are."""
+    places = [place for place in one.file.places if place.path is None]
+    for i, place in enumerate(places):
+        # As the first of a cache that is empty, so that what has no SHA-256 is looked at.
+        part = replace(one.part, kept=f"{one.part.kept}/place{i}")
+        path = fetch_file(replace(one, part=part, file=replace(one.file, places=(place,))), progress=False)
+        if part.name == "clip":
+            assert load_clip(path, part.settings).image_size == 64
+    return len(places)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    outputs = Path(sys.argv[1])
+    for name in sys.argv[2:]:
+        print(json.dumps(rehearse(name, outputs)), flush=True)
+    words = [
+        "generate",
+        "--weights",
+        "dalle-mega",
+        "--num_images",
+        "1",
+        "--num_inference_steps",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    assert main([*words, "a cube made of cloud", "--outputs_dir", str(outputs / "cli")]) == 0
+    assert main([*words, "рыжий кот", "--outputs_dir", str(outputs / "refused")]) != 0

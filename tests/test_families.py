@@ -1,0 +1,94 @@
+"""The pipeline with DALL·E Mini and ruDALL-E, from their files: what it draws, and what it refuses before any work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from dall3 import Dall3Pipeline
+from dall3.models.packed import Int8Linear
+from test_families_mini import save_halves
+
+from originals import GOLDEN, Golden
+
+TOKENIZER = GOLDEN / "tokenizer_mini"
+QUICK = {"seed": 0, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    folder = tmp_path_factory.mktemp("families")
+    torch.save(Golden("vqgan_f16").weights(), folder / "detoker.pt")
+    torch.save(Golden("rudalle_v3").weights(), folder / "pytorch_model_v3.bin")
+    torch.save({"state_dict": Golden("rudalle_dwt").weights()}, folder / "dwt.ckpt")
+    return SimpleNamespace(folder=folder, halves=save_halves(folder))
+
+
+@pytest.fixture(scope="module")
+def mini(files: SimpleNamespace) -> Dall3Pipeline:
+    """Its 128 rows do not tell how many are codes; the VQGAN does."""
+    bpe = (TOKENIZER / "vocab.json", TOKENIZER / "merges.txt")
+    return Dall3Pipeline.from_checkpoints(dalle=files.halves, bpe=bpe, vqgan=files.folder / "detoker.pt")
+
+
+@pytest.fixture(scope="module")
+def rudalle(files: SimpleNamespace) -> Dall3Pipeline:
+    return Dall3Pipeline.from_checkpoints(
+        dalle=files.folder / "pytorch_model_v3.bin",
+        dalle_config={"num_attention_heads": 4},
+        bpe=GOLDEN / "tokenizer_ru" / "bpe.model",
+        vqgan=files.folder / "dwt.ckpt",
+    )
+
+
+def test_mini_draws_what_is_likeliest(mini: Dall3Pipeline) -> None:
+    """With one code kept, whatever the seed: the tokens that the original chose."""
+    stored, about = Golden("dalle_mini").expected, Golden("dalle_mini").about
+    tokens = mini.generate_tokens(about["texts"][1], top_k=1, cond_scale=10.0, **QUICK)
+    assert torch.equal(tokens[0, :32], stored["greedy_10"][1])
+    out = mini(about["texts"][1], top_k=24, cond_scale=10.0, **QUICK)
+    assert out.images[0].size == (256, 256) and out.settings["top_k"] == 24
+    assert torch.equal(mini.repeat(out, progress=False).tokens, out.tokens)
+
+
+def test_rudalle_draws_at_twice_the_side_that_it_encodes(rudalle: Dall3Pipeline) -> None:
+    stored, about = Golden("rudalle_v3").expected, Golden("rudalle_v3").about
+    tokens = rudalle.generate_tokens(about["texts"][0], top_k=1, top_p=0.995, **QUICK)
+    assert torch.equal(tokens[0], stored["greedy"][0])
+    out = rudalle(about["texts"][0], top_k=16, top_p=0.9, init_image=Image.new("RGB", (128, 128), "blue"), **QUICK)
+    assert out.images[0].size == (256, 256)
+
+
+def test_what_a_family_cannot_do_is_said_before_any_work(mini: Dall3Pipeline, rudalle: Dall3Pipeline) -> None:
+    with pytest.raises(ValueError, match="DALL·E Mini cannot read the prompt 'рыжий кот': it reads English"):
+        mini("рыжий кот", **QUICK)
+    with pytest.raises(ValueError, match="ruDALL-E cannot read the prompt 'a red cube': it reads Russian"):
+        rudalle.generate_tokens("a red cube", **QUICK)
+    with pytest.raises(ValueError, match="a DalleMini draws pictures only"):
+        mini.complete_text("a red cube")
+    with pytest.raises(ValueError, match="this VQGAN has no encoder"):
+        mini.variations(Image.new("RGB", (256, 256)), "a red cube", **QUICK)
+
+
+def test_a_vqgan_of_another_family_is_refused(mini: Dall3Pipeline, rudalle: Dall3Pipeline) -> None:
+    with pytest.raises(ValueError, match="the vqgan is DALL·E Mini's"):
+        Dall3Pipeline(**rudalle.components | {"vqgan": mini.vqgan})
+
+
+def test_a_family_is_saved_and_loaded_again(mini: Dall3Pipeline, tmp_path: Path) -> None:
+    mini.defaults = {"top_k": 24, "cond_scale": 10.0}
+    again = Dall3Pipeline.from_pretrained(mini.save_pretrained(tmp_path / "mini"))
+    assert torch.equal(again.generate_tokens("a cube", **QUICK), mini.generate_tokens("a cube", **QUICK))
+    mini.defaults = {}
+
+
+def test_eight_bits_take_rows_of_any_width() -> None:
+    """Mini's feed-forward is 2,730 wide, no multiple of 8."""
+    torch.manual_seed(0)
+    weight, rows = torch.randn(16, 2730), torch.randn(3, 2730)
+    expected = rows @ weight.T
+    assert (Int8Linear(weight, None)(rows) - expected).abs().max() < 0.02 * expected.abs().max()
