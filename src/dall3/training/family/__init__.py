@@ -220,7 +220,7 @@ def train_family(
     config: the recipe, such as settings/mini.toml. out: the pipeline folder to write. emoji: folder of the
     emoji, fetched with npm if it lacks them, or an archive. minutes: total time. device: such as "cuda", "cuda:1" or
     "cpu" (default: all GPUs, or the CPU).
-    resume: continue the run in `out`. tiny: train very small networks. commit: commit of this library, for the model card.
+    resume: continue the run in `out`. tiny: train very small networks. commit: of this library, for the model card.
 
     Raises, before any work, ValueError for settings that are unknown or out of range, and FileExistsError if `out` is
     not empty.
