@@ -492,7 +492,9 @@ def test_every_setting_has_a_name_and_a_type():
         assert own == names.__annotations__.keys() - {"sampling", "denoising", "guidance_scale"}
         types = get_type_hints(kind)
         for name in own - {"scheduler", "quantize"}:
-            assert types[name] == get_type_hints(names, {"SchedulerMixin": diffusers.SchedulerMixin})[name], name
+            assert types[name] == get_type_hints(names, localns={"SchedulerMixin": diffusers.SchedulerMixin})[name], (
+                name
+            )
 
 
 def test_truncate_cuts_a_prompt_that_is_too_long(pipe):

@@ -136,8 +136,10 @@ class ImageTokenTransformer(nn.Module, ABC, Generic[C]):
         return torch.zeros(self.config.text_seq_len, dtype=torch.int64, device=self.head[0].device)
 
     @torch.no_grad()
-    def prefill(self, text_ids: Tensor, rows: int) -> C:
+    def prefill(self, text_ids: Tensor, rows: int, like: C | None = None) -> C:
         """Run the texts, int64 (prompts, text_seq_len), once and return a cache with `rows` rows for each.
+
+        like: a cache of the same texts, for another number of rows. Its texts are copied where the family can.
 
         The caller owns the cache until it calls `release`, which keeps the cache for a later call of the same shape.
         """
@@ -145,8 +147,15 @@ class ImageTokenTransformer(nn.Module, ABC, Generic[C]):
         if cache is None:
             with torch.inference_mode(False):  # an inference tensor could not be written outside of inference mode
                 cache = self.new_cache(len(text_ids), rows)
-        self.fill_cache(text_ids, cache)
+        if like is None:
+            self.fill_cache(text_ids, cache)
+        else:
+            self.copy_text(text_ids, like, cache)
         return cache
+
+    def copy_text(self, text_ids: Tensor, like: C, cache: C) -> None:
+        """Fill a cache with the texts of another one. A family that cannot copy them runs them again."""
+        self.fill_cache(text_ids, cache)
 
     def release(self, cache: C) -> None:
         """Return a cache for reuse by the next `prefill` of the same shape. A cache above 1 GiB is freed instead."""

@@ -184,7 +184,7 @@ class Memory:
     """What the sublayers remember of earlier positions, and the text of their prompts, if it is shared.
 
     shifted: (positions + 1, sublayers, batch, dim / 2), the half of the channels that the token shift moves. Its last
-    row is never written: it is nobody's, and 0. All sublayers share one tensor: a step reads and writes it once.
+    row is never written: it is a sentinel, always zero. All sublayers share one tensor, read and written once a step.
     """
 
     def __init__(self, sublayers: int, positions: int, length: int) -> None:
@@ -241,6 +241,7 @@ def shift_several(rows: Tensor, index: Tensor, at: Positions, x: Tensor) -> Tens
 class DalleCache(Cache):
     memory: Memory
     shared: bool  # whether all rows of a prompt share the keys and values of its text
+    text: Memory | None = None  # of the texts alone, one row for each
 
 
 class DalleTransformer(ImageTokenTransformer[DalleCache]):
@@ -387,7 +388,14 @@ class DalleTransformer(ImageTokenTransformer[DalleCache]):
             self.embed_text(text_ids), torch.arange(c.text_length, device=text_ids.device), c.text_length, text
         )
         cache.first_logits.copy_(self.image_logits(x[:, -1]))
+        cache.text = text
         cache.memory.start(text, cache.rows, cache.shared)
+
+    def copy_text(self, text_ids: Tensor, like: DalleCache, cache: DalleCache) -> None:
+        assert like.text is not None
+        cache.first_logits.copy_(like.first_logits)
+        cache.text = like.text
+        cache.memory.start(like.text, cache.rows, cache.shared)
 
     def step(self, previous: Tensor, place: Tensor, cache: DalleCache, end: int | None = None) -> Tensor:
         before = self.config.text_length

@@ -188,10 +188,11 @@ class VQModel(nn.Module):
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
         self.config = config
+        if config.has_encoder:
+            self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quantize = nn.ModuleDict({"embedding": nn.Embedding(config.n_embed, config.embed_dim)})
         if config.has_encoder:
-            self.encoder = Encoder(config)
             self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
         set_norm_groups(self, config.norm_groups)

@@ -65,9 +65,12 @@ def image_token_steps(
         drawn = torch.zeros(uniforms.shape, dtype=torch.int64, device=device)
     keeps = torch.full_like(places, -1) if kept is None else kept
 
+    with_text: list[Any] = []  # a cache that holds the texts, once there is one
+
     def draw(batch: range) -> Iterator[int]:
         tokens, numbers = drawn[batch.start : batch.stop], uniforms[batch.start : batch.stop]
-        cache = transformer.prefill(texts, len(batch))
+        cache = transformer.prefill(texts, len(batch), *with_text)
+        with_text[:] = [cache]
         graphed = device.type == "cuda" and compiled is None and len(texts) * len(batch) <= GRAPHED_ROWS
         end: int | None = None
 

@@ -56,8 +56,10 @@ def speculative_token_steps(
         guided = settings.guide(logits.float())[0]
         return settings.filter(guided, vocabulary).softmax(dim=-1).cpu()
 
+    with_text: list[Any] = []  # a cache that holds the texts, once there is one
     for k, generator in enumerate(generators):
-        cache = transformer.prefill(texts, 1)
+        cache = transformer.prefill(texts, 1, *with_text)
+        with_text = [cache]
         tokens = torch.randint(codes, (length,), generator=generator)  # the first drafts are uniform,
         q = torch.full((length, codes), 1 / codes)  # and so is q
         if kept is not None:
