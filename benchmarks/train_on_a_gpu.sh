@@ -17,11 +17,12 @@ while [ $# -gt 0 ]; do
   shift
 done
 : "${OUT:?}"
-weights=${weights:-/tmp/family-$begun}
+weights=${weights:-$(mktemp -d)/family}
+site=$(mktemp -d)
 python=${PYTHON:-python3}
-export PYTHONPATH=$PWD/src:/tmp/site PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+export PYTHONPATH=$PWD/src:$site PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 if [ -d .whl ]; then
-  "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target /tmp/site .whl/*.whl
+  "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" .whl/*.whl
 fi
 
 pack() {
