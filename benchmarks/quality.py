@@ -63,7 +63,7 @@ class Bench:
     judge: Judge
     emoji: list[Emoji]
     sampling: dict[str, Any]
-    refinement: dict[str, Any]
+    denoising: dict[str, Any]
     fine: int | None
     most_steps: int
 
@@ -120,7 +120,7 @@ def encode(bench: Bench, pictures: Tensor) -> Tensor:
 
 def refine(bench: Bench, tasks: list[Task], tokens: Tensor, desc: str | None = None, **settings: Any) -> Tensor:
     """Refine each task's tokens, (n, 256), one at a time: images (n, 3, FINE, FINE)."""
-    how, pairs = bench.refinement | settings, zip(tqdm(tasks, desc=desc, disable=desc is None), tokens, strict=True)
+    how, pairs = bench.denoising | settings, zip(tqdm(tasks, desc=desc, disable=desc is None), tokens, strict=True)
     return torch.cat([bench.pipe.upsample(x, prompt=t.text, seed=t.seed, progress=False, **how) for t, x in pairs])
 
 
@@ -278,7 +278,7 @@ def steps(bench: Bench, count: int) -> list[Row]:
     ways += [("dpm-solver++", n) for n in (10, 25, 50)]
     rows: list[Row] = []
     references: dict[float, Tensor] = {}
-    for scale, (scheduler, steps_taken) in itertools.product((0, bench.refinement["clip_guidance_scale"]), ways):
+    for scale, (scheduler, steps_taken) in itertools.product((0, bench.denoising["clip_guidance_scale"]), ways):
         how = dict(clip_guidance_scale=scale, scheduler=scheduler, num_inference_steps=steps_taken)
         start = time.perf_counter()
         pictures = refine(bench, tasks, tokens, f"scale {scale:g}, {scheduler}, {steps_taken} steps", **how)
@@ -481,7 +481,7 @@ def main() -> None:
             "dtype": args.dtype,
             "count": count,
         }
-        defaults = [{"sampling": each.sampling, "refinement": each.refinement} for each in benches]
+        defaults = [{"sampling": each.sampling, "denoising": each.denoising} for each in benches]
         settings |= {"seeds": SEEDS, "fine": args.fine} | ({"defaults": defaults} if several else defaults[0])
         settings |= {"judge's accuracy": bench.judge.accuracy}
         results = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}

@@ -16,7 +16,7 @@ from PIL import Image
 from dall3 import Dall3Pipeline
 from dall3.cli import main
 from dall3.weights import load_clip
-from dall3.weights.cache import Wanted, files_of
+from dall3.weights.cache import CachedFile, files_of
 from dall3.weights.download import fetch_file
 from dall3.weights.registry import find_set
 
@@ -50,7 +50,7 @@ def rehearse(name: str, folder: Path) -> dict[str, object]:
     return found | {"places": sum(map(try_places, own))}
 
 
-def try_places(one: Wanted) -> int:
+def try_places(one: CachedFile) -> int:
     """Fetch a file from each of its places alone, and read it. Returns how many there are."""
     places = [place for place in one.file.places if place.path is None]
     for i, place in enumerate(places):

@@ -20,7 +20,7 @@ from dall3.models.unet import UNet, UNetConfig
 from dall3.models.vqgan import GumbelVQ
 from dall3.weights import load_clip, load_discrete_vae, load_transformer, load_unet
 from dall3.weights.archive import CheckpointError
-from dall3.weights.cache import Wanted, files_of
+from dall3.weights.cache import CachedFile, files_of
 from dall3.weights.convert.clip import recognise
 from dall3.weights.convert.vae import load_vae, read_taming_config
 from dall3.weights.download import fetch_file
@@ -353,6 +353,6 @@ def test_a_home_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("DALL3_OFFLINE", raising=False)
     lines = '[own.upsampler]\nfile = "model.pt"\nplaces = ["http://127.0.0.1:1/model.pt"]\n'
     (tmp_path / "weights.toml").write_text(lines)
-    wanted: Wanted = files_of(find_set("own", tmp_path / "weights.toml"))[0]
+    wanted: CachedFile = files_of(find_set("own", tmp_path / "weights.toml"))[0]
     with pytest.raises(FetchError, match="file/home.* cannot be made .*set DALL3_HOME to a folder that can be written"):
         fetch_file(wanted)

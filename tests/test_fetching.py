@@ -24,11 +24,11 @@ import torch
 
 from dall3.errors import FetchError
 from dall3.weights import download
-from dall3.weights.cache import Wanted, files_of
+from dall3.weights.cache import CachedFile, files_of
 from dall3.weights.download import fetch_file
 from dall3.weights.find import fetch_set, remove_set
 from dall3.weights.registry import find_set, read_registry
-from dall3.weights.verify import check_here
+from dall3.weights.verify import verify_file
 
 DATA = random.Random(0).randbytes(1_500_000)
 SHA256 = hashlib.sha256(DATA).hexdigest()
@@ -254,7 +254,7 @@ def serve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[
         server.server_close()
 
 
-def want(folder: Path, *places: str, sha256: str | None = SHA256, size: int | None = None) -> Wanted:
+def want(folder: Path, *places: str, sha256: str | None = SHA256, size: int | None = None) -> CachedFile:
     """A file of a set with these places."""
     lines = [f'file = "model.pt"\nplaces = {json.dumps(list(places))}']
     lines += [f'sha256 = "{sha256}"'] if sha256 else []
@@ -436,7 +436,7 @@ def test_a_file_that_was_changed_on_the_disk_is_fetched_again(serve: Callable[..
     wanted = want(tmp_path, server.url + "/model.pt")
     path = fetch_file(wanted, progress=False)
     path.write_bytes(DATA[:-1] + b"?")
-    assert "SHA-256" in str(check_here(wanted, path, thorough=True))
+    assert "SHA-256" in str(verify_file(wanted, path, thorough=True))
     assert fetch_file(wanted, progress=False).read_bytes() == DATA
 
 
@@ -475,7 +475,7 @@ def test_a_hash_that_is_learned_later_counts(serve: Callable[..., Server], tmp_p
     fetch_file(want(tmp_path, server.url + "/model.pt", sha256=None), progress=False)
     server.data = DATA
     wanted = want(tmp_path, server.url + "/model.pt")
-    assert "SHA-256" in str(check_here(wanted, wanted.target))
+    assert "SHA-256" in str(verify_file(wanted, wanted.target))
     assert fetch_file(wanted, progress=False).read_bytes() == DATA
 
 
@@ -558,7 +558,7 @@ def test_a_copy_on_disk_is_used_where_it_is(tmp_path: Path, serve: Callable[...,
 fork = multiprocessing.get_context("fork")
 
 
-def fetch_in_a_process(wanted: Wanted) -> Any:
+def fetch_in_a_process(wanted: CachedFile) -> Any:
     process = fork.Process(target=fetch_file, args=(wanted, False))
     process.start()
     return process

@@ -31,7 +31,7 @@ def test_gradient_is_the_originals(parts, monkeypatch):
     expected, about = golden.expected, golden.about
     monkeypatch.setattr(dall3.diffusion.guidance, "draw_cutouts", lambda *args: expected["cutouts"])
     prompts = parse_prompts("|".join(f"{text}:{weight}" for text, weight in about["prompts"]))
-    targets, weights = guidance_targets(Parts(clip=clip), Request(texts=prompts, refinement=Denoising(cutn=8)), 96)
+    targets, weights = guidance_targets(Parts(clip=clip), Request(texts=prompts, denoising=Denoising(cutn=8)), 96)
     pull = clip_loss(clip, targets, weights, about["clip_guidance_scale"], 8, torch.Generator())
     losses = []
 

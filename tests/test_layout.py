@@ -4,7 +4,7 @@ import copy
 
 import torch
 
-from dall3.models.layout import lay_out
+from dall3.models.layout import set_memory_layout
 from dall3.models.unet import UNet, UNetConfig
 
 
@@ -23,8 +23,8 @@ def test_a_network_gives_the_same_numbers_wherever_its_file_was_mapped():
         parameter.data = displaced(parameter.data)
     x, t = torch.randn(1, 3, 64, 64), torch.tensor([500.0])
     for network in (unet, there):
-        lay_out(network)
-        lay_out(network)  # a second time changes nothing
+        set_memory_layout(network)
+        set_memory_layout(network)  # a second time changes nothing
         assert all(parameter.data_ptr() % 64 == 0 for parameter in network.parameters())
         assert network.input_blocks[0][0].weight.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(unet(x, t), there(x, t))

@@ -164,7 +164,7 @@ def test_guidance_pulls_a_picture_towards_the_prompt(pipe, out):
 
 
 def targets_of(pipe, texts, picture, cutn):
-    request = Request(texts=texts, image_prompts=[(picture, 1.0)], refinement=Denoising(cutn=cutn))
+    request = Request(texts=texts, image_prompts=[(picture, 1.0)], denoising=Denoising(cutn=cutn))
     return guidance_targets(pipe, request, 64)
 
 
@@ -1030,8 +1030,8 @@ def test_offloaded_parts_stay_while_somebody_else_works_with_them(seedset, monke
     for name in ("vqgan", "clip"):
         note = lambda device, name=name: moved.append(f"{name} back" if device == "cpu" else name)  # noqa: E731
         monkeypatch.setattr(getattr(other, name), "to", note)
-    with other.using("a test", "vqgan", "clip"):
-        with other.using("a test", "vqgan"):
+    with other.on_device("a test", "vqgan", "clip"):
+        with other.on_device("a test", "vqgan"):
             pass
         assert moved == ["vqgan", "clip"]
     assert moved == ["vqgan", "clip", "vqgan back", "clip back"]

@@ -80,7 +80,7 @@ def run(parts: Parts, request: Request, every: int = 1) -> Previews[Dall3Output]
 def draw(parts: Parts, request: Request, record: Record) -> Previews[Tensor]:
     """Draw the candidates' tokens with the transformer: int64 (candidates, image tokens)."""
     sampling, numbers, count = request.sampling, request.candidates(), request.num_images
-    with parts.using("drawing tokens", "transformer", "text_encoder") as [transformer, encode]:
+    with parts.on_device("drawing tokens", "transformer", "text_encoder") as [transformer, encode]:
         prompts = [request.prompt, *([request.negative_prompt] if request.negative_prompt else [])]
         text_ids, *negative = (encode(text, truncate=request.truncate).to(parts.device) for text in prompts)
         length, side = transformer.config.image_seq_len, transformer.config.grid_size
@@ -101,15 +101,17 @@ def draw(parts: Parts, request: Request, record: Record) -> Previews[Tensor]:
                 bar.update(done - bar.n)
                 if drawn % side == 0:
                     shown = tokens[batch.start : min(batch.start + count, batch.stop)].clone()
-                    yield Preview("drawing", done, tokens.numel(), partial(show_rows, parts, shown, drawn // side))
+                    yield Preview(
+                        "drawing", done, tokens.numel(), partial(decode_drawn_rows, parts, shown, drawn // side)
+                    )
     if sampling.jacobi_window is None:
-        record.sizes["batch_size"] = size_used(request.batch_size, len(numbers), sizes)
+        record.sizes["batch_size"] = used_batch_size(request.batch_size, len(numbers), sizes)
     return tokens
 
 
 def rank(parts: Parts, request: Request, tokens: Tensor) -> Previews[Ranked]:
     """The `num_images` candidates with the highest CLIP scores; for `repeat`, the candidate of the recipe."""
-    how: dict[str, Any] = dict(batch_size=request.batch_size, seamless=request.refinement.seamless)
+    how: dict[str, Any] = dict(batch_size=request.batch_size, seamless=request.denoising.seamless)
     numbers = request.candidates()
     count = len(numbers) if request.repeated is not None else request.num_images
     best = choose_best(parts, tokens, request.prompt, count, progress=request.progress, **how)
@@ -135,8 +137,8 @@ def choose_best(
     """
     numbers = torch.arange(len(tokens), device=tokens.device)
     best: tuple[Tensor, Tensor, Tensor] | None = None
-    has_clip = parts.held_clip is not None
-    with parts.using("ranking", "vqgan", *(["clip"] if has_clip else [])) as [_, *clips]:
+    has_clip = parts.clip_or_loader is not None
+    with parts.on_device("ranking", "vqgan", *(["clip"] if has_clip else [])) as [_, *clips]:
         text = clips[0].embed_text([prompt]) if clips else None
 
         def look(batch: range) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -173,9 +175,9 @@ def refine(
     stage: "upsampler" or "super_resolution". tokens, image: the input, as in `Dall3Pipeline.upsample`. candidates: the
     candidate number of each image.
     """
-    settings, unet = request.refinement, parts.require(stage, "refining")
+    settings, unet = request.denoising, parts.require(stage, "refining")
     others = ["clip"] * (settings.clip_guidance_scale > 0) + ["vqgan"] * bool(unet.config.embedding_dims)
-    with parts.using("refining", stage, *others):
+    with parts.on_device("refining", stage, *others):
         start, conditioning, side = starting_point(parts, request, unet, tokens, image)
         count = len(next(iter(conditioning.values()), start))  # type: ignore[arg-type]
         places, numbers = request.places(count), range(count) if candidates is None else candidates.tolist()
@@ -197,12 +199,12 @@ def refine(
         fine: dict[int, Tensor] = {}  # each batch's latest prediction, by the index of its first image
         for batch, step in batches_that_fit(len(places), request.refine_batch_size, work):
             fine[batch.start] = step.pred_xstart
-            if request.callback is not None and tell(parts, request.callback, record, step):
+            if request.callback is not None and run_callback(parts, request.callback, record, step):
                 break
             if (step.number + 1) % every == 0 or step.number + 1 == step.total:
-                yield Preview("refining", step.number + 1, step.total, partial(show_estimate, step.pred_xstart))
+                yield Preview("refining", step.number + 1, step.total, partial(estimate_to_pil, step.pred_xstart))
     sizes = {first: len(pictures) for first, pictures in fine.items()}
-    record.sizes["refine_batch_size"] = size_used(request.refine_batch_size, len(places), sizes)
+    record.sizes["refine_batch_size"] = used_batch_size(request.refine_batch_size, len(places), sizes)
     pictures = torch.cat(list(fine.values()))
     if request.repeated is not None:
         pictures = pictures[request.repeated.place - places.start :][:1]
@@ -234,7 +236,7 @@ def starting_point(
     """The image in [-1, 1] that noise is added to, or None; the UNet's conditioning; the side of the result."""
     config, step, dtype = unet.config, unet.config.downsampling, next(unet.parameters()).dtype
     require(tokens is not None or image is not None, "nothing to refine; give tokens or an image")
-    settings, side = request.refinement, request.output_size or config.image_size
+    settings, side = request.denoising, request.output_size or config.image_size
     if tokens is not None:
         tokens = parts.check_tokens(tokens)
     if image is None and not config.embedding_dims:
@@ -275,7 +277,7 @@ def guidance_targets(parts: Parts, request: Request, side: int) -> tuple[Tensor,
 
     side: side of the refined images; larger image prompts are downscaled to it.
     """
-    clip, cutn = parts.clip, request.refinement.cutn
+    clip, cutn = parts.clip, request.denoising.cutn
     assert clip is not None
     targets = [clip.embed_text([text for text, _ in request.texts])] if request.texts else []
     weights = [weight for _, weight in request.texts]
@@ -292,7 +294,7 @@ def guidance_targets(parts: Parts, request: Request, side: int) -> tuple[Tensor,
 
 def make_guide(parts: Parts, request: Request, targets: tuple[Tensor, Tensor] | None, seed: int) -> Guide | None:
     """The guidance of a batch, or None without guidance. seed: seed of the cut-outs, the same for all batches."""
-    settings, pull = request.refinement, None
+    settings, pull = request.denoising, None
     if targets is not None:
         assert parts.clip is not None
         cutouts = make_generator(parts.device, seed, "cutouts")
@@ -302,7 +304,7 @@ def make_guide(parts: Parts, request: Request, targets: tuple[Tensor, Tensor] | 
     return partial(guided, loss=with_penalties(pull, settings.tv_scale, settings.range_scale))
 
 
-def tell(parts: Parts, callback: Callback, record: Record, step: Step) -> bool:
+def run_callback(parts: Parts, callback: Callback, record: Record, step: Step) -> bool:
     """Call `callback` after a denoising step. Returns whether the call stops."""
     tensors = {"x": step.x, "pred_xstart": step.pred_xstart}
     before = {name: tensor.clone() for name, tensor in tensors.items()}
@@ -319,7 +321,7 @@ def tell(parts: Parts, callback: Callback, record: Record, step: Step) -> bool:
     return record.stopped
 
 
-def size_used(asked: int, count: int, sizes: dict[int, int]) -> int:
+def used_batch_size(asked: int, count: int, sizes: dict[int, int]) -> int:
     """The batch size after halving on out-of-memory errors; `asked` if it was not halved.
 
     count: number of items. sizes: sizes of the completed batches, by the index of their first item.
@@ -335,18 +337,18 @@ def check_finite(pictures: Tensor, what: str) -> None:
         raise RuntimeError(f"the {what} have values that are not finite; try float32 or bfloat16, or other weights")
 
 
-def show_rows(parts: Parts, tokens: Tensor, rows: int) -> list[Image.Image]:
+def decode_drawn_rows(parts: Parts, tokens: Tensor, rows: int) -> list[Image.Image]:
     """Decode partially drawn tokens to images. The part below the first `rows` rows is grey."""
     pictures = parts.decode_tokens(tokens)
     pictures[:, :, rows * pictures.shape[-2] // math.isqrt(tokens.shape[1]) :] = 0.5
     return to_pil(pictures)
 
 
-def show_estimate(pred_xstart: Tensor) -> list[Image.Image]:
+def estimate_to_pil(pred_xstart: Tensor) -> list[Image.Image]:
     return to_pil((pred_xstart + 1) / 2)
 
 
-def result_of(steps: Generator[Any, None, Result]) -> Result:
+def exhaust(steps: Generator[Any, None, Result]) -> Result:
     """Exhaust a generator and return its return value."""
     while True:
         try:

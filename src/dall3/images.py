@@ -57,16 +57,16 @@ def open_image(source: Source, name: str | None = None, max_pixels: int = MAX_PI
 
 def decode(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
     """Decode an open image file. Arguments and errors are those of `open_image`."""
-    with reading(name):
+    with open_checked(name):
         image = Image.open(file, formats=FORMATS)
     check_size(image, name, max_pixels)
-    with reading(name):
+    with open_checked(name):
         image.load()
     return image
 
 
 @contextmanager
-def reading(name: str) -> Iterator[None]:
+def open_checked(name: str) -> Iterator[None]:
     """Turn whatever Pillow raises for a damaged image, which is of many types, into a ValueError."""
     expected = "not a picture that can be read; expected a PNG, JPEG, WebP, GIF, BMP or TIFF"
     try:
@@ -99,12 +99,12 @@ def to_rgb(image: Image.Image, name: str = UNNAMED) -> Image.Image:
     Raises ValueError for an image that is damaged, has too many pixels, or whose values have no known range.
     """
     check_size(image, name, MAX_PIXELS)
-    with reading(name):
+    with open_checked(name):
         image.load()
     transpose = UPRIGHT.get(orientation(image))
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = scale_to_8_bits(image, name)
-    with reading(name):
+    with open_checked(name):
         if image.mode == "La":
             image = image.convert("LA")
         if image.has_transparency_data:

@@ -15,7 +15,7 @@ from dall3.models.interface import ImageTokenTransformer
 from dall3.parts import Parts
 from dall3.settings import check_defaults
 from dall3.text import TextEncoder, Tokenizer, load_tokenizer, text_encoder_of, tokenizer_json
-from dall3.weights.archive import CheckpointError, one_line
+from dall3.weights.archive import CheckpointError, file_error
 from dall3.weights.convert.clip import load_clip
 from dall3.weights.convert.guided_diffusion import load_unet
 from dall3.weights.convert.vae import load_vae
@@ -66,7 +66,7 @@ def load_defaults(folder: PathLike) -> dict[str, Any]:
     try:
         return check_defaults(read_defaults(folder))
     except ValueError as error:
-        raise error if isinstance(error, CheckpointError) else one_line(Path(folder) / DEFAULTS, error) from None
+        raise error if isinstance(error, CheckpointError) else file_error(Path(folder) / DEFAULTS, error) from None
 
 
 class LoadedParts(Parts):

@@ -65,7 +65,7 @@ def write_file(path: Path, content: File) -> None:
     elif isinstance(content, np.ndarray):
         np.save(path, content)
     else:
-        content.save(path, pnginfo=png_text(content))  # formats other than PNG ignore pnginfo
+        content.save(path, pnginfo=read_png_text(content))  # formats other than PNG ignore pnginfo
 
 
 def read_tokens(path: str | Path) -> Tensor:
@@ -84,7 +84,7 @@ def read_tokens(path: str | Path) -> Tensor:
     return torch.from_numpy(tokens.astype(np.int64)).reshape(1, -1)
 
 
-def png_text(image: Image.Image) -> PngInfo:
+def read_png_text(image: Image.Image) -> PngInfo:
     """The text chunks of an image's PNG: the prompt and the recipe."""
     text = PngInfo()
     for key, value in image.info.items():
@@ -150,7 +150,7 @@ class Preview:
 
 def png_bytes(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", pnginfo=png_text(image))
+    image.save(buffer, format="PNG", pnginfo=read_png_text(image))
     return buffer.getvalue()
 
 

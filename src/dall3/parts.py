@@ -20,7 +20,7 @@ from dall3.errors import require
 from dall3.models.clip import CLIP
 from dall3.models.discrete_vae import DiscreteVAE, OpenAIDiscreteVAE
 from dall3.models.interface import ImageTokenTransformer
-from dall3.models.layout import lay_out
+from dall3.models.layout import set_memory_layout
 from dall3.models.unet import UNet
 from dall3.models.vqgan import VQModel, check_codes
 from dall3.text import TextEncoder
@@ -49,7 +49,7 @@ class Parts:
     Raises ValueError for parts that are incompatible with each other.
     """
 
-    held_clip: CLIP | Callable[[], CLIP] | None  # the CLIP or its loader; `clip` calls the loader
+    clip_or_loader: CLIP | Callable[[], CLIP] | None  # the CLIP or its loader; `clip` calls the loader
 
     def __init__(
         self,
@@ -83,15 +83,15 @@ class Parts:
     def clip(self) -> CLIP | None:
         """CLIP for ranking and guidance. Loads it if a loader was given."""
         with LOCK, torch.inference_mode(False):  # guidance needs gradients, even if loaded in inference mode
-            if self.held_clip is not None and not isinstance(self.held_clip, nn.Module):
-                self.clip = self.held_clip()
-        return cast("CLIP | None", self.held_clip)
+            if self.clip_or_loader is not None and not isinstance(self.clip_or_loader, nn.Module):
+                self.clip = self.clip_or_loader()
+        return cast("CLIP | None", self.clip_or_loader)
 
     @clip.setter
     def clip(self, clip: CLIP | Callable[[], CLIP] | None) -> None:
         if isinstance(clip, nn.Module):
-            lay_out(clip)
-        self.held_clip = clip
+            set_memory_layout(clip)
+        self.clip_or_loader = clip
 
     def load_clip_early(self) -> None:
         """Start loading the CLIP in a background thread."""
@@ -100,7 +100,7 @@ class Parts:
             with suppress(Exception):  # raised again at first use
                 self.clip  # noqa: B018
 
-        if self.held_clip is not None and not isinstance(self.held_clip, nn.Module):
+        if self.clip_or_loader is not None and not isinstance(self.clip_or_loader, nn.Module):
             threading.Thread(target=load, daemon=True).start()
 
     @property
@@ -112,12 +112,12 @@ class Parts:
         >>> Dall3Pipeline(**pipe.components | {"upsampler": None}).transformer is pipe.transformer
         True
         """
-        return {name: self.held(name) for name in ("text_encoder", *NETWORKS)}
+        return {name: self.part_or_loader(name) for name in ("text_encoder", *NETWORKS)}
 
     @property
     def networks(self) -> dict[str, nn.Module]:
         """The loaded networks by name."""
-        held = {name: self.held(name) for name in NETWORKS}
+        held = {name: self.part_or_loader(name) for name in NETWORKS}
         return {name: part for name, part in held.items() if isinstance(part, nn.Module)}
 
     @property
@@ -134,18 +134,18 @@ class Parts:
         parameters = (parameter for part in self.networks.values() for parameter in part.parameters())
         return next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
 
-    def held(self, name: str) -> Any:
+    def part_or_loader(self, name: str) -> Any:
         """A part without moving or loading it: the part, its loader, or None."""
-        return self.held_clip if name == "clip" else getattr(self, name)
+        return self.clip_or_loader if name == "clip" else getattr(self, name)
 
     def require(self, name: str, purpose: str) -> Any:
         """A part without moving or loading it: the part or its loader. Raises ValueError if it is None."""
-        held = self.held(name)
+        held = self.part_or_loader(name)
         require(held is not None, f"this pipeline has no {name}, which {purpose} needs; give one when making it")
         return held
 
     @contextmanager
-    def using(self, purpose: str, *names: str) -> Iterator[list[Any]]:
+    def on_device(self, purpose: str, *names: str) -> Iterator[list[Any]]:
         """Context manager that yields parts, loaded and on the pipeline's device.
 
         With offloading, the first concurrent user moves a part to the device, and the last one moves it back to the
@@ -186,11 +186,11 @@ class Parts:
         for part in self.networks.values():
             part.to(device, dtype)
             if isinstance(part, UNet | CLIP):
-                lay_out(part)
+                set_memory_layout(part)
             else:
                 part.to(memory_format=layout)  # type: ignore[call-overload]
-        if self.held_clip is not None and not isinstance(self.held_clip, nn.Module):
-            self.held_clip = partial(load_and_move, self.held_clip, device, dtype)
+        if self.clip_or_loader is not None and not isinstance(self.clip_or_loader, nn.Module):
+            self.clip_or_loader = partial(load_and_move, self.clip_or_loader, device, dtype)
         return self
 
     def enable_model_offload(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Self:
@@ -244,7 +244,7 @@ class Parts:
         >>> Dall3Pipeline.from_pretrained().encode(torch.zeros(1, 3, 128, 128)).shape
         torch.Size([1, 256])
         """
-        with self.using("encoding pictures", "vqgan") as [vqgan]:
+        with self.on_device("encoding pictures", "vqgan") as [vqgan]:
             tokens: Tensor = vqgan.encode(pictures.to(self.device, next(vqgan.parameters()).dtype))
         return tokens
 
@@ -268,7 +268,7 @@ class Parts:
         margin = side // 4 if seamless else 0
         places = torch.arange(-margin, side + margin, device=tokens.device) % side
         wider = tokens.view(-1, side, side)[:, places][:, :, places].flatten(1)
-        with self.using("making pictures of tokens", "vqgan") as [vqgan]:
+        with self.on_device("making pictures of tokens", "vqgan") as [vqgan]:
             pictures = torch.cat([vqgan.decode(batch).float() for batch in wider.split(batch_size)])
         edge = margin * pictures.shape[-1] // len(places)
         return pictures[..., edge : pictures.shape[-2] - edge, edge : pictures.shape[-1] - edge]

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from dall3.diffusion.denoising import Denoising
 from dall3.errors import require
-from dall3.generate import Record, draw, refine, result_of, run
+from dall3.generate import Record, draw, exhaust, refine, run
 from dall3.images import center_crop, to_tensor
 from dall3.loading import LoadedParts
 from dall3.models.transformer import DalleTransformer
@@ -21,9 +21,9 @@ from dall3.output import Dall3Output, Preview
 from dall3.request import (
     StopGeneration,
     check_prompt,
-    make_refining,
     make_request,
     make_token_request,
+    make_upsample_request,
     parse_prompts,
     request_of_recipe,
 )
@@ -33,9 +33,9 @@ from dall3.settings import (
     SamplingSettings,
     Weighted,
     WeightedPictures,
-    named,
-    plain,
-    take,
+    as_number,
+    check_arguments,
+    pop_fields,
     with_defaults,
 )
 from dall3.tokens.decoding import draw_text_tokens
@@ -132,7 +132,7 @@ class Dall3Pipeline(LoadedParts):
         finite.
         """
         if isinstance(prompt, str):
-            return result_of(run(self, make_request(self, prompt, num_images, num_candidates, **settings)))
+            return exhaust(run(self, make_request(self, prompt, num_images, num_candidates, **settings)))
         if not isinstance(prompt, list | tuple):
             check_prompt(prompt)  # type: ignore[arg-type]
         require(len(prompt) > 0, "an empty list of prompts")
@@ -144,7 +144,7 @@ class Dall3Pipeline(LoadedParts):
             each = [{**settings, "generator": generators[i * num_images :][:num_images]} for i in range(len(prompt))]
         pairs = zip(prompt, each, strict=True)
         requests = [make_request(self, text, num_images, num_candidates, **how) for text, how in pairs]
-        return [result_of(run(self, request)) for request in requests]
+        return [exhaust(run(self, request)) for request in requests]
 
     def variations(
         self,
@@ -169,7 +169,7 @@ class Dall3Pipeline(LoadedParts):
         Raises the same errors as the call.
         """
         how: dict[str, Any] = dict(settings) | {"init_image": image, "change": change}
-        return result_of(run(self, make_request(self, prompt, num_images, call="variations()", **how)))
+        return exhaust(run(self, make_request(self, prompt, num_images, call="variations()", **how)))
 
     def stream(
         self, prompt: str, num_images: int = 1, *, every: int = 5, **settings: Unpack[CallSettings]
@@ -230,7 +230,7 @@ class Dall3Pipeline(LoadedParts):
                 warnings.warn(f"the {part} is another: {held!r} here, {was!r} made the picture", stacklevel=2)
         if did := recipe["settings"].get("callback"):
             warnings.warn(f"a callback {' and '.join(did)} the call that made the picture", stacklevel=2)
-        again = result_of(run(self, request))
+        again = exhaust(run(self, request))
         if again.recipe(0)["tokens"] != recipe["tokens"]:
             warnings.warn("other tokens were drawn than those of the picture", stacklevel=2)
         return again
@@ -266,7 +266,7 @@ class Dall3Pipeline(LoadedParts):
         >>> torch.equal(other[0, :128], tokens[0, :128])
         True
         """
-        return result_of(draw(self, make_token_request(self, prompt, num_candidates, **settings), Record()))
+        return exhaust(draw(self, make_token_request(self, prompt, num_candidates, **settings), Record()))
 
     @torch.no_grad()
     def rank(self, images: Picture, prompt: str, *, batch_size: int = 32, progress: bool = True) -> Ranking:
@@ -284,7 +284,7 @@ class Dall3Pipeline(LoadedParts):
         check_prompt(prompt)
         self.require("clip", "ranking")
         pictures = center_crop(to_tensor(images)).split(batch_size)
-        with self.using("ranking", "clip") as [clip]:
+        with self.on_device("ranking", "clip") as [clip]:
             text, bar = clip.embed_text([prompt]), tqdm(pictures, desc="ranking", disable=not progress)
             scores = torch.cat([clip.score(batch.to(self.device), text) for batch in bar])
         # A stable sort keeps equal images in the order in which they were drawn.
@@ -338,7 +338,7 @@ class Dall3Pipeline(LoadedParts):
         >>> pipe.upsample(image=blue, output_size=512, num_inference_steps=5, seed=0, progress=False).shape
         torch.Size([1, 3, 512, 512])
         """
-        request = make_refining(
+        request = make_upsample_request(
             self,
             prompt,
             image_prompts,
@@ -351,7 +351,7 @@ class Dall3Pipeline(LoadedParts):
             callback=callback_on_step_end,
             **settings,
         )
-        return result_of(refine(self, request, Record(), stage, tokens, image))
+        return exhaust(refine(self, request, Record(), stage, tokens, image))
 
     @torch.no_grad()
     def complete_text(
@@ -367,9 +367,9 @@ class Dall3Pipeline(LoadedParts):
         True
         """
         check_prompt(prompt)
-        given = named("complete_text()", settings, SamplingSettings)
+        given = check_arguments("complete_text()", settings, SamplingSettings)
         own = {name: self.defaults[name] for name in ("temperature", "top_k", "top_p") if name in self.defaults}
-        sampling = Sampling(**take(given, Sampling, given.pop("sampling", None), own))
+        sampling = Sampling(**pop_fields(given, Sampling, given.pop("sampling", None), own))
         require(sampling.cond_scale == 1, "cond_scale guides pictures by a text; there is none to guide a text by")
         for name in ("quantize", "jacobi_window"):
             value = getattr(sampling, name)
@@ -379,10 +379,10 @@ class Dall3Pipeline(LoadedParts):
         family = type(self.transformer).__name__
         writes = isinstance(self.transformer, DalleTransformer)
         require(writes, f"a {family} draws pictures only; writing text needs a transformer of DALLE-pytorch's")
-        with self.using("writing text", "transformer", "text_encoder") as [transformer, encode]:
+        with self.on_device("writing text", "transformer", "text_encoder") as [transformer, encode]:
             length = transformer.config.text_seq_len
             given_ids = encode(prompt, truncate) if prompt.strip() else torch.zeros(length, dtype=torch.int64)
-            uniforms = candidate_uniforms(choose_seed(plain(seed)), range(1), length).to(self.device)
+            uniforms = candidate_uniforms(choose_seed(as_number(seed)), range(1), length).to(self.device)
             ids = draw_text_tokens(transformer, given_ids.to(self.device), uniforms, sampling)
         # Return the prompt as given: decoding its tokens would lose characters that the tokenizer lacks.
         return prompt + encode.decode(ids)[len(encode.decode(given_ids)) :]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dall3.diffusion.denoising import Denoising, refined_at_once
+from dall3.diffusion.denoising import Denoising, default_refine_batch_size
 from dall3.diffusion.schedule import space_timesteps
 from dall3.errors import require
 from dall3.models.unet import UNet
@@ -22,13 +22,13 @@ from dall3.settings import (
     TokenSettings,
     Weighted,
     WeightedPictures,
+    as_number,
+    check_arguments,
     check_defaults,
     find_scheduler,
-    named,
-    plain,
-    take,
+    pop_fields,
 )
-from dall3.start import kept_tokens
+from dall3.start import tokens_to_keep
 from dall3.tokens.batching import fitting_batch_size
 from dall3.tokens.sampling import Sampling, check_counts
 from dall3.tokens.seeds import choose_seed
@@ -64,7 +64,7 @@ class Request:
     num_images: int = 1
     num_candidates: int = 1
     sampling: Sampling = field(default_factory=Sampling)
-    refinement: Denoising = field(default_factory=Denoising)
+    denoising: Denoising = field(default_factory=Denoising)
     scheduler: str = "ddim"  # its name, or the class name of a scheduler object
     negative_prompt: str | None = None
     guidance_prompt: str | None = None
@@ -111,7 +111,7 @@ class Request:
         how["kept"] = None if self.kept is None else self.kept.tolist()
         how |= {} if self.negative_prompt is None else {"negative_prompt": self.negative_prompt}
         how |= {} if self.seeds is None else {"seeds": list(self.seeds)}
-        return how | asdict(self.sampling) | vars(self.refinement) | {"scheduler": self.scheduler}
+        return how | asdict(self.sampling) | vars(self.denoising) | {"scheduler": self.scheduler}
 
 
 def batch_of(number: int, size: int, count: int) -> range:
@@ -178,17 +178,17 @@ def make_request(
     call: name of the call in error messages. Raises ValueError for a setting out of range or one that needs a missing
     part, and TypeError for an unknown setting or a prompt that is not a string.
     """
-    given = named(call, settings, CallSettings)
+    given = check_arguments(call, settings, CallSettings)
     check_prompt(prompt)
-    num_images = plain(num_images)
-    num_candidates = num_images if num_candidates is None else plain(num_candidates)
-    refine_batch_size = refined_at_once(given.pop("refine_batch_size", None), parts.device)
+    num_images = as_number(num_images)
+    num_candidates = num_images if num_candidates is None else as_number(num_candidates)
+    refine_batch_size = default_refine_batch_size(given.pop("refine_batch_size", None), parts.device)
     check_counts(num_images=num_images, num_candidates=num_candidates, refine_batch_size=refine_batch_size)
     require(num_candidates >= num_images, f"num_candidates={num_candidates} is less than num_images={num_images}")
-    sampling = take_sampling(parts, given)
-    guide = parts.held_clip is not None and parts.upsampler is not None
+    sampling = pop_sampling(parts, given)
+    guide = parts.clip_or_loader is not None and parts.upsampler is not None
     scale = parts.defaults.get("clip_guidance_scale", 1000.0) if guide else 0.0
-    refinement, scheduler = take_refinement(parts, given, scale)
+    denoising, scheduler = pop_denoising(parts, given, scale)
     check_text(parts, prompt, given.get("truncate", False))
     parts.require("vqgan", "making pictures of tokens")
     if num_candidates > num_images:
@@ -196,22 +196,22 @@ def make_request(
     guidance_prompt, negative = given.pop("guidance_prompt", None), given.get("negative_prompt") or None
     texts = parse_prompts(guidance_prompt) if guidance_prompt else [(prompt, 1.0)]
     if negative is not None:
-        seen = sampling.cond_scale != 1 or refinement.clip_guidance_scale > 0
+        seen = sampling.cond_scale != 1 or denoising.clip_guidance_scale > 0
         require(
             seen, "negative_prompt changes nothing here; set guidance_scale above 1, or clip_guidance_scale above 0"
         )
         texts = [*texts, (negative, NEGATIVE_WEIGHT)]
     output_size = given.pop("output_size", None)
-    if parts.upsampler is not None or (refinement.clip_guidance_scale and output_size is None):
-        check_stage(parts, "upsampler", refinement, texts)
+    if parts.upsampler is not None or (denoising.clip_guidance_scale and output_size is None):
+        check_stage(parts, "upsampler", denoising, texts)
     if output_size is not None:
-        check_stage(parts, "super_resolution", refinement, texts, output_size=output_size)
-    drawing = take_drawing(parts, given, sampling, num_images, num_candidates)
+        check_stage(parts, "super_resolution", denoising, texts, output_size=output_size)
+    drawing = pop_drawing(parts, given, sampling, num_images, num_candidates)
     return Request(
         prompt=prompt,
         num_images=num_images,
         num_candidates=num_candidates,
-        refinement=refinement,
+        denoising=denoising,
         scheduler=scheduler,
         guidance_prompt=guidance_prompt,
         texts=texts,
@@ -227,20 +227,20 @@ def make_token_request(
     parts: Parts, prompt: str, num_candidates: int = 1, *, call: str = "generate_tokens()", **settings: Any
 ) -> Request:
     """Validate the arguments of `Dall3Pipeline.generate_tokens` (`TokenSettings`). Raises as `make_request`."""
-    given = named(call, settings, TokenSettings)
+    given = check_arguments(call, settings, TokenSettings)
     check_prompt(prompt)
-    num_candidates = plain(num_candidates)
+    num_candidates = as_number(num_candidates)
     check_counts(num_candidates=num_candidates)
-    sampling = take_sampling(parts, given)
+    sampling = pop_sampling(parts, given)
     parts.require("transformer", "drawing tokens")
     check_text(parts, prompt, given.get("truncate", False))
     if given.get("negative_prompt"):
         require(sampling.cond_scale != 1, "negative_prompt changes nothing here; set guidance_scale above 1")
-    drawing = take_drawing(parts, given, sampling, num_candidates, num_candidates)
+    drawing = pop_drawing(parts, given, sampling, num_candidates, num_candidates)
     return Request(prompt=prompt, num_images=num_candidates, num_candidates=num_candidates, **drawing)
 
 
-def make_refining(
+def make_upsample_request(
     parts: Parts,
     prompt: str | Weighted | None,
     image_prompts: WeightedPictures,
@@ -255,21 +255,23 @@ def make_refining(
     **settings: Any,
 ) -> Request:
     """Validate the arguments of `Dall3Pipeline.upsample`. Raises as `make_request`."""
-    refinement, scheduler = take_refinement(parts, named("upsample()", settings, DenoisingSettings), 0.0)
+    denoising, scheduler = pop_denoising(parts, check_arguments("upsample()", settings, DenoisingSettings), 0.0)
     texts = (
-        parse_prompts(prompt) if isinstance(prompt, str) else [(text, plain(weight)) for text, weight in prompt or ()]
+        parse_prompts(prompt)
+        if isinstance(prompt, str)
+        else [(text, as_number(weight)) for text, weight in prompt or ()]
     )
-    image_prompts = [(picture, plain(weight)) for picture, weight in image_prompts]
-    output_size, batch_size = plain(output_size), refined_at_once(plain(batch_size), parts.device)
-    check_stage(parts, stage, refinement, texts, image_prompts, output_size)
+    image_prompts = [(picture, as_number(weight)) for picture, weight in image_prompts]
+    output_size, batch_size = as_number(output_size), default_refine_batch_size(as_number(batch_size), parts.device)
+    check_stage(parts, stage, denoising, texts, image_prompts, output_size)
     check_counts(batch_size=batch_size)
     return Request(
-        refinement=refinement,
+        denoising=denoising,
         scheduler=scheduler,
         texts=texts,
         image_prompts=image_prompts,
         output_size=output_size,
-        seed=choose_seed(plain(seed), generator),
+        seed=choose_seed(as_number(seed), generator),
         refine_batch_size=batch_size,
         progress=progress,
         callback=callback,
@@ -288,15 +290,15 @@ def check_text(parts: Parts, prompt: str, truncate: bool) -> None:
     encode(prompt, truncate)
 
 
-def take_sampling(parts: Parts, given: dict[str, Any]) -> Sampling:
+def pop_sampling(parts: Parts, given: dict[str, Any]) -> Sampling:
     """Remove the fields of `Sampling` from `given` and return them validated."""
-    sampling = Sampling(**take(given, Sampling, given.pop("sampling", None), parts.defaults))
+    sampling = Sampling(**pop_fields(given, Sampling, given.pop("sampling", None), parts.defaults))
     on_cpu = sampling.quantize is None or parts.device.type == "cpu"
     require(on_cpu, f"quantize='{sampling.quantize}' is for a CPU, and this pipeline is on {parts.device}")
     return sampling
 
 
-def take_refinement(parts: Parts, given: dict[str, Any], guidance: float) -> tuple[Denoising, str]:
+def pop_denoising(parts: Parts, given: dict[str, Any], guidance: float) -> tuple[Denoising, str]:
     """Remove the fields of `Denoising` from `given` and return them validated, with the scheduler's name.
 
     guidance: default of clip_guidance_scale.
@@ -304,13 +306,13 @@ def take_refinement(parts: Parts, given: dict[str, Any], guidance: float) -> tup
     whole = given.pop("denoising", None)
     if whole is None:
         given = given if "clip_guidance_scale" in given else given | {"clip_guidance_scale": guidance}
-    settings = take(given, Denoising, whole, parts.defaults)
+    settings = pop_fields(given, Denoising, whole, parts.defaults)
     scheduler = settings.get("scheduler", "ddim")
     name = scheduler if isinstance(scheduler, str) else type(scheduler).__name__
     return Denoising(**settings | {"scheduler": find_scheduler(scheduler)}), name
 
 
-def take_drawing(
+def pop_drawing(
     parts: Parts, given: dict[str, Any], sampling: Sampling, num_images: int, num_candidates: int
 ) -> dict[str, Any]:
     """The fields of a `Request` that control the drawing of tokens, removed from `given`."""
@@ -330,27 +332,27 @@ def take_drawing(
         parts.require("text_encoder", "reading text")(negative, truncate)
     how = dict(sampling=sampling, seed=seed, seeds=seeds, batch_size=batch_size, truncate=truncate)
     how |= dict(negative_prompt=negative, progress=given.pop("progress", True))
-    return how | {"kept": kept_tokens(parts, given, seed)}
+    return how | {"kept": tokens_to_keep(parts, given, seed)}
 
 
 def check_stage(
     parts: Parts,
     stage: str,
-    refinement: Denoising,
+    denoising: Denoising,
     texts: Weighted,
     image_prompts: WeightedPictures = (),
     output_size: int | None = None,
 ) -> None:
-    """Raise ValueError if the UNet of a stage ("upsampler" or "super_resolution") cannot do the refinement."""
+    """Raise ValueError if the UNet of a stage ("upsampler" or "super_resolution") cannot do the denoising."""
     require(stage in ("upsampler", "super_resolution"), f"stage '{stage}'; expected upsampler or super_resolution")
     unet: UNet = parts.require(stage, "refining")
-    space_timesteps(unet.config.diffusion.diffusion_steps, refinement.num_inference_steps)
+    space_timesteps(unet.config.diffusion.diffusion_steps, denoising.num_inference_steps)
     require(not unet.config.num_classes, "the UNet is conditioned on class labels, which a pipeline does not give")
     side, step = unet.config.image_size if output_size is None else output_size, unet.config.downsampling
     check_counts(output_size=side)
     require(side % step == 0, f"output_size={side}; expected a multiple of {step}")
-    if refinement.clip_guidance_scale:
-        parts.require("clip", f"clip_guidance_scale={refinement.clip_guidance_scale}")
+    if denoising.clip_guidance_scale:
+        parts.require("clip", f"clip_guidance_scale={denoising.clip_guidance_scale}")
         require(bool(texts or image_prompts), "clip_guidance_scale needs a prompt or image_prompts to look for")
         total = sum(weight for _, weight in (*texts, *image_prompts))
         fits = 1e-3 < abs(total) < math.inf

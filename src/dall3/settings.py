@@ -111,7 +111,7 @@ class CallSettings(VariationSettings, StartSettings, total=False):
     """Keyword arguments of the pipeline's call and of `stream`."""
 
 
-def named(call: str, settings: Mapping[str, Any], known: Any) -> dict[str, Any]:
+def check_arguments(call: str, settings: Mapping[str, Any], known: Any) -> dict[str, Any]:
     """Check the names of keyword arguments against a TypedDict, resolve aliases and convert numpy values.
 
     call: name of the call in error messages. Raises TypeError for an unknown name, with the closest known one, and
@@ -122,7 +122,7 @@ def named(call: str, settings: Mapping[str, Any], known: Any) -> dict[str, Any]:
             near = get_close_matches(name, known.__annotations__, 1)
             hint = f". Did you mean '{near[0]}'?" if near else ""
             raise TypeError(f"{call} got an unexpected keyword argument '{name}'{hint}")
-    given = {name: plain(value) for name, value in settings.items()}
+    given = {name: as_number(value) for name, value in settings.items()}
     for name, other in (("cond_scale", "guidance_scale"), ("init_image", "image")):
         if given.get(other) is not None:
             require(given.get(name) is None, f"{name} and {other} are the same; give one of them")
@@ -131,7 +131,7 @@ def named(call: str, settings: Mapping[str, Any], known: Any) -> dict[str, Any]:
     return given
 
 
-def plain(value: Any) -> Any:
+def as_number(value: Any) -> Any:
     """Convert a numpy scalar or a zero-dimensional array or tensor to a Python number; keep other values."""
     single = isinstance(value, np.generic) or (isinstance(value, np.ndarray | Tensor) and value.ndim == 0)
     return value.item() if single else value
@@ -148,7 +148,7 @@ def with_defaults(defaults: Mapping[str, Any], kind: Any, given: Mapping[str, An
     return own | dict(given)
 
 
-def take(given: dict[str, Any], kind: Any, whole: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
+def pop_fields(given: dict[str, Any], kind: Any, whole: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Remove the fields of `kind` from `given` and return them, completed from `whole`, or from `defaults` if it is
     None.
 
@@ -159,7 +159,7 @@ def take(given: dict[str, Any], kind: Any, whole: Any, defaults: Mapping[str, An
         return with_defaults(defaults, kind, one_by_one)
     if not isinstance(whole, kind):
         raise TypeError(f"expected settings of type {kind.__name__}, not {type(whole).__name__}")
-    return {name: plain(value) for name, value in vars(whole).items()} | one_by_one
+    return {name: as_number(value) for name, value in vars(whole).items()} | one_by_one
 
 
 def find_scheduler(scheduler: str | SchedulerMixin) -> str | SchedulerMixin:

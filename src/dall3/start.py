@@ -14,11 +14,11 @@ from torch import Tensor
 from dall3.errors import require
 from dall3.images import center_crop, enlarge, to_tensor
 from dall3.parts import Parts
-from dall3.settings import plain
+from dall3.settings import as_number
 from dall3.tokens.seeds import make_generator
 
 
-def kept_tokens(parts: Parts, given: Mapping[str, Any], seed: int) -> Tensor | None:
+def tokens_to_keep(parts: Parts, given: Mapping[str, Any], seed: int) -> Tensor | None:
     """The tokens to keep: int64 (image tokens,), -1 for tokens to draw; None without an initial image.
 
     given: arguments of the call, including those of `StartSettings`. Raises ValueError for invalid ones.
@@ -33,7 +33,7 @@ def kept_tokens(parts: Parts, given: Mapping[str, Any], seed: int) -> Tensor | N
     picture = None
     if not (isinstance(image, np.ndarray | Tensor) and image.ndim < 3):
         picture = to_tensor(image[None] if isinstance(image, Tensor) and image.ndim == 3 else image)
-    drawn = drawn_tokens(given, ways[0] if ways else "keep_rows", side, picture, seed)
+    drawn = tokens_to_draw(given, ways[0] if ways else "keep_rows", side, picture, seed)
     if picture is None:
         tokens = parts.check_tokens(image)
     else:
@@ -42,12 +42,12 @@ def kept_tokens(parts: Parts, given: Mapping[str, Any], seed: int) -> Tensor | N
     return torch.where(drawn.flatten().to(parts.device), -1, tokens[0])
 
 
-def drawn_tokens(given: Mapping[str, Any], way: str, side: int, picture: Tensor | None, seed: int) -> Tensor:
+def tokens_to_draw(given: Mapping[str, Any], way: str, side: int, picture: Tensor | None, seed: int) -> Tensor:
     """The tokens to draw: bool (side, side). way: name of the argument that selects them."""
     drawn = torch.zeros(side, side, dtype=torch.bool)
     value: Any = given.get(way)
     if way == "redraw":
-        box = [plain(number) for number in value]
+        box = [as_number(number) for number in value]
         fits = len(box) == 4 and all(type(number) is int and number >= 0 for number in box)
         require(fits, f"redraw={value}; expected (top, left, height, width) in tokens")
         top, left, height, width = box
@@ -78,7 +78,7 @@ def masked_tokens(mask: Any, side: int, picture: Tensor | None) -> Tensor:
     if isinstance(mask, list | tuple):
         require(picture is not None, "a box as mask_image is in pixels; give a picture as image, not tokens")
         height, width = picture.shape[-2:]  # type: ignore[union-attr]
-        box = [plain(number) for number in mask]
+        box = [as_number(number) for number in mask]
         fits = len(box) == 4 and all(type(number) is int for number in box)
         fits = fits and 0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height
         words = f"mask_image={mask}; expected (left, top, right, bottom) inside of the {width}×{height} pixels"

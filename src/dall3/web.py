@@ -99,7 +99,7 @@ def refusal(error: object, title: str) -> gr.Error:
     return gr.Error(html.escape(str(error), quote=False), title=title, print_exception=False)
 
 
-def number_in(recipe: dict[str, Any], name: str, low: int, high: float, kind: type = int) -> int | float | None:
+def checked_number(recipe: dict[str, Any], name: str, low: int, high: float, kind: type = int) -> int | float | None:
     """A number from a recipe, or None if it has none. Raises ValueError for another type or a value out of range."""
     value = recipe.get(name)
     if value is None:
@@ -114,7 +114,7 @@ def limited(value: int | float | None, most: int) -> int | float | None:
     return None if value is None else min(value, most)
 
 
-def status_of(preview: Preview) -> str:
+def status_text(preview: Preview) -> str:
     doing = {"drawing": "drawing tokens", "ranking": "ranking the candidates", "refining": "refining", "done": "done"}
     return f"{doing[preview.stage]}: {preview.step} of {preview.total}" if preview.total > 1 else doing[preview.stage]
 
@@ -179,9 +179,9 @@ def make_page(pipe: Dall3Pipeline, limits: Limits = Limits()) -> gr.Blocks:
                 for preview in previews:
                     if preview.output is not None:
                         gallery, files = show_output(preview.output, folder)
-                        yield gone, status_of(preview), shown(gallery), shown(files)
+                        yield gone, status_text(preview), shown(gallery), shown(files)
                     else:
-                        yield shown(make_grid([preview.images], 256)), status_of(preview), gone, gone
+                        yield shown(make_grid([preview.images], 256)), status_text(preview), gone, gone
         except (ValueError, TypeError, OverflowError) as error:
             raise refusal(error, "That cannot be drawn") from None
 
@@ -199,23 +199,23 @@ def make_page(pipe: Dall3Pipeline, limits: Limits = Limits()) -> gr.Blocks:
                         space_timesteps(pipe.upsampler.config.diffusion.diffusion_steps, how["num_inference_steps"])
                     gr.Warning("The recipe spaces its denoising steps unevenly, which this page cannot. They stay.")
                     del how["num_inference_steps"]
-            seed = number_in(how, "seed", 0, LARGEST_SEED)
+            seed = checked_number(how, "seed", 0, LARGEST_SEED)
             require(seed is not None, "the recipe has no seed")
             counts = [
-                limited(number_in(how, name, 1, 2**20), most)
+                limited(checked_number(how, name, 1, 2**20), most)
                 for name, most in (
                     ("num_images", limits.images),
                     ("num_candidates", limits.candidates),
                     ("num_inference_steps", limits.steps),
                 )
             ]
-            scale = number_in(how, "clip_guidance_scale", 0, most_guidance, float)
+            scale = checked_number(how, "clip_guidance_scale", 0, most_guidance, float)
         except (ValueError, OSError) as error:
             raise refusal(str(error).replace(str(path), Path(path).name), "No recipe") from None
         return [out.prompt, *(gr.update() if value is None else value for value in (seed, *counts, scale))]
 
     own, refines = dict(pipe.defaults), pipe.upsampler is not None
-    guides = refines and pipe.held_clip is not None
+    guides = refines and pipe.clip_or_loader is not None
     own_steps = own.get("num_inference_steps", 25)
     own_count = 25
     if pipe.upsampler is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dall3.diffusion.denoising import Denoising, refined_at_once
+from dall3.diffusion.denoising import Denoising, default_refine_batch_size
 from dall3.errors import require
 from dall3.pipeline import Dall3Pipeline
 from dall3.request import make_request
@@ -30,12 +30,12 @@ class Job:
     tokens: int  # per image
     token_type: str  # dtype of tokens between stages
     sampling: dict[str, Any]
-    refinement: dict[str, Any]
+    denoising: dict[str, Any]
     recipe: dict[str, Any]  # the recipe of an image, without the prompt's seed
 
     def settings(self) -> dict[str, Any]:
         """The settings that determine the images. They include the content of the weights, but not their location."""
-        repeated = ("weights", "sampling", "refinement")
+        repeated = ("weights", "sampling", "denoising")
         return {name: value for name, value in asdict(self).items() if name not in repeated}
 
 
@@ -74,13 +74,13 @@ def make_job(
     scheduler = settings.get("scheduler", "")
     require(isinstance(scheduler, str), "a scheduler of diffusers cannot be written down; name one of dall3's")
     how: dict[str, Any] = dict(num_images=num_images, num_candidates=num_candidates, batch_size=batch_size)
-    how |= dict(refine_batch_size=refined_at_once(refine_batch_size, devices["refine"]))
+    how |= dict(refine_batch_size=default_refine_batch_size(refine_batch_size, devices["refine"]))
     how |= dict(truncate=truncate, progress=False)
     request = make_request(pipe, "a picture", seed=0, **(how | {"truncate": True}), **settings)
     pipe.clip  # noqa: B018  loaded, to be among the hashes of the weights
     assert pipe.transformer is not None
     config = pipe.transformer.config
-    sampling, refinement = asdict(request.sampling), vars(request.refinement) | {"scheduler": request.scheduler}
+    sampling, denoising = asdict(request.sampling), vars(request.denoising) | {"scheduler": request.scheduler}
     on_cpu = sampling["quantize"] is None or devices["draw"] == "cpu"
     require(on_cpu, f"quantize='{sampling['quantize']}' is for a CPU, and drawing is on {devices['draw']}")
     recipe = request.recipe() | {"truncate": truncate, "weights": pipe.fingerprints()}
@@ -95,6 +95,6 @@ def make_job(
         tokens=config.image_seq_len,
         token_type="int16" if config.num_image_tokens <= 2**15 else "int32",
         sampling=sampling,
-        refinement=refinement,
+        denoising=denoising,
         recipe=recipe,
     )

@@ -83,7 +83,7 @@ class Stage(ABC):
         return np.frombuffer(row["tokens"], self.job.token_type).reshape(-1, self.job.tokens)
 
     def decode(self, tokens: Tensor) -> Tensor:
-        return self.pipe.decode_tokens(tokens, self.job.rank_batch_size, self.job.refinement["seamless"])
+        return self.pipe.decode_tokens(tokens, self.job.rank_batch_size, self.job.denoising["seamless"])
 
 
 class Draw(Stage):
@@ -113,7 +113,7 @@ class Rank(Stage):
 
     def work(self, row: Row) -> Row:
         given = torch.from_numpy(self.tokens(row).astype(np.int64)).to(self.pipe.device)
-        how: dict[str, Any] = dict(batch_size=self.job.rank_batch_size, seamless=self.job.refinement["seamless"])
+        how: dict[str, Any] = dict(batch_size=self.job.rank_batch_size, seamless=self.job.denoising["seamless"])
         best = choose_best(self.pipe, given, row["prompt"], self.job.recipe["num_images"], progress=False, **how)
         return {
             "tokens": best.tokens.cpu().numpy().astype(self.job.token_type).tobytes(),
@@ -132,7 +132,7 @@ class Refine(Stage):
         tokens = torch.from_numpy(self.tokens(row).astype(np.int64))
         fine = coarse = self.decode(tokens)
         if self.job.refine:
-            how = dict(seed=seed, batch_size=recipe["refine_batch_size"], progress=False) | self.job.refinement
+            how = dict(seed=seed, batch_size=recipe["refine_batch_size"], progress=False) | self.job.denoising
             fine = self.pipe.upsample(tokens, coarse, [(prompt, 1.0)], **how)
         coarse_images = to_pil(coarse)
         scores = torch.from_numpy(np.frombuffer(row["scores"], np.float32).copy()) if row["scores"] else None

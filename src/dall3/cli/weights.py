@@ -17,7 +17,7 @@ def run(args: argparse.Namespace) -> None:
     from dall3.weights.cache import files_of
     from dall3.weights.find import fetch_set, remove_set
     from dall3.weights.registry import find_set, read_registry
-    from dall3.weights.verify import check_here
+    from dall3.weights.verify import verify_file
 
     known = read_registry(args.registry)
     chosen = list(known.values()) if args.name is None else [find_set(args.name, args.registry)]
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"nothing of {args.name} is here; run `dall3 weights fetch {args.name}`")
         wrong: dict[str, str] = {}
         for one, path in found:
-            problem = check_here(one, path, thorough=True) if args.action == "verify" else None
+            problem = verify_file(one, path, thorough=True) if args.action == "verify" else None
             wrong |= {one.name: problem} if problem else {}
             print(f"{one.name}: {path}" if args.action == "where" else f"{one.name}: {problem or 'good'}")
         if wrong:
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
 
 def weights_table(sets: list[Any]) -> str:
     """A line a part: set, part, size, licence, source, and whether it is here; then what each set is, and needs."""
-    from dall3.weights.cache import files_of, home
+    from dall3.weights.cache import cache_dir, files_of
 
     rows = [("set", "part", "size", "licence", "here", "source")]
     for one in sets:
@@ -63,7 +63,7 @@ def weights_table(sets: list[Any]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     abouts = [f"{one.name}: {'. '.join(filter(None, (one.about, one.needs)))}" for one in sets if one.about]
-    return "\n".join([*lines, "", *abouts, "", f"cache (DALL3_HOME): {home()}"])
+    return "\n".join([*lines, "", *abouts, "", f"cache (DALL3_HOME): {cache_dir()}"])
 
 
 def size_text(size: float) -> str:

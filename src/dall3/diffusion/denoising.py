@@ -22,7 +22,7 @@ from dall3.diffusion.samplers import (
 )
 from dall3.diffusion.schedule import GaussianDiffusion, Prediction
 from dall3.errors import require
-from dall3.models.layout import lay_out
+from dall3.models.layout import set_memory_layout
 from dall3.models.unet import UNet
 from dall3.tokens.sampling import check_counts
 
@@ -64,7 +64,7 @@ def unet_predict(
 REFINED_AT_ONCE = {"cpu": 1}
 
 
-def refined_at_once(given: int | None, device: torch.device | str) -> int:
+def default_refine_batch_size(given: int | None, device: torch.device | str) -> int:
     """Pictures per denoising batch: `given`, or by default 1 on a CPU and 4 on other devices."""
     return REFINED_AT_ONCE.get(torch.device(device).type, 4) if given is None else given
 
@@ -176,7 +176,7 @@ def denoising_steps(
 
     predict = unet_predict(unet, diffusion, conditioning, settings.seamless)
     guided_steps = round(len(steps) * settings.guidance_share) if guide is not None else 0
-    lay_out(unet)
+    set_memory_layout(unet)
     if guide is not None and guided_steps:
         predict = guide(predict, diffusion, steps[guided_steps - 1])
     if by_name:

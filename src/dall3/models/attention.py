@@ -109,7 +109,7 @@ class LayerCache:
                 image.zero_()
 
 
-def remember(cache: LayerCache | None, name: str, rows: Tensor, at: Positions) -> Tensor:
+def update_cache(cache: LayerCache | None, name: str, rows: Tensor, at: Positions) -> Tensor:
     """The rows of every visible position: from the cache after adding these, or just these without a cache."""
     return rows if cache is None else cache.update(name, rows, at.index)[..., : at.visible, :]
 
@@ -122,7 +122,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) * sin
 
 
-def by_products(x: Tensor) -> bool:
+def prefers_matmul(x: Tensor) -> bool:
     """Whether `attend_to_cache` is the faster attention for a step: in float32 on a CPU."""
     return x.device.type == "cpu" and x.dtype == torch.float32
 
@@ -171,10 +171,10 @@ class Attention(nn.Module):
         if at.cos is not None and at.sin is not None:
             qkv = rotate(qkv, at.cos, at.sin)
         q, k, v = qkv.unbind(1)
-        k, v = remember(cache, "k", k, at), remember(cache, "v", v, at)
+        k, v = update_cache(cache, "k", k, at), update_cache(cache, "v", v, at)
         if self.kind == "full" and cache is None:  # the same, and half the work
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        elif cache is not None and (cache.text or (x.shape[1] == 1 and by_products(x))):
+        elif cache is not None and (cache.text or (x.shape[1] == 1 and prefers_matmul(x))):
             out = attend_to_cache(q, k, v, at.masks[self.kind], cache.text)
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=at.masks[self.kind])

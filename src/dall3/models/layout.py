@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 
-def lay_out(model: nn.Module) -> None:
+def set_memory_layout(model: nn.Module) -> None:
     """Convert a network's convolution weights to channels-last, the fastest layout for convolutions, in place.
 
     On a CPU, tensors are also aligned to 64 bytes. PyTorch allocates them so, but tensors mapped from a file may not

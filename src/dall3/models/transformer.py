@@ -20,10 +20,10 @@ from dall3.models.attention import (
     LayerCache,
     Positions,
     attention_pattern,
-    by_products,
-    remember,
+    prefers_matmul,
     sparse_layout,
     sparse_pattern,
+    update_cache,
 )
 from dall3.models.interface import Cache, ImageTokenTransformer
 
@@ -134,7 +134,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor, at: Positions, cache: LayerCache | None = None) -> Tensor:
         x, gate = F.gelu(self.proj_in(x)).chunk(2, dim=-1)
-        gate = remember(cache, "gate", self.norm(gate), at)
+        gate = update_cache(cache, "gate", self.norm(gate), at)
         weight, mask = self.weight[at.index, : at.visible], at.masks["full"]
         weight = weight if mask is None else weight * mask
         return self.proj_out(x * (weight @ gate + self.bias[at.index, None]))
@@ -160,7 +160,7 @@ class Sublayer(nn.Module):
         return out
 
 
-def shift_all(x: Tensor, at: Positions) -> Tensor:
+def shift_tokens(x: Tensor, at: Positions) -> Tensor:
     """Two quarters of the channels come from neighbours: above and left in the image, left (both) in the text.
 
     x (batch, n, dim) holds all positions, so slices do: a look-up's gradient is slow.
@@ -180,7 +180,7 @@ def moved(x: Tensor, steps: int) -> Tensor:
     return F.pad(x, (0, 0, steps, 0))[:, : x.shape[1]]
 
 
-class Memory:
+class TransformerState:
     """What the sublayers remember of earlier positions, and the text of their prompts, if it is shared.
 
     shifted: (positions + 1, sublayers, batch, dim / 2), the half of the channels that the token shift moves. Its last
@@ -207,12 +207,12 @@ class Memory:
         """
         quarter, shifted = x.shape[-1] // 4, self.room(x, len(x), x.shape[-1] // 2)
         if len(index) > 1:
-            return [partial(shift_several, rows, index, at) for rows in shifted.unbind(1)]
+            return [partial(shift_several_tokens, rows, index, at) for rows in shifted.unbind(1)]
         near = shifted.index_select(0, at.neighbours)[:, :, :, None]
         above, left = near[0, ..., :quarter].unbind(0), near[1, ..., quarter:].unbind(0)
-        return [partial(shift_one, *pair, moved) for pair in zip(above, left, strict=True)]
+        return [partial(shift_one_token, *pair, moved) for pair in zip(above, left, strict=True)]
 
-    def start(self, other: Memory, times: int, shared: bool) -> None:
+    def start(self, other: TransformerState, times: int, shared: bool) -> None:
         """Begin with the text of `other`, each of whose sequences stands `times` times in a row here."""
         for layer, found in zip(self.layers, other.layers, strict=True):
             layer.start(found, times, shared)
@@ -221,14 +221,14 @@ class Memory:
             self.room(other.shifted, prompts * times, width).zero_()
 
 
-def shift_one(above: Tensor, left: Tensor, moved: list[Tensor], x: Tensor) -> Tensor:
+def shift_one_token(above: Tensor, left: Tensor, moved: list[Tensor], x: Tensor) -> Tensor:
     """The token shift of one place, x (batch, 1, dim), from quarters (batch, 1, dim / 4) of its neighbours."""
     moves, rest = x.chunk(2, dim=-1)
     moved.append(moves)
     return torch.cat((above, left, rest), dim=-1)
 
 
-def shift_several(rows: Tensor, index: Tensor, at: Positions, x: Tensor) -> Tensor:
+def shift_several_tokens(rows: Tensor, index: Tensor, at: Positions, x: Tensor) -> Tensor:
     """The token shift of x (batch, n, dim) at the places `index`, with the rows (positions, batch, dim / 2) before."""
     quarter = x.shape[-1] // 4
     moves, rest = x.chunk(2, dim=-1)
@@ -239,9 +239,9 @@ def shift_several(rows: Tensor, index: Tensor, at: Positions, x: Tensor) -> Tens
 
 @dataclass(eq=False)
 class DalleCache(Cache):
-    memory: Memory
+    memory: TransformerState
     shared: bool  # whether all rows of a prompt share the keys and values of its text
-    text: Memory | None = None  # of the texts alone, one row for each
+    text: TransformerState | None = None  # of the texts alone, one row for each
 
 
 class DalleTransformer(ImageTokenTransformer[DalleCache]):
@@ -375,15 +375,15 @@ class DalleTransformer(ImageTokenTransformer[DalleCache]):
 
     def new_cache(self, prompts: int, rows: int) -> DalleCache:
         c, weight = self.config, self.to_logits.weight
-        shared = rows >= SHARING_ROWS and by_products(weight) and "mlp" not in c.attn_types
+        shared = rows >= SHARING_ROWS and prefers_matmul(weight) and "mlp" not in c.attn_types
         length = c.image_seq_len if shared else c.seq_len
-        cache = DalleCache(prompts, rows, Memory(2 * c.depth, c.seq_len + 1, length), shared)
+        cache = DalleCache(prompts, rows, TransformerState(2 * c.depth, c.seq_len + 1, length), shared)
         cache.first_logits = weight.new_empty(prompts, c.num_image_tokens)
         return cache
 
     def fill_cache(self, text_ids: Tensor, cache: DalleCache) -> None:
         c = self.config
-        text = Memory(2 * c.depth, c.seq_len + 1, c.text_length)
+        text = TransformerState(2 * c.depth, c.seq_len + 1, c.text_length)
         x = self.run(
             self.embed_text(text_ids), torch.arange(c.text_length, device=text_ids.device), c.text_length, text
         )
@@ -425,12 +425,17 @@ class DalleTransformer(ImageTokenTransformer[DalleCache]):
         """Text and image ids together, as DALLE-pytorch counts them."""
         return self.config.text_vocabulary + self.config.num_image_tokens
 
-    def make_caches(self) -> Memory:
+    def make_caches(self) -> TransformerState:
         """Empty caches for `run`; their batch is that of the first tokens fed."""
-        return Memory(2 * self.config.depth, self.config.seq_len + 1, self.config.seq_len)
+        return TransformerState(2 * self.config.depth, self.config.seq_len + 1, self.config.seq_len)
 
     def run(
-        self, x: Tensor, index: Tensor, end: int | None, caches: Memory | None = None, kept_at: Tensor | None = None
+        self,
+        x: Tensor,
+        index: Tensor,
+        end: int | None,
+        caches: TransformerState | None = None,
+        kept_at: Tensor | None = None,
     ) -> Tensor:
         """Embeddings (batch, n, dim) of the positions `index` (n,) to hidden states (batch, n, dim).
 
@@ -442,7 +447,7 @@ class DalleTransformer(ImageTokenTransformer[DalleCache]):
         c, at = self.config, self._positions(index, end, kept_at)
         moved: list[Tensor] = []
         sublayers = [sublayer for pair in self.layers for sublayer in pair.children()]
-        shifts: list[Shift] = [partial(shift_all, at=at)] * len(sublayers)
+        shifts: list[Shift] = [partial(shift_tokens, at=at)] * len(sublayers)
         if caches is not None and c.shift_tokens:
             shifts = caches.shifts(x, index, at, moved)
         streams = [x, x] if c.reversible else [x]

@@ -10,7 +10,7 @@ from dall3.text.hugging_face import HuggingFaceTokenizer
 WORD_MARK = "Ġ"
 
 
-def merges_beside(vocabulary: Path) -> Path:
+def find_merges(vocabulary: Path) -> Path:
     """Path of the merges that belong to a vocabulary: merges_mini.txt in the folder of vocab_mini.json."""
     return vocabulary.with_name(vocabulary.name.replace("vocab", "merges")).with_suffix(".txt")
 

@@ -37,7 +37,7 @@ def longest_replacement(charsmap: str) -> int:
     return max(map(len, table[4 + trie :].split(b"\0")))
 
 
-def vetted(text: str) -> str:
+def check_tokenizer(text: str) -> str:
     """Check a tokenizer's JSON and return it without truncation, padding and post-processor.
 
     Raises ValueError for component types that are not accepted, and for normalisation that can expand a text more than
@@ -87,12 +87,12 @@ def as_value_error(action: str) -> Iterator[None]:
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer of Hugging Face's `tokenizers`, from its JSON. Raises ValueError as `vetted` does."""
+    """A tokenizer of Hugging Face's `tokenizers`, from its JSON. Raises ValueError as `check_tokenizer` does."""
 
     def __init__(self, text: str) -> None:
         from tokenizers import Tokenizer
 
-        self.json = vetted(text)
+        self.json = check_tokenizer(text)
         self.tokenizer = Tokenizer.from_str(self.json)
         self.vocab_size = self.tokenizer.get_vocab_size()
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from dall3.text.clip import CLIP_JSON, ClipTokenizer
-from dall3.text.dalle_mini import dalle_mini_tokenizer, merges_beside, merges_of
+from dall3.text.dalle_mini import dalle_mini_tokenizer, find_merges, merges_of
 from dall3.text.hugging_face import HuggingFaceTokenizer, bert_json
 from dall3.text.rules import TextEncoder, check_kind, text_encoder_of
 from dall3.text.tokenizer import MOST_BYTES, Tokenizer
@@ -37,12 +37,12 @@ def load_text_encoder(
     """
     check_kind(kind)
     if kind == "dalle-mini" and isinstance(path, str | Path) and Path(path).is_dir():
-        path = vocabulary_in(Path(path))
+        path = find_vocabulary(Path(path))
     return text_encoder_of(kind, load_tokenizer(path), text_seq_len, num_text_tokens)
 
 
-def vocabulary_in(folder: Path) -> Path:
-    found = [path for path in sorted(folder.glob("vocab*.json")) if merges_beside(path).is_file()]
+def find_vocabulary(folder: Path) -> Path:
+    found = [path for path in sorted(folder.glob("vocab*.json")) if find_merges(path).is_file()]
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
         raise FileNotFoundError(f"{folder}: expected one vocab*.json with its merges*.txt, found {names}; give a file")
@@ -71,7 +71,7 @@ def load_tokenizer(path: TokenizerPath | None = None) -> Tokenizer:
         if text.strip() == CLIP_JSON:
             return ClipTokenizer()
         if merges is not None or is_vocabulary(text):
-            return dalle_mini_tokenizer(text, read_text(merges or merges_beside(path)))
+            return dalle_mini_tokenizer(text, read_text(merges or find_merges(path)))
         if text.startswith("{"):
             return HuggingFaceTokenizer(text)
         if "[UNK]" in text.split("\n"):
@@ -82,7 +82,7 @@ def load_tokenizer(path: TokenizerPath | None = None) -> Tokenizer:
     except BaseException as error:  # `tokenizers` raises plain Exception, and PanicException on a panic
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise damaged(path, error) from error
+        raise damaged_error(path, error) from error
 
 
 def check_tokenizer_file(path: Path) -> None:
@@ -104,10 +104,10 @@ def read_text(path: Path) -> str:
         try:
             return "".join(file)  # line by line, so that a checkpoint given by mistake fails at once
         except UnicodeDecodeError as error:
-            raise damaged(path, error) from None
+            raise damaged_error(path, error) from None
 
 
-def damaged(path: Path, error: BaseException) -> ValueError:
+def damaged_error(path: Path, error: BaseException) -> ValueError:
     return ValueError(f"{path} is damaged or not a tokenizer ({' '.join(str(error).split())[:500]}); {EXPECTED}")
 
 

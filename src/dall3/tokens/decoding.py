@@ -22,7 +22,7 @@ from dall3.tokens.sampling import Sampling
 GRAPHED_ROWS = 32
 
 
-def texts_for(transformer: ImageTokenTransformer[Any], text_ids: Tensor, settings: Sampling) -> Tensor:
+def texts_of_rows(transformer: ImageTokenTransformer[Any], text_ids: Tensor, settings: Sampling) -> Tensor:
     """Input texts of the transformer, int64 (1, text_seq_len), or (2, text_seq_len) with classifier-free guidance.
 
     The second row is the unconditional input: the negative text if there is one, else the empty text. text_ids: int64
@@ -54,7 +54,7 @@ def image_token_steps(
     the current batch; the number of tokens sampled in this batch so far.
     """
     compiled = transformer.compiled_step if settings.quantize is None else None
-    texts = texts_for(transformer, text_ids, settings)
+    texts = texts_of_rows(transformer, text_ids, settings)
     if compiled is None:
         transformer = prepare(
             transformer, settings.quantize, len(texts) * min(batch_size or len(uniforms), len(uniforms))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dall3.models.interface import ImageTokenTransformer
 from dall3.models.packed import prepare
-from dall3.tokens.decoding import texts_for
+from dall3.tokens.decoding import texts_of_rows
 from dall3.tokens.sampling import Sampling
 
 
@@ -46,7 +46,7 @@ def speculative_token_steps(
     config, width = transformer.config, settings.jacobi_window or 1
     transformer, length = prepare(transformer, settings.quantize), config.image_seq_len
     codes, vocabulary = config.num_image_tokens, transformer.top_k_vocabulary
-    texts = texts_for(transformer, text_ids, settings)
+    texts = texts_of_rows(transformer, text_ids, settings)
     places = torch.arange(length, device=text_ids.device)
     with torch.inference_mode(False):  # callers may use the result with autograd
         drawn = torch.zeros(len(generators), length, dtype=torch.int64, device=text_ids.device)

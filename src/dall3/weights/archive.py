@@ -41,7 +41,7 @@ class CheckpointError(ValueError):
     """
 
 
-def one_line(path: object, message: object) -> CheckpointError:
+def file_error(path: object, message: object) -> CheckpointError:
     """A CheckpointError with one printable line of limited length, also if `message` quotes names from the file."""
     text = " ".join(str(message).split())[:1000]
     return CheckpointError(f"{path}: {''.join(c if c.isprintable() else '?' for c in text)}")
@@ -314,7 +314,7 @@ def read_archive(path: str | Path) -> Any:
         message = "nested deeper than any checkpoint"
     except Exception as error:  # a damaged pickle or archive can raise any exception
         message = f"truncated or damaged ({type(error).__name__}: {error})"
-    raise one_line(path, message)
+    raise file_error(path, message)
 
 
 def module_tensors(module: Any) -> dict[str, Tensor]:

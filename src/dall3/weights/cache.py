@@ -27,7 +27,7 @@ class Pins:
     """The verified state of a file in the cache.
 
     sha256, size, mtime_ns: hash, size in bytes and modification time when the file was last verified; the file counts
-    as unchanged while size and time are the same. hashes: the SHA-256 of the first download, by `key_of` its place.
+    as unchanged while size and time are the same. hashes: the SHA-256 of the first download, by `pin_key` its place.
     """
 
     sha256: str = ""
@@ -37,7 +37,7 @@ class Pins:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class CachedFile:
     """A file of a set of weights, and its location in the cache."""
 
     weights: WeightsSet
@@ -50,26 +50,26 @@ class Wanted:
 
     @property
     def target(self) -> Path:
-        return home() / self.part.kept / self.file.name
+        return cache_dir() / self.part.kept / self.file.name
 
     @property
-    def pins_at(self) -> Path:
-        return beside(self.target, ".json")
+    def pins_path(self) -> Path:
+        return with_suffix_added(self.target, ".json")
 
     @property
     def pins(self) -> Pins:
         """The stored pins; empty if there are none or they cannot be read."""
         try:
-            found = Pins(**json.loads(self.pins_at.read_text(encoding="utf-8")))
+            found = Pins(**json.loads(self.pins_path.read_text(encoding="utf-8")))
             return found if isinstance(found.hashes, dict) else Pins()
         except (OSError, ValueError, TypeError):
             return Pins()
 
     def set_pin(self, sha256: str, key: str, found: os.stat_result) -> None:
-        """Store the hash of the file. key: `key_of` its place. found: result of stat() before the file was hashed."""
+        """Store the hash of the file. key: `pin_key` its place. found: result of stat() before the file was hashed."""
         hashes = {key: sha256} | self.pins.hashes
         make_folder(self.target.parent)
-        write_json(self.pins_at, asdict(Pins(sha256, found.st_size, found.st_mtime_ns, hashes)))
+        write_json(self.pins_path, asdict(Pins(sha256, found.st_size, found.st_mtime_ns, hashes)))
 
     def find(self) -> Path | None:
         """Path of the file on this machine: at one of its places on disk, else in the cache, else None."""
@@ -78,19 +78,19 @@ class Wanted:
 
     def sha256_at(self, place: Place) -> str | None:
         """Expected hash of the file at a place: from weights.toml, else from the pins; None if it is unknown."""
-        return place.sha256 or self.pins.hashes.get(key_of(place))
+        return place.sha256 or self.pins.hashes.get(pin_key(place))
 
 
-def key_of(place: Place) -> str:
+def pin_key(place: Place) -> str:
     return place.url if place.other else SAME
 
 
-def home() -> Path:
+def cache_dir() -> Path:
     """The cache: `DALL3_HOME`, or `dall3` in the user's cache folder."""
-    return Path(os.environ.get("DALL3_HOME") or default_home()).absolute()
+    return Path(os.environ.get("DALL3_HOME") or default_cache_dir()).absolute()
 
 
-def default_home() -> Path:
+def default_cache_dir() -> Path:
     """`dall3` in the user's cache folder, as is customary on the operating system."""
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local") / "dall3" / "dall3" / "Cache"
@@ -105,7 +105,7 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FetchError(
-            f"{folder} cannot be made ({reason(error)}); set DALL3_HOME to a folder that can be written"
+            f"{folder} cannot be made ({short_message(error)}); set DALL3_HOME to a folder that can be written"
         ) from None
 
 
@@ -113,13 +113,13 @@ def offline() -> bool:
     return os.environ.get("DALL3_OFFLINE", "").lower() not in ("", "0", "false", "no")
 
 
-def beside(path: Path, suffix: str) -> Path:
+def with_suffix_added(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write a JSON file atomically."""
-    new = beside(path, f".{os.getpid()}-{threading.get_ident()}")
+    new = with_suffix_added(path, f".{os.getpid()}-{threading.get_ident()}")
     new.write_text(json.dumps(value), encoding="utf-8")
     os.replace(new, path)
 
@@ -132,23 +132,23 @@ def sha256_of(path: Path) -> str:
     return found.hexdigest()
 
 
-def files_of(weights: WeightsSet) -> list[Wanted]:
-    return [Wanted(weights, part, file) for part in weights.parts for file in part.files]
+def files_of(weights: WeightsSet) -> list[CachedFile]:
+    return [CachedFile(weights, part, file) for part in weights.parts for file in part.files]
 
 
-def forget(partial: Path) -> None:
+def delete_partial(partial: Path) -> None:
     """Delete a partial download and its state file."""
-    for path in (partial, beside(partial, ".json")):
+    for path in (partial, with_suffix_added(partial, ".json")):
         path.unlink(missing_ok=True)
 
 
-def offline_message(wanted: Wanted, problem: str) -> str:
+def offline_message(wanted: CachedFile, problem: str) -> str:
     return f"{wanted.name} {problem}, and DALL3_OFFLINE is set; put a copy at {wanted.target}, or unset it"
 
 
 def read_progress(partial: Path) -> dict[str, Any]:
     try:
-        state = json.loads(beside(partial, ".json").read_text(encoding="utf-8"))
+        state = json.loads(with_suffix_added(partial, ".json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return state if isinstance(state, dict) else {}
@@ -158,6 +158,6 @@ def size_of(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def reason(error: BaseException) -> str:
+def short_message(error: BaseException) -> str:
     """The message of an error in one line of at most 200 characters, or the name of its class."""
     return " ".join(str(error).split())[:200] or type(error).__name__

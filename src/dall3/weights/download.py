@@ -15,21 +15,21 @@ from tqdm.auto import tqdm
 
 from dall3.errors import FetchError
 from dall3.weights.cache import (
-    Wanted,
-    beside,
-    forget,
-    key_of,
+    CachedFile,
+    delete_partial,
     make_folder,
     offline,
     offline_message,
+    pin_key,
     read_progress,
-    reason,
     sha256_of,
+    short_message,
     size_of,
+    with_suffix_added,
     write_json,
 )
 from dall3.weights.registry import Place
-from dall3.weights.verify import check_here, look_at
+from dall3.weights.verify import check_content, verify_file
 
 ATTEMPTS = 5  # consecutive failures at one place
 TIMEOUT = (10.0, 30.0)  # seconds to connect, and to wait for data
@@ -54,7 +54,7 @@ class UnusableSource(Exception):
     """An error that a retry at the same place cannot fix."""
 
 
-def fetch_file(wanted: Wanted, progress: bool = True) -> Path:
+def fetch_file(wanted: CachedFile, progress: bool = True) -> Path:
     """Return the path of a file: on disk, in the cache, or downloaded from the first place that has it.
 
     progress: show a progress bar. Raises FetchError with the problem of each place, and with what to do.
@@ -63,7 +63,7 @@ def fetch_file(wanted: Wanted, progress: bool = True) -> Path:
 
     target, problems = wanted.target, []
     for path in (*(place.path for place in wanted.file.places if place.path is not None), target):
-        wrong = check_here(wanted, path) if path.is_file() else "is not here"
+        wrong = verify_file(wanted, path) if path.is_file() else "is not here"
         if wrong is None:
             return path
         if path != target or path.is_file():
@@ -71,7 +71,7 @@ def fetch_file(wanted: Wanted, progress: bool = True) -> Path:
     if offline():
         raise FetchError(offline_message(wanted, "; ".join(problems) or "is not here"))
     make_folder(target.parent)
-    lock = FileLock(beside(target, ".lock"))
+    lock = FileLock(with_suffix_added(target, ".lock"))
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -79,10 +79,10 @@ def fetch_file(wanted: Wanted, progress: bool = True) -> Path:
         lock.acquire()
     except OSError as error:
         raise FetchError(
-            f"{target.parent} cannot be written ({reason(error)}); set DALL3_HOME to another folder"
+            f"{target.parent} cannot be written ({short_message(error)}); set DALL3_HOME to another folder"
         ) from None
     try:
-        if target.is_file() and check_here(wanted, target) is None:  # another process has downloaded it meanwhile
+        if target.is_file() and verify_file(wanted, target) is None:  # another process has downloaded it meanwhile
             return target
         for place in (place for place in wanted.file.places if place.path is None):
             try:
@@ -99,17 +99,17 @@ def fetch_file(wanted: Wanted, progress: bool = True) -> Path:
     )
 
 
-def fetch_from(place: Place, wanted: Wanted, progress: bool) -> None:
+def fetch_from(place: Place, wanted: CachedFile, progress: bool) -> None:
     """Download a file from one place, verify it and move it to its final name.
 
     Raises UnusableSource if this place cannot provide the file; FetchError if no place could, as with a full disk.
     """
     target, expected = wanted.target, wanted.sha256_at(place)
-    partial = beside(target, ".part")
+    partial = with_suffix_added(target, ".part")
     try:
         url, headers = address(place)
     except ValueError as error:
-        raise UnusableSource(reason(error)) from None
+        raise UnusableSource(short_message(error)) from None
     failures, problem, most = 0, RetryableError("not tried"), size_of(partial)
     while failures < ATTEMPTS:
         if failures:
@@ -120,9 +120,9 @@ def fetch_from(place: Place, wanted: Wanted, progress: bool) -> None:
             if expected in (None, sha256):
                 break
             most = max(most, size_of(partial))
-            forget(partial)
+            delete_partial(partial)
             if fresh:
-                pinned = "" if place.sha256 else f", as {wanted.pins_at} says"
+                pinned = "" if place.sha256 else f", as {wanted.pins_path} says"
                 raise UnusableSource(f"holds other bytes, with SHA-256 {sha256}; expected {expected}{pinned}")
             problem, failures = RetryableError("the resumed download has another SHA-256"), failures + 1
         except RetryableError as error:
@@ -135,13 +135,13 @@ def fetch_from(place: Place, wanted: Wanted, progress: bool) -> None:
         raise UnusableSource(f"{problem}, {ATTEMPTS} times")
     if expected is None:
         try:
-            look_at(partial, wanted)
+            check_content(partial, wanted)
         except Exception as error:
-            forget(partial)
-            raise UnusableSource(f"what it sends is not the file ({reason(error)})") from None
-    wanted.set_pin(sha256, key_of(place), found)
+            delete_partial(partial)
+            raise UnusableSource(f"what it sends is not the file ({short_message(error)})") from None
+    wanted.set_pin(sha256, pin_key(place), found)
     os.replace(partial, target)
-    forget(partial)
+    delete_partial(partial)
 
 
 def address(place: Place) -> tuple[str, dict[str, str]]:
@@ -177,9 +177,9 @@ def transfer(
     try:
         response = requests.get(url, headers=headers, stream=True, timeout=TIMEOUT)  # follows redirects
     except (requests.ConnectionError, requests.Timeout) as error:
-        raise RetryableError(f"no answer ({reason(error)})") from None
+        raise RetryableError(f"no answer ({short_message(error)})") from None
     except Exception as error:  # requests raises various exceptions for malformed URLs
-        raise UnusableSource(f"no answer ({reason(error)})") from None
+        raise UnusableSource(f"no answer ({short_message(error)})") from None
     with response:
         whole = response.headers.get("Content-Range") == f"bytes */{offset}"
         if offset and response.status_code == 416 and whole:
@@ -192,14 +192,14 @@ def transfer(
         if expected is None and total is None and not chunked:
             raise UnusableSource("does not say how long the file is, and its SHA-256 is not known")
         if not offset:
-            forget(partial)  # before the state changes: old bytes must never be paired with the new validator
+            delete_partial(partial)  # before the state changes: old bytes must never be paired with the new validator
         room = has_room(partial, (total or 0) - offset)
         if not room and size is None:
             raise UnusableSource(f"reports {total:,} bytes, for which the disk has no room")
         if not room:
             raise FetchError(room_message(partial, (total or 0) - offset, name))
         write_json(
-            beside(partial, ".json"),
+            with_suffix_added(partial, ".json"),
             {"url": url, "validator": validator_of(response), "total": total, "sha256": expected},
         )
         bar = tqdm(total=total, initial=offset, desc=name, unit="B", unit_scale=True, disable=not progress)
@@ -218,7 +218,7 @@ def transfer(
     if total is not None and found < total:
         raise RetryableError(f"broke off after {found:,} of {total:,} bytes")
     if total is not None and found > total:
-        forget(partial)
+        delete_partial(partial)
         raise UnusableSource(f"sends more than the {total:,} bytes that it announced")
     return offset == 0
 
@@ -242,7 +242,7 @@ def read_head(response: Any, url: str, offset: int, state: dict[str, Any], parti
     if status in LATER:
         raise RetryableError(f"answers {status}", float(whole_number(headers.get("Retry-After", "")) or 0))
     if status == 416:
-        forget(partial)  # the file on the host has changed
+        delete_partial(partial)  # the file on the host has changed
         raise RetryableError("answers 416 to the rest of the file")
     if status not in (200, 206):
         raise UnusableSource(f"answers {status} {response.reason}")
@@ -256,7 +256,7 @@ def read_head(response: Any, url: str, offset: int, state: dict[str, Any], parti
     changed = bool(tags) and state.get("validator") not in (None, *tags)
     changed = changed or (said is not None and state.get("total") not in (None, int(said[3])))
     if not offset or said is None or int(said[1]) != offset or changed:
-        forget(partial)
+        delete_partial(partial)
         raise RetryableError("answers 206 with another part than the rest of the same file")
     return offset, int(said[3])
 
@@ -275,7 +275,7 @@ def chunks(response: Any) -> Iterator[bytes]:
         try:
             chunk = response.raw.read1(CHUNK)
         except (urllib3.exceptions.HTTPError, requests.RequestException, OSError, ValueError) as error:
-            raise RetryableError(f"broke off ({reason(error)})") from None
+            raise RetryableError(f"broke off ({short_message(error)})") from None
         if not chunk:
             return
         yield chunk

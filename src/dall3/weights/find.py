@@ -5,9 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from dall3.errors import FetchError
-from dall3.weights.cache import beside, files_of, forget, home, offline, offline_message, reason, size_of
+from dall3.weights.cache import (
+    cache_dir,
+    delete_partial,
+    files_of,
+    offline,
+    offline_message,
+    short_message,
+    size_of,
+    with_suffix_added,
+)
 from dall3.weights.download import fetch_file
-from dall3.weights.registry import NAME, WeightsSet, no_such_set, read_registry
+from dall3.weights.registry import NAME, WeightsSet, read_registry, unknown_set_error
 
 
 def find_weights(name: str | Path, registry: str | Path | None = None) -> WeightsSet | Path:
@@ -22,7 +31,7 @@ def find_weights(name: str | Path, registry: str | Path | None = None) -> Weight
     if isinstance(name, Path) or Path(name).exists():
         return Path(name)
     if NAME.fullmatch(name):
-        raise ValueError(f"no folder and {no_such_set(name, known)}")
+        raise ValueError(f"no folder and {unknown_set_error(name, known)}")
     owner, _, rest = name.partition("/")
     return fetch_repository(name) if NAME.fullmatch(owner) and NAME.fullmatch(rest) else Path(name)
 
@@ -35,13 +44,13 @@ def fetch_repository(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     kinds = ["*.json", "*.safetensors", "README.md"]
-    cache = home() / "hub"
+    cache = cache_dir() / "hub"
     try:
         path = snapshot_download(
             name, cache_dir=cache, allow_patterns=kinds, local_files_only=offline(), library_name="dall3"
         )
     except Exception as error:  # huggingface_hub, its HTTP library or the operating system
-        hint = "DALL3_OFFLINE is set" if offline() else reason(error)
+        hint = "DALL3_OFFLINE is set" if offline() else short_message(error)
         raise FetchError(
             f"{name} is not a folder, is not in {cache}, and cannot be downloaded from the Hugging Face Hub ({hint})"
         ) from None
@@ -77,11 +86,11 @@ def remove_set(weights: WeightsSet) -> int:
             continue
         try:
             # The lock file is not deleted, because another process may be waiting for it.
-            with FileLock(beside(one.target, ".lock"), timeout=0):
-                partial = beside(one.target, ".part")
+            with FileLock(with_suffix_added(one.target, ".lock"), timeout=0):
+                partial = with_suffix_added(one.target, ".part")
                 removed += size_of(one.target) + size_of(partial)
                 one.target.unlink(missing_ok=True)
-                forget(partial)
+                delete_partial(partial)
         except Timeout:
             raise FetchError(f"{one.name} is being fetched; remove it when that has ended") from None
     return removed

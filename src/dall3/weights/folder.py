@@ -27,10 +27,10 @@ from dall3.models.transformer import DalleTransformer, TransformerConfig
 from dall3.models.unet import DiffusionConfig, UNet, UNetConfig
 from dall3.models.vqgan import GumbelVQ, VQGANConfig, VQModel
 from dall3.text import Tokenizer, load_tokenizer, tokenizer_json
-from dall3.weights.archive import CheckpointError, one_line
+from dall3.weights.archive import CheckpointError, file_error
 from dall3.weights.convert.clip import load_clip
 from dall3.weights.convert.guided_diffusion import load_unet
-from dall3.weights.convert.state import Settings, fill, without_weights
+from dall3.weights.convert.state import Settings, load_tensors, without_weights
 from dall3.weights.convert.transformer import load_transformer
 from dall3.weights.convert.vae import load_vae
 from dall3.weights.limits import check_limits
@@ -118,7 +118,7 @@ def load_part(
     for key in asdict(Origin()):
         settings.pop(key, None)
     if name not in MODELS:
-        raise one_line(folder / CONFIG, f"its model is {name!r}; expected one of {', '.join(MODELS)}")
+        raise file_error(folder / CONFIG, f"its model is {name!r}; expected one of {', '.join(MODELS)}")
     model_class, config_class = MODELS[name]
     try:
         check_limits(settings)
@@ -126,10 +126,10 @@ def load_part(
         with without_weights():
             model = CLIP.from_config(config, tokenizer) if model_class is CLIP else model_class(config)
     except Exception as error:  # invalid settings can raise any exception
-        raise one_line(folder / CONFIG, f"makes no {name}: {type(error).__name__}: {error}") from None
+        raise file_error(folder / CONFIG, f"makes no {name}: {type(error).__name__}: {error}") from None
     state = read_tensors(folder / WEIGHTS, device, dtype)
     state |= {name: state[first] for name, first in shared_names(model).items() if first in state}
-    return fill(model, state, folder / WEIGHTS, dtype).to(device, dtype)
+    return load_tensors(model, state, folder / WEIGHTS, dtype).to(device, dtype)
 
 
 def read_tensors(path: Path, device: str | torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -141,7 +141,7 @@ def read_tensors(path: Path, device: str | torch.device, dtype: torch.dtype) -> 
     from safetensors.torch import load_file
 
     if not path.is_file():
-        raise one_line(path, "missing; expected the folder of a part, with config.json and model.safetensors")
+        raise file_error(path, "missing; expected the folder of a part, with config.json and model.safetensors")
     try:
         with safe_open(path, framework="pt") as file:
             kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
@@ -156,18 +156,20 @@ def read_tensors(path: Path, device: str | torch.device, dtype: torch.dtype) -> 
             state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
         return state
     except SafetensorError as error:
-        raise one_line(path, f"not a safetensors file, or a damaged one ({error})") from None
+        raise file_error(path, f"not a safetensors file, or a damaged one ({error})") from None
 
 
 def read_config(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(read_settings_text(path))
     except FileNotFoundError:
-        raise one_line(path, "missing; expected the folder of a part, with config.json and model.safetensors") from None
+        raise file_error(
+            path, "missing; expected the folder of a part, with config.json and model.safetensors"
+        ) from None
     except (ValueError, RecursionError) as error:
-        raise one_line(path, f"not JSON ({error})") from None
+        raise file_error(path, f"not JSON ({error})") from None
     if not isinstance(found, dict):
-        raise one_line(path, f"holds {type(found).__name__}; expected an object")
+        raise file_error(path, f"holds {type(found).__name__}; expected an object")
     return found
 
 
@@ -202,7 +204,7 @@ def load_folder(
     present = [name for name in PARTS if (folder / name).is_dir()]
     if not present:
         where = "does not exist" if not folder.exists() else f"holds none of {', '.join(PARTS)}"
-        raise one_line(folder, f"{where}; expected a folder that save_pretrained wrote")
+        raise file_error(folder, f"{where}; expected a folder that save_pretrained wrote")
     found: dict[str, Any] = {}
     if (folder / TOKENIZER).exists():
         try:

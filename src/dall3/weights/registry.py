@@ -104,7 +104,7 @@ def read_toml(path: PathLike) -> dict[str, Any]:
         raise ValueError(f"{path}: not TOML ({error})") from None
 
 
-def own_file() -> Path:
+def user_registry_path() -> Path:
     """Path of dall3's own weights.toml: in the installed package, or at the root of a checkout."""
     inside = PACKAGE / "weights.toml"
     return inside if inside.exists() else PACKAGE.parents[1] / "weights.toml"
@@ -121,18 +121,18 @@ def read_registry(path: PathLike | None = None) -> dict[str, WeightsSet]:
     True
     """
     more = path or os.environ.get("DALL3_WEIGHTS")
-    found = parse_registry(own_file(), {})
+    found = parse_registry(user_registry_path(), {})
     return found | parse_registry(Path(more), found) if more else found
 
 
 def find_set(name: str, path: PathLike | None = None) -> WeightsSet:
     """The set of weights with this name. Raises ValueError with the known names for an unknown one."""
     found = read_registry(path)
-    require(name in found, no_such_set(name, found))
+    require(name in found, unknown_set_error(name, found))
     return found[name]
 
 
-def no_such_set(name: str, known: dict[str, WeightsSet]) -> str:
+def unknown_set_error(name: str, known: dict[str, WeightsSet]) -> str:
     near = get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     return f"no set of weights is called '{name}'; {hint}there are {', '.join(known)}"
@@ -155,7 +155,7 @@ def parse_registry(path: Path, known: dict[str, WeightsSet]) -> dict[str, Weight
         require(bool(parts), f"{where}: has no part; expected tables {', '.join(PART_NAMES)}")
         others = known | sets
         made = tuple(parse_part(key, parts[key], path, name, others) for key in PART_NAMES if key in parts)
-        about, needs = (text_of(table, key, where, "") for key in ("about", "needs"))
+        about, needs = (read_text_field(table, key, where, "") for key in ("about", "needs"))
         sets[name] = WeightsSet(name, about, made, defaults, needs)
     return sets
 
@@ -170,7 +170,7 @@ def parse_part(name: str, table: dict[str, Any], path: Path, set_name: str, sets
     require(config is None or isinstance(config, dict), f"{where}: config is a table of file and places")
     settings = table.get("settings", {})
     require(isinstance(settings, dict), f"{where}: settings is a table of what the file does not tell")
-    licence, source = (text_of(table, key, where, "not stated") for key in ("licence", "source"))
+    licence, source = (read_text_field(table, key, where, "not stated") for key in ("licence", "source"))
     file, second = (None if one is None else parse_file(one, path, where) for one in (table, config))
     assert file is not None
     names = sorted(one.name for one in (file, second) if one is not None)
@@ -233,7 +233,7 @@ def parse_place(table: dict[str, Any], path: Path, where: str, other: bool) -> P
     return Place(url, sha256, size, other)
 
 
-def text_of(table: dict[str, Any], key: str, where: str, default: str) -> str:
+def read_text_field(table: dict[str, Any], key: str, where: str, default: str) -> str:
     value = table.get(key, default)
     require(isinstance(value, str) and value.isprintable(), f"{where}: {key} is one line of text")
     return value

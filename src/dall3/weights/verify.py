@@ -6,10 +6,10 @@ import zipfile
 from contextlib import suppress
 from pathlib import Path
 
-from dall3.weights.cache import SAME, Wanted, key_of, reason, sha256_of
+from dall3.weights.cache import SAME, CachedFile, pin_key, sha256_of, short_message
 
 
-def check_here(wanted: Wanted, path: Path, thorough: bool = False) -> str | None:
+def verify_file(wanted: CachedFile, path: Path, thorough: bool = False) -> str | None:
     """Verify a file on this machine. Returns the problem, or None if the file is good.
 
     A file without an expected hash is checked by content and then pinned. thorough: hash the file even if its size and
@@ -28,26 +28,26 @@ def check_here(wanted: Wanted, path: Path, thorough: bool = False) -> str | None
     unknown = next((place for place in wanted.file.places if wanted.sha256_at(place) is None), None)
     first = not pins.sha256 and unknown is not None
     if known and sha256 not in known and not first:
-        pinned = "" if any(place.sha256 for place in wanted.file.places) else f" ({wanted.pins_at} says)"
+        pinned = "" if any(place.sha256 for place in wanted.file.places) else f" ({wanted.pins_path} says)"
         return f"has SHA-256 {sha256}; expected {' or '.join(sorted(known))}{pinned}"
     if sha256 not in known:
         try:
-            look_at(path, wanted)
+            check_content(path, wanted)
         except Exception as error:
-            return f"is not the file ({reason(error)})"
+            return f"is not the file ({short_message(error)})"
     now = path.stat()
     if (now.st_size, now.st_mtime_ns) != (found.st_size, found.st_mtime_ns):
         return "changes while it is read"
     if known or in_cache:
         known_at = (place for place in wanted.file.places if wanted.sha256_at(place) == sha256)
         place = next(known_at, unknown)
-        key = SAME if place is None else key_of(place)
+        key = SAME if place is None else pin_key(place)
         with suppress(OSError):  # the cache may be read-only
             wanted.set_pin(sha256, key, found)
     return None
 
 
-def look_at(path: Path, wanted: Wanted) -> None:
+def check_content(path: Path, wanted: CachedFile) -> None:
     """Check by content that a file without an expected hash is complete and of the right kind.
 
     Raises ValueError if it is not.

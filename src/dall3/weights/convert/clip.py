@@ -13,15 +13,15 @@ from typing import Any
 
 from dall3.errors import FetchError
 from dall3.models.clip import CLIP, TEXT, VISION, CLIPConfig
-from dall3.weights.archive import CheckpointError, one_line
-from dall3.weights.cache import home, offline, reason
+from dall3.weights.archive import CheckpointError, file_error
+from dall3.weights.cache import cache_dir, offline, short_message
 from dall3.weights.convert.state import (
     OPENAI_CLIP,
     Settings,
     State,
     checked,
     count,
-    fill,
+    load_tensors,
     read_settings,
     read_state,
     without_weights,
@@ -61,7 +61,7 @@ def load_clip(path_or_name: PathLike, config: Settings | None = None) -> CLIP:
     if not is_file and (name, tag) in open_clip.list_pretrained():
         return load_open_clip(name, tag)
     if not is_file and Path(path_or_name).suffix == "":
-        raise one_line(path_or_name, "neither a file nor a model of open_clip, such as 'ViT-B-16/openai'")
+        raise file_error(path_or_name, "neither a file nor a model of open_clip, such as 'ViT-B-16/openai'")
 
     network = read_state(path_or_name, OPENAI_CLIP)
     state = {f"model.{key}": value for key, value in network.tensors.items() if key not in SIZES}
@@ -72,7 +72,7 @@ def load_clip(path_or_name: PathLike, config: Settings | None = None) -> CLIP:
         settings = recognise(state, str(network.beside.get("name", "")), path_or_name)
     with without_weights():
         model = CLIP.from_config(clip_config_of(state, settings, path_or_name))
-    return fill(model, state, path_or_name)
+    return load_tensors(model, state, path_or_name)
 
 
 def read_clip_settings(config: Settings) -> dict[str, Any]:
@@ -86,7 +86,9 @@ def read_clip_settings(config: Settings) -> dict[str, Any]:
         name, _, tag = str(config).partition("/")
         settings = open_clip.get_model_config(name) if name in open_clip.list_models() else None
         if settings is None or (tag and not open_clip.get_pretrained_cfg(name, tag)):
-            raise one_line(config, "neither a file of settings nor a model of open_clip, such as 'ViT-B-16-quickgelu'")
+            raise file_error(
+                config, "neither a file of settings nor a model of open_clip, such as 'ViT-B-16-quickgelu'"
+            )
         return settings | (tag_settings(name, tag) if tag else {})
     settings = read_settings(config, "open_clip's settings of a model")
     if isinstance(settings.get("model_cfg"), Mapping):  # the format of open_clip's repositories on the Hub
@@ -123,10 +125,10 @@ def recognise(state: State, training: str, path: PathLike) -> dict[str, Any]:
     if said:
         return fitting[said[0]]
     if not fitting:
-        raise one_line(path, f"its tensors do not determine its activation and the width of its heads; {ASK}")
+        raise file_error(path, f"its tensors do not determine its activation and the width of its heads; {ASK}")
     different = {repr((settings.get("quick_gelu", False), heads_of(settings))) for settings in fitting.values()}
     if len(different) > 1:
-        raise one_line(path, f"matches {' and '.join(fitting)}, which differ in their activation or heads; {ASK}")
+        raise file_error(path, f"matches {' and '.join(fitting)}, which differ in their activation or heads; {ASK}")
     return next(iter(fitting.values()))
 
 
@@ -222,7 +224,7 @@ def load_open_clip(name: str, tag: str) -> CLIP:
     from open_clip.pretrained import download_pretrained
     from open_clip.tokenizer import SimpleTokenizer
 
-    known, cache = open_clip.get_pretrained_cfg(name, tag), str(home() / "open_clip")
+    known, cache = open_clip.get_pretrained_cfg(name, tag), str(cache_dir() / "open_clip")
     instead = "if you have its file, give that: load_clip(FILE), or --clip_path FILE"
     if offline():  # open_clip may access the network even for cached files
         raise FetchError(f"open_clip has to download {name}/{tag}, but DALL3_OFFLINE is set; {instead}")
@@ -232,7 +234,9 @@ def load_open_clip(name: str, tag: str) -> CLIP:
     except Exception as error:  # huggingface_hub, its HTTP library or the operating system
         hub = known.get("hf_hub", "")
         source = f"the Hugging Face Hub ({hub.strip('/')})" if hub else known.get("url", "open_clip's host")
-        raise FetchError(f"CLIP {name}/{tag} cannot be downloaded from {source}: {reason(error)}; {instead}") from None
+        raise FetchError(
+            f"CLIP {name}/{tag} cannot be downloaded from {source}: {short_message(error)}; {instead}"
+        ) from None
     training = tag_settings(name, tag)
     model = open_clip.create_model(name, pretrained=weights, force_quick_gelu=training["quick_gelu"], cache_dir=cache)
     size = model.visual.image_size

@@ -8,7 +8,7 @@ import re
 import torch
 
 from dall3.models.dalle_mini import HEAD_WIDTH, DalleMini, DalleMiniConfig
-from dall3.weights.archive import one_line
+from dall3.weights.archive import file_error
 from dall3.weights.convert.state import (
     MINI_DECODER,
     MINI_ENCODER,
@@ -16,7 +16,7 @@ from dall3.weights.convert.state import (
     State,
     checked,
     count,
-    fill,
+    load_tensors,
     read_settings,
     read_state,
     without_weights,
@@ -50,18 +50,18 @@ def load_dalle_mini(
     dim, rows = encoder["embed_tokens.weight"].shape[1], len(decoder["embed_tokens.weight"])
     if decoder["embed_tokens.weight"].shape[1] != dim:
         width = decoder["embed_tokens.weight"].shape[1]
-        raise one_line(
+        raise file_error(
             files, f"the encoder is {dim} channels wide, the decoder {width}; give both files of Mini or both of Mega"
         )
     codes = CODES.get(rows, settings.get("num_image_tokens"))
     if codes is None:
-        raise one_line(
+        raise file_error(
             decoder_path,
             f"its {rows} image rows do not determine the number of codes; give hparams={{'num_image_tokens': …}}, the "
             "size of its VQGAN's codebook",
         )
     if not 0 < int(codes) < rows:
-        raise one_line(decoder_path, f"num_image_tokens={codes}; expected less than its {rows} image rows")
+        raise file_error(decoder_path, f"num_image_tokens={codes}; expected less than its {rows} image rows")
     config = DalleMiniConfig(
         num_text_tokens=len(encoder["embed_tokens.weight"]),
         num_image_tokens=int(codes),
@@ -73,7 +73,9 @@ def load_dalle_mini(
         grid_size=math.isqrt(len(decoder["embed_positions.weight"])),
     )
     if dim % HEAD_WIDTH:
-        raise one_line(files, f"it is {dim} channels wide, which is not divisible by {HEAD_WIDTH}, the width of a head")
+        raise file_error(
+            files, f"it is {dim} channels wide, which is not divisible by {HEAD_WIDTH}, the width of a head"
+        )
     with without_weights():
         model = DalleMini(config)
     state: State = {}
@@ -87,4 +89,4 @@ def load_dalle_mini(
     state["lm_head.weight"] = state.pop("image_decoder.lm_head.weight")[: config.num_image_tokens]
     first = "image_decoder.embed_tokens.weight"
     state[first] = state[first][: config.num_image_tokens + 1]
-    return fill(model, state, files, dtype)
+    return load_tensors(model, state, files, dtype)

@@ -7,7 +7,7 @@ import re
 
 from dall3.models.attention import sparse_pattern
 from dall3.models.transformer import DalleTransformer, TransformerConfig
-from dall3.weights.archive import one_line
+from dall3.weights.archive import file_error
 from dall3.weights.convert.state import (
     DALLE,
     Settings,
@@ -16,7 +16,7 @@ from dall3.weights.convert.state import (
     as_tuple,
     checked,
     count,
-    fill,
+    load_tensors,
     read_settings,
     read_state,
     values_of,
@@ -59,7 +59,7 @@ def load_transformer(path: PathLike, hparams: Settings | None = None, release: s
     given = read_settings(hparams, "DALLE-pytorch's hyper-parameters")
     settings = values_of(found.beside.get("hparams")) | given
     if not settings:
-        raise one_line(
+        raise file_error(
             path,
             "has no 'hparams' beside its weights; heads and text length cannot be known; give hparams, a dictionary or "
             "a JSON file with num_text_tokens, text_seq_len, heads, dim_head, attn_types, …",
@@ -120,4 +120,4 @@ def load_transformer(path: PathLike, hparams: Settings | None = None, release: s
     if "sparse" in kinds:  # DeepSpeed runs every layer with the layout of the first
         own = model.get_buffer("sparse_pattern")
         state["sparse_pattern"] = sparse_pattern(layouts[0], config.seq_len) if layouts else own
-    return fill(model, state, path)
+    return load_tensors(model, state, path)

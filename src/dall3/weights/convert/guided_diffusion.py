@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dall3.models.unet import DiffusionConfig, UNet, UNetConfig
-from dall3.weights.archive import CheckpointError, one_line
+from dall3.weights.archive import CheckpointError, file_error
 from dall3.weights.convert.state import (
     UNET,
     Settings,
     as_bool,
     checked,
     count,
-    fill,
+    load_tensors,
     read_settings,
     read_state,
     without_weights,
@@ -96,11 +96,11 @@ def load_unet(path: PathLike, config: PathLike | dict[str, Any] | None = None) -
     usual = next((one.image_size for one in alike or sizes), 0)
     image_size = flags.get("large_size", flags.get("image_size", usual))
     if sizes and image_size != usual and not super_resolution and not flags.get("channel_mult"):
-        raise one_line(path, f"the config says image_size={image_size}, but its tensors are those of {usual} pixels")
+        raise file_error(path, f"the config says image_size={image_size}, but its tensors are those of {usual} pixels")
     given = {name: value for name, value in flags.items() if value not in (-1, "", None)}
     heads = given.keys() & set(ATTENTION_HEADS)  # flags with heads count as complete: missing ones have their default
     if not image_size or (published is None and not heads):
-        raise one_line(
+        raise file_error(
             path,
             "a UNet of an unusual size: its tensors do not determine its attention heads; give the flags of its "
             "training as config, a dictionary or a JSON file with image_size, num_heads or num_head_channels, "
@@ -140,7 +140,7 @@ def load_unet(path: PathLike, config: PathLike | dict[str, Any] | None = None) -
     check_unet_flags(unet_config, flags, path)
     with without_weights():
         model = UNet(unet_config)
-    return fill(model, state, path)
+    return load_tensors(model, state, path)
 
 
 def read_flags(config: Settings | None) -> dict[str, Any]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 
 from dall3.models.rudalle import Rudalle, RudalleConfig
-from dall3.weights.archive import CheckpointError, one_line
+from dall3.weights.archive import CheckpointError, file_error
 from dall3.weights.convert.state import (
     RUDALLE,
     Settings,
     State,
     checked,
     count,
-    fill,
+    load_tensors,
     read_settings,
     read_state,
     without_weights,
@@ -42,13 +42,15 @@ def load_rudalle(path: PathLike, hparams: Settings | None = None, dtype: torch.d
     grid, vocabulary = len(found["image_row_embeddings.weight"]), len(found["text_embeddings.weight"])
     heads = settings.get("num_attention_heads", HEADS.get(dim))
     if heads is None:
-        raise one_line(
+        raise file_error(
             path, f"it is {dim} channels wide, with unknown heads; give hparams={{'num_attention_heads': …}}"
         )
     version = settings.get("hf_version")
     if version is None:
         if "conv_mask" not in masks:
-            raise one_line(path, "has no conv_mask to determine its version; give hparams={'hf_version': 'v2' or 'v3'}")
+            raise file_error(
+                path, "has no conv_mask to determine its version; give hparams={'hf_version': 'v2' or 'v3'}"
+            )
         # The convolutional window wraps around only in v2: there, the end of the first row attends to its start.
         version = "v2" if bool(masks["conv_mask"][text_seq_len + grid - 1, text_seq_len]) else "v3"
     config = RudalleConfig(
@@ -71,7 +73,7 @@ def load_rudalle(path: PathLike, hparams: Settings | None = None, dtype: torch.d
             raise CheckpointError(f"the hparams say {name}={settings[name]}, but {path} has {value}")
     with without_weights():
         model = Rudalle(config)
-    return fill(model, found, path, dtype)
+    return load_tensors(model, found, path, dtype)
 
 
 def without_dwt_names(tensors: State) -> State:

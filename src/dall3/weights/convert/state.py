@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dall3.weights.archive import CheckpointError, Placeholder, module_tensors, one_line, read_archive
+from dall3.weights.archive import CheckpointError, Placeholder, file_error, module_tensors, read_archive
 from dall3.weights.registry import NAME, PathLike, read_settings_text
 
 State = dict[str, Tensor]
@@ -73,7 +73,7 @@ KINDS = (  # the order in which `kind_of` tries them
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundState:
     """A network in a checkpoint.
 
     place: the keys and the prefix that lead to its tensors. beside: other entries of the same dictionary and of the
@@ -103,12 +103,12 @@ def checked(load: Load) -> Load:
             problem = f"missing: {error.args[0]}"
         except Exception as error:
             problem = f"cannot build a model from its tensors and settings: {error}"
-        raise one_line(path, problem)
+        raise file_error(path, problem)
 
     return cast(Load, wrapper)
 
 
-def read_state(path: PathLike, *kinds: Kind) -> Found:
+def read_state(path: PathLike, *kinds: Kind) -> FoundState:
     """Find the network of one of these kinds in a checkpoint, in any nested dictionary and behind any prefix.
 
     path: a file, or the folder of a DeepSpeed checkpoint. Averaged (EMA) weights are preferred. Raises CheckpointError
@@ -119,27 +119,29 @@ def read_state(path: PathLike, *kinds: Kind) -> Found:
     for kind in kinds:
         if networks := find_networks(archive, kind):
             return choose_network(networks, path)
-    raise one_line(path, f"looks like {kind_of(archive)}; expected {' or '.join(map(str, kinds))}; {keys_of(archive)}")
+    raise file_error(
+        path, f"looks like {kind_of(archive)}; expected {' or '.join(map(str, kinds))}; {keys_of(archive)}"
+    )
 
 
-def find_networks(archive: Any, kind: Kind) -> list[Found]:
+def find_networks(archive: Any, kind: Kind) -> list[FoundState]:
     """All networks of a kind in the object of a file, outermost first."""
     found = []
     for place, tensors, beside in dictionaries(archive):
         for prefix in kind.prefixes(tensors):
             state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
             label = "/".join(part for part in (place, prefix.rstrip(".")) if part)
-            found.append(Found(kind, label, state, beside))
+            found.append(FoundState(kind, label, state, beside))
     return found
 
 
-def choose_network(found: list[Found], path: PathLike) -> Found:
+def choose_network(found: list[FoundState], path: PathLike) -> FoundState:
     """The averaged network if there is one, else the only one. Raises CheckpointError if there are several."""
     averaged = [one for one in found if one.averaged]
     chosen = averaged or found
     if len(chosen) > 1:
         places = ", ".join(f"'{one.place}'" for one in chosen[:4])
-        raise one_line(
+        raise file_error(
             path, f"holds {len(chosen)} networks ({places}); save the one that is wanted to a file of its own"
         )
     if averaged and len(found) > 1:
@@ -222,7 +224,7 @@ def deepspeed_file(path: Path) -> Path:
     if (folder / DEEPSPEED).is_file() and not (folder / DEEPSPEED.replace("00", "01")).exists():
         return folder / DEEPSPEED
     if any(folder.glob("*_model_states.pt")):
-        raise one_line(
+        raise file_error(
             path, "its weights are split between processes; run the zero_to_fp32.py in it, and give that file"
         )
     return path
@@ -238,9 +240,9 @@ def read_settings(settings: Settings | None, what: str) -> dict[str, Any]:
     try:
         found = json.loads(read_settings_text(settings))
     except (ValueError, RecursionError) as error:
-        raise one_line(settings, f"not JSON ({error}); expected {what}") from None
+        raise file_error(settings, f"not JSON ({error}); expected {what}") from None
     if not isinstance(found, dict):
-        raise one_line(settings, f"holds {type(found).__name__}; expected an object of {what}")
+        raise file_error(settings, f"holds {type(found).__name__}; expected an object of {what}")
     return found
 
 
@@ -264,12 +266,12 @@ class WithoutInit(TorchFunctionMode):
 
 @contextmanager
 def without_weights() -> Iterator[None]:
-    """Create modules on the meta device, without memory, for `fill` to load tensors into."""
+    """Create modules on the meta device, without memory, for `load_tensors` to load tensors into."""
     with torch.device("meta"), WithoutInit():
         yield
 
 
-def fill(model: Model, state: State, path: object, dtype: torch.dtype = torch.float32) -> Model:
+def load_tensors(model: Model, state: State, path: object, dtype: torch.dtype = torch.float32) -> Model:
     """Load tensors into a model on the meta device and return it in eval mode, without gradients.
 
     Floating-point tensors are converted to `dtype`; those that have it are not copied. Raises CheckpointError with the
@@ -292,7 +294,7 @@ def fill(model: Model, state: State, path: object, dtype: torch.dtype = torch.fl
         if names
     ]
     if lines:
-        raise one_line(path, f"does not fit {type(model).__name__}; {'; '.join(lines)}")
+        raise file_error(path, f"does not fit {type(model).__name__}; {'; '.join(lines)}")
     ready = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
     model.load_state_dict(ready, assign=True)
     return model.eval().requires_grad_(False)

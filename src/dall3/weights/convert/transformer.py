@@ -7,7 +7,7 @@ import torch
 from dall3.models.dalle_mini import DalleMini
 from dall3.models.rudalle import Rudalle
 from dall3.models.transformer import DalleTransformer
-from dall3.weights.archive import one_line
+from dall3.weights.archive import file_error
 from dall3.weights.convert.dalle_mini import load_dalle_mini
 from dall3.weights.convert.dalle_pytorch import load_transformer as load_dalle_pytorch
 from dall3.weights.convert.rudalle import load_rudalle
@@ -39,7 +39,7 @@ def load_transformer(
         return load_dalle_mini(encoder, decoder, hparams, dtype)
     kind = read_state(path, DALLE, RUDALLE, MINI_DECODER, MINI_ENCODER).kind
     if kind in (MINI_DECODER, MINI_ENCODER):
-        raise one_line(path, f"is {kind}; give both of its files, (encoder.pt, decoder.pt)")
+        raise file_error(path, f"is {kind}; give both of its files, (encoder.pt, decoder.pt)")
     if kind == RUDALLE:
         return load_rudalle(path, hparams, dtype)
     return load_dalle_pytorch(path, hparams, release).to(dtype)

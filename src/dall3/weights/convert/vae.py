@@ -7,22 +7,22 @@ from typing import Any
 
 from dall3.models.discrete_vae import DiscreteVAE, DiscreteVAEConfig, OpenAIDiscreteVAE, OpenAIDiscreteVAEConfig
 from dall3.models.vqgan import GumbelVQ, VQGANConfig, VQModel
-from dall3.weights.archive import CheckpointError, one_line, read_archive
+from dall3.weights.archive import CheckpointError, file_error, read_archive
 from dall3.weights.convert.rudalle import without_dwt_names
 from dall3.weights.convert.state import (
     DETOKER,
     DVAE,
     OPENAI,
     VQGAN,
-    Found,
+    FoundState,
     Settings,
     State,
     checked,
     choose_network,
     count,
     deepspeed_file,
-    fill,
     find_networks,
+    load_tensors,
     read_settings,
     read_state,
     values_of,
@@ -50,7 +50,7 @@ def load_vqgan(checkpoint: PathLike, config: PathLike | None = None, unit_range:
     return vqgan_of(read_state(checkpoint, VQGAN, DETOKER), checkpoint, config, unit_range)
 
 
-def vqgan_of(network: Found, checkpoint: PathLike, config: PathLike | None, unit_range: bool = False) -> VQModel:
+def vqgan_of(network: FoundState, checkpoint: PathLike, config: PathLike | None, unit_range: bool = False) -> VQModel:
     parts = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
     tensors, decodes_only = without_dwt_names(network.tensors), network.kind == DETOKER
     if decodes_only and "embedding.weight" in tensors:  # min-dalle's name
@@ -78,7 +78,7 @@ def vqgan_of(network: Found, checkpoint: PathLike, config: PathLike | None, unit
         check_vqgan_config(found, config, checkpoint)
     with without_weights():
         model = GumbelVQ(found) if gumbel else VQModel(found)
-    return fill(model, state, checkpoint)
+    return load_tensors(model, state, checkpoint)
 
 
 def read_taming_config(path: PathLike) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def read_taming_config(path: PathLike) -> dict[str, Any]:
         problem: object = "its params are no table"
     except (KeyError, TypeError, ValueError, RecursionError, yaml.YAMLError) as error:
         problem = f"{type(error).__name__}: {error}"
-    raise one_line(path, f"not a taming-transformers model.yaml ({problem})")
+    raise file_error(path, f"not a taming-transformers model.yaml ({problem})")
 
 
 def check_vqgan_config(found: VQGANConfig, config: PathLike, checkpoint: PathLike) -> None:
@@ -114,7 +114,7 @@ def check_vqgan_config(found: VQGANConfig, config: PathLike, checkpoint: PathLik
         said |= {name: int(params["ddconfig"][name]) for name in ("ch", "z_channels")}
         said["ch_mult"] = tuple(int(factor) for factor in params["ddconfig"]["ch_mult"])
     except (KeyError, TypeError, ValueError) as error:
-        raise one_line(config, f"not a taming-transformers model.yaml ({type(error).__name__}: {error})") from None
+        raise file_error(config, f"not a taming-transformers model.yaml ({type(error).__name__}: {error})") from None
     for name, value in said.items():
         if value != getattr(found, name):
             raise CheckpointError(f"{config} says {name}={value}, but {checkpoint} has {getattr(found, name)}")
@@ -137,13 +137,13 @@ def load_discrete_vae(path: PathLike, hparams: Settings | None = None) -> Discre
     return discrete_vae_of(read_state(path, DVAE), path, hparams)
 
 
-def discrete_vae_of(network: Found, path: PathLike, given: Settings | None) -> DiscreteVAE:
+def discrete_vae_of(network: FoundState, path: PathLike, given: Settings | None) -> DiscreteVAE:
     state, beside = dict(network.tensors), network.beside
     # In a checkpoint with a transformer, 'hparams' belong to the transformer.
     hparams = values_of(beside["vae_params"] if "vae_params" in beside else beside.get("hparams"))
     hparams |= read_settings(given, "DALLE-pytorch's hyper-parameters")
     if not hparams:
-        raise one_line(
+        raise file_error(
             path,
             "a DiscreteVAE with no 'hparams' beside its weights; the picture's size cannot be known; give hparams, a "
             "dictionary or a JSON file with image_size",
@@ -166,10 +166,10 @@ def discrete_vae_of(network: Found, path: PathLike, given: Settings | None) -> D
     )
     for name in ("num_layers", "num_resnet_blocks"):
         if hparams.get(name, getattr(config, name)) != getattr(config, name):
-            raise one_line(path, f"its hparams say {name}={hparams[name]}, its tensors {getattr(config, name)}")
+            raise file_error(path, f"its hparams say {name}={hparams[name]}, its tensors {getattr(config, name)}")
     with without_weights():
         model = DiscreteVAE(config)
-    return fill(model, state, path)
+    return load_tensors(model, state, path)
 
 
 @checked
@@ -197,7 +197,7 @@ def openai_dvae_of(halves: dict[str, State], path: object) -> OpenAIDiscreteVAE:
         # Both sides list the same convolutions in the same order, weight before bias.
         names = [name for name in model.state_dict() if name.startswith(half)]
         state |= dict(zip(names, tensors.values(), strict=False))
-    return fill(model, state, path)
+    return load_tensors(model, state, path)
 
 
 VAE = VQModel | DiscreteVAE | OpenAIDiscreteVAE
@@ -225,7 +225,7 @@ def load_one_vae(path: PathLike, config: Settings | None) -> VAE:
     if network.kind == DVAE:
         return discrete_vae_of(network, path, config)
     if config is not None and not isinstance(config, PathLike):
-        raise one_line(path, "is a VQGAN, whose config is a YAML file")
+        raise file_error(path, "is a VQGAN, whose config is a YAML file")
     return vqgan_of(network, path, config)
 
 
