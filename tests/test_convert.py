@@ -84,6 +84,17 @@ def test_averaged_weights_win_and_a_line_says_so(save: Any, caplog: pytest.LogCa
         assert "averaged weights" in caplog.text and "not the raw ones" in caplog.text
 
 
+@pytest.mark.parametrize("prefix, named", [("model.diffusion_model.", "diffusion_model."), ("", "")])
+def test_averages_of_latent_diffusion_win(save: Any, caplog: pytest.LogCaptureFixture, prefix: str, named: str) -> None:
+    raw = UNET.weights()
+    found = {prefix + name: value for name, value in raw.items()} | {"model_ema.num_updates": torch.tensor(9)}
+    found |= {f"model_ema.{(named + name).replace('.', '')}": value * 0.5 for name, value in raw.items()}
+    with caplog.at_level(logging.WARNING, "dall3"):
+        model = load_unet(save({"state_dict": found}), FLAGS)
+    assert same(model, {name: value * 0.5 for name, value in raw.items()}, "out.2.weight")
+    assert "averaged weights" in caplog.text
+
+
 def test_several_networks_are_named(save: Any) -> None:
     weights = UNET.weights()
     with pytest.raises(CheckpointError, match="holds 2 networks .'model', 'teacher'.; save the one"):

@@ -130,9 +130,27 @@ def find_networks(archive: Any, kind: Kind) -> list[FoundState]:
     for place, tensors, beside in dictionaries(archive):
         for prefix in kind.prefixes(tensors):
             state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+            state = {name: value for name, value in state.items() if not name.startswith("model_ema.")}
             label = "/".join(part for part in (place, prefix.rstrip(".")) if part)
             found.append(FoundState(kind, label, state, beside))
+            if averages := lit_ema(tensors, prefix, state):
+                found.append(FoundState(kind, f"{label}/model_ema", state | averages, beside))
     return found
+
+
+def lit_ema(tensors: State, prefix: str, state: State) -> State:
+    """The averages that latent-diffusion's LitEma stores beside a network: `model_ema.` and the name without dots.
+
+    The names may leave out the first parts of `prefix`. Buffers have no average. Empty if there are none.
+    """
+    parts = prefix.split(".")
+    for i in range(len(parts)):
+        inner = ".".join(parts[i:])
+        named = {name: f"model_ema.{(inner + name).replace('.', '')}" for name in state}
+        averages = {name: tensors[key] for name, key in named.items() if key in tensors}
+        if averages:
+            return averages
+    return {}
 
 
 def choose_network(found: list[FoundState], path: PathLike) -> FoundState:
