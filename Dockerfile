@@ -6,6 +6,8 @@ FROM python:3.12-slim
 
 ARG TORCH=cpu
 RUN useradd --create-home dall3 && mkdir /cache && chown dall3 /cache
+# Versions are bounded by pyproject.toml; the newest that fit are installed.
+# hadolint ignore=DL3013
 RUN pip install --no-cache-dir torch torchvision --index-url https://download.pytorch.org/whl/${TORCH}
 COPY pyproject.toml README.md LICENSE weights.toml /src/
 COPY src /src/src
