@@ -17,6 +17,7 @@ from dall3.images import make_grid, to_pil
 from dall3.scenes import describe, random_scene
 
 HEADLINE = ("a cube made of cloud", "a cube made of water", "a cube made of porcupine", "an avocado")
+STRIP = ("a cube made of cloud", "an avocado", "a fox", "a rocket", "an egg made of water", "a red apple")
 EMOJI = ("a penguin on a blue background", "a red apple", "a fox", "a rocket on a yellow background")
 SIDE, IMAGES, BEST, DRAWN = 160, 2, 8, 64
 
@@ -33,6 +34,18 @@ def label(picture: Image.Image, texts: list[str], height: int) -> Image.Image:
     return sheet
 
 
+def strip(pipe: Dall3Pipeline) -> Image.Image:
+    """A row of images, each the best of 32 candidates, with its prompt below."""
+    images = [pipe(prompt, num_candidates=32, seed=0).images[0] for prompt in STRIP]
+    row = make_grid([images], SIDE)
+    sheet = Image.new("RGB", (row.width, row.height + 24), "white")
+    sheet.paste(row)
+    draw = ImageDraw.Draw(sheet)
+    for i, prompt in enumerate(STRIP):
+        draw.text((i * (SIDE + 4) + SIDE // 2, SIDE + 12), prompt, fill="black", anchor="mm", font_size=13)
+    return sheet
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", help="a pipeline folder (default: the bundled weights)")
@@ -40,6 +53,8 @@ def main() -> None:
     args = parser.parse_args()
     pipe = Dall3Pipeline.from_pretrained(args.weights)
     args.out.mkdir(parents=True, exist_ok=True)
+
+    strip(pipe).save(args.out / "strip.jpg", quality=90)
 
     rng = np.random.default_rng(0)
     unseen = [describe(random_scene(rng, held_out=True), background=True) for _ in range(4)]
