@@ -28,7 +28,7 @@ from dall3 import Dall3Pipeline
 from dall3.diffusion.denoising import Denoising
 from dall3.scenes import BACKGROUNDS, MATERIALS, SHAPES, Scene, describe, is_held_out, random_scene, render
 from dall3.scenes.emoji import Emoji, draw_emoji, list_emoji, random_placement, with_article
-from dall3.settings import check_defaults
+from dall3.settings import check_defaults, with_defaults
 from dall3.tokens.sampling import Sampling
 
 FINE = 2 * SIDE  # side in pixels of true and refined images; coarse images have SIDE
@@ -451,7 +451,9 @@ def read_arguments() -> tuple[argparse.Namespace, list[Bench]]:
     for pipe in pipes:
         pipe.defaults = {"clip_guidance_scale": 1000.0} | pipe.defaults  # default of the pipeline's call
         settings = (
-            pipe.with_defaults(kind, {k: v for k, v in args.settings.items() if k in kind.__dataclass_fields__})
+            with_defaults(
+                pipe.defaults, kind, {k: args.settings[k] for k in kind.__dataclass_fields__ if k in args.settings}
+            )
             for kind in (Sampling, Denoising)
         )
         pipe.to(args.device, getattr(torch, args.dtype))

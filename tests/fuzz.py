@@ -44,7 +44,7 @@ from dall3.text import load_tokenizer
 from dall3.weights.archive import CheckpointError, Placeholder, module_tensors, read_archive
 from dall3.weights.convert.vae import read_taming_config
 from dall3.weights.folder import BUNDLED, DEFAULTS, load_part
-from dall3.weights.registry import read_registry, user_registry_path
+from dall3.weights.registry import bundled_registry_path, read_registry
 from test_archive import ATTACKS, CONTAINERS, Net, Unknown, contain, save, script, tensor, touch
 
 from originals import GOLDEN
@@ -201,7 +201,7 @@ def text_readers() -> list[tuple[Callable[[Path], Any], list[bytes]]]:
     return [
         (read_tokenizer, tokenizers),
         (read_part, configs),
-        (read_registry, [user_registry_path().read_bytes()]),
+        (read_registry, [bundled_registry_path().read_bytes()]),
         (read_taming_config, [(GOLDEN / "gumbel_vq/model.yaml").read_bytes()]),
         (read_settings, [(BUNDLED / DEFAULTS).read_bytes(), b'{"temperature": 0.9, "top_k": 0.5, "cutn": 4}']),
         (read_recipe, recipes()),

@@ -46,7 +46,7 @@ def rehearse(name: str, folder: Path) -> dict[str, object]:
             found |= {"refined": tuple(fine.shape[:1:-1])}
     files = files_of(find_set(name))
     found |= {"files": [one.file.name for one in files], "bytes": sum(one.find().stat().st_size for one in files)}
-    own = [one for one in files if one.part.kept.startswith(f"{name}/")]
+    own = [one for one in files if one.part.cache_folder.startswith(f"{name}/")]
     return found | {"places": sum(map(try_places, own))}
 
 
@@ -55,7 +55,7 @@ def try_places(one: CachedFile) -> int:
     places = [place for place in one.file.places if place.path is None]
     for i, place in enumerate(places):
         # As the first of a cache that is empty, so that what has no SHA-256 is looked at.
-        part = replace(one.part, kept=f"{one.part.kept}/place{i}")
+        part = replace(one.part, cache_folder=f"{one.part.cache_folder}/place{i}")
         path = fetch_file(replace(one, part=part, file=replace(one.file, places=(place,))), progress=False)
         if part.name == "clip":
             assert load_clip(path, part.settings).image_size == 64

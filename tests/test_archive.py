@@ -321,13 +321,13 @@ REFUSED = {
     "buffer": (b"\x97", "damaged"),
     "no opcode": (b"\xff", "damaged"),
     "empty stack": (b"0", "damaged"),
-    "deep key": (b"})" + b"\x85" * 10 * MANY + b"Ns", "tuple as a key"),
-    "wide key": (b"})" + TWICE * 60 + b"Ns", "tuple as a key"),
-    "long key": (b"}(" + b"N" * 65 + b"tNs", "tuple as a key"),
-    "wide member": (b"\x8f(" + b")" + TWICE * 60 + b"\x90", "tuple as a key"),
-    "wide set": (name("builtins", "set") + b"()" + TWICE * 60 + b"l\x85R", "tuple as a key"),
-    "set of a tensor": (name("builtins", "set") + tensor((2**40, 0), (1, 1)) + b"\x85R", "a set is made of a"),
-    "list as a key": (b"}]Ns", "list as a key"),
+    "deep key": (b"})" + b"\x85" * 10 * MANY + b"Ns", "a key of type tuple"),
+    "wide key": (b"})" + TWICE * 60 + b"Ns", "a key of type tuple"),
+    "long key": (b"}(" + b"N" * 65 + b"tNs", "a key of type tuple"),
+    "wide member": (b"\x8f(" + b")" + TWICE * 60 + b"\x90", "a key of type tuple"),
+    "wide set": (name("builtins", "set") + b"()" + TWICE * 60 + b"l\x85R", "a key of type tuple"),
+    "set of a tensor": (name("builtins", "set") + tensor((2**40, 0), (1, 1)) + b"\x85R", "a set is built from a"),
+    "list as a key": (b"}]Ns", "a key of type list"),
     "odd items": (b"}(NNNu", "damaged"),
     "old dictionary": (b"(NNd", "damaged"),
     "wide reference": (b")" + TWICE * 60 + b"Q", "other than a storage"),
@@ -337,30 +337,30 @@ REFUSED = {
     "sets in a tensor": (tensor() + b"K\x00K\x01s", "adds items to a "),
     "appends to a tensor": (tensor() + b"Na", "adds items to a "),
     "appends to a name": (name("os", "environ") + b"Na", "adds items to a Name"),
-    "control characters": (storage("\x1b[2J\n", kind="Odd"), r"storage \?\[2J is of"),
-    "lone surrogate": (b"X\x03\0\0\0\xed\xa0\x80".join(storage(kind="Odd").split(plain("0"))), "not known"),
+    "control characters": (storage("\x1b[2J\n", kind="Odd"), r"storage \?\[2J has an unknown type"),
+    "lone surrogate": (b"X\x03\0\0\0\xed\xa0\x80".join(storage(kind="Odd").split(plain("0"))), "unknown type"),
     "endless name": (storage("x" * MANY, kind="Odd"), "xxx"),
     "no such storage": (storage("../../etc/passwd"), "passwd"),
     "unknown kind": (storage(kind="QInt8"), "QInt8"),
-    "view of a storage": (storage("0", 4, "FloatStorage", ("1", 0, 2)), "not known"),
-    "too many numbers": (storage(numel=5), "claims 5 numbers"),
+    "view of a storage": (storage("0", 4, "FloatStorage", ("1", 0, 2)), "unknown type"),
+    "too many numbers": (storage(numel=5), "claims 5 elements"),
     "far too many numbers": (storage(numel=2**62), "claims"),
-    "negative numbers": (storage(numel=-1), "not known"),
+    "negative numbers": (storage(numel=-1), "unknown type"),
     "True numbers": (storage(numel=True), "no size"),
-    "beyond": (tensor((5,)), "beyond its storage of 4"),
-    "offset beyond": (tensor((4,), (1,), 1), "beyond"),
-    "stride beyond": (tensor((2, 2), (3, 1)), "beyond"),
-    "scalar beyond": (tensor((), (), 4), "beyond"),
-    "expanded": (tensor((2**40,), (0,)), "beyond"),
-    "expanded twice": (tensor((4, 2), (1, 0)), "beyond"),
-    "negative size": (tensor((-1,)), "negative"),
-    "negative stride": (tensor((2,), (-1,), 1), "negative"),
-    "negative offset": (tensor((1,), (1,), -1), "negative"),
-    "True size": (tensor((True,)), "odd"),
-    "float size": (tensor((2.0,)), "odd"),
-    "fewer strides": (tensor((2, 2), (1,)), "odd"),
+    "beyond": (tensor((5,)), "exceeds its storage of 4"),
+    "offset beyond": (tensor((4,), (1,), 1), "exceeds its storage"),
+    "stride beyond": (tensor((2, 2), (3, 1)), "exceeds its storage"),
+    "scalar beyond": (tensor((), (), 4), "exceeds its storage"),
+    "expanded": (tensor((2**40,), (0,)), "exceeds its storage"),
+    "expanded twice": (tensor((4, 2), (1, 0)), "exceeds its storage"),
+    "negative size": (tensor((-1,)), "invalid size, stride or offset"),
+    "negative stride": (tensor((2,), (-1,), 1), "invalid size, stride or offset"),
+    "negative offset": (tensor((1,), (1,), -1), "invalid size, stride or offset"),
+    "True size": (tensor((True,)), "invalid size, stride or offset"),
+    "float size": (tensor((2.0,)), "invalid size, stride or offset"),
+    "fewer strides": (tensor((2, 2), (1,)), "invalid size, stride or offset"),
     "size no tuple": (tensor(4, 1), "no size"),
-    "endless shape": (tensor((1,) * 65, (1,) * 65), "odd"),
+    "endless shape": (tensor((1,) * 65, (1,) * 65), "invalid size, stride or offset"),
     "endless sizes": (tensor((1 << 2000,) * 9, (1 << 2000,) * 9), "a tensor of shape"),
     "empty and endless": (tensor((0, 1 << 2000), (1, 1)), "damaged"),
     "no storage": (name("torch._utils", "_rebuild_tensor_v2") + plain((None, 0, (), ())) + b"R", "no storage"),
@@ -389,7 +389,7 @@ def test_hostile_pickles_are_refused(tmp_path, form, case):
     body, match = REFUSED[case]
     record = bytes([2, 0, 0, 1] * 4) if case == "odd truth" else bytes(16)
     if form == "legacy" and case == "no such storage":
-        match = "lists a storage"
+        match = "lists an unused storage"
     refused(contain(tmp_path / "a.pt", body, form, record), match)
 
 
@@ -436,7 +436,7 @@ def test_traps_of_modules(tmp_path, case):
         body = module_of({f"t{i}": tensor() for i in range(many)})
         body += b"q\x00" + module_of({f"m{i}": b"h\x00" for i in range(many)})
     found = read_archive(contain(tmp_path / "a.pt", body, "zip"))
-    with bounded_memory(), pytest.raises(CheckpointError, match="than any network"):
+    with bounded_memory(), pytest.raises(CheckpointError, match="keys that are not strings"):
         module_tensors(found)
 
 
@@ -459,11 +459,11 @@ def test_zip_bombs(tmp_path, name):
     (
         (["archive/data.pkl", "archive/data.pkl"], "or several"),
         (["a/data.pkl", "b/data.pkl"], "or several"),
-        (["data.pkl"], "no data.pkl"),
-        (["a/b/data.pkl"], "no data.pkl"),
+        (["data.pkl"], "exactly one data.pkl"),
+        (["a/b/data.pkl"], "exactly one data.pkl"),
         (["archive/data.pkl"], "archive/data/0 is missing"),
         (["../data.pkl", "../0", "data/0"], "../data/0 is missing"),
-        (["other"], "no data.pkl"),
+        (["other"], "exactly one data.pkl"),
     ),
 )
 def test_zip_names(tmp_path, names, match):
@@ -542,9 +542,9 @@ def test_safetensors_whose_header_has_no_end(tmp_path):
         (b"a text, which is no checkpoint\n", "not a PyTorch or safetensors file"),
         (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(9), "not a PyTorch or safetensors file"),
         (b"PK\x03\x04" + bytes(99), "damaged"),
-        (pickle.dumps({"x": list(range(9))}, 2), "not one that PyTorch wrote"),
+        (pickle.dumps({"x": list(range(9))}, 2), "that PyTorch did not write"),
         (pickle.dumps(LEGACY_MAGIC, 2) + b"\x80\x02", "damaged"),
-        (b"\x80\x02(lp0\n." + bytes(9), "not one that PyTorch wrote"),
+        (b"\x80\x02(lp0\n." + bytes(9), "that PyTorch did not write"),
     ),
 )
 def test_other_files(tmp_path, data, match):

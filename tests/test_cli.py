@@ -158,9 +158,9 @@ def test_the_c_locale_takes_a_prompt_in_utf_8(seedset, tmp_path):
     [
         (
             Image.DecompressionBombError("too many\npixels"),
-            "DecompressionBombError: too many pixels; --debug shows where",
+            "DecompressionBombError: too many pixels; --debug shows the traceback",
         ),
-        (tarfile.ReadError("cut"), "ReadError: cut; --debug shows where"),
+        (tarfile.ReadError("cut"), "ReadError: cut; --debug shows the traceback"),
         (
             ModuleNotFoundError("No module named 'gradio'", name="gradio"),
             "dall3 web needs gradio; run pip install 'dall3[web]'",
@@ -170,7 +170,7 @@ def test_the_c_locale_takes_a_prompt_in_utf_8(seedset, tmp_path):
             "dall3 web cannot run: cannot import name 'mount' from 'gradio'; run pip install 'dall3[web]'",
         ),
         (ValueError("no such thing"), "no such thing"),
-        (AssertionError(), "AssertionError: ; --debug shows where"),
+        (AssertionError(), "AssertionError: ; --debug shows the traceback"),
     ],
 )
 def test_an_error_inside_is_one_line_and_a_traceback_with_debug(error, words, monkeypatch, capsys):
@@ -206,7 +206,7 @@ def test_upsample_takes_tokens_or_a_picture(seedset, outputs, tmp_path):
 def test_dvae_mode_is_checked(seedset, outputs, tmp_path, capsys):
     command = [*upsample_options(seedset), "--input", str(outputs / FOLDER / "0.npy"), "--dvae_mode"]
     assert main([*command, "--outputs_dir", str(tmp_path / "out")]) == 2
-    assert "is no DiscreteVAE" in capsys.readouterr().err
+    assert "is not a DiscreteVAE" in capsys.readouterr().err
 
 
 def test_nothing_is_overwritten_unless_asked(seedset, outputs, tmp_path, capsys):
@@ -226,7 +226,7 @@ def test_nothing_is_overwritten_unless_asked(seedset, outputs, tmp_path, capsys)
     [
         ([""], "an empty prompt"),
         (["a cube||a cloud"], "an empty prompt"),
-        (["a cube " * 30], "fit: shorten the prompt or pass truncate=True"),
+        (["a cube " * 30], "shorten it, or pass truncate=True"),
         (["a cube", "--top_p", "1.5"], "top_p=1.5; expected"),
         (["a cube", "--temperature", "-1"], "temperature=-1.0; expected"),
         (["a cube", "--num_images", "0"], "num_images=0; expected"),
@@ -234,7 +234,7 @@ def test_nothing_is_overwritten_unless_asked(seedset, outputs, tmp_path, capsys)
         (["a cube", "--dalle_path", "{seedset}/nothing.pt"], "does not exist"),
         (
             ["a cube", "--dalle_path", "{seedset}/model-latest.pt"],
-            "looks like a UNet of guided-diffusion; expected a DALL·E",
+            "contains a UNet of guided-diffusion; expected a DALL·E",
         ),
         (["a cube", "--vqgan_model_path", "{seedset}/dalle-latest.pt"], "expected a VQGAN"),
         (["a cube", "--bpe_path", "{seedset}/model-latest.pt"], "not a tokenizer"),
@@ -246,7 +246,7 @@ def test_nothing_is_overwritten_unless_asked(seedset, outputs, tmp_path, capsys)
         (["a cube", "--device", "nowhere"], "nowhere"),
         (["a cube", "--seed", "-1"], "seed=-1; expected"),
         (["a cube", "--num_candidates", "0"], "num_candidates=0; expected"),
-        (["a cube", "--clip_guidance"], "--clip_guidance guides diffusion"),
+        (["a cube", "--clip_guidance"], "--clip_guidance guides the denoising"),
         (["a cube " * 30, "--gentxt"], "pass truncate=True"),
     ],
 )

@@ -78,7 +78,7 @@ def test_discrete_vae_refuses_pictures_of_another_shape(own_file, shape):
 
 def test_a_file_without_a_vae_is_refused(tmp_path):
     path = save_dalle(tmp_path / "dalle.pt", Golden("dalle_default"))
-    with pytest.raises(CheckpointError, match="looks like a DALL·E transformer.*expected a DiscreteVAE"):
+    with pytest.raises(CheckpointError, match="contains a DALL·E transformer.*expected a DiscreteVAE"):
         load_discrete_vae(path)
 
 

@@ -68,7 +68,7 @@ def test_what_a_family_cannot_do_is_said_before_any_work(mini: Dall3Pipeline, ru
         mini("рыжий кот", **QUICK)
     with pytest.raises(ValueError, match="ruDALL-E cannot read the prompt 'a red cube': it reads Russian"):
         rudalle.generate_tokens("a red cube", **QUICK)
-    with pytest.raises(ValueError, match="a DalleMini draws pictures only"):
+    with pytest.raises(ValueError, match="a DalleMini has no text output"):
         mini.complete_text("a red cube")
     with pytest.raises(ValueError, match="this VQGAN has no encoder"):
         mini.variations(Image.new("RGB", (256, 256)), "a red cube", **QUICK)

@@ -164,17 +164,17 @@ def test_a_saved_folder_loads_again(model, expected, tmp_path):
 
 
 def test_files_that_do_not_fit_are_refused(files, tmp_path):
-    with pytest.raises(CheckpointError, match="128 image rows do not determine .* hparams={'num_image_tokens'"):
+    with pytest.raises(CheckpointError, match="128 image embeddings do not determine .* hparams={'num_image_tokens'"):
         load_transformer(files)
-    with pytest.raises(CheckpointError, match="the decoder of DALL·E Mini or Mega; give both of its files"):
+    with pytest.raises(CheckpointError, match="the decoder of DALL·E Mini or Mega; pass both files"):
         load_transformer(files[1])
-    with pytest.raises(CheckpointError, match="looks like the decoder of DALL·E Mini .* expected the encoder"):
+    with pytest.raises(CheckpointError, match="contains the decoder of DALL·E Mini .* expected the encoder"):
         load_transformer((files[1], files[0]), CODES)
     wide = {
         name: torch.cat([tensor] * 2, dim=-1) if "embed" in name else tensor
         for name, tensor in state("decoder").items()
     }
-    with pytest.raises(CheckpointError, match="the encoder is 128 channels wide, the decoder 256; .* of Mini or both"):
+    with pytest.raises(CheckpointError, match="the encoder has 128 channels, the decoder 256; .* of Mini or both"):
         load_transformer(save_halves(tmp_path, decoder=wide), CODES)
     lacking = {name: tensor for name, tensor in state("decoder").items() if name != "layers.1.glu.fc2.weight"}
     torch.save(lacking, tmp_path / "decoder.pt")

@@ -36,7 +36,7 @@ def test_the_mask_tells_the_version(case, tmp_path):
     torch.save(weights | {"conv_mask": mask.half()}, tmp_path / "oldest.bin")  # as in Malevich's first file
     assert load_transformer(tmp_path / "oldest.bin", HPARAMS).config == case.model.config
     torch.save(weights, tmp_path / "bare.bin")
-    with pytest.raises(CheckpointError, match="no conv_mask .* give hparams={'hf_version': 'v2' or 'v3'}"):
+    with pytest.raises(CheckpointError, match="no conv_mask .* pass hparams={'hf_version': 'v2' or 'v3'}"):
         load_transformer(tmp_path / "bare.bin", HPARAMS)
     said = load_transformer(tmp_path / "bare.bin", HPARAMS | {"hf_version": case.version})
     assert said.config == case.model.config
@@ -90,7 +90,7 @@ def test_a_saved_folder_loads_again(case, tmp_path):
 
 
 def test_hparams_that_do_not_fit_are_refused(case):
-    with pytest.raises(CheckpointError, match="64 channels wide, .* give hparams={'num_attention_heads'"):
+    with pytest.raises(CheckpointError, match="64 channels do not determine .* pass hparams={'num_attention_heads'"):
         load_transformer(case.path)
     with pytest.raises(CheckpointError, match="the hparams say num_layers=24, but .*pytorch_model.bin has 5"):
         load_transformer(case.path, HPARAMS | {"num_layers": 24})

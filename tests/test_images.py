@@ -232,7 +232,7 @@ def test_a_list_may_mix_kinds_but_not_sizes(tmp_path):
         (torch.full((3, 8, 8), float("nan")), "run from nan"),
         ([], "an empty list"),
         ([[torch.zeros(3, 8, 8)]], "a list of lists"),
-        (5, "not int"),
+        (5, "int is not an image"),
         (Image.fromarray(np.full((4, 4), 7, np.int32)), "32-bit integer pixels"),
         (Image.fromarray(np.full((4, 4), 7, np.float32)), r"floating point pixels from 7 to 7; expected values in"),
         (b"", "the picture: not a picture"),

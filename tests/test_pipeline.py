@@ -76,6 +76,45 @@ def test_one_call_gives_ranked_pictures_and_what_made_them(pipe, out):
     assert np.abs(np.array(out.images[1], float) / 255 - fine[1].permute(1, 2, 0).numpy()).max() < 1 / 255
 
 
+@pytest.mark.parametrize("output_type", ["np", "pt"])
+def test_images_come_as_arrays_and_tensors_with_the_same_values(pipe, out, output_type, tmp_path):
+    settings = dict(top_p=0.85, num_inference_steps=4, seed=3, progress=False, output_type=output_type)
+    other = pipe(PROMPT, 2, 5, **settings)
+    for images, pil, side in ((other.images, out.images, 64), (other.coarse_images, out.coarse_images, 128)):
+        shape = (2, side, side, 3) if output_type == "np" else (2, 3, side, side)
+        assert isinstance(images, np.ndarray if output_type == "np" else torch.Tensor) and images.shape == shape
+        assert str(images.dtype).endswith("float32") and images.min() >= 0 and images.max() <= 1
+        assert to_pil(images) == pil
+    assert other.to_pil() == out.images and np.array_equal(other.to_numpy(), out.to_numpy())
+    assert other.grid().tobytes() == out.grid().tobytes() and repr(other) == repr(out)
+    assert other == other[:] and other[0] != other[1] and other != out and len(other[1].images) == 1
+    other.save(tmp_path / "other")
+    out.save(tmp_path / "pil")
+    for path in (tmp_path / "pil").iterdir():
+        assert (tmp_path / "other" / path.name).read_bytes() == path.read_bytes()
+    *previews, last = pipe.stream(PROMPT, 2, 5, every=4, **settings)
+    assert last.images == out.images and last.output == other and isinstance(previews[-1].images[0], Image.Image)
+    varied = pipe.variations(out.coarse_images[0], PROMPT, 1, **settings)
+    assert type(varied.images) is type(other.images)
+    refining = dict(num_inference_steps=4, seed=3, progress=False)
+    tensor = pipe.upsample(out.tokens, **refining)
+    fine = pipe.upsample(out.tokens, output_type=output_type, **refining)
+    assert np.array_equal(fine, tensor if output_type == "pt" else tensor.permute(0, 2, 3, 1))
+    assert pipe.upsample(out.tokens, output_type="pil", **refining) == to_pil(tensor)
+
+
+def test_an_unknown_output_type_is_refused_before_any_work(pipe, monkeypatch):
+    monkeypatch.setattr(pipe.transformer, "prefill", lambda *args, **kwargs: pytest.fail("worked"))
+    for call in (
+        lambda **how: pipe(PROMPT, **how),
+        lambda **how: pipe.stream(PROMPT, **how),
+        lambda **how: pipe.variations(torch.zeros(256, dtype=torch.int64), PROMPT, **how),
+        lambda **how: pipe.upsample(torch.zeros(256, dtype=torch.int64), **how),
+    ):
+        with pytest.raises(ValueError, match="output_type='latent'; expected 'pil' or 'np' or 'pt'"):
+            call(output_type="latent")
+
+
 def test_scores_are_those_of_the_originals_preprocessing(pipe):
     """generate.py: 8-bit picture by truncation, Pillow's bicubic to CLIP's size, normalised."""
     pictures = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -293,10 +332,10 @@ def test_weights_have_settings_of_their_own_which_a_call_overrides(seedset, tmp_
     ("text", "words"),
     [
         ('{"top_p": 2}', r"top_p=2; expected a probability"),
-        ('{"strength": "half"}', "settings of another type"),
+        ('{"strength": "half"}', "value of an invalid type"),
         ('{"colour": 1}', "unknown setting colour"),
-        ('{"cutn": 100000000}', "cutn=1e.08; 1024 is the most"),
-        ("[]", "holds list; expected an object"),
+        ('{"cutn": 100000000}', "cutn=1e.08; expected at most 1024"),
+        ("[]", "holds list; expected a JSON object"),
     ],
 )
 def test_settings_of_weights_that_are_wrong_are_said(seedset, tmp_path, text, words):
@@ -373,7 +412,7 @@ def test_parts_that_do_not_fit_each_other_are_refused(pipe, seedset, tmp_path):
         (dict(num_inference_steps=0), "cannot take 0 of 1000 steps"),
         (dict(num_inference_steps=1001), "cannot take 1001 of 1000 steps"),
         (dict(num_inference_steps="many"), "steps 'many' not understood"),
-        (dict(scheduler="oiler"), "scheduler 'oiler' is not known; expected 'ddpm', 'ddim', 'dpm-solver"),
+        (dict(scheduler="oiler"), "unknown scheduler 'oiler'; expected 'ddpm', 'ddim', 'dpm-solver"),
         (dict(clip_guidance_scale=-1), "clip_guidance_scale=-1; expected a number from 0"),
         (dict(guidance_share=2), "guidance_share=2"),
         (dict(strength=0), "strength=0"),
@@ -381,12 +420,12 @@ def test_parts_that_do_not_fit_each_other_are_refused(pipe, seedset, tmp_path):
         (dict(stop_at=-3), "stop_at=-3"),
         (dict(seed=-1), "seed=-1; expected a whole number"),
         (dict(guidance_prompt="a:1|b:-1"), "weights of the prompts sum to 0"),
-        (dict(guidance_scale=3, cond_scale=2), "cond_scale and guidance_scale are the same; give one of them"),
-        (dict(negative_prompt="a cloud", clip_guidance_scale=0), "negative_prompt changes nothing here"),
-        (dict(generator=[torch.Generator()], num_images=2), "1 generators for 2 candidates and 2 pictures"),
+        (dict(guidance_scale=3, cond_scale=2), "cond_scale and guidance_scale are aliases"),
+        (dict(negative_prompt="a cloud", clip_guidance_scale=0), "negative_prompt has no effect"),
+        (dict(generator=[torch.Generator()], num_images=2), "1 generators for 2 candidates and 2 images"),
         (dict(prompt=""), "empty"),
         (dict(prompt="   "), "empty"),
-        (dict(prompt="a cube " * 40), r"\d+ tokens, 24 fit.*truncate=True"),
+        (dict(prompt="a cube " * 40), r"has \d+ tokens; expected at most 24.*truncate=True"),
     ],
 )
 def test_bad_settings_are_refused_before_any_work(pipe, monkeypatch, settings, words):
@@ -412,7 +451,7 @@ def test_an_unknown_setting_is_a_type_error(pipe):
 
 @pytest.mark.parametrize("prompt", [None, 5, b"a cube", ["a cube", None]])
 def test_a_prompt_that_is_no_text_is_said(pipe, prompt):
-    with pytest.raises(TypeError, match="prompt=.*; expected a text, or a list of texts"):
+    with pytest.raises(TypeError, match="prompt=.*; expected a string, or a list of strings"):
         pipe(prompt)
 
 
@@ -474,7 +513,7 @@ def test_schedulers_go_by_diffusers_names_and_repeat(pipe, monkeypatch):
     assert out.images == pipe(PROMPT, scheduler=scheduler, **how).images
     assert out.settings["scheduler"] == "dpm++_2m_karras" and pipe.repeat(out, progress=False).images == out.images
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(ValueError, match="scheduler 'euler' is one of diffusers; run pip install diffusers"):
+    with pytest.raises(ValueError, match="scheduler 'euler' needs diffusers; run pip install"):
         pipe(PROMPT, scheduler="euler", **how)
 
 
@@ -527,7 +566,7 @@ def test_tokens_of_another_shape_or_vocabulary_are_refused(pipe, tokens, words):
         (torch.zeros(1, 3, 64, 64, dtype=torch.int64), "int64"),
         (torch.full((1, 3, 64, 64), 2.0), r"run from 2 to 2; expected values in \[0, 1\]"),
         ([Image.new("RGB", (8, 8)), Image.new("RGB", (9, 9))], "several sizes"),
-        (5, "expected a picture .*, not int"),
+        (5, "int is not an image; expected a path"),
     ],
 )
 def test_pictures_of_another_shape_are_refused(pipe, image, words):
@@ -599,7 +638,7 @@ def test_pictures_that_are_not_finite_are_an_error_not_black(seedset, part):
     for name, parameter in getattr(pipe, part).named_parameters():
         if name.endswith("bias"):
             parameter.data.fill_(float("nan"))
-    with pytest.raises(RuntimeError, match="pictures have values that are not finite; try float32 or bfloat16"):
+    with pytest.raises(RuntimeError, match="images have NaN or infinite values; use float32 or bfloat16"):
         pipe(PROMPT, num_inference_steps=1, seed=0, progress=False)
 
 
@@ -738,7 +777,7 @@ def test_a_callback_sees_every_step_and_can_end_the_call(pipe):
     assert pipe(PROMPT, callback_on_step_end=replaced, **settings).images == black.images
     with pytest.raises(ValueError, match="callback_on_step_end returned 'latents'; expected some of x, pred_xstart"):
         pipe(PROMPT, callback_on_step_end=lambda *args: {"latents": 0}, **settings)
-    with pytest.warns(UserWarning, match="a callback changed the call that made the picture"):
+    with pytest.warns(UserWarning, match="a callback changed the original call"):
         pipe.repeat(black, progress=False)
 
 
@@ -750,7 +789,7 @@ def test_several_prompts_give_what_each_gives_alone(pipe, monkeypatch):
     monkeypatch.setattr(pipe.transformer, "run", lambda *args, **kwargs: pytest.fail("work began"))
     with pytest.raises(ValueError, match="empty"):
         pipe([PROMPT, " "], **settings)
-    with pytest.raises(ValueError, match="an empty list of prompts"):
+    with pytest.raises(ValueError, match="prompt is an empty list"):
         pipe([], **settings)
 
 
@@ -799,7 +838,8 @@ def test_a_recipe_of_other_weights_names_what_differs(seedset, out, tmp_path):
     with torch.no_grad():
         other.transformer.to_logits.bias[-1] += 1.0
     with pytest.warns(
-        UserWarning, match="the transformer is another: '[0-9a-f]{16}' here, '[0-9a-f]{16}' made"
+        UserWarning,
+        match="the transformer of this pipeline has the hash '[0-9a-f]{16}'; the image was made with '[0-9a-f]{16}'",
     ) as told:
         other.repeat(tmp_path / "first/0.png", progress=False)
     assert {str(warning.message).split()[1] for warning in told} <= {"transformer", "tokens"}
@@ -809,22 +849,22 @@ def test_a_recipe_of_other_weights_names_what_differs(seedset, out, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(ValueError, match="not a picture"):
         other.repeat(tmp_path / "text.png")
-    with pytest.raises(ValueError, match="2 pictures"):
+    with pytest.raises(ValueError, match="2 images"):
         other.repeat(out)
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"num_candidates": 10**9}, "num_candidates is '1000000000', which cannot be"),
-        ({"cutn": 10**9}, "cutn=1e.09; 1024 is the most"),
-        ({"callback_on_step_end": 1, "generator": 2}, "does not know: 'callback_on_step_end', 'generator'"),
-        ({"scheduler": "EulerDiscreteScheduler"}, "scheduler 'EulerDiscreteScheduler' is not known"),
+        ({"num_candidates": 10**9}, "num_candidates is '1000000000'; expected an integer up to 1048576"),
+        ({"cutn": 10**9}, "cutn=1e.09; expected at most 1024"),
+        ({"callback_on_step_end": 1, "generator": 2}, "unknown settings: 'callback_on_step_end', 'generator'"),
+        ({"scheduler": "EulerDiscreteScheduler"}, "unknown scheduler 'EulerDiscreteScheduler'"),
         ({"guidance_prompt": 5}, "guidance_prompt is '5'"),
-        ({"weights": 5}, "weights are not named by part"),
-        ({"kept": [[0] * 256]}, "not 256 whole numbers"),
+        ({"weights": 5}, "weights are not a dictionary"),
+        ({"kept": [[0] * 256]}, "not a list of 256 integers"),
         ({"kept": [10**6] * 256}, "tokens run from"),
-        ({"seeds": [1, "two"]}, "seeds are not 5 whole numbers"),
+        ({"seeds": [1, "two"]}, "seeds are not a list of 5 integers"),
     ],
 )
 def test_a_recipe_that_does_not_fit_is_refused_before_any_work(pipe, out, monkeypatch, change, words):
@@ -847,7 +887,7 @@ def test_a_damaged_recipe_is_said(out, tmp_path, change):
 
 
 def test_rows_of_tokens_and_pictures_that_do_not_match_are_refused(pipe, out):
-    with pytest.raises(ValueError, match="2 rows of tokens and 1 pictures"):
+    with pytest.raises(ValueError, match="2 rows of tokens and 1 images"):
         pipe.upsample(out.tokens, out.coarse_images[0], strength=0.5, progress=False)
 
 
@@ -914,13 +954,16 @@ def test_a_picture_primes_the_first_rows_and_a_rectangle_is_drawn_anew(pipe):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (dict(keep_rows=3), "give one"),
-        (dict(keep_rows=3, redraw=(0, 0, 1, 1), init_image=[]), "choose one"),
+        (dict(keep_rows=3), "keep_rows selects tokens of an initial image; pass image too"),
+        (dict(keep_rows=3, redraw=(0, 0, 1, 1), init_image=[]), "exclude each other; pass one of them"),
         (dict(keep_rows=16, init_image=torch.zeros(256, dtype=torch.int64)), r"keep_rows=16; .* \[1, 15\]"),
-        (dict(redraw=(8, 8, 9, 1), init_image=torch.zeros(256, dtype=torch.int64)), "does not lie on the 16×16"),
+        (dict(redraw=(8, 8, 9, 1), init_image=torch.zeros(256, dtype=torch.int64)), "exceeds the grid of 16×16"),
         (dict(redraw=(8, 8), init_image=torch.zeros(256, dtype=torch.int64)), "expected .top, left, height, width."),
-        (dict(init_image=torch.zeros(64, dtype=torch.int64)), r"init_image has tokens \(1, 64\); expected \(256,\)"),
-        (dict(init_image=5), "expected a picture .*, not int"),
+        (
+            dict(init_image=torch.zeros(64, dtype=torch.int64)),
+            r"image has tokens of shape \(1, 64\); expected \(256,\)",
+        ),
+        (dict(init_image=5), "int is not an image; expected a path"),
     ],
 )
 def test_what_cannot_stay_is_said(pipe, monkeypatch, settings, words):
@@ -969,7 +1012,7 @@ def test_faster_draws_are_in_the_recipe_and_repeat(pipe, tmp_path):
 
 def test_int8_elsewhere_than_on_a_cpu_is_refused_before_any_work(seedset):
     other = load_seedset(seedset).to("meta")
-    with pytest.raises(ValueError, match="quantize='int8' is for a CPU, and this pipeline is on meta"):
+    with pytest.raises(ValueError, match="quantize='int8' works on a CPU only; this pipeline is on meta"):
         other(PROMPT, quantize="int8")
 
 
@@ -1078,8 +1121,8 @@ def test_variations_draw_a_share_of_the_tokens_anew(pipe, out):
     assert pipe.variations(picture[0], PROMPT, 1, **how).images == pipe.variations(picture, PROMPT, 1, **how).images
     assert pipe.decode_tokens(np.zeros(256, np.uint16)).shape == (1, 3, 128, 128)
     for settings, words in [
-        ({"change": 0}, "change=0; expected a share"),
-        ({"change": 0.5, "keep_rows": 3}, "choose one"),
+        ({"change": 0}, "change=0; expected the fraction"),
+        ({"change": 0.5, "keep_rows": 3}, "exclude each other; pass one of them"),
     ]:
         with pytest.raises(ValueError, match=words):
             pipe.generate_tokens(PROMPT, init_image=out.tokens[0], **settings)

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save as save_safetensors
 
 from dall3.models.unet import UNet, UNetConfig
-from dall3.weights.registry import PART_NAMES, read_toml, user_registry_path
+from dall3.weights.registry import PART_NAMES, bundled_registry_path, read_toml
 from test_checkpoints import save_torchscript
 from test_families_mini import save_halves
 
@@ -131,7 +131,7 @@ class Rehearsal:
     def __init__(self, folder: Path) -> None:
         self.files = true_files(folder)
         self.hub = Hub({})
-        self.sets = {name: table for name, table in read_toml(user_registry_path()).items() if name != "mini"}
+        self.sets = {name: table for name, table in read_toml(bundled_registry_path()).items() if name != "mini"}
         for name, table in self.sets.items():
             for part in PART_NAMES:
                 if part in table and "same_as" not in table[part]:

@@ -159,7 +159,7 @@ def test_the_unequal_steps_of_some_weights_are_kept_until_they_are_changed(pipe,
     assert "num_inference_steps" not in given[0] and given[1]["num_inference_steps"] == 20
     fields = handler(page, "read_recipe")(recipe_with(tmp_path, whole(GOOD | {"num_inference_steps": "10,10,5"})))
     assert fields[4] == 25
-    with pytest.warns(UserWarning, match="spaces its denoising steps unevenly"):
+    with pytest.warns(UserWarning, match="has unevenly spaced denoising steps"):
         fields = handler(page, "read_recipe")(recipe_with(tmp_path, whole(GOOD | {"num_inference_steps": "ddim20"})))
     assert fields[4] == gr.update()
 
@@ -207,7 +207,7 @@ def test_only_what_was_uploaded_is_read_and_nothing_is_fetched(pipe, tmp_path, m
                 assert "event: error" in said and "not uploaded to this page" in said
         for route in ("file=", "proxy="):
             answer = requests.get(f"{address}/{route}http://example.com/a.png", timeout=60)
-            assert answer.status_code == 403 and answer.text == "this page fetches nothing"
+            assert answer.status_code == 403 and answer.text == "this page does not fetch addresses"
         assert fetched == []
     finally:
         gr.close_all(verbose=False)

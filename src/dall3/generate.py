@@ -1,7 +1,7 @@
 """From a prompt to images: `run` draws image tokens, ranks the coarse images, and refines the best.
 
-prompt ─text encoder─▶ ids ─transformer─▶ image tokens ─VQ decoder─▶ coarse picture ─UNet, CLIP─▶ fine picture
-                                                         CLIP ranks here ▲        ▲ and guides here
+prompt ─text encoder─▶ ids ─transformer─▶ image tokens ─VQ decoder─▶ coarse image ─UNet, CLIP─▶ fine image
+                                                         CLIP ranks here ▲      ▲ and guides here
 
 Each stage is a generator that yields previews and returns its result.
 """
@@ -12,7 +12,7 @@ import math
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -24,17 +24,20 @@ from tqdm.auto import tqdm
 from dall3.diffusion.denoising import Guide, Step, denoising_steps
 from dall3.diffusion.guidance import clip_loss, cut_out, draw_cutouts, guided, with_penalties
 from dall3.errors import require
-from dall3.images import center_crop, enlarge, to_pil, to_tensor
+from dall3.images import Picture, center_crop, enlarge, to_output_type, to_pil, to_tensor
 from dall3.models.discrete_vae import OpenAIDiscreteVAE
 from dall3.models.unet import UNet
 from dall3.output import Dall3Output, Preview
 from dall3.parts import Parts
 from dall3.request import Request, StopGeneration
-from dall3.settings import Callback, Picture
+from dall3.settings import Callback, Stage
 from dall3.tokens.batching import batches_that_fit
 from dall3.tokens.decoding import image_token_steps
 from dall3.tokens.seeds import candidate_uniforms, make_generator
 from dall3.tokens.speculative import speculative_token_steps
+
+if TYPE_CHECKING:
+    from dall3.pipeline import Dall3Pipeline
 
 Result = TypeVar("Result")
 Previews = Generator[Preview, None, Result]
@@ -42,7 +45,7 @@ Previews = Generator[Preview, None, Result]
 
 @dataclass
 class Record:
-    """What happened during a call. The recipe stores it beside the request."""
+    """What happened during a call. It is part of the recipe."""
 
     sizes: dict[str, int] = field(default_factory=dict)  # batch sizes after halving on out-of-memory errors
     stopped: bool = False  # by a callback
@@ -110,7 +113,7 @@ def draw(parts: Parts, request: Request, record: Record) -> Previews[Tensor]:
 
 
 def rank(parts: Parts, request: Request, tokens: Tensor) -> Previews[Ranked]:
-    """The `num_images` candidates with the highest CLIP scores; for `repeat`, the candidate of the recipe."""
+    """Keep the `num_images` candidates with the highest CLIP scores; for `repeat`, the candidate of the recipe."""
     how: dict[str, Any] = dict(batch_size=request.batch_size, seamless=request.denoising.seamless)
     numbers = request.candidates()
     count = len(numbers) if request.repeated is not None else request.num_images
@@ -121,7 +124,7 @@ def rank(parts: Parts, request: Request, tokens: Tensor) -> Previews[Ranked]:
         scores = None if best.scores is None else best.scores[place : place + 1]
         one = [part[place : place + 1] for part in (best.candidates, best.tokens, best.pictures)]
         best = Ranked(one[0], scores, *one[1:])
-    check_finite(best.pictures, "coarse pictures")
+    check_finite(best.pictures, "coarse images")
     yield Preview("ranking", 1, 1, partial(to_pil, best.pictures))
     return best
 
@@ -130,7 +133,7 @@ def rank(parts: Parts, request: Request, tokens: Tensor) -> Previews[Ranked]:
 def choose_best(
     parts: Parts, tokens: Tensor, prompt: str, count: int, *, batch_size: int, seamless: bool, progress: bool
 ) -> Ranked:
-    """The `count` candidates with the highest CLIP scores; without a CLIP the first ones, with no scores.
+    """Keep the `count` candidates with the highest CLIP scores; without a CLIP the first ones, with no scores.
 
     tokens: int64 (candidates, image tokens) on the pipeline's device. batch_size: candidates decoded and scored at a
     time. Only the images of the best candidates so far are kept.
@@ -141,13 +144,13 @@ def choose_best(
     with parts.on_device("ranking", "vqgan", *(["clip"] if has_clip else [])) as [_, *clips]:
         text = clips[0].embed_text([prompt]) if clips else None
 
-        def look(batch: range) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        def decode_and_score(batch: range) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
             pictures = parts.decode_tokens(tokens[batch.start : batch.stop], len(batch), seamless)
-            equal = torch.zeros(len(batch), device=tokens.device)
-            yield numbers[batch.start : batch.stop], clips[0].score(pictures, text) if clips else equal, pictures
+            unranked = torch.zeros(len(batch), device=tokens.device)
+            yield numbers[batch.start : batch.stop], clips[0].score(pictures, text) if clips else unranked, pictures
 
         with tqdm(total=len(tokens), desc=f"ranking {len(tokens)}", disable=not progress or not has_clip) as bar:
-            for batch, found in batches_that_fit(len(tokens), batch_size, look):
+            for batch, found in batches_that_fit(len(tokens), batch_size, decode_and_score):
                 pairs = zip(best or (found[0][:0], found[1][:0], found[2][:0]), found, strict=True)
                 chosen, scores, pictures = (torch.cat(pair) for pair in pairs)
                 # A stable sort keeps equal images in the order in which they were drawn.
@@ -164,7 +167,7 @@ def refine(
     parts: Parts,
     request: Request,
     record: Record,
-    stage: str,
+    stage: Stage,
     tokens: Tensor | np.ndarray | None,
     image: Picture | None,
     candidates: Tensor | None = None,
@@ -186,18 +189,18 @@ def refine(
             start = None if start is None else torch.cat([start] * len(places))
         targets = guidance_targets(parts, request, side) if settings.clip_guidance_scale else None
 
-        def work(batch: range) -> Iterator[Step]:
+        def denoise(batch: range) -> Iterator[Step]:
             sources = [request.noise_source(places[k], numbers[k % count]) for k in batch]
             generators = [make_generator(parts.device, seed, "noise", k) for seed, k in sources]
             part = {name: value[batch.start : batch.stop] for name, value in conditioning.items()}
-            picture = None if start is None else start[batch.start : batch.stop]
-            which = f"{batch.start + 1}" if len(batch) == 1 else f"{batch.start + 1} to {batch.stop}"
-            bar = f"refining {which} of {count}" if request.progress else None
+            initial = None if start is None else start[batch.start : batch.stop]
+            label = f"{batch.start + 1}" if len(batch) == 1 else f"{batch.start + 1} to {batch.stop}"
+            progress = f"refining {label} of {count}" if request.progress else None
             guide = make_guide(parts, request, targets, sources[0][0])
-            return denoising_steps(unet, (3, side, side), generators, part, settings, picture, guide, bar)
+            return denoising_steps(unet, (3, side, side), generators, part, settings, initial, guide, progress)
 
         fine: dict[int, Tensor] = {}  # each batch's latest prediction, by the index of its first image
-        for batch, step in batches_that_fit(len(places), request.refine_batch_size, work):
+        for batch, step in batches_that_fit(len(places), request.refine_batch_size, denoise):
             fine[batch.start] = step.pred_xstart
             if request.callback is not None and run_callback(parts, request.callback, record, step):
                 break
@@ -208,19 +211,19 @@ def refine(
     pictures = torch.cat(list(fine.values()))
     if request.repeated is not None:
         pictures = pictures[request.repeated.place - places.start :][:1]
-    check_finite(pictures, "refined pictures")
+    check_finite(pictures, "refined images")
     return (pictures.clamp(-1, 1) + 1) / 2
 
 
 def make_output(parts: Parts, request: Request, record: Record, best: Ranked, fine: Tensor) -> Dall3Output:
-    """The output of the call: the images and their recipe."""
-    coarse_images = to_pil(best.pictures)
+    """Make the output of the call: the images and their recipe."""
+    coarse_images = to_output_type(best.pictures, request.output_type)
     recipe = request.recipe() | record.sizes | {"weights": parts.fingerprints()}
     recipe |= {"callback": record.callback()} if record.callback() else {}
     recipe |= {"places": [request.repeated.place]} if request.repeated is not None else {}
     out = Dall3Output(
         prompt=request.prompt,
-        images=coarse_images if fine is best.pictures else to_pil(fine),
+        images=coarse_images if fine is best.pictures else to_output_type(fine, request.output_type),
         coarse_images=coarse_images,
         tokens=best.tokens.cpu(),
         clip_scores=None if best.scores is None else best.scores.cpu(),
@@ -233,9 +236,9 @@ def make_output(parts: Parts, request: Request, record: Record, best: Ranked, fi
 def starting_point(
     parts: Parts, request: Request, unet: UNet, tokens: Tensor | np.ndarray | None, image: Picture | None
 ) -> tuple[Tensor | None, dict[str, Tensor], int]:
-    """The image in [-1, 1] that noise is added to, or None; the UNet's conditioning; the side of the result."""
+    """The input of a UNet: the initial image in [-1, 1] or None, the conditioning, and the side of the result."""
     config, step, dtype = unet.config, unet.config.downsampling, next(unet.parameters()).dtype
-    require(tokens is not None or image is not None, "nothing to refine; give tokens or an image")
+    require(tokens is not None or image is not None, "nothing to refine; pass tokens or an image")
     settings, side = request.denoising, request.output_size or config.image_size
     if tokens is not None:
         tokens = parts.check_tokens(tokens)
@@ -252,15 +255,15 @@ def starting_point(
         return enlarge(image, side) * 2 - 1, {}, side
     vqgan: Any = parts.require("vqgan", "conditioning on code embeddings")
     require(not isinstance(vqgan, OpenAIDiscreteVAE), "OpenAI's dVAE has no code embeddings to condition on")
-    if tokens is None:  # the middle block has half the side of the grid of codes
+    if tokens is None:  # the grid of tokens has twice the side of the UNet's middle block
         tokens = parts.encode(F.interpolate(image, 2 * side // step * vqgan.downsampling, mode="area"))  # type: ignore[arg-type]
     embeddings, wanted = vqgan.embed(tokens), config.embedding_dims[0]
     require(embeddings.shape[-1] % 2 == 0, f"{tokens.shape[1]} tokens; expected a square with an even side")
-    require(embeddings.shape[1] == wanted, f"code embeddings have {embeddings.shape[1]} channels, not {wanted}")
+    require(embeddings.shape[1] == wanted, f"{embeddings.shape[1]} channels of code embeddings; expected {wanted}")
     side = embeddings.shape[-1] // 2 * step
     if image is not None and len(image) != len(tokens):
-        words = f"{len(tokens)} rows of tokens and {len(image)} pictures; give as many of both, or one of them"
-        raise ValueError(words)
+        numbers = f"{len(tokens)} rows of tokens and {len(image)} images"
+        raise ValueError(f"{numbers}; pass the same number of both, or only one of the two")
     picture, conditioning = None, {"image_embeds": embeddings.to(dtype)}
     is_noised = settings.strength is not None and settings.strength < 1
     if is_noised or config.super_resolution:
@@ -294,14 +297,14 @@ def guidance_targets(parts: Parts, request: Request, side: int) -> tuple[Tensor,
 
 def make_guide(parts: Parts, request: Request, targets: tuple[Tensor, Tensor] | None, seed: int) -> Guide | None:
     """The guidance of a batch, or None without guidance. seed: seed of the cut-outs, the same for all batches."""
-    settings, pull = request.denoising, None
+    settings, loss = request.denoising, None
     if targets is not None:
         assert parts.clip is not None
         cutouts = make_generator(parts.device, seed, "cutouts")
-        pull = clip_loss(parts.clip, *targets, settings.clip_guidance_scale, settings.cutn, cutouts)
+        loss = clip_loss(parts.clip, *targets, settings.clip_guidance_scale, settings.cutn, cutouts)
     elif not settings.tv_scale and not settings.range_scale:
         return None
-    return partial(guided, loss=with_penalties(pull, settings.tv_scale, settings.range_scale))
+    return partial(guided, loss=with_penalties(loss, settings.tv_scale, settings.range_scale))
 
 
 def run_callback(parts: Parts, callback: Callback, record: Record, step: Step) -> bool:
@@ -309,12 +312,12 @@ def run_callback(parts: Parts, callback: Callback, record: Record, step: Step) -
     tensors = {"x": step.x, "pred_xstart": step.pred_xstart}
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     try:
-        returned = callback(parts, step.number, step.timestep, dict(tensors))
+        returned = callback(cast("Dall3Pipeline", parts), step.number, step.timestep, dict(tensors))
     except StopGeneration:
         record.stopped, returned = True, None
     for name, tensor in returned.items() if isinstance(returned, dict) else ():
         known = ", ".join(tensors)
-        require(name in tensors, f"callback_on_step_end returned '{name}'; expected some of {known}")
+        require(name in tensors, f"callback_on_step_end returned '{name}'; expected a dictionary with some of {known}")
         if tensor is not tensors[name]:
             tensors[name].copy_(tensor)
     record.changes += [(tensor != before[name]).any() for name, tensor in tensors.items()]
@@ -334,7 +337,7 @@ def used_batch_size(asked: int, count: int, sizes: dict[int, int]) -> int:
 def check_finite(pictures: Tensor, what: str) -> None:
     """Raise RuntimeError for images with NaN or infinite values, which would be saved as black."""
     if not bool(pictures.isfinite().all()):
-        raise RuntimeError(f"the {what} have values that are not finite; try float32 or bfloat16, or other weights")
+        raise RuntimeError(f"the {what} have NaN or infinite values; use float32 or bfloat16, or check the weights")
 
 
 def decode_drawn_rows(parts: Parts, tokens: Tensor, rows: int) -> list[Image.Image]:
@@ -348,7 +351,7 @@ def estimate_to_pil(pred_xstart: Tensor) -> list[Image.Image]:
     return to_pil((pred_xstart + 1) / 2)
 
 
-def exhaust(steps: Generator[Any, None, Result]) -> Result:
+def exhaust(steps: Generator[object, None, Result]) -> Result:
     """Exhaust a generator and return its return value."""
     while True:
         try:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, BinaryIO
+from typing import BinaryIO, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -20,6 +20,11 @@ from torch import Tensor
 from dall3.errors import require
 
 Source = str | os.PathLike[str] | bytes | BinaryIO  # an image file: its path, its content, or the open file
+ImageLike = Source | Image.Image | np.ndarray | Tensor
+Picture = ImageLike | Sequence[ImageLike]  # one image or several
+OutputType = Literal["pil", "np", "pt"]
+# PIL images; an array, float32 (n, height, width, 3) in [0, 1]; or a tensor, float32 (n, 3, height, width) in [0, 1].
+Images = list[Image.Image] | np.ndarray | Tensor
 
 # Pillow's other readers are disabled: the one for EPS, for example, runs Ghostscript on the file.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
@@ -72,7 +77,7 @@ def open_checked(name: str) -> Iterator[None]:
     try:
         yield
     except Image.DecompressionBombError:
-        raise ValueError(f"{name} has too many pixels; give a smaller one") from None
+        raise ValueError(f"{name} has too many pixels; use a smaller image") from None
     except Image.UnidentifiedImageError:
         raise ValueError(f"{name}: {expected}") from None
     except Exception as error:
@@ -149,7 +154,7 @@ def read_picture(source: Source, name: str | None = None, max_pixels: int = MAX_
     return to_rgb(open_image(source, name, max_pixels), name)
 
 
-def to_tensor(images: Any) -> Tensor:
+def to_tensor(images: Picture) -> Tensor:
     """Convert an image, or a list of images of one size, to a tensor, float32 (n, 3, height, width) in [0, 1].
 
     images: path, content or open binary file of an image file; PIL image; array or tensor of floats in [0, 1] or of
@@ -165,30 +170,28 @@ def to_tensor(images: Any) -> Tensor:
     if isinstance(images, list | tuple):
         require(bool(images), "an empty list of pictures; expected at least one")
         nested = any(isinstance(image, list | tuple) for image in images)
-        require(not nested, "a list of lists; expected a list of pictures")
+        require(not nested, "a list of lists of pictures; expected a list of pictures")
         tensors = [to_tensor(image) for image in images]
         sizes = {(tensor.shape[-1], tensor.shape[-2]) for tensor in tensors}
-        require(len(sizes) == 1, f"the pictures have several sizes, {sorted(sizes)}; give them one by one")
+        require(len(sizes) == 1, f"the pictures have several sizes, {sorted(sizes)}; pass them one by one")
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-    if isinstance(images, str | os.PathLike | bytes) or hasattr(images, "read"):
-        images = read_picture(images)
-    elif isinstance(images, Image.Image):
-        images = to_rgb(images)
-    if isinstance(images, Image.Image):
-        return from_uint8(torch.from_numpy(np.array(images))[None].permute(0, 3, 1, 2))
+    is_file = isinstance(images, str | os.PathLike | bytes) or hasattr(images, "read")
+    if is_file or isinstance(images, Image.Image):
+        picture = to_rgb(images) if isinstance(images, Image.Image) else read_picture(cast(Source, images))
+        return from_uint8(torch.from_numpy(np.array(picture))[None].permute(0, 3, 1, 2))
     if isinstance(images, np.ndarray):
         kind = images.dtype
         require(kind.kind == "f" or kind == np.uint8, f"pictures are {kind} {images.shape}; expected {EXPECTED}")
         # A copy with native byte order and positive strides, which torch requires.
         images = torch.from_numpy(np.array(images, np.float32 if kind.kind == "f" else np.uint8, order="C"))
     if not isinstance(images, Tensor):
-        raise ValueError(f"expected a picture (a path, PIL's, an array or a tensor), not {type(images).__name__}")
-    images = channels_first(images)
-    if images.dtype == torch.uint8:
-        return from_uint8(images)
-    low, high = (float(bound) for bound in images.aminmax())
+        raise ValueError(f"{type(images).__name__} is not an image; expected a path, a PIL image, an array or a tensor")
+    tensor = channels_first(images)
+    if tensor.dtype == torch.uint8:
+        return from_uint8(tensor)
+    low, high = (float(bound) for bound in tensor.aminmax())
     require(low >= 0 and high <= 1, f"pictures run from {low:.3g} to {high:.3g}; expected values in [0, 1]")
-    return images.float()
+    return tensor.float()
 
 
 def from_uint8(images: Tensor) -> Tensor:
@@ -199,23 +202,47 @@ def channels_first(images: Tensor) -> Tensor:
     """Convert a tensor in any layout that `to_tensor` accepts to (n, 3, height, width). Raises ValueError otherwise."""
     shape, kind = tuple(images.shape), str(images.dtype).removeprefix("torch.")
     found = f"pictures are {kind} {shape}"
-    fits = images.is_floating_point() or images.dtype == torch.uint8
-    fits = fits and len(shape) in (3, 4) and 0 not in shape and 3 in (shape[-3], shape[-1])
-    require(fits, f"{found}; expected {EXPECTED}")
+    valid = images.is_floating_point() or images.dtype == torch.uint8
+    valid = valid and len(shape) in (3, 4) and 0 not in shape and 3 in (shape[-3], shape[-1])
+    require(valid, f"{found}; expected {EXPECTED}")
     both = shape[-3] == shape[-1] == 3
-    require(not both, f"{found}, where either 3 may be the channels; give PIL images")
+    require(not both, f"{found}, which is ambiguous: either 3 may be the channels; pass PIL images")
     images = images if shape[-3] == 3 else images.movedim(-1, -3)
     return images if len(shape) == 4 else images[None]
 
 
-def to_pil(images: Tensor) -> list[Image.Image]:
-    """Convert a tensor, float (n, 3, height, width) in [0, 1], to PIL images of 8 bits; values outside are clamped."""
+def to_pil(images: Images) -> list[Image.Image]:
+    """Convert images to PIL images of 8 bits.
+
+    images: a tensor, float (n, 3, height, width) in [0, 1], or an array, float (n, height, width, 3) in [0, 1]; values
+    outside are clamped. PIL images are returned as they are.
+    """
+    if isinstance(images, list):
+        return images
+    images = torch.from_numpy(images).permute(0, 3, 1, 2) if isinstance(images, np.ndarray) else images
     array = (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(picture) for picture in array]
 
 
+def to_output_type(images: Tensor, output_type: OutputType) -> Images:
+    """Convert a tensor, float32 (n, 3, height, width) in [0, 1], to an output type of the pipeline.
+
+    >>> to_output_type(torch.zeros(2, 3, 8, 6), "np").shape
+    (2, 8, 6, 3)
+    """
+    if output_type == "pil":
+        return to_pil(images)
+    return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def check_output_type(output_type: object) -> None:
+    """Raise ValueError for an unknown output type."""
+    known = get_args(OutputType)
+    require(output_type in known, f"output_type={output_type!r}; expected {' or '.join(map(repr, known))}")
+
+
 def enlarge(images: Tensor, side: int) -> Tensor:
-    """Resize square pictures, float (n, 3, …) in [0, 1], to `side` pixels with antialiased bicubic interpolation."""
+    """Resize square images, float (n, 3, …) in [0, 1], to `side` pixels with antialiased bicubic interpolation."""
     return F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
 
 

@@ -1,4 +1,4 @@
-"""Load and save parts: pipeline folders, checkpoints of 2021, the Hugging Face hub."""
+"""Load and save parts: pipeline folders, upstream's checkpoints, the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 def encoder_for(transformer: ImageTokenTransformer[Any], tokenizer: Tokenizer) -> TextEncoder:
-    """What reads prompts with a tokenizer as the transformer's family was trained to."""
+    """The text encoder of a transformer's family, with this tokenizer."""
     config = transformer.config
     family = getattr(config, "text_family", "dalle-pytorch")
     return text_encoder_of(family, tokenizer, config.text_seq_len, config.num_text_tokens)
@@ -83,7 +83,7 @@ class LoadedParts(Parts):
         >>> pipe.defaults["num_inference_steps"] = 10
         >>> pipe.defaults["topp"] = 0.9
         Traceback (most recent call last):
-        ValueError: unknown setting topp; expected those of Sampling and Denoising
+        ValueError: unknown setting topp; expected fields of Sampling and Denoising
         """
         return self._defaults
 
@@ -107,8 +107,8 @@ class LoadedParts(Parts):
         `save_pretrained`; or "owner/name" on the Hugging Face hub. Write a folder with the name of a set as "./dall3"
         (default: the bundled small weights).
         registry: path of an additional weights.toml.
-        device, dtype: where the weights are loaded to, and their floating point type.
-        progress: show progress bars of downloads.
+        device, dtype: device and floating point type of the weights.
+        progress: show progress bars for downloads.
 
         >>> from dall3 import Dall3Pipeline
         >>> pipe = Dall3Pipeline.from_pretrained()
@@ -119,8 +119,8 @@ class LoadedParts(Parts):
         found = find_weights(BUNDLED if name is None else name, registry)
         if isinstance(found, WeightsSet):
             defaults = check_defaults(found.defaults)
-            told = {part.name: part.settings for part in found.parts}
-            parts = load_files(fetch_set(found, progress), device, dtype, told)
+            settings = {part.name: part.settings for part in found.parts}
+            parts = load_files(fetch_set(found, progress), device, dtype, settings)
             origins = {part.name: Origin(part.licence, part.source) for part in found.parts}
         else:
             parts, origins = load_folder(found, device, dtype), read_origins(found)
@@ -181,7 +181,7 @@ class LoadedParts(Parts):
         found = [self.text_encoder.tokenizer] if self.text_encoder is not None else []
         found += [tokenize.tokenizer] if isinstance(tokenize, PromptTokenizer) else []
         texts = {tokenizer_json(tokenizer) for tokenizer in found}
-        require(len(texts) < 2, "the transformer and the clip have different tokenizers, and a folder has one")
+        require(len(texts) < 2, "the transformer and the clip have different tokenizers; a folder can hold only one")
         return found[0] if found else None
 
     @classmethod
@@ -199,16 +199,20 @@ class LoadedParts(Parts):
         dalle_config: PathLike | dict[str, Any] | None = None,
         clip_config: PathLike | dict[str, Any] | None = None,
     ) -> Self:
-        """A pipeline from the files of 2021 and 2022, in float32 on the CPU. What is not given is left out.
+        """Load a pipeline from upstream's checkpoints, in float32 on the CPU. Parts that are not given are None.
 
-        dalle: DALLE-pytorch's checkpoint, or DeepSpeed's folder; DALL·E Mini's or Mega's (encoder.pt, decoder.pt);
-        ruDALL-E's checkpoint. dalle_config: its hyper-parameters, a dictionary or JSON, where it has none. bpe: its
-        tokenizer, of any kind that `load_tokenizer` knows, such as (vocab.json, merges.txt); CLIP's if not given.
-        vqgan, vqgan_config: taming's checkpoint and YAML, or Mini's detoker.pt; or a DiscreteVAE's file and its
-        hyper-parameters; or OpenAI's (encoder.pkl, decoder.pkl); if not given, the VAE inside `dalle`, if there is one.
-        diffusion, super_resolution: guided-diffusion's checkpoints, with their flags as JSON where they are not
-        upstream's. clip: a file or a name of open_clip's, as "ViT-B-16/openai". clip_config: what a file's tensors
-        cannot tell, as `load_clip` has it.
+        dalle: path of a checkpoint of DALLE-pytorch or ru-dalle, or of the folder of a DeepSpeed checkpoint; for DALL·E
+        Mini and Mega the pair (encoder.pt, decoder.pt).
+        dalle_config: its hyper-parameters, a dictionary or a JSON file, if the checkpoint has none.
+        bpe: its tokenizer, as in `load_tokenizer`; for DALL·E Mini (vocab.json, merges.txt) (default: CLIP's).
+        vqgan: a VQGAN of taming-transformers, DALL·E Mini's detoker.pt, a DiscreteVAE, or the pair (encoder.pkl,
+        decoder.pkl) of OpenAI's dVAE (default: the VAE in `dalle`, if it has one).
+        vqgan_config: taming's YAML file, or the hyper-parameters of a DiscreteVAE.
+        diffusion, super_resolution: checkpoints of guided-diffusion.
+        diffusion_config, super_resolution_config: guided-diffusion's flags, a dictionary or a JSON file, if they are
+        not upstream's.
+        clip: a file, or a name of open_clip such as "ViT-B-16/openai".
+        clip_config: settings that the file's tensors do not determine, as in `load_clip`.
 
         Raises CheckpointError (a ValueError) for a file that is damaged, of another kind, or incompatible.
         """

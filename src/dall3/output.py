@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from dall3.errors import require
-from dall3.images import make_grid, open_image, to_rgb
+from dall3.images import Images, make_grid, open_image, to_pil, to_rgb
 
 File = str | np.ndarray | Image.Image
 RECIPE = "dall3"  # key of the PNG text chunk that holds the recipe as JSON
@@ -31,7 +31,7 @@ def check_free(folder: Path, names: Iterable[str]) -> None:
     """Raise FileExistsError if the folder holds one of the names."""
     present = [name for name in names if (folder / name).exists()]
     if present:
-        raise FileExistsError(f"{folder} already holds {present[0]}; give another folder, or overwrite")
+        raise FileExistsError(f"{folder} already holds {present[0]}; choose another folder, or overwrite it")
 
 
 def write_files(folder: Path, files: dict[str, File], overwrite: bool) -> Path:
@@ -46,11 +46,11 @@ def write_files(folder: Path, files: dict[str, File], overwrite: bool) -> Path:
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as aside:
+        with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as temporary:
             for name, content in files.items():
-                write_file(Path(aside) / name, content)
+                write_file(Path(temporary) / name, content)
             for name in files:
-                os.replace(Path(aside) / name, folder / name)
+                os.replace(Path(temporary) / name, folder / name)
     except BaseException:
         for path in created:
             with suppress(OSError):
@@ -69,7 +69,7 @@ def write_file(path: Path, content: File) -> None:
 
 
 def read_tokens(path: str | Path) -> Tensor:
-    """Image tokens from a .npy file, as `Dall3Output.save` writes it: int64 (1, image tokens).
+    """Read image tokens from a .npy file, as `Dall3Output.save` writes it: int64 (1, image tokens).
 
     Raises ValueError for any other file, and OSError for one that cannot be opened.
     """
@@ -79,8 +79,8 @@ def read_tokens(path: str | Path) -> Tensor:
         except Exception as error:  # numpy raises many types for a damaged header, MemoryError for a huge shape
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise ValueError(f"{path}: not a .npy of image tokens ({reason})") from None
-    fits = tokens.dtype.kind in "iu" and tokens.ndim > 0 and 0 < tokens.size == tokens.shape[-1]
-    require(fits, f"{path}: holds {tokens.dtype} {tokens.shape}; expected int64 (256,)")
+    valid = tokens.dtype.kind in "iu" and tokens.ndim > 0 and 0 < tokens.size == tokens.shape[-1]
+    require(valid, f"{path}: holds {tokens.dtype} {tokens.shape}; expected int64 (256,)")
     return torch.from_numpy(tokens.astype(np.int64)).reshape(1, -1)
 
 
@@ -93,18 +93,19 @@ def read_png_text(image: Image.Image) -> PngInfo:
     return text
 
 
-def check_recipe(recipe: Any) -> dict[str, Any]:
+def check_recipe(recipe: object) -> dict[str, Any]:
     """Validate a recipe and return it. Raises ValueError for missing fields of `Dall3Output.recipe` or other types."""
-    require(isinstance(recipe, dict), f"a {type(recipe).__name__}; expected an object")
+    if not isinstance(recipe, dict):
+        raise ValueError(f"it is a {type(recipe).__name__}; expected an object")
     prompt, settings, tokens, score = (recipe.get(name) for name in ("prompt", "settings", "tokens", "clip_score"))
-    require(isinstance(prompt, str), "the prompt is no text")
-    prompt.encode()  # raises UnicodeEncodeError, a ValueError, for a lone surrogate
-    require(isinstance(settings, dict), "the settings are no object")
-    whole = isinstance(tokens, list) and all(type(token) is int for token in tokens)
-    require(whole, "the tokens are no list of whole numbers")
-    require(score is None or type(score) in (int, float), "the clip_score is no number")
+    require(isinstance(prompt, str), "the prompt is not a string")
+    str(prompt).encode()  # raises UnicodeEncodeError, a ValueError, for a lone surrogate
+    require(isinstance(settings, dict), "the settings are not an object")
+    valid = isinstance(tokens, list) and all(type(token) is int for token in tokens)
+    require(valid, "the tokens are not a list of integers")
+    require(score is None or type(score) in (int, float), "the clip_score is not a number")
     for name in ("candidate", "place"):
-        require(type(recipe.get(name)) is int and recipe[name] >= 0, f"the {name} is no whole number from 0")
+        require(type(recipe.get(name)) is int and recipe[name] >= 0, f"the {name} is not an integer of at least 0")
     return recipe
 
 
@@ -148,6 +149,20 @@ class Preview:
             ipython.display.display(self)
 
 
+def equal(first: Images, second: Images) -> bool:
+    """Whether images are of the same type and have the same values."""
+    if isinstance(first, list) or isinstance(second, list):
+        return first is second or (isinstance(first, list) and isinstance(second, list) and first == second)
+    if type(first) is not type(second) or first.shape != second.shape:
+        return False
+    return bool((torch.as_tensor(first).cpu() == torch.as_tensor(second).cpu()).all())
+
+
+def take(images: Images, numbers: Sequence[int]) -> Images:
+    """The images with these indices, of the same type."""
+    return [images[i] for i in numbers] if isinstance(images, list) else images[list(numbers)]
+
+
 def png_bytes(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", pnginfo=read_png_text(image))
@@ -160,8 +175,10 @@ class Dall3Output:
 
     Indexing with an integer or a slice returns a `Dall3Output` of these images. Iterating yields one output per image.
 
-    images: PIL images after diffusion; the coarse ones without an upsampler.
-    coarse_images: PIL images before diffusion; empty if the output was loaded from a PNG.
+    images: the images after diffusion; the coarse ones without an upsampler. Their type is the call's `output_type`: a
+    list of PIL images ("pil"); an array, float32 (n, height, width, 3) in [0, 1] ("np"); or a tensor, float32
+    (n, 3, height, width) in [0, 1], on the pipeline's device ("pt").
+    coarse_images: the images before diffusion, of the same type; empty if the output was loaded from a PNG.
     tokens: int64 (n, image tokens).
     clip_scores: float32 (n,), cosine similarities to the prompt in [-1, 1]; None without a CLIP.
     candidates: int64 (n,), the candidate number of each image.
@@ -178,28 +195,28 @@ class Dall3Output:
     """
 
     prompt: str
-    images: list[Image.Image]
-    coarse_images: list[Image.Image]
+    images: Images
+    coarse_images: Images
     tokens: Tensor
     clip_scores: Tensor | None
     candidates: Tensor
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        size = "×".join(str(side) for image in self.images[:1] for side in image.size)
+        size = "×".join(str(side) for image in to_pil(self.images[:1]) for side in image.size)
         return f"Dall3Output({self.prompt!r}, {len(self)} of {size}: {'; '.join(self.captions())})"
 
     def __eq__(self, other: object) -> bool:
         """Whether prompts, images, tokens, scores and settings are equal."""
         if not isinstance(other, Dall3Output):
             return NotImplemented
-        return self._contents() == other._contents()
+        same_images = equal(self.images, other.images) and equal(self.coarse_images, other.coarse_images)
+        return same_images and self._contents() == other._contents()
 
     def _contents(self) -> tuple[Any, ...]:
         scores = None if self.clip_scores is None else self.clip_scores.tolist()
         settings = {"places": list(range(len(self)))} | self.settings
-        images = [self.images, self.coarse_images]
-        return self.prompt, images, self.tokens.tolist(), scores, self.candidates.tolist(), settings
+        return self.prompt, self.tokens.tolist(), scores, self.candidates.tolist(), settings
 
     def __len__(self) -> int:
         return len(self.images)
@@ -211,8 +228,8 @@ class Dall3Output:
         places = self.settings.get("places", range(len(self)))
         return replace(
             self,
-            images=[self.images[i] for i in numbers],
-            coarse_images=[self.coarse_images[i] for i in numbers if self.coarse_images],
+            images=take(self.images, numbers),
+            coarse_images=take(self.coarse_images, numbers) if len(self.coarse_images) else [],
             tokens=self.tokens[numbers],
             clip_scores=None if self.clip_scores is None else self.clip_scores[numbers],
             candidates=self.candidates[numbers],
@@ -222,14 +239,23 @@ class Dall3Output:
     def __iter__(self) -> Iterator[Dall3Output]:
         return (self[i] for i in range(len(self)))
 
+    def to_pil(self) -> list[Image.Image]:
+        """The images as PIL images of 8 bits, whatever their type.
+
+        >>> images = torch.zeros(1, 3, 8, 8)
+        >>> Dall3Output("a cube", images, images, torch.zeros(1, 4).long(), None, torch.arange(1)).to_pil()[0].size
+        (8, 8)
+        """
+        return to_pil(self.images)
+
     def to_numpy(self) -> np.ndarray:
-        """The images as an array: uint8 (n, height, width, 3).
+        """The images as an array of 8 bits: uint8 (n, height, width, 3), whatever their type.
 
         >>> one = [Image.new("RGB", (8, 8))]
         >>> Dall3Output("a cube", one, one, torch.zeros(1, 4).long(), None, torch.arange(1)).to_numpy().shape
         (1, 8, 8, 3)
         """
-        return np.stack([np.asarray(image) for image in self.images])
+        return np.stack([np.asarray(image) for image in self.to_pil()])
 
     def captions(self) -> list[str]:
         """A caption for each image: CLIP score, seed and candidate number."""
@@ -262,7 +288,7 @@ class Dall3Output:
         >>> out.labelled(0).info["Description"]
         'a cube'
         """
-        image = self.images[i].copy()
+        image = to_pil(take(self.images, [i]))[0].copy()
         image.info = {"Description": self.prompt, RECIPE: json.dumps(self.recipe(i))}
         return image
 
@@ -275,7 +301,7 @@ class Dall3Output:
         picture = open_image(path)
         text = picture.info.get(RECIPE)
         if not isinstance(text, str):
-            raise ValueError(f"{path}: carries no recipe; expected a PNG that dall3 saved")
+            raise ValueError(f"{path}: carries no recipe; expected a PNG saved by dall3")
         image = to_rgb(picture, str(path))
         try:
             recipe = check_recipe(json.loads(text))
@@ -295,8 +321,8 @@ class Dall3Output:
 
     def grid(self, captions: bool = False) -> Image.Image:
         """All images in one: coarse images in the first row, refined ones in the second. captions: add captions."""
-        one_row = not self.coarse_images or self.images == self.coarse_images
-        grid = make_grid([self.images] if one_row else [self.coarse_images, self.images], side=self.images[0].width)
+        rows = [self.to_pil()] if self._is_coarse() else [to_pil(self.coarse_images), self.to_pil()]
+        grid = make_grid(rows, side=rows[-1][0].width)
         if not captions:
             return grid
         sheet = Image.new("RGB", (grid.width, grid.height + CAPTION_HEIGHT), "white")
@@ -305,6 +331,10 @@ class Dall3Output:
         for i, text in enumerate(self.captions()):
             draw.text((step * (i + 0.5) - 2, grid.height + CAPTION_HEIGHT / 2), text, fill="black", anchor="mm")
         return sheet
+
+    def _is_coarse(self) -> bool:
+        """Whether the coarse images are missing or the same as the images."""
+        return not len(self.coarse_images) or equal(self.images, self.coarse_images)
 
     def _repr_png_(self) -> bytes:
         return png_bytes(self.grid(captions=True))
@@ -322,7 +352,6 @@ class Dall3Output:
         files: dict[str, File] = {"caption.txt": self.prompt, "settings.json": settings}
         for i, tokens in enumerate(self.tokens):
             files |= {f"{i}.png": self.labelled(i), f"{i}.npy": tokens.numpy()}
-        for i, (image, coarse) in enumerate(zip(self.images, self.coarse_images, strict=False)):
-            if image is not coarse:
-                files[f"{i}-coarse.png"] = coarse
+        if not self._is_coarse():
+            files |= {f"{i}-coarse.png": coarse for i, coarse in enumerate(to_pil(self.coarse_images))}
         return write_files(Path(folder), files, overwrite)

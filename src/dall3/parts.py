@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import numpy as np
 import torch
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     from dall3.weights.folder import Origin
 
 NETWORKS = ("transformer", "vqgan", "clip", "upsampler", "super_resolution")
-BLOCK = 64  # 8-byte words per sum in `signature`
+BLOCK = 64  # words of 64 bits per block in `signature`
 
-# Held while a CLIP is loaded and while parts are moved. A fork acquires it first, so that in the child the lock is free
-# and no part is half loaded.
+# Held while a CLIP is loaded and while parts are moved. os.fork acquires it first, so that a child process never starts
+# with a part that is half loaded, or with a lock that no thread releases.
 LOCK = threading.RLock()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release)
@@ -67,9 +67,9 @@ class Parts:
             wanted, found = upsampler.config.embedding_dims[0], vqgan.codebook.shape[1]
             require(wanted == found, f"the upsampler takes code embeddings of {wanted}, the vqgan's have {found}")
         if upsampler is not None and upsampler.config.embedding_dims and isinstance(vqgan, OpenAIDiscreteVAE):
-            raise ValueError("the upsampler is conditioned on code embeddings, and OpenAI's dVAE has none")
+            raise ValueError("the upsampler is conditioned on code embeddings, which OpenAI's dVAE does not have")
         if super_resolution is not None:
-            require(super_resolution.config.super_resolution, "super_resolution takes no low-resolution picture")
+            require(super_resolution.config.super_resolution, "super_resolution has no low-resolution input")
         self.text_encoder, self.transformer, self.vqgan = text_encoder, transformer, vqgan
         self.clip = clip
         self.upsampler, self.super_resolution = upsampler, super_resolution
@@ -104,7 +104,7 @@ class Parts:
             threading.Thread(target=load, daemon=True).start()
 
     @property
-    def components(self) -> dict[str, Any]:
+    def components(self) -> dict[str, Any]:  # Any, so that they can be passed on as keyword arguments
         """The parts by name, None for missing ones. `Dall3Pipeline(**pipe.components)` shares them.
 
         >>> from dall3 import Dall3Pipeline
@@ -134,14 +134,29 @@ class Parts:
         parameters = (parameter for part in self.networks.values() for parameter in part.parameters())
         return next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
 
-    def part_or_loader(self, name: str) -> Any:
+    def part_or_loader(self, name: str) -> object:
         """A part without moving or loading it: the part, its loader, or None."""
         return self.clip_or_loader if name == "clip" else getattr(self, name)
 
-    def require(self, name: str, purpose: str) -> Any:
+    @overload
+    def require(self, name: Literal["text_encoder"], purpose: str) -> TextEncoder: ...
+
+    @overload
+    def require(self, name: Literal["transformer"], purpose: str) -> ImageTokenTransformer[Any]: ...
+
+    @overload
+    def require(self, name: Literal["vqgan"], purpose: str) -> VQModel | DiscreteVAE | OpenAIDiscreteVAE: ...
+
+    @overload
+    def require(self, name: Literal["upsampler", "super_resolution"], purpose: str) -> UNet: ...
+
+    @overload
+    def require(self, name: str, purpose: str) -> object: ...
+
+    def require(self, name: str, purpose: str) -> object:
         """A part without moving or loading it: the part or its loader. Raises ValueError if it is None."""
         held = self.part_or_loader(name)
-        require(held is not None, f"this pipeline has no {name}, which {purpose} needs; give one when making it")
+        require(held is not None, f"this pipeline has no {name}, which {purpose} needs; load one")
         return held
 
     @contextmanager
@@ -188,7 +203,7 @@ class Parts:
             if isinstance(part, UNet | CLIP):
                 set_memory_layout(part)
             else:
-                part.to(memory_format=layout)  # type: ignore[call-overload]
+                part.to(memory_format=layout)
         if self.clip_or_loader is not None and not isinstance(self.clip_or_loader, nn.Module):
             self.clip_or_loader = partial(load_and_move, self.clip_or_loader, device, dtype)
         return self
@@ -244,7 +259,7 @@ class Parts:
         >>> Dall3Pipeline.from_pretrained().encode(torch.zeros(1, 3, 128, 128)).shape
         torch.Size([1, 256])
         """
-        with self.on_device("encoding pictures", "vqgan") as [vqgan]:
+        with self.on_device("encoding images", "vqgan") as [vqgan]:
             tokens: Tensor = vqgan.encode(pictures.to(self.device, next(vqgan.parameters()).dtype))
         return tokens
 
@@ -262,13 +277,13 @@ class Parts:
         torch.Size([1, 3, 128, 128])
         """
         check_counts(batch_size=batch_size)
-        self.require("vqgan", "making pictures of tokens")
+        self.require("vqgan", "decoding tokens")
         tokens = self.check_tokens(tokens)
         side = math.isqrt(tokens.shape[1])
         margin = side // 4 if seamless else 0
         places = torch.arange(-margin, side + margin, device=tokens.device) % side
         wider = tokens.view(-1, side, side)[:, places][:, :, places].flatten(1)
-        with self.on_device("making pictures of tokens", "vqgan") as [vqgan]:
+        with self.on_device("decoding tokens", "vqgan") as [vqgan]:
             pictures = torch.cat([vqgan.decode(batch).float() for batch in wider.split(batch_size)])
         edge = margin * pictures.shape[-1] // len(places)
         return pictures[..., edge : pictures.shape[-2] - edge, edge : pictures.shape[-1] - edge]
@@ -282,7 +297,7 @@ class Parts:
             tokens = tokens.astype(np.int64)  # torch supports few operations on unsigned integers
         tokens = torch.as_tensor(tokens)
         tokens = tokens[None] if tokens.ndim == 1 else tokens
-        shape, codes = tuple(tokens.shape), self.require("vqgan", "reading tokens").num_tokens
+        shape, codes = tuple(tokens.shape), self.require("vqgan", "checking tokens").num_tokens
         square = len(shape) == 2 and math.isqrt(shape[1]) ** 2 == shape[1] and tokens.numel() > 0
         kind = str(tokens.dtype).removeprefix("torch.")
         require(square and "int" in kind, f"tokens are {kind} {shape}; expected int64 (n, side²), such as (n, 256)")
@@ -307,8 +322,9 @@ def fingerprint(part: nn.Module) -> str:
 def signature(part: nn.Module) -> str:
     """A fast checksum of a network's state dict, independent of the device.
 
-    It hashes the sums of blocks of words and the sums of columns over all blocks. These are limited by memory bandwidth
-    only and change if two values are exchanged. Version counters are not enough, because they miss changes to `.data`.
+    It hashes the sums of blocks of 64-bit words, and the sums of the words at the same position of all blocks. Summing
+    is limited by memory bandwidth only, and two swapped values change the sums. Version counters are not enough,
+    because they miss changes to `.data`.
     """
     digest = blake2b(digest_size=8)
     for tensor in part.state_dict().values():

@@ -3,40 +3,31 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dall3.diffusion.denoising import Denoising
 from dall3.errors import require
 from dall3.generate import Record, draw, exhaust, refine, run
-from dall3.images import center_crop, to_tensor
+from dall3.images import Images, OutputType, Picture, center_crop, check_output_type, to_output_type, to_tensor
 from dall3.loading import LoadedParts
 from dall3.models.transformer import DalleTransformer
 from dall3.output import Dall3Output, Preview
-from dall3.request import (
-    StopGeneration,
-    check_prompt,
-    make_request,
-    make_token_request,
-    make_upsample_request,
-    parse_prompts,
-    request_of_recipe,
-)
+from dall3.request import check_prompt, make_request, make_token_request, make_upsample_request, request_of_recipe
 from dall3.settings import (
     Callback,
-    Picture,
     SamplingSettings,
+    Stage,
     Weighted,
     WeightedPictures,
     as_number,
     check_arguments,
     pop_fields,
-    with_defaults,
 )
 from dall3.tokens.decoding import draw_text_tokens
 from dall3.tokens.sampling import Sampling, check_counts
@@ -46,9 +37,7 @@ from dall3.weights.registry import PARTS, PathLike
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from dall3.settings import CallSettings, DenoisingSettings, TokenSettings, VariationSettings
-
-__all__ = ["Dall3Pipeline", "Ranking", "StopGeneration", "parse_prompts"]
+    from dall3.settings import CallSettings, DenoisingSettings, TokenSettings, UpsampleSettings, VariationSettings
 
 
 class Ranking(NamedTuple):
@@ -111,6 +100,8 @@ class Dall3Pipeline(LoadedParts):
           (guidance_scale above 1) and has weight -0.5 in CLIP guidance, where the prompt has weight 1.
         - guidance_prompt: target of CLIP guidance, optionally weighted: "a cube:2|a cloud" (default: the prompt).
         - output_size: width and height of the final images in pixels; needs a super_resolution part.
+        - output_type: type of the output's `images` and `coarse_images`. "pil" (default): PIL images. "np": an array,
+          float32 (n, height, width, 3) in [0, 1]. "pt": a tensor, float32 (n, 3, height, width) in [0, 1].
         - seed: integer in [0, 2**63). generator: a torch.Generator, or a list of one per image. Random by default.
         - batch_size: candidates drawn at a time (default: chosen from the free memory). refine_batch_size: images
           refined at a time (default: 1 on a CPU, 4 on a GPU). Both are halved if the device runs out of memory. They
@@ -135,12 +126,12 @@ class Dall3Pipeline(LoadedParts):
             return exhaust(run(self, make_request(self, prompt, num_images, num_candidates, **settings)))
         if not isinstance(prompt, list | tuple):
             check_prompt(prompt)  # type: ignore[arg-type]
-        require(len(prompt) > 0, "an empty list of prompts")
+        require(len(prompt) > 0, "prompt is an empty list; expected at least one string")
         each: list[dict[str, Any]] = [dict(settings) for _ in prompt]
         generators = settings.get("generator")
         if isinstance(generators, list | tuple):
-            fits = len(generators) == len(prompt) * num_images
-            require(fits, f"{len(generators)} generators for {len(prompt)} prompts of {num_images} pictures each")
+            numbers = f"{len(generators)} generators for {len(prompt)} prompts of {num_images} images each"
+            require(len(generators) == len(prompt) * num_images, f"{numbers}; expected one generator per image")
             each = [{**settings, "generator": generators[i * num_images :][:num_images]} for i in range(len(prompt))]
         pairs = zip(prompt, each, strict=True)
         requests = [make_request(self, text, num_images, num_candidates, **how) for text, how in pairs]
@@ -154,7 +145,7 @@ class Dall3Pipeline(LoadedParts):
         change: float = 0.5,
         **settings: Unpack[VariationSettings],
     ) -> Dall3Output:
-        """Variations of an image: a fraction `change` in (0, 1] of its tokens is drawn again for the prompt.
+        """Make variations of an image: draw a fraction `change`, in (0, 1], of its tokens again for the prompt.
 
         image: a PIL image; float (3, height, width) in [0, 1]; or tokens, int64 (image tokens,). settings: those of the
         pipeline's call. Returns a `Dall3Output` of `num_images` images.
@@ -172,14 +163,20 @@ class Dall3Pipeline(LoadedParts):
         return exhaust(run(self, make_request(self, prompt, num_images, call="variations()", **how)))
 
     def stream(
-        self, prompt: str, num_images: int = 1, *, every: int = 5, **settings: Unpack[CallSettings]
+        self,
+        prompt: str,
+        num_images: int = 1,
+        num_candidates: int | None = None,
+        *,
+        every: int = 5,
+        **settings: Unpack[CallSettings],
     ) -> Iterator[Preview]:
         """The pipeline's call as an iterator of previews: after each row of tokens, after ranking, and during
         denoising.
 
         every: number of denoising steps between previews. settings: those of the call. The last preview has the stage
         "done" and holds the `output` that the call would return. Leaving the loop stops the work. A preview decodes its
-        images when `images` is read.
+        images when `images` is read; they are PIL images for every output_type.
 
         >>> pipe = Dall3Pipeline.from_pretrained()
         >>> for preview in pipe.stream("a red cube", seed=0, num_inference_steps=2, progress=False):
@@ -191,12 +188,11 @@ class Dall3Pipeline(LoadedParts):
         Raises the same errors as the call, when `stream` is called.
         """
         check_counts(every=every)
-        how: dict[str, Any] = dict(settings)
-        request = make_request(self, prompt, num_images, how.pop("num_candidates", None), call="stream()", **how)
+        request = make_request(self, prompt, num_images, num_candidates, call="stream()", **settings)
 
         def steps() -> Iterator[Preview]:
             output = yield from run(self, request, every)
-            yield Preview("done", 1, 1, lambda: output.images, output)
+            yield Preview("done", 1, 1, output.to_pil, output)
 
         return steps()
 
@@ -207,7 +203,7 @@ class Dall3Pipeline(LoadedParts):
         machine with the same weights it is identical to the bit. Only the batch that contains the image's candidate is
         drawn.
 
-        Warns about each network whose weights differ, about other tokens than the recipe's, and about a callback that
+        Warns for each network whose weights differ, if the drawn tokens differ from the recipe's, and if a callback
         changed or stopped the original call.
 
         >>> pipe = Dall3Pipeline.from_pretrained()
@@ -215,24 +211,26 @@ class Dall3Pipeline(LoadedParts):
         >>> pipe.repeat(out, progress=False).images == out.images
         True
 
-        Raises ValueError for an image without a recipe, for a recipe that does not fit this pipeline or needs a part
-        that it lacks, and for one made with a scheduler object of diffusers, whose configuration is not in the recipe.
+        Raises ValueError for an image without a recipe, for a recipe that does not match this pipeline or needs a part
+        that it does not have, and for one made with a scheduler object of diffusers, whose configuration is not in the
+        recipe.
         """
         found = source if isinstance(source, Dall3Output) else Dall3Output.load(source)
-        require(len(found) == 1, f"an output of {len(found)} pictures; give one of them, such as out[0]")
+        require(len(found) == 1, f"the output has {len(found)} images; pass one of them, such as out[0]")
         recipe = found.recipe(0)
-        request, weights = request_of_recipe(self, recipe, progress), recipe["settings"].get("weights", {})
-        self.clip  # noqa: B018  loaded, if it is still to be, to be compared
+        request, original = request_of_recipe(self, recipe, progress), recipe["settings"].get("weights", {})
+        self.clip  # noqa: B018  load it, so that it is among the fingerprints
         here = self.fingerprints()
         for part in PARTS:
-            if weights.get(part) != here.get(part):
-                held, was = ("none" if one is None else str(one)[:16] for one in (here.get(part), weights.get(part)))
-                warnings.warn(f"the {part} is another: {held!r} here, {was!r} made the picture", stacklevel=2)
-        if did := recipe["settings"].get("callback"):
-            warnings.warn(f"a callback {' and '.join(did)} the call that made the picture", stacklevel=2)
+            if original.get(part) != here.get(part):
+                hashes = [str(found.get(part) or "none")[:16] for found in (here, original)]
+                words = f"has the hash {hashes[0]!r}; the image was made with {hashes[1]!r}"
+                warnings.warn(f"the {part} of this pipeline {words}", stacklevel=2)
+        if effects := recipe["settings"].get("callback"):
+            warnings.warn(f"a callback {' and '.join(effects)} the original call; it is not repeated", stacklevel=2)
         again = exhaust(run(self, request))
         if again.recipe(0)["tokens"] != recipe["tokens"]:
-            warnings.warn("other tokens were drawn than those of the picture", stacklevel=2)
+            warnings.warn("the tokens that were drawn differ from the recipe's, and so does the image", stacklevel=2)
         return again
 
     @torch.no_grad()
@@ -291,6 +289,39 @@ class Dall3Pipeline(LoadedParts):
         scores, indices = scores.sort(descending=True, stable=True)
         return Ranking(indices, scores)
 
+    @overload
+    def upsample(
+        self,
+        tokens: Tensor | np.ndarray | None = None,
+        image: Picture | None = None,
+        prompt: str | Weighted | None = None,
+        *,
+        output_type: Literal["pt"] = "pt",
+        **settings: Unpack[UpsampleSettings],
+    ) -> Tensor: ...
+
+    @overload
+    def upsample(
+        self,
+        tokens: Tensor | np.ndarray | None = None,
+        image: Picture | None = None,
+        prompt: str | Weighted | None = None,
+        *,
+        output_type: Literal["np"],
+        **settings: Unpack[UpsampleSettings],
+    ) -> np.ndarray: ...
+
+    @overload
+    def upsample(
+        self,
+        tokens: Tensor | np.ndarray | None = None,
+        image: Picture | None = None,
+        prompt: str | Weighted | None = None,
+        *,
+        output_type: Literal["pil"],
+        **settings: Unpack[UpsampleSettings],
+    ) -> list[Image.Image]: ...
+
     def upsample(
         self,
         tokens: Tensor | np.ndarray | None = None,
@@ -299,15 +330,16 @@ class Dall3Pipeline(LoadedParts):
         *,
         image_prompts: WeightedPictures = (),
         output_size: int | None = None,
-        stage: str = "upsampler",
+        stage: Stage = "upsampler",
         seed: int | None = None,
         generator: torch.Generator | None = None,
         batch_size: int | None = None,
         progress: bool = True,
+        output_type: OutputType = "pt",
         callback_on_step_end: Callback | None = None,
         **settings: Unpack[DenoisingSettings],
-    ) -> Tensor:
-        """Refine image tokens or images by diffusion: float32 (n, 3, side, side) in [0, 1].
+    ) -> Images:
+        """Refine image tokens or images by diffusion: a tensor, float32 (n, 3, side, side) in [0, 1].
 
         The input depends on the UNet. Conditioned on code embeddings: `tokens`, or `image`, which is encoded; with a
         `strength` below 1 denoising starts from the enlarged coarse image, decoded if not given. Unconditional:
@@ -322,6 +354,8 @@ class Dall3Pipeline(LoadedParts):
         stage: the part to use, "upsampler" or "super_resolution".
         seed, generator, callback_on_step_end, progress: as in the call.
         batch_size: images refined at a time (default: 1 on a CPU, 4 on a GPU).
+        output_type: "pt" (default) for the tensor, "np" for an array, float32 (n, side, side, 3) in [0, 1], "pil" for
+        PIL images.
         settings: fields of `Denoising`, or denoising: a `Denoising` that sets them all. Settings that are not given
         come from `defaults`; clip_guidance_scale is 0 by default.
 
@@ -338,6 +372,7 @@ class Dall3Pipeline(LoadedParts):
         >>> pipe.upsample(image=blue, output_size=512, num_inference_steps=5, seed=0, progress=False).shape
         torch.Size([1, 3, 512, 512])
         """
+        check_output_type(output_type)
         request = make_upsample_request(
             self,
             prompt,
@@ -351,7 +386,7 @@ class Dall3Pipeline(LoadedParts):
             callback=callback_on_step_end,
             **settings,
         )
-        return exhaust(refine(self, request, Record(), stage, tokens, image))
+        return to_output_type(exhaust(refine(self, request, Record(), stage, tokens, image)), output_type)
 
     @torch.no_grad()
     def complete_text(
@@ -359,40 +394,30 @@ class Dall3Pipeline(LoadedParts):
     ) -> str:
         """Complete a prompt with the transformer's text tokens. Returns the prompt followed by the completion.
 
-        truncate: cut a prompt that is too long. settings: temperature, top_k and top_p of `Sampling`; where not given,
-        what `defaults` has for these weights. Raises ValueError as `generate_tokens` does, for the other settings of
-        `Sampling`, which are for pictures, and for a transformer that writes no text (DALL·E Mini's, ruDALL-E's).
+        truncate: cut a prompt that is too long. settings: temperature, top_k and top_p of `Sampling`; those not given
+        come from `defaults`. Raises ValueError as `generate_tokens` does, for the other fields of `Sampling`, which
+        apply to image tokens only, and for a transformer without text output (DALL·E Mini, ruDALL-E).
 
         >>> Dall3Pipeline.from_pretrained().complete_text("a red cube", seed=0).startswith("a red cube")
         True
         """
         check_prompt(prompt)
         given = check_arguments("complete_text()", settings, SamplingSettings)
-        own = {name: self.defaults[name] for name in ("temperature", "top_k", "top_p") if name in self.defaults}
-        sampling = Sampling(**pop_fields(given, Sampling, given.pop("sampling", None), own))
-        require(sampling.cond_scale == 1, "cond_scale guides pictures by a text; there is none to guide a text by")
-        for name in ("quantize", "jacobi_window"):
+        defaults = {name: self.defaults[name] for name in ("temperature", "top_k", "top_p") if name in self.defaults}
+        sampling = Sampling(**pop_fields(given, Sampling, given.pop("sampling", None), defaults))
+        for name, unused in (("cond_scale", 1), ("quantize", None), ("jacobi_window", None)):
             value = getattr(sampling, name)
-            require(value is None, f"{name}={value!r} is for image tokens; a text is drawn without it")
+            require(value == unused, f"{name}={value!r} applies to image tokens only, not to text")
         for part in ("transformer", "text_encoder"):
-            self.require(part, "writing text")
+            self.require(part, "completing text")
         family = type(self.transformer).__name__
-        writes = isinstance(self.transformer, DalleTransformer)
-        require(writes, f"a {family} draws pictures only; writing text needs a transformer of DALLE-pytorch's")
-        with self.on_device("writing text", "transformer", "text_encoder") as [transformer, encode]:
+        has_text_output = isinstance(self.transformer, DalleTransformer)
+        require(has_text_output, f"a {family} has no text output; complete_text needs a transformer of DALLE-pytorch")
+        with self.on_device("completing text", "transformer", "text_encoder") as [transformer, encode]:
             length = transformer.config.text_seq_len
             given_ids = encode(prompt, truncate) if prompt.strip() else torch.zeros(length, dtype=torch.int64)
             uniforms = candidate_uniforms(choose_seed(as_number(seed)), range(1), length).to(self.device)
             ids = draw_text_tokens(transformer, given_ids.to(self.device), uniforms, sampling)
+            completion: str = encode.decode(ids)[len(encode.decode(given_ids)) :]
         # Return the prompt as given: decoding its tokens would lose characters that the tokenizer lacks.
-        return prompt + encode.decode(ids)[len(encode.decode(given_ids)) :]
-
-    def with_defaults(self, kind: type[Sampling | Denoising], given: Mapping[str, Any]) -> dict[str, Any]:
-        """The given settings of `kind` (`Sampling` or `Denoising`), completed from `defaults`.
-
-        >>> pipe = Dall3Pipeline.from_pretrained()
-        >>> pipe.defaults = {"top_p": 0.9, "cond_scale": 2.0}
-        >>> pipe.with_defaults(Sampling, {"top_k": 0.5})
-        {'cond_scale': 2.0, 'top_k': 0.5}
-        """
-        return with_defaults(self.defaults, kind, given)
+        return prompt + completion

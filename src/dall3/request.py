@@ -13,12 +13,13 @@ from torch import Tensor
 from dall3.diffusion.denoising import Denoising, default_refine_batch_size
 from dall3.diffusion.schedule import space_timesteps
 from dall3.errors import require
-from dall3.models.unet import UNet
+from dall3.images import OutputType, check_output_type
 from dall3.parts import Parts
 from dall3.settings import (
     Callback,
     CallSettings,
     DenoisingSettings,
+    Stage,
     TokenSettings,
     Weighted,
     WeightedPictures,
@@ -72,6 +73,7 @@ class Request:
     image_prompts: WeightedPictures = ()  # further targets
     kept: Tensor | None = None  # int64 (image tokens,), -1 for tokens to draw
     output_size: int | None = None
+    output_type: OutputType = "pil"
     seed: int = 0
     seeds: tuple[int, ...] | None = None  # one per image, from a list of generators
     batch_size: int = 1
@@ -119,7 +121,8 @@ def batch_of(number: int, size: int, count: int) -> range:
     return range(start, min(start + size, count))
 
 
-# Arguments in a recipe besides those of Sampling and Denoising: their upper bounds, or types. Recipes are untrusted.
+# Arguments in a recipe besides the fields of Sampling and Denoising, with their upper bounds, or str for text. Recipes
+# are untrusted.
 REPEATABLE: dict[str, Any] = {
     **dict(num_images=4096, num_candidates=2**20, batch_size=2**16, refine_batch_size=4096, output_size=4096),
     **dict(seed=2**63, truncate=True, guidance_prompt=str, negative_prompt=str),
@@ -136,30 +139,31 @@ def request_of_recipe(parts: Parts, recipe: Mapping[str, Any], progress: bool = 
     settings = {name: value for name, value in found.items() if name not in NOT_ARGUMENTS}
     known = {*REPEATABLE, *Sampling.__dataclass_fields__, *Denoising.__dataclass_fields__}
     unknown = ", ".join(map(repr, sorted(settings.keys() - known)))
-    require(not unknown, f"the recipe has settings that this version does not know: {unknown[:200]}")
-    require(isinstance(found.get("weights", {}), dict), "the recipe's weights are not named by part")
+    require(not unknown, f"the recipe has unknown settings: {unknown[:200]}; it may be of a later version")
+    require(isinstance(found.get("weights", {}), dict), "the recipe's weights are not a dictionary of hashes by part")
     check_defaults({name: value for name, value in settings.items() if name not in REPEATABLE})
-    for name, most in REPEATABLE.items():
+    for name, bound in REPEATABLE.items():
         value = settings.get(name)
-        fits = value is None or (isinstance(value, str if most is str else int) and (most is str or value <= most))
-        require(fits, f"the recipe's {name} is {str(value)[:40]!r}, which cannot be")
+        valid = value is None or (isinstance(value, str if bound is str else int) and (bound is str or value <= bound))
+        expected = "a string" if bound is str else "true or false" if bound is True else f"an integer up to {bound}"
+        require(valid, f"the recipe's {name} is {str(value)[:40]!r}; expected {expected}")
     request = make_request(parts, recipe["prompt"], **settings, progress=progress)
-    require(0 <= place < request.num_images, f"the recipe's place is {place}, of {request.num_images} pictures")
-    fits = 0 <= candidate < request.num_candidates
-    require(fits, f"the recipe's candidate is {candidate}, of {request.num_candidates}")
+    require(0 <= place < request.num_images, f"the recipe's place is {place}; expected less than {request.num_images}")
+    valid = 0 <= candidate < request.num_candidates
+    require(valid, f"the recipe's candidate is {candidate}; expected less than {request.num_candidates}")
     if (kept := found.get("kept")) is not None:
         length = parts.require("transformer", "drawing tokens").config.image_seq_len
-        fits = isinstance(kept, list) and len(kept) == length and all(type(token) is int for token in kept)
-        require(fits, f"the recipe keeps tokens that are not {length} whole numbers")
+        valid = isinstance(kept, list) and len(kept) == length and all(type(token) is int for token in kept)
+        require(valid, f"the recipe's kept tokens are not a list of {length} integers")
         parts.check_tokens(torch.tensor(kept).clamp(min=0))
         request = replace(request, kept=torch.tensor(kept, device=parts.device))
-    did = found.get("callback", [])
-    known_words = isinstance(did, list) and all(word in ("stopped", "changed") for word in did)
-    require(known_words, f"the recipe's callback is {str(did)[:40]!r}; expected some of 'stopped' and 'changed'")
+    effects = found.get("callback", [])
+    valid = isinstance(effects, list) and all(effect in ("stopped", "changed") for effect in effects)
+    require(valid, f"the recipe's callback is {str(effects)[:40]!r}; expected a list of 'stopped' and 'changed'")
     if (seeds := found.get("seeds")) is not None:
-        fits = isinstance(seeds, list) and len(seeds) == request.num_candidates
-        fits = fits and all(type(seed) is int and 0 <= seed < 2**63 for seed in seeds)
-        require(fits, f"the recipe's seeds are not {request.num_candidates} whole numbers in [0, 2**63)")
+        valid = isinstance(seeds, list) and len(seeds) == request.num_candidates
+        valid = valid and all(type(seed) is int and 0 <= seed < 2**63 for seed in seeds)
+        require(valid, f"the recipe's seeds are not a list of {request.num_candidates} integers in [0, 2**63)")
         request = replace(request, seeds=tuple(seeds))
     return replace(request, repeated=Repeated(candidate, place))
 
@@ -180,26 +184,24 @@ def make_request(
     """
     given = check_arguments(call, settings, CallSettings)
     check_prompt(prompt)
+    output_type = given.pop("output_type", "pil")
+    check_output_type(output_type)
     num_images = as_number(num_images)
     num_candidates = num_images if num_candidates is None else as_number(num_candidates)
     refine_batch_size = default_refine_batch_size(given.pop("refine_batch_size", None), parts.device)
     check_counts(num_images=num_images, num_candidates=num_candidates, refine_batch_size=refine_batch_size)
     require(num_candidates >= num_images, f"num_candidates={num_candidates} is less than num_images={num_images}")
     sampling = pop_sampling(parts, given)
-    guide = parts.clip_or_loader is not None and parts.upsampler is not None
-    scale = parts.defaults.get("clip_guidance_scale", 1000.0) if guide else 0.0
-    denoising, scheduler = pop_denoising(parts, given, scale)
+    denoising, scheduler = pop_denoising(parts, given, default_guidance_scale(parts))
     check_text(parts, prompt, given.get("truncate", False))
-    parts.require("vqgan", "making pictures of tokens")
+    parts.require("vqgan", "decoding tokens")
     if num_candidates > num_images:
         parts.require("clip", f"choosing {num_images} of {num_candidates} candidates")
     guidance_prompt, negative = given.pop("guidance_prompt", None), given.get("negative_prompt") or None
     texts = parse_prompts(guidance_prompt) if guidance_prompt else [(prompt, 1.0)]
     if negative is not None:
-        seen = sampling.cond_scale != 1 or denoising.clip_guidance_scale > 0
-        require(
-            seen, "negative_prompt changes nothing here; set guidance_scale above 1, or clip_guidance_scale above 0"
-        )
+        has_effect = sampling.cond_scale != 1 or denoising.clip_guidance_scale > 0
+        require(has_effect, "negative_prompt has no effect; set guidance_scale above 1, or clip_guidance_scale above 0")
         texts = [*texts, (negative, NEGATIVE_WEIGHT)]
     output_size = given.pop("output_size", None)
     if parts.upsampler is not None or (denoising.clip_guidance_scale and output_size is None):
@@ -216,6 +218,7 @@ def make_request(
         guidance_prompt=guidance_prompt,
         texts=texts,
         output_size=output_size,
+        output_type=output_type,
         # With one seed per image the cut-outs differ per image too, so images are refined one at a time.
         refine_batch_size=refine_batch_size if drawing["seeds"] is None else 1,
         callback=given.pop("callback_on_step_end", None),
@@ -235,7 +238,7 @@ def make_token_request(
     parts.require("transformer", "drawing tokens")
     check_text(parts, prompt, given.get("truncate", False))
     if given.get("negative_prompt"):
-        require(sampling.cond_scale != 1, "negative_prompt changes nothing here; set guidance_scale above 1")
+        require(sampling.cond_scale != 1, "negative_prompt has no effect; set guidance_scale above 1")
     drawing = pop_drawing(parts, given, sampling, num_candidates, num_candidates)
     return Request(prompt=prompt, num_images=num_candidates, num_candidates=num_candidates, **drawing)
 
@@ -244,7 +247,7 @@ def make_upsample_request(
     parts: Parts,
     prompt: str | Weighted | None,
     image_prompts: WeightedPictures,
-    stage: str,
+    stage: Stage,
     *,
     output_size: int | None,
     seed: int | None,
@@ -278,14 +281,20 @@ def make_upsample_request(
     )
 
 
+def default_guidance_scale(parts: Parts) -> float:
+    """The clip_guidance_scale of a call that sets none: that of the weights, or 1000; 0 without a CLIP or upsampler."""
+    guides = parts.clip_or_loader is not None and parts.upsampler is not None
+    return float(parts.defaults.get("clip_guidance_scale", 1000.0)) if guides else 0.0
+
+
 def check_prompt(prompt: str) -> None:
     if not isinstance(prompt, str):
-        raise TypeError(f"prompt={prompt!r:.60}; expected a text, or a list of texts")
+        raise TypeError(f"prompt={prompt!r:.60}; expected a string, or a list of strings")
 
 
 def check_text(parts: Parts, prompt: str, truncate: bool) -> None:
-    """Raise ValueError for a prompt that the transformer's family cannot read, or that does not fit."""
-    encode = parts.require("text_encoder", "reading text")
+    """Raise ValueError for a prompt that the text encoder cannot represent, or that is too long."""
+    encode = parts.require("text_encoder", "encoding the prompt")
     encode.check(prompt)
     encode(prompt, truncate)
 
@@ -294,7 +303,7 @@ def pop_sampling(parts: Parts, given: dict[str, Any]) -> Sampling:
     """Remove the fields of `Sampling` from `given` and return them validated."""
     sampling = Sampling(**pop_fields(given, Sampling, given.pop("sampling", None), parts.defaults))
     on_cpu = sampling.quantize is None or parts.device.type == "cpu"
-    require(on_cpu, f"quantize='{sampling.quantize}' is for a CPU, and this pipeline is on {parts.device}")
+    require(on_cpu, f"quantize='{sampling.quantize}' works on a CPU only; this pipeline is on {parts.device}")
     return sampling
 
 
@@ -318,10 +327,10 @@ def pop_drawing(
     """The fields of a `Request` that control the drawing of tokens, removed from `given`."""
     batch_size, generator, seeds = given.pop("batch_size", None), given.pop("generator", None), None
     if isinstance(generator, list | tuple):
-        require(given.get("seed") is None, "seed and a list of generators are both given; choose one")
-        fits = len(generator) == num_images == num_candidates
-        words = f"{len(generator)} generators for {num_candidates} candidates and {num_images} pictures"
-        require(fits, f"{words}; expected one a picture, and no more candidates than pictures")
+        require(given.get("seed") is None, "seed and a list of generators exclude each other; pass one of them")
+        valid = len(generator) == num_images == num_candidates
+        words = f"{len(generator)} generators for {num_candidates} candidates and {num_images} images"
+        require(valid, f"{words}; expected one generator per image, and num_candidates equal to num_images")
         seeds = tuple(choose_seed(None, one) for one in generator)
     seed = choose_seed(given.pop("seed", None), generator) if seeds is None else seeds[0]
     transformer = parts.require("transformer", "drawing tokens")
@@ -329,7 +338,7 @@ def pop_drawing(
     check_counts(batch_size=batch_size)
     negative, truncate = given.pop("negative_prompt", None) or None, given.pop("truncate", False)
     if negative is not None:
-        parts.require("text_encoder", "reading text")(negative, truncate)
+        parts.require("text_encoder", "encoding the prompt")(negative, truncate)
     how = dict(sampling=sampling, seed=seed, seeds=seeds, batch_size=batch_size, truncate=truncate)
     how |= dict(negative_prompt=negative, progress=given.pop("progress", True))
     return how | {"kept": tokens_to_keep(parts, given, seed)}
@@ -337,7 +346,7 @@ def pop_drawing(
 
 def check_stage(
     parts: Parts,
-    stage: str,
+    stage: Stage,
     denoising: Denoising,
     texts: Weighted,
     image_prompts: WeightedPictures = (),
@@ -345,18 +354,18 @@ def check_stage(
 ) -> None:
     """Raise ValueError if the UNet of a stage ("upsampler" or "super_resolution") cannot do the denoising."""
     require(stage in ("upsampler", "super_resolution"), f"stage '{stage}'; expected upsampler or super_resolution")
-    unet: UNet = parts.require(stage, "refining")
+    unet = parts.require(stage, "refining")
     space_timesteps(unet.config.diffusion.diffusion_steps, denoising.num_inference_steps)
-    require(not unet.config.num_classes, "the UNet is conditioned on class labels, which a pipeline does not give")
+    require(not unet.config.num_classes, "the UNet is conditioned on class labels, which the pipeline does not support")
     side, step = unet.config.image_size if output_size is None else output_size, unet.config.downsampling
     check_counts(output_size=side)
     require(side % step == 0, f"output_size={side}; expected a multiple of {step}")
     if denoising.clip_guidance_scale:
         parts.require("clip", f"clip_guidance_scale={denoising.clip_guidance_scale}")
-        require(bool(texts or image_prompts), "clip_guidance_scale needs a prompt or image_prompts to look for")
+        require(bool(texts or image_prompts), "clip_guidance_scale needs a target; pass a prompt or image_prompts")
         total = sum(weight for _, weight in (*texts, *image_prompts))
-        fits = 1e-3 < abs(total) < math.inf
-        require(fits, f"the weights of the prompts sum to {total:.3g}; expected a number other than 0")
+        valid = 1e-3 < abs(total) < math.inf
+        require(valid, f"the weights of the prompts sum to {total:.3g}; expected a finite sum other than 0")
 
 
 def parse_prompts(text: str) -> list[tuple[str, float]]:

@@ -14,16 +14,19 @@ from torch import Tensor
 from dall3.diffusion.denoising import Denoising
 from dall3.diffusion.samplers import SAMPLERS
 from dall3.errors import require
+from dall3.images import OutputType, Picture
 from dall3.tokens.sampling import Sampling
 from dall3.weights.limits import check_limits
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
-Picture = Image.Image | Sequence[Image.Image] | Tensor | np.ndarray
-Weighted = Sequence[tuple[str, float]]  # texts and their weights
-WeightedPictures = Sequence[tuple[Picture, float]]
-Callback = Callable[[Any, int, int, dict[str, Tensor]], object]  # called with pipeline, step, timestep, tensors
+    from dall3.pipeline import Dall3Pipeline
+
+Stage = Literal["upsampler", "super_resolution"]  # the part that refines
+Weighted = Sequence[tuple[str, float]]  # prompts and their weights
+WeightedPictures = Sequence[tuple[Picture, float]]  # images and their weights
+Callback = Callable[["Dall3Pipeline", int, int, dict[str, Tensor]], object]  # pipeline, step, timestep, tensors
 
 # Schedulers of diffusers by name: the class and its arguments.
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -103,12 +106,26 @@ class VariationSettings(DrawSettings, DenoisingSettings, total=False):
 
     guidance_prompt: str | None
     output_size: int | None
+    output_type: OutputType
     refine_batch_size: int | None
     callback_on_step_end: Callback | None
 
 
 class CallSettings(VariationSettings, StartSettings, total=False):
     """Keyword arguments of the pipeline's call and of `stream`."""
+
+
+class UpsampleSettings(DenoisingSettings, total=False):
+    """Keyword arguments of `Dall3Pipeline.upsample`."""
+
+    image_prompts: WeightedPictures
+    output_size: int | None
+    stage: Stage
+    seed: int | None
+    generator: torch.Generator | None
+    batch_size: int | None
+    progress: bool
+    callback_on_step_end: Callback | None
 
 
 def check_arguments(call: str, settings: Mapping[str, Any], known: Any) -> dict[str, Any]:
@@ -125,7 +142,7 @@ def check_arguments(call: str, settings: Mapping[str, Any], known: Any) -> dict[
     given = {name: as_number(value) for name, value in settings.items()}
     for name, other in (("cond_scale", "guidance_scale"), ("init_image", "image")):
         if given.get(other) is not None:
-            require(given.get(name) is None, f"{name} and {other} are the same; give one of them")
+            require(given.get(name) is None, f"{name} and {other} are aliases; pass only one of them")
             given[name] = given[other]
         given.pop(other, None)
     return given
@@ -143,22 +160,22 @@ def with_defaults(defaults: Mapping[str, Any], kind: Any, given: Mapping[str, An
     A given top_k or top_p replaces both filters of the defaults.
     """
     filters = {"top_k", "top_p"}
-    unwanted = filters if any(given.get(name) is not None for name in filters) else set()
-    own = {k: v for k, v in defaults.items() if k in kind.__dataclass_fields__ and k not in unwanted}
-    return own | dict(given)
+    replaced = filters if any(given.get(name) is not None for name in filters) else set()
+    used = {k: v for k, v in defaults.items() if k in kind.__dataclass_fields__ and k not in replaced}
+    return used | dict(given)
 
 
 def pop_fields(given: dict[str, Any], kind: Any, whole: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Remove the fields of `kind` from `given` and return them, completed from `whole`, or from `defaults` if it is
     None.
 
-    whole: a `kind` with all settings, or None. Raises TypeError for another type.
+    whole: an instance of `kind`, or None. Raises TypeError for an instance of another type.
     """
     one_by_one = {name: given.pop(name) for name in kind.__dataclass_fields__ if name in given}
     if whole is None:
         return with_defaults(defaults, kind, one_by_one)
     if not isinstance(whole, kind):
-        raise TypeError(f"expected settings of type {kind.__name__}, not {type(whole).__name__}")
+        raise TypeError(f"{kind.__name__.lower()} is a {type(whole).__name__}; expected a {kind.__name__}")
     return {name: as_number(value) for name, value in vars(whole).items()} | one_by_one
 
 
@@ -170,11 +187,11 @@ def find_scheduler(scheduler: str | SchedulerMixin) -> str | SchedulerMixin:
     if not isinstance(scheduler, str) or scheduler in SAMPLERS:
         return scheduler
     names = ", ".join(f"'{name}'" for name in (*SAMPLERS, *SCHEDULERS))
-    require(scheduler in SCHEDULERS, f"scheduler {scheduler!r} is not known; expected {names}, or one of diffusers")
+    require(scheduler in SCHEDULERS, f"unknown scheduler {scheduler!r}; expected {names}, or an object of diffusers")
     try:
         import diffusers
     except ImportError:
-        raise ValueError(f"scheduler '{scheduler}' is one of diffusers; run pip install diffusers") from None
+        raise ValueError(f"scheduler '{scheduler}' needs diffusers; run pip install 'dall3[schedulers]'") from None
     kind, settings = SCHEDULERS[scheduler]
     made: SchedulerMixin = getattr(diffusers, kind)(**settings)
     return made
@@ -186,13 +203,13 @@ def check_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
     check_limits(settings)
     known = (*Sampling.__dataclass_fields__, *Denoising.__dataclass_fields__)
     unknown = [name for name in settings if name not in known]
-    require(not unknown, f"unknown setting {', '.join(unknown)}; expected those of Sampling and Denoising")
+    require(not unknown, f"unknown setting {', '.join(unknown)}; expected fields of Sampling and Denoising")
     try:
         for kind in (Sampling, Denoising):
-            own = {name: value for name, value in settings.items() if name in kind.__dataclass_fields__}
-            if "scheduler" in own:
-                own["scheduler"] = find_scheduler(own["scheduler"])
-            kind(**own)
+            fields = {name: value for name, value in settings.items() if name in kind.__dataclass_fields__}
+            if "scheduler" in fields:
+                fields["scheduler"] = find_scheduler(fields["scheduler"])
+            kind(**fields)
     except TypeError as error:
-        raise ValueError(f"settings of another type ({error})") from None
+        raise ValueError(f"a setting has a value of an invalid type ({error})") from None
     return settings

@@ -1,4 +1,4 @@
-"""The members of a tar that may come from anybody, and may have been cut on the way."""
+"""Reader of the members of a tar, which may be untrusted or truncated."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb
 
 
 class Member(NamedTuple):
-    """A plain file in a tar: its name, and where its bytes lie in the tar's file."""
+    """A regular file in a tar: its name, and the offset and size of its content in bytes."""
 
     name: str
     start: int
@@ -20,17 +20,17 @@ class Member(NamedTuple):
 
 
 def read_members(path: str | Path) -> tuple[list[Member], bool]:
-    """The files in a tar that are there whole, in order, and whether the tar is: False where it is cut.
+    """List the files of a tar. Returns the complete ones in order, and whether the tar itself is complete.
 
-    Only headers are read. Raises ValueError, which names the tar, for one that is compressed or no tar, and for a link,
-    a device or a sparse file in it, whose bytes are not in the tar as they are. Raises OSError where it cannot be read.
+    Only headers are read. Raises ValueError for a file that is compressed or not a tar, and for a member that is a
+    link, a device or a sparse file. Raises OSError for a file that cannot be read.
     """
     with open(path, "rb") as file:
         size = file.seek(0, 2)
         file.seek(0)
         begin = file.read(6)
         for magic, name in COMPRESSED.items():
-            require(not begin.startswith(magic), f"{path} is compressed with {name}; expected a plain tar: unpack it")
+            require(not begin.startswith(magic), f"{path} is compressed with {name}; expected a plain tar")
         file.seek(0)
         found: list[tarfile.TarInfo] = []
         end, ends_well = 0, True
@@ -43,7 +43,7 @@ def read_members(path: str | Path) -> tuple[list[Member], bool]:
                     found.append(member)
                 end = tar.offset
         except tarfile.ReadError as error:
-            require(bool(found), f"{path}: not a tar, or cut in its first bytes ({error})")
+            require(bool(found), f"{path}: not a tar, or cut off in its first header ({error})")
             ends_well = False
         except (tarfile.TarError, ValueError, OverflowError, EOFError, RecursionError, MemoryError) as error:
             raise ValueError(f"{path}: a damaged tar ({type(error).__name__}: {error})") from None

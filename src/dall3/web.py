@@ -15,11 +15,13 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from dall3.diffusion.denoising import Denoising
 from dall3.diffusion.schedule import space_timesteps
 from dall3.errors import require
 from dall3.images import make_grid, read_picture
 from dall3.output import Dall3Output, Preview
 from dall3.pipeline import Dall3Pipeline
+from dall3.request import default_guidance_scale
 
 UPLOAD = "8mb"
 LARGEST_SEED = 2**53 - 1  # the largest integer that JavaScript represents exactly
@@ -37,7 +39,7 @@ CSS = """
 
 @dataclass(frozen=True)
 class Limits:
-    """Upper bounds for the settings of a request. pixels: width times height of an uploaded image."""
+    """Upper bounds on the settings of a request. pixels: width times height of an uploaded image."""
 
     images: int = 8
     candidates: int = 256
@@ -66,7 +68,7 @@ class Page(gr.Blocks):
     async def preprocess_data(self, block_fn: Any, inputs: list[Any], *args: Any, **kwargs: Any) -> Any:
         """Raise gradio's Error, which the page shows, if an input names any other file."""
         if not paths_in(inputs) <= self.upload_file_set:
-            raise gr.Error("the file was not uploaded to this page", title="Upload it first", print_exception=False)
+            raise gr.Error("the file was not uploaded to this page", title="Upload the file", print_exception=False)
         return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
 
 
@@ -86,7 +88,7 @@ class WithoutFetching:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         fetches = any(route in scope.get("path", "").lower() for route in ("/file=http", "/proxy="))
-        app = PlainTextResponse("this page fetches nothing", status_code=403) if fetches else self.app
+        app = PlainTextResponse("this page does not fetch addresses", status_code=403) if fetches else self.app
         await app(scope, receive, send)
 
 
@@ -104,19 +106,19 @@ def checked_number(recipe: dict[str, Any], name: str, low: int, high: float, kin
     value = recipe.get(name)
     if value is None:
         return None
-    fits = type(value) in (int, kind) and low <= value <= high
+    valid = type(value) in (int, kind) and low <= value <= high
     number = "a whole number" if kind is int else "a number"
-    require(fits, f"the recipe's {name} is {str(value)[:40]!r}; expected {number} in [{low}, {high:,}]")
+    require(valid, f"the recipe's {name} is {str(value)[:40]!r}; expected {number} in [{low}, {high:,}]")
     return value
 
 
-def limited(value: int | float | None, most: int) -> int | float | None:
-    return None if value is None else min(value, most)
+def limited(value: int | float | None, bound: int) -> int | float | None:
+    return None if value is None else min(value, bound)
 
 
 def status_text(preview: Preview) -> str:
-    doing = {"drawing": "drawing tokens", "ranking": "ranking the candidates", "refining": "refining", "done": "done"}
-    return f"{doing[preview.stage]}: {preview.step} of {preview.total}" if preview.total > 1 else doing[preview.stage]
+    texts = {"drawing": "drawing tokens", "ranking": "ranking the candidates", "refining": "refining", "done": "done"}
+    return f"{texts[preview.stage]}: {preview.step} of {preview.total}" if preview.total > 1 else texts[preview.stage]
 
 
 def show_output(out: Dall3Output, folder: str) -> tuple[list[tuple[str, str]], list[str]]:
@@ -145,7 +147,7 @@ def make_page(pipe: Dall3Pipeline, limits: Limits = Limits()) -> gr.Blocks:
     def shown(value: Any) -> Any:
         return gr.update(value=value, visible=True)
 
-    gone = gr.update(value=None, visible=False)
+    hidden = gr.update(value=None, visible=False)
 
     def draw(
         prompt: str,
@@ -158,9 +160,9 @@ def make_page(pipe: Dall3Pipeline, limits: Limits = Limits()) -> gr.Blocks:
         change: float,
     ) -> Iterator[Update]:
         try:
-            require(bool(prompt and prompt.strip()), "the prompt is empty; say what to draw")
+            require(bool(prompt and prompt.strip()), "the prompt is empty; enter a text")
             for name, value, most in (
-                ("pictures", images, limits.images),
+                ("images", images, limits.images),
                 ("candidates", candidates, limits.candidates),
                 ("steps", steps, limits.steps),
                 ("CLIP guidance", guidance, most_guidance),
@@ -170,7 +172,7 @@ def make_page(pipe: Dall3Pipeline, limits: Limits = Limits()) -> gr.Blocks:
             settings |= dict(progress=False)
             if refines:
                 settings |= dict(clip_guidance_scale=float(guidance))
-                if int(steps) != own_count or "num_inference_steps" not in own:
+                if int(steps) != default_count:  # the default may be uneven, such as "10,10,5"
                     settings |= dict(num_inference_steps=int(steps))
             if start:
                 settings |= dict(init_image=open_picture(start, limits), change=float(change))
@@ -179,11 +181,11 @@ def make_page(pipe: Dall3Pipeline, limits: Limits = Limits()) -> gr.Blocks:
                 for preview in previews:
                     if preview.output is not None:
                         gallery, files = show_output(preview.output, folder)
-                        yield gone, status_text(preview), shown(gallery), shown(files)
+                        yield hidden, status_text(preview), shown(gallery), shown(files)
                     else:
-                        yield shown(make_grid([preview.images], 256)), status_text(preview), gone, gone
+                        yield shown(make_grid([preview.images], 256)), status_text(preview), hidden, hidden
         except (ValueError, TypeError, OverflowError) as error:
-            raise refusal(error, "That cannot be drawn") from None
+            raise refusal(error, "Invalid request") from None
 
     def read_recipe(path: str) -> list[Any]:
         """Field values from the recipe in a PNG; fields that the recipe lacks are unchanged."""
@@ -192,12 +194,12 @@ def make_page(pipe: Dall3Pipeline, limits: Limits = Limits()) -> gr.Blocks:
             out = Dall3Output.load(path)
             how = dict(out.settings)
             if isinstance(how.get("num_inference_steps"), str):  # such as "10,10,5"
-                if how["num_inference_steps"] == own.get("num_inference_steps"):
-                    how["num_inference_steps"] = own_count
+                if how["num_inference_steps"] == default_steps:
+                    how["num_inference_steps"] = default_count
                 else:
                     if pipe.upsampler is not None:
                         space_timesteps(pipe.upsampler.config.diffusion.diffusion_steps, how["num_inference_steps"])
-                    gr.Warning("The recipe spaces its denoising steps unevenly, which this page cannot. They stay.")
+                    gr.Warning("The recipe has unevenly spaced denoising steps, which this page does not support.")
                     del how["num_inference_steps"]
             seed = checked_number(how, "seed", 0, LARGEST_SEED)
             require(seed is not None, "the recipe has no seed")
@@ -214,14 +216,14 @@ def make_page(pipe: Dall3Pipeline, limits: Limits = Limits()) -> gr.Blocks:
             raise refusal(str(error).replace(str(path), Path(path).name), "No recipe") from None
         return [out.prompt, *(gr.update() if value is None else value for value in (seed, *counts, scale))]
 
-    own, refines = dict(pipe.defaults), pipe.upsampler is not None
+    refines = pipe.upsampler is not None
     guides = refines and pipe.clip_or_loader is not None
-    own_steps = own.get("num_inference_steps", 25)
-    own_count = 25
+    default_steps = pipe.defaults.get("num_inference_steps", Denoising.num_inference_steps)
+    default_count = 1
     if pipe.upsampler is not None:
-        own_count = len(space_timesteps(pipe.upsampler.config.diffusion.diffusion_steps, own_steps))
-    own_guidance = own.get("clip_guidance_scale", 1000)
-    most_guidance = max(5000, own_guidance)
+        default_count = len(space_timesteps(pipe.upsampler.config.diffusion.diffusion_steps, default_steps))
+    default_guidance = default_guidance_scale(pipe)
+    most_guidance = max(5000, default_guidance)
     with Page(title="dall3", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown("# dall3")
         with gr.Row(equal_height=False):
@@ -230,28 +232,27 @@ def make_page(pipe: Dall3Pipeline, limits: Limits = Limits()) -> gr.Blocks:
                 with gr.Row():
                     go = gr.Button("Draw", variant="primary", elem_id="draw", min_width=120)
                     cancel = gr.Button("Cancel", elem_id="cancel", min_width=120)
-                images = gr.Slider(1, limits.images, 2, step=1, label="Pictures")
+                images = gr.Slider(1, limits.images, 2, step=1, label="Images")
                 candidates = gr.Slider(
-                    1, limits.candidates, 8, step=1, label="Candidates", info="CLIP keeps the best of so many"
+                    1, limits.candidates, 8, step=1, label="Candidates", info="images drawn; CLIP keeps the best"
                 )
-                seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, info="the same seed, the same pictures")
+                seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, info="equal seeds give equal images")
                 with gr.Accordion("More", open=False):
-                    steps = gr.Slider(
-                        1, limits.steps, min(own_count, limits.steps), step=1, label="Denoising steps", visible=refines
-                    )
+                    count = min(default_count, limits.steps)
+                    steps = gr.Slider(1, limits.steps, count, step=1, label="Denoising steps", visible=refines)
                     guidance = gr.Slider(
                         0,
                         most_guidance,
-                        own_guidance if guides else 0,
+                        default_guidance,
                         step=50,
                         label="CLIP guidance",
-                        info="how hard the refinement is pulled towards the prompt; 0 is fastest",
+                        info="strength of the guidance towards the prompt; 0 turns it off and is faster",
                         visible=guides,
                     )
-                    start = gr.File(label=f"A picture to vary, up to {UPLOAD}", file_types=["image"], height=110)
+                    start = gr.File(label=f"An image to vary, up to {UPLOAD}", file_types=["image"], height=110)
                     change = gr.Slider(0.05, 1, 0.5, step=0.05, label="Fraction of its tokens to draw again")
                     recipe = gr.File(
-                        label="A picture made here, to restore its settings", file_types=[".png"], height=110
+                        label="An image of this page, to restore its settings", file_types=[".png"], height=110
                     )
             with gr.Column(min_width=320):
                 status = gr.Markdown("", elem_id="status")
@@ -259,14 +260,14 @@ def make_page(pipe: Dall3Pipeline, limits: Limits = Limits()) -> gr.Blocks:
                 forming = gr.Image(elem_id="forming", buttons=[], format="png", **plain)
                 gallery = gr.Gallery(columns=2, elem_id="gallery", object_fit="contain", height="auto", **plain)
                 files = gr.File(
-                    label="Download, with the recipe inside", file_count="multiple", visible=False, elem_id="files"
+                    label="Download, with the recipe", file_count="multiple", visible=False, elem_id="files"
                 )
         fields = [prompt, seed, images, candidates, steps, guidance]
         event: dict[str, Any] = dict(inputs=[*fields, start, change], outputs=[forming, status, gallery, files])
         runs: list[Any] = [trigger(draw, **event, show_progress="hidden") for trigger in (go.click, prompt.submit)]
         # Set the status after the run has ended; otherwise its last progress update would replace it.
         ended = cancel.click(lambda: None, cancels=runs, queue=False)
-        ended.then(lambda: (gone, "cancelled"), None, [forming, status], queue=False)
+        ended.then(lambda: (hidden, "cancelled"), None, [forming, status], queue=False)
         recipe.upload(read_recipe, recipe, fields)
     page.queue(default_concurrency_limit=1, max_size=64)
     return page

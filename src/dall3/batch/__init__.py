@@ -1,6 +1,6 @@
 """`dall3 batch`: many prompts, the best few of many candidates for each, in this process or on a Ray cluster.
 
-prompts ──draw──▶ 256 tokens a candidate ──rank──▶ the best, with scores ──refine──▶ files ──▶ shards and an index
+prompts ──draw──▶ tokens of the candidates ──rank──▶ the best, with scores ──refine──▶ files ──▶ shards and an index
 """
 
 from __future__ import annotations
@@ -68,20 +68,20 @@ def generate(
     them, and write webdataset shards and a Parquet index to the folder `out`.
 
     If the folder holds an interrupted run with the same settings, the run is resumed; shards that are missing or
-    damaged are made again. A prompt that fails is recorded with the reason and does not end the run. If the reason is
-    not the prompt's text, the next run tries it again.
+    damaged are made again. A prompt that fails is recorded with the reason and does not end the run. The next run
+    tries it again, unless its text is the reason.
 
-    prompts: texts, or the path of a .txt (a prompt a line), .csv, .jsonl or .parquet (column "prompt", optionally
+    prompts: texts, or the path of a .txt (one prompt per line), .csv, .jsonl or .parquet (column "prompt", optionally
     "seed"). A prompt has at most 10,000 characters.
     weights: as in `Dall3Pipeline.from_pretrained`; on a cluster every machine loads them by this name.
     seed: random seed of the run. A prompt's seed follows from it and the prompt's number, a candidate's random numbers
     from that and the candidate's number: results depend neither on the order nor on the machine.
     batch_size: candidates drawn at a time. rank_batch_size: candidates decoded and scored at a time (default:
-    batch_size). refine_batch_size: pictures refined at a time (default: 1 on a CPU, 4 on a GPU).
-    refine: False for the coarse pictures. truncate: cut prompts that are too long for the transformer. threads: torch's
-    threads in each stage. dtype: "float32", "float16" or "bfloat16". device: of a run in this process; on a cluster
-    a stage with GPUs runs on "cuda". prompts_per_shard: prompts in one tar.
-    settings: fields of `Sampling` and `Denoising`; the weights have defaults for the others.
+    batch_size). refine_batch_size: images refined at a time (default: 1 on a CPU, 4 on a GPU).
+    refine: False to skip the diffusion and save the coarse images. truncate: cut prompts that are too long for the
+    transformer. threads: threads of torch in each stage. dtype: "float32", "float16" or "bfloat16". device: device of a
+    run in this process; on a cluster, stages with GPUs run on "cuda". prompts_per_shard: prompts in one tar.
+    settings: fields of `Sampling` and `Denoising`. Those not given come from the weights' recommended settings.
 
     ray: None to run in this process, the address of a cluster ("auto", "host:6379"), or "local" to start one on this
     machine. workers: number of actors per stage. num_cpus (default: threads), num_gpus: of one worker, shared by its
@@ -92,7 +92,7 @@ def generate(
 
     >>> report = generate(["a cube made of cloud", ""], "book", 1, 2, refine=False, progress=False)
     >>> report.prompts, report.failed
-    (2, {1: "ValueError: the prompt '' is empty: expected text to draw"})
+    (2, {1: "ValueError: the prompt '' is empty; expected text"})
     """
     for module in ["pyarrow"] + ["ray"] * (ray is not None):
         option = " --ray" if module == "ray" else ""
@@ -100,7 +100,7 @@ def generate(
     from dall3.batch.store import Store
 
     check_counts(prompts_per_shard=prompts_per_shard)
-    require(dtype in ("float32", "float16", "bfloat16"), f"dtype '{dtype}'; expected float32, float16 or bfloat16")
+    require(dtype in ("float32", "float16", "bfloat16"), f"dtype='{dtype}'; expected float32, float16 or bfloat16")
     book = read_prompts(prompts, choose_seed(seed, None))
     devices = dict.fromkeys(STAGE_NAMES, torch.device(device).type)
     sizes: dict[str, Any] = {}
@@ -113,7 +113,7 @@ def generate(
             "num_gpus": ray_engine.per_stage("num_gpus", num_gpus, shared=True),
         }
         one_gpu = isinstance(num_gpus, dict) or num_gpus <= 1
-        require(one_gpu, f"num_gpus={num_gpus}; expected at most 1, which is all that a pipeline uses")
+        require(one_gpu, f"num_gpus={num_gpus}; expected at most 1: a pipeline uses one GPU")
         check_counts(**{f"workers of {stage}": number for stage, number in sizes["workers"].items()})
         devices = {stage: "cuda" if sizes["num_gpus"][stage] else "cpu" for stage in STAGE_NAMES}
     with nullcontext() if ray is None else ray_engine.cluster(ray):

@@ -35,8 +35,8 @@ class Job:
 
     def settings(self) -> dict[str, Any]:
         """The settings that determine the images. They include the content of the weights, but not their location."""
-        repeated = ("weights", "sampling", "denoising")
-        return {name: value for name, value in asdict(self).items() if name not in repeated}
+        redundant = ("weights", "sampling", "denoising")  # the recipe has the last two
+        return {name: value for name, value in asdict(self).items() if name not in redundant}
 
 
 def load_pipeline(weights: PathLike | None, dtype: str, refine: bool) -> Dall3Pipeline:
@@ -70,19 +70,19 @@ def make_job(
     known = {*Sampling.__dataclass_fields__, *Denoising.__dataclass_fields__}
     unknown = sorted(settings.keys() - known)
     if unknown:
-        raise TypeError(f"unknown setting {', '.join(unknown)}; expected those of Sampling and Denoising")
+        raise TypeError(f"unknown setting {', '.join(unknown)}; expected fields of Sampling and Denoising")
     scheduler = settings.get("scheduler", "")
-    require(isinstance(scheduler, str), "a scheduler of diffusers cannot be written down; name one of dall3's")
+    require(isinstance(scheduler, str), "a scheduler object cannot be stored in a run's settings; pass a name")
     how: dict[str, Any] = dict(num_images=num_images, num_candidates=num_candidates, batch_size=batch_size)
     how |= dict(refine_batch_size=default_refine_batch_size(refine_batch_size, devices["refine"]))
     how |= dict(truncate=truncate, progress=False)
     request = make_request(pipe, "a picture", seed=0, **(how | {"truncate": True}), **settings)
-    pipe.clip  # noqa: B018  loaded, to be among the hashes of the weights
+    pipe.clip  # noqa: B018  load it, so that it is among the fingerprints
     assert pipe.transformer is not None
     config = pipe.transformer.config
     sampling, denoising = asdict(request.sampling), vars(request.denoising) | {"scheduler": request.scheduler}
     on_cpu = sampling["quantize"] is None or devices["draw"] == "cpu"
-    require(on_cpu, f"quantize='{sampling['quantize']}' is for a CPU, and drawing is on {devices['draw']}")
+    require(on_cpu, f"quantize='{sampling['quantize']}' works on a CPU only; tokens are drawn on {devices['draw']}")
     recipe = request.recipe() | {"truncate": truncate, "weights": pipe.fingerprints()}
     del recipe["seed"]
     return Job(

@@ -39,7 +39,7 @@ def prompt_seed(seed: int, number: int) -> int:
 def read_prompts(source: str | Path | Sequence[str], seed: int = 0) -> list[Prompt]:
     """Read the prompts of a file or a list of texts, in order. A prompt's number is that of its line, from 0.
 
-    A .txt holds one prompt a line. A .csv, .jsonl or .parquet holds them in the column "prompt". Its optional column
+    A .txt holds one prompt per line. A .csv, .jsonl or .parquet holds them in the column "prompt". Its optional column
     "seed", integers in [0, 2**63), replaces the seeds that follow from `seed`, the run's.
 
     Raises ValueError for a file of another kind, without the column "prompt", or with a prompt that is not Unicode
@@ -51,26 +51,27 @@ def read_prompts(source: str | Path | Sequence[str], seed: int = 0) -> list[Prom
     if isinstance(source, str | Path):
         kind = Path(source).suffix.lower()
         known = ", ".join(READERS)
-        require(kind in READERS, f"{source}: a book of prompts is one of {known}, by the end of its name")
+        require(kind in READERS, f"{source}: unknown kind of file; expected one of {known}")
         try:
             rows, place = list(READERS[kind](Path(source).read_bytes())), str(source)
         except (ValueError, KeyError, RecursionError, csv.Error) as error:
             raise ValueError(f"{source}: not a {kind} with a column 'prompt' ({error})") from None
     else:
         rows, place = [(text, None) for text in source], "prompts"
-    require(bool(rows), f"{place}: holds no prompt; expected one a line")
+    require(bool(rows), f"{place}: holds no prompt; expected at least one")
     found = []
-    for number, (text, own) in enumerate(rows):
+    for number, (text, given) in enumerate(rows):
         text = "" if text is None else text  # an empty cell is an empty prompt, which is recorded as a failure
         where = f"{place}, prompt {number}"
         require(isinstance(text, str), f"{where}: the prompt is {type(text).__name__}; expected text")
         broken = SURROGATE.search(text)
         require(
-            broken is None, f"{where}: holds half of a character, {broken and ascii(broken[0])}; expected Unicode text"
+            broken is None, f"{where}: contains the lone surrogate {broken and ascii(broken[0])}; expected Unicode text"
         )
-        whole = own is None or (isinstance(own, int | np.integer) and not isinstance(own, bool) and 0 <= own < 2**63)
-        require(bool(whole), f"{where}: seed {own!r}; expected a whole number in [0, 2**63), or nothing")
-        found.append(Prompt(number, text, prompt_seed(seed, number) if own is None else int(own)))
+        whole = isinstance(given, int | np.integer) and not isinstance(given, bool)
+        valid = given is None or (whole and 0 <= given < 2**63)
+        require(bool(valid), f"{where}: seed={given!r}; expected an integer in [0, 2**63), or an empty field")
+        found.append(Prompt(number, text, prompt_seed(seed, number) if given is None else int(given)))
     return found
 
 
@@ -91,14 +92,14 @@ def read_csv(data: bytes) -> Iterable[Row]:
     reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
     require("prompt" in (reader.fieldnames or ()), f"its columns are {', '.join(reader.fieldnames or ())}")
     for row in reader:
-        own = row.get("seed")
-        yield row["prompt"], int(own) if own else None
+        given = row.get("seed")
+        yield row["prompt"], int(given) if given else None
 
 
 def read_jsonl(data: bytes) -> Iterable[Row]:
     for i, line in enumerate(text_lines(data)):
         row = json.loads(line) if line.strip() else {"prompt": ""}
-        require(isinstance(row, dict) and "prompt" in row, f"line {i + 1} is no object with a 'prompt'")
+        require(isinstance(row, dict) and "prompt" in row, f"line {i + 1} is not an object with a 'prompt'")
         yield row["prompt"], row.get("seed")
 
 

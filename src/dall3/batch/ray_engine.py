@@ -18,7 +18,7 @@ from dall3.batch.job import STAGE_NAMES, Job
 from dall3.batch.stages import STAGES, Row
 from dall3.errors import require
 
-AT_ONCE = 10_000  # prompts in one execution; each is a block that the driver keeps track of
+PROMPTS_PER_EXECUTION = 10_000  # each is a block that the driver keeps track of
 PATIENCE = 4 * 3600  # seconds without progress: a prompt may be 1,024 candidates of a large network on a slow core
 RESTARTS = 3  # of executions without a finished prompt
 AHEAD, PICTURES = 8, 64 << 20  # per worker: prompts that wait to be ranked, and bytes of finished files
@@ -36,12 +36,12 @@ def per_stage(name: str, value: PerStage, shared: bool) -> dict[str, float]:
     """
     if isinstance(value, Mapping):
         unknown = [stage for stage in value if stage not in STAGE_NAMES]
-        require(not unknown, f"{name} names {', '.join(unknown)}; the stages are {', '.join(STAGE_NAMES)}")
+        require(not unknown, f"{name} has the unknown stage {', '.join(unknown)}; expected {', '.join(STAGE_NAMES)}")
         found = {stage: value.get(stage, 0) for stage in STAGE_NAMES}
     else:
         found = {stage: round(value * share, 4) if shared else value for stage, share in SHARES.items()}
     bad = [number for number in found.values() if not 0 <= number < math.inf]
-    require(not bad, f"{name}={value}; expected numbers from 0")
+    require(not bad, f"{name}={value}; expected numbers of at least 0")
     return found
 
 
@@ -76,8 +76,8 @@ def run_on_ray(
 ) -> Iterator[Row]:
     """Run all stages on the cluster and yield the finished rows, in the order in which they finish.
 
-    Ray repeats what was lost with an actor or a machine. If an execution fails nevertheless, another one takes the
-    remaining rows. Raises RuntimeError if executions fail repeatedly without finishing a row.
+    Ray repeats the work of an actor or a machine that fails. If an execution fails nevertheless, another one starts
+    with the remaining rows. Raises RuntimeError if executions fail repeatedly without finishing a row.
     """
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     left = {row["number"]: row for row in rows}
@@ -85,14 +85,14 @@ def run_on_ray(
     while left:
         before, reason = len(left), "it ended early"
         try:
-            for row in execution(job, list(islice(left.values(), AT_ONCE)), workers, num_cpus, num_gpus):
+            for row in execution(job, list(islice(left.values(), PROMPTS_PER_EXECUTION)), workers, num_cpus, num_gpus):
                 if left.pop(row["number"], None) is not None:
                     yield row
-        except Exception as error:  # of Ray, of Ray Data, or of an actor that could not start
+        except Exception as error:  # raised by Ray, Ray Data, or an actor that could not start
             reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         fruitless = fruitless + 1 if len(left) == before else 0
         if fruitless > RESTARTS:
-            raise RuntimeError(f"Ray gave up {fruitless} times with {len(left)} prompts left: {reason}")
+            raise RuntimeError(f"Ray failed {fruitless} times in a row with {len(left)} prompts left: {reason}")
 
 
 def execution(

@@ -28,7 +28,7 @@ from dall3.weights.registry import PARTS
 
 Row = dict[str, Any]
 ATTEMPTS = 4  # per stage, before a prompt is recorded as failed
-MOST_CHARACTERS = 10_000  # of a prompt: tokenizing megabytes takes gigabytes, and no such text fits the transformer
+MAX_CHARACTERS = 10_000  # of a prompt: tokenizing megabytes takes gigabytes, and no transformer has room for them
 
 
 def first_row(prompt: Prompt) -> Row:
@@ -55,11 +55,12 @@ class Stage(ABC):
             for name in PARTS:
                 if name not in self.parts:
                     setattr(pipe, name, None)
-            pipe.clip  # noqa: B018  loaded, to be compared
+            pipe.clip  # noqa: B018  load it, so that it is among the fingerprints
             here, expected = pipe.fingerprints(), job.recipe["weights"]
             other = [name for name in here if here[name] != expected.get(name)]
             require(
-                not other, f"the weights ({job.weights or 'bundled'}) on this machine have another {', '.join(other)}"
+                not other,
+                f"the weights ({job.weights or 'bundled'}) on this machine differ from the run's in {', '.join(other)}",
             )
             pipe.to(job.devices[self.name])
         self.pipe = pipe
@@ -94,8 +95,8 @@ class Draw(Stage):
     def work(self, row: Row) -> Row:
         recipe = self.job.recipe
         assert self.pipe.text_encoder is not None
-        if (length := len(row["prompt"])) > MOST_CHARACTERS:
-            return {"error": f"ValueError: the prompt has {length:,} characters; expected at most {MOST_CHARACTERS:,}"}
+        if (length := len(row["prompt"])) > MAX_CHARACTERS:
+            return {"error": f"ValueError: the prompt has {length:,} characters; expected at most {MAX_CHARACTERS:,}"}
         try:
             self.pipe.text_encoder(row["prompt"], recipe["truncate"])
         except ValueError as error:
@@ -155,10 +156,10 @@ def pack(out: Dall3Output, number: int) -> bytes:
     """A tar of a prompt's images in webdataset's form: files of one image share a name before the first dot."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for i in range(len(out)):
+        for i, coarse in enumerate(to_pil(out.coarse_images)):
             files = {"png": png_bytes(out.labelled(i)), "txt": out.prompt.encode()}
             if out.images is not out.coarse_images:
-                files["coarse.png"] = png_bytes(out.coarse_images[i])
+                files["coarse.png"] = png_bytes(coarse)
             files["json"] = json.dumps({"number": number, **out.recipe(i)}).encode()
             for kind, data in files.items():
                 member = tarfile.TarInfo(f"{number:08}-{i:03}.{kind}")

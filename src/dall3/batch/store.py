@@ -69,7 +69,7 @@ class Store:
         try:
             self.lock.acquire(blocking=False)
         except Timeout:
-            raise ValueError(f"another run is at work in {folder}; let it end, or give another folder") from None
+            raise ValueError(f"another run is using {folder}; wait for its end, or choose another folder") from None
         try:
             wanted = settings | {"prompts_per_shard": prompts_per_shard}
             self._check(self.folder / "manifest.json", json.loads(json.dumps(wanted)))
@@ -83,20 +83,20 @@ class Store:
 
     def _check(self, manifest: Path, wanted: dict[str, Any]) -> None:
         if not manifest.exists():
-            own = {"lock", "manifest.json.tmp"}
-            others = [path.name for path in self.folder.iterdir() if path.name not in own]
-            require(not others, f"{self.folder} holds {', '.join(others[:3])} but no batch; give another folder")
+            others = {path.name for path in self.folder.iterdir()} - {"lock", "manifest.json.tmp"}
+            require(not others, f"{self.folder} holds other files ({', '.join(sorted(others)[:3])}); choose another")
             write_whole(manifest, lambda file: file.write((json.dumps(wanted, indent=2) + "\n").encode()))
             return
         try:
             before = json.loads(manifest.read_text("utf-8"))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{manifest} is damaged ({error}); give another folder") from None
-        require(isinstance(before, dict), f"{manifest} is damaged: it holds no settings; give another folder")
+            raise ValueError(f"{manifest} is damaged ({error}); choose another folder") from None
+        require(isinstance(before, dict), f"{manifest} is damaged: it holds no settings; choose another folder")
         there, here = flatten(before), flatten(wanted)
         names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
-        differences = "; ".join(f"{name} is {there.get(name)!r} there, {here.get(name)!r} here" for name in names[:5])
-        require(not names, f"{self.folder} holds a run with other settings: {differences}. Give them, or another --out")
+        differences = "; ".join(f"{name} was {there.get(name)!r}, now {here.get(name)!r}" for name in names[:5])
+        advice = "Use the same settings, or another folder"
+        require(not names, f"{self.folder} holds a run with other settings: {differences}. {advice}")
 
     def _remove_unfinished(self) -> None:
         """Remove the temporary files that `write_whole` left in a killed run, and no others."""
@@ -114,9 +114,9 @@ class Store:
         found = {}
         for path in sorted((self.folder / folder).iterdir()):
             match = re.fullmatch(pattern, path.name)
-            own = match is not None and int(match[1]) < count and path.is_file()
-            require(own or path.suffix not in (".tar", ".parquet"), f"{path} is not of this run; move it elsewhere")
-            if match is not None and own:
+            belongs = match is not None and int(match[1]) < count and path.is_file()
+            require(belongs or path.suffix not in (".tar", ".parquet"), f"{path} is not of this run; move it away")
+            if match is not None and belongs:
                 found[int(match[1])] = path
         return found
 
@@ -129,7 +129,7 @@ class Store:
             size, retry = read_part(part)
             path = self._shard_path(shard)
             if size is None or not path.is_file() or path.stat().st_size != size:
-                logger.warning("%s is gone or damaged; its prompts are drawn again", path if size else part)
+                logger.warning("%s is missing or damaged; drawing its prompts again", path if size else part)
                 shards.pop(shard).unlink()
             elif retry:
                 self._take_apart(shard)
@@ -139,7 +139,7 @@ class Store:
             if number // self.per_shard in shards:
                 saved.pop(number).unlink()  # the run ended between the shard's index and this
             elif not holds_pictures(path):
-                logger.warning("%s is damaged; its prompt is drawn again", path)
+                logger.warning("%s is damaged; drawing its prompt again", path)
                 saved.pop(number).unlink()
         self.shards, self.saved = set(shards), set(saved)
         self.failed: dict[int, tuple[str, bool]] = {}
@@ -151,7 +151,7 @@ class Store:
         return number // self.per_shard in self.shards or number in self.saved or number in self.failed
 
     def add(self, number: int, files: bytes, error: str, retry: bool) -> None:
-        """Store the result of a prompt. Pictures are on disk when this returns; a failure is not, it would recur."""
+        """Store the result of a prompt. Images are on disk when this returns; failures are written with their shard."""
         if self.is_done(number):
             return
         if error:
@@ -164,7 +164,7 @@ class Store:
             self._finish_shard(shard)
 
     def finish(self) -> Path:
-        """Write the shards that were open because of failures, and the whole index. Returns the index's path."""
+        """Write the shards that are incomplete because of failures, and the whole index. Returns the index's path."""
         for shard in {number // self.per_shard for number in {*self.saved, *self.failed}}:
             self._finish_shard(shard)
         parts, index = sorted((self.folder / "index").glob("*.parquet")), self.folder / "index.parquet"
@@ -243,8 +243,8 @@ class Store:
 
 
 def read_part(path: Path) -> tuple[int | None, bool]:
-    """The size of the shard that a part of the index is for, None where the part is damaged, and whether a prompt of it
-    is to be tried again.
+    """Read a part of the index: the size of its shard in bytes, None if the part is damaged; and whether the next run
+    tries one of its failed prompts again.
     """
     try:
         rows = pq.read_table(path, columns=["retry"])
@@ -254,7 +254,7 @@ def read_part(path: Path) -> tuple[int | None, bool]:
 
 
 def holds_pictures(path: Path) -> bool:
-    """Whether a prompt's tar is whole."""
+    """Whether a prompt's tar is complete and not empty."""
     try:
         members, whole = read_members(path)
     except ValueError:
@@ -264,8 +264,8 @@ def holds_pictures(path: Path) -> bool:
 
 def index_row(recipe: dict[str, Any], file: str, key: str) -> dict[str, Any]:
     settings = recipe["settings"]
-    same = {name: recipe[name] for name in ("number", "prompt", "place", "candidate", "tokens")}
-    return same | {
+    columns = {name: recipe[name] for name in ("number", "prompt", "place", "candidate", "tokens")}
+    return columns | {
         "seed": settings["seed"],
         "score": recipe["clip_score"],
         "file": file,

@@ -21,10 +21,10 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "generate": Command("generate pictures of a prompt", generate.add_options, generate.run),
-    "batch": Command("generate pictures of a file of prompts", batch.add_options, batch.run, "[ray]"),
-    "upsample": Command("refine image tokens or a picture", upsample.add_options, upsample.run),
-    "weights": Command("list, fetch, verify or remove sets of weights", weights.add_options, weights.run),
+    "generate": Command("generate images for a prompt", generate.add_options, generate.run),
+    "batch": Command("generate images for a file of prompts", batch.add_options, batch.run, "[ray]"),
+    "upsample": Command("refine image tokens or an image", upsample.add_options, upsample.run),
+    "weights": Command("list, download, verify or remove sets of weights", weights.add_options, weights.run),
     "convert": Command("convert weights to a folder of safetensors", convert.add_options, convert.run),
     "train": Command("train a part of a folder of weights", train.add_options, train.run, "[train]"),
     "scenes": Command("render the scenes that the bundled weights were trained on", scenes.add_options, scenes.run),
@@ -72,4 +72,4 @@ def message_of(error: Exception, name: str, extra: str) -> str:
         return f"dall3 {name} {missing}; run pip install 'dall3{extra}'"
     if isinstance(error, EXPECTED) and text:
         return text
-    return f"{type(error).__name__}: {text}; --debug shows where"
+    return f"{type(error).__name__}: {text}; --debug shows the traceback"

@@ -11,11 +11,11 @@ from dall3.cli.options import WHICH_WEIGHTS
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("name", nargs="?", help=WHICH_WEIGHTS)
-    add("--out", required=True, metavar="FOLDER", help="a folder that does not exist yet, or is empty")
-    add("--half", action="store_true", help="write float16: half the size")
-    add("--registry", metavar="TOML", help="a weights.toml of your own, in addition to the bundled one")
+    add("--out", required=True, metavar="FOLDER", help="a new or empty folder")
+    add("--half", action="store_true", help="write float16, which halves the size")
+    add("--registry", metavar="TOML", help="an additional weights.toml")
     add("--dalle_path", help="a checkpoint of DALLE-pytorch")
-    add("--bpe_path", help="its tokenizer, of any kind (default: CLIP's)")
+    add("--bpe_path", help="the tokenizer of --dalle_path (default: CLIP's)")
     add("--vqgan_model_path", help="the VQGAN's .ckpt, or a DiscreteVAE's .pt")
     add("--vqgan_config_path", help="the VQGAN's .yaml")
     add("--openai_vae", nargs=2, metavar=("ENCODER", "DECODER"), help="OpenAI's encoder.pkl and decoder.pkl")
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
         "clip": args.clip_path,
     }
     given = {name: path for name, path in files.items() if path is not None}
-    require(bool(given) != (args.name is not None), "give either a name or the paths of files to convert")
+    require(bool(given) != (args.name is not None), "pass either the name of a set or the paths of files to convert")
     if given:
         pipe = Dall3Pipeline.from_checkpoints(**given)
     else:

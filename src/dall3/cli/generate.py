@@ -1,4 +1,4 @@
-"""`dall3 generate`: pictures of prompts, with the options of upstream's generate.py."""
+"""`dall3 generate`: images for prompts, with the options of upstream's generate.py."""
 
 from __future__ import annotations
 
@@ -11,37 +11,54 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dall3.cli.options import WHICH_WEIGHTS, add_refinement, add_sampling, decoded, given, placement, refinement
+from dall3.cli.options import (
+    WHICH_WEIGHTS,
+    add_refinement,
+    add_sampling,
+    asks_for_guidance,
+    check_denoising,
+    decoded,
+    given,
+    placement,
+    refinement,
+)
 from dall3.cli.options import sampling as given_sampling
 
 WITH_DALLE_PATH = ("bpe_path", "vqgan_model_path", "vqgan_config_path", "openai_vae", "diffusion_path", "model_config")
+# Upstream's defaults, which apply with --dalle_path. A folder of weights has its own, as from Python.
+UPSTREAM_TOP_P = 0.9
+UPSTREAM_TEXT_TOP_K = 0.5  # for --gentxt
 RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9¹²³])(\..*)?", re.IGNORECASE)  # device names on Windows
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("prompt", nargs="?", help="the text prompt; several separated with |")
-    add("--text", help="the same")
-    add("--weights", metavar="NAME", help=f"{WHICH_WEIGHTS} (default: the bundled weights, unless --dalle_path)")
-    add("--dalle_path", help="a checkpoint of DALLE-pytorch, in place of --weights")
-    add("--bpe_path", help="its tokenizer, of any kind (default: CLIP's)")
-    add("--hug", action="store_true", help="require a tokenizer in Hugging Face's JSON")
-    add("--chinese", action="store_true", help="require a tokenizer in BERT's vocab.txt")
+    add("prompt", nargs="?", help="the prompt, or several separated with |")
+    add("--text", help="the prompt, as upstream's option")
+    add("--weights", metavar="NAME", help=f"{WHICH_WEIGHTS} (default: the bundled weights)")
+    add("--dalle_path", help="a checkpoint of DALLE-pytorch, instead of --weights")
+    add("--bpe_path", help="the tokenizer of --dalle_path (default: CLIP's)")
+    add("--hug", action="store_true", help="require a tokenizer in Hugging Face's JSON format")
+    add("--chinese", action="store_true", help="require a tokenizer in BERT's vocab.txt format")
     add("--taming", action="store_true", help="require a VQGAN of taming-transformers")
     add("--vqgan_model_path", help="the VQGAN's .ckpt, or a DiscreteVAE's .pt")
     add("--vqgan_config_path", help="the VQGAN's .yaml")
     add("--openai_vae", nargs=2, metavar=("ENCODER", "DECODER"), help="OpenAI's encoder.pkl and decoder.pkl")
-    add("--diffusion_path", help="a checkpoint of guided-diffusion: refine the pictures with it")
-    add("--num_images", type=int, default=12, help="pictures to keep (default: %(default)s)")
-    add("--num_candidates", type=int, help="pictures to draw, of which CLIP keeps the best (default: num_images)")
-    add("--batch_size", type=int, default=4, help="pictures drawn at a time (default: %(default)s)")
-    add_sampling(parser, "0.9")
-    add("--clip_sort", action="store_true", help="sort by CLIP similarity, best first")
-    add("--output_npy", action="store_true", help="write the image tokens too")
-    add("--gentxt", action="store_true", help="let the transformer complete the prompt first")
+    add("--diffusion_path", help="a checkpoint of guided-diffusion, to refine the images")
+    add("--num_images", type=int, default=12, help="images to keep for each prompt (default: %(default)s)")
+    add("--num_candidates", type=int, help="candidates to draw; CLIP keeps the best (default: num_images)")
+    add("--batch_size", type=int, help="candidates drawn at a time (default: chosen from the free memory)")
+    add_sampling(parser, f"the weights' setting; {UPSTREAM_TOP_P} with --dalle_path, unless --top_k is given")
+    add(
+        "--clip_sort",
+        action="store_true",
+        help="sort the images by CLIP similarity, best first, and put the score in their names",
+    )
+    add("--output_npy", action="store_true", help="also write the image tokens")
+    add("--gentxt", action="store_true", help="first complete the prompt with the transformer")
     add("--truncate", action="store_true", help="cut a prompt that is too long")
-    add("--outputs_dir", default="./outputs", help="default: %(default)s")
-    add_refinement(parser)
+    add("--outputs_dir", default="./outputs", help="folder of the results (default: %(default)s)")
+    add_refinement(parser, "on if the weights have a CLIP and an upsampler; off with --dalle_path")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -50,15 +67,16 @@ def run(args: argparse.Namespace) -> None:
 
     candidates = args.num_images if args.num_candidates is None else args.num_candidates
     prompts = decoded(args.text or args.prompt or "").lower().split("|")
-    require(args.gentxt or all(prompt.strip() for prompt in prompts), "an empty prompt; give text around every '|'")
-    require(len(set(prompts)) == len(prompts), "the same prompt twice; ask for more --num_images instead")
+    require(args.gentxt or all(prompt.strip() for prompt in prompts), "an empty prompt; expected text around every '|'")
+    require(len(set(prompts)) == len(prompts), "the same prompt twice; increase --num_images instead")
     sampling = given_sampling(args)
     check(args, candidates, sampling)
     pipe = load(args, candidates)
-    if not {"top_k", "top_p"} & {*sampling, *pipe.defaults}:
-        sampling["top_p"] = 0.9
+    if args.dalle_path is not None and not {"top_k", "top_p"} & sampling.keys():
+        sampling["top_p"] = UPSTREAM_TOP_P
     if args.gentxt:
-        write = {"seed": args.seed, "top_k": 0.5} | given(args, "temperature", "top_k")
+        write = {"seed": args.seed} | ({} if args.dalle_path is None else {"top_k": UPSTREAM_TEXT_TOP_K})
+        write |= given(args, "temperature", "top_k")
         prompts = [pipe.complete_text(prompt, truncate=args.truncate, **write) for prompt in prompts]
     truncate = args.truncate or args.gentxt
     for prompt in prompts:  # a prompt that does not fit is an error before the first picture is drawn
@@ -71,12 +89,13 @@ def run(args: argparse.Namespace) -> None:
     how = dict(batch_size=args.batch_size, seed=args.seed, truncate=truncate, **sampling)
     if refines(args):
         how |= refinement(args)
+        if args.dalle_path is not None and not asks_for_guidance(args):
+            how["clip_guidance_scale"] = 0
     draw(pipe, prompts, folders, candidates, how, args)
 
 
 def check(args: argparse.Namespace, candidates: int, sampling: dict[str, Any]) -> None:
     """Raise ValueError for options that are out of range or conflict, before loading."""
-    from dall3.diffusion.denoising import Denoising
     from dall3.errors import require
     from dall3.tokens.sampling import Sampling, check_counts
     from dall3.tokens.seeds import choose_seed
@@ -84,17 +103,18 @@ def check(args: argparse.Namespace, candidates: int, sampling: dict[str, Any]) -
     from_folder = args.dalle_path is None
     for name in WITH_DALLE_PATH:
         alone = from_folder and getattr(args, name) is not None
-        require(not alone, f"--{name} goes with --dalle_path; a folder of weights has its own")
-    require(from_folder or args.weights is None, "--weights and --dalle_path exclude each other; give one of them")
+        require(not alone, f"--{name} needs --dalle_path; it does not apply to --weights")
+    require(from_folder or args.weights is None, "--weights and --dalle_path exclude each other; pass one of them")
     Sampling(**sampling), choose_seed(args.seed, None)
     if refines(args):
-        Denoising(**refinement(args))
-    check_counts(num_images=args.num_images, num_candidates=candidates, batch_size=args.batch_size)
-    require(refines(args) or not args.clip_guidance, "--clip_guidance guides diffusion; give --diffusion_path")
+        check_denoising(refinement(args))
+    check_counts(num_images=args.num_images, num_candidates=candidates, **given(args, "batch_size"))
+    guidance = "--clip_guidance guides the denoising, which needs a UNet; pass --diffusion_path"
+    require(refines(args) or not asks_for_guidance(args), guidance)
     require(not args.taming or bool(args.vqgan_model_path), "--taming needs --vqgan_model_path")
-    for flag, begin in (("hug", b"{"), ("chinese", b"[PAD]")):
-        fits = not getattr(args, flag) or (args.bpe_path and Path(args.bpe_path).read_bytes().startswith(begin))
-        require(bool(fits), f"--{flag} needs a --bpe_path that begins with {begin.decode()}: JSON, or BERT's vocab.txt")
+    for flag, begin, kind in (("hug", b"{", "tokenizers' JSON"), ("chinese", b"[PAD]", "BERT's vocab.txt")):
+        valid = not getattr(args, flag) or (args.bpe_path and Path(args.bpe_path).read_bytes().startswith(begin))
+        require(bool(valid), f"--{flag} needs a --bpe_path in {kind}")
 
 
 def refines(args: argparse.Namespace) -> bool:
@@ -111,9 +131,9 @@ def load(args: argparse.Namespace, candidates: int) -> Any:
     device, dtype = placement(args)
     if args.dalle_path is None:
         pipe = Dall3Pipeline.from_pretrained(args.weights, device=device, dtype=dtype)
-        require(pipe.text_encoder is not None, f"{args.weights} holds no transformer with its tokenizer")
+        require(pipe.text_encoder is not None, f"{args.weights} has no transformer with a tokenizer")
     else:
-        needs_clip = args.clip_sort or args.clip_guidance or candidates > args.num_images
+        needs_clip = args.clip_sort or asks_for_guidance(args) or candidates > args.num_images
         pipe = Dall3Pipeline.from_checkpoints(
             dalle=args.dalle_path,
             bpe=args.bpe_path,
@@ -123,9 +143,12 @@ def load(args: argparse.Namespace, candidates: int) -> Any:
             diffusion_config=args.model_config,
             clip=args.clip_path if needs_clip else None,
         )
-    missing = f"{args.dalle_path or args.weights} holds no VAE; give --taming and --vqgan_model_path, or --openai_vae"
+    for option, needed in (("--clip_guidance", asks_for_guidance(args)), ("--clip_sort", args.clip_sort)):
+        if needed:
+            pipe.require("clip", option)
+    missing = f"{args.dalle_path or args.weights} has no VAE; pass --vqgan_model_path or --openai_vae"
     require(pipe.vqgan is not None, missing)
-    require(not args.taming or isinstance(pipe.vqgan, VQModel), f"--taming: {args.vqgan_model_path} is no VQGAN")
+    require(not args.taming or isinstance(pipe.vqgan, VQModel), f"--taming: {args.vqgan_model_path} is not a VQGAN")
     return pipe.to(device, dtype)
 
 

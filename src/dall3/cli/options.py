@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-WHICH_WEIGHTS = "a set's name, a folder, or owner/name on the Hugging Face hub"
+WHICH_WEIGHTS = "the name of a set of weights, a folder, or owner/name on the Hugging Face Hub"
 
 
 def add_seed(parser: argparse.ArgumentParser) -> None:
@@ -18,47 +18,51 @@ def add_seed(parser: argparse.ArgumentParser) -> None:
 
 def add_placement(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--device", help="cuda, cpu, … (default: cuda if available, else cpu)")
-    add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="default: %(default)s")
+    add("--device", help="device, such as cuda or cpu (default: cuda if available, else cpu)")
+    dtypes = ("float32", "float16", "bfloat16")
+    add("--dtype", choices=dtypes, default="float32", help="type of the weights (default: %(default)s)")
 
 
-def add_sampling(parser: argparse.ArgumentParser, or_else: str = "none") -> None:
-    """Add the options of token sampling. or_else: the top_p that applies if neither options nor weights set one."""
+def add_sampling(parser: argparse.ArgumentParser, top_p_default: str = "the weights' setting, or off") -> None:
+    """Add the options of token sampling. None has a default here: those of the weights and of `Sampling` apply."""
     add = parser.add_argument
-    add("--top_k", type=count_or_share, help="codes to keep, such as 256; or fraction of the vocabulary to drop, < 1")
-    own = f"default: the weights' own, or {or_else} if --top_k is not given"
-    add("--top_p", type=float, help=f"nucleus sampling: probability mass to keep, in (0, 1] ({own})")
-    add("--temperature", type=float, help="default: the weights' own, or 1")
-    add("--cond_scale", type=float, help="classifier-free guidance scale (default: the weights' own, or 1: off)")
+    add("--top_k", type=count_or_fraction, help="codes to keep, such as 256; or fraction of the vocabulary to drop, <1")
+    add("--top_p", type=float, help=f"probability to keep (nucleus sampling), in (0, 1] (default: {top_p_default})")
+    add("--temperature", type=float, help="divides the logits (default: the weights' setting, or 1)")
+    add("--cond_scale", type=float, help="scale of classifier-free guidance (default: the weights' setting, or 1, off)")
 
 
-def count_or_share(text: str) -> int | float:
+def count_or_fraction(text: str) -> int | float:
     return int(text) if text.isdecimal() else float(text)
 
 
-def add_diffusion(parser: argparse.ArgumentParser) -> None:
+def add_diffusion(parser: argparse.ArgumentParser, clip_guidance_default: str) -> None:
+    """Add the options of denoising. None has a default here: those of the weights and of `Denoising` apply.
+
+    clip_guidance_default: what applies without --clip_guidance.
+    """
     add = parser.add_argument
-    add("--clip_guidance", action="store_true", help="guide the diffusion with CLIP")
-    add("--clip_guidance_scale", type=float, help="CLIP guidance scale (default: the weights' own, or 1000)")
-    add("--guidance_share", type=float, help="fraction of the steps, from the first, that are guided (default: 1)")
-    add("--tv_scale", type=float, help="weight of the total variation loss: smoothness (default: 0)")
-    add("--range_scale", type=float, help="weight of the loss on values out of range (default: 0)")
-    add("--cutn", type=int, help="number of cut-outs that CLIP scores (default: 16)")
-    add(
-        "--timestep_respacing",
-        "--num_inference_steps",
-        help="denoising steps: 25, '10,10,5' or ddim25 (default: the weights' own, or 25)",
-    )
-    add("--scheduler", help="ddim, ddpm (ancestral, upstream's) or dpm-solver++ (default: the weights' own, or ddim)")
-    add("--strength", type=float, help="how much noise is added to the coarse picture, in (0, 1]")
+    guide = f"guide the denoising with CLIP (default: {clip_guidance_default})"
+    add("--clip_guidance", action=argparse.BooleanOptionalAction, help=guide)
+    default = "default: the weights' setting, or"
+    add("--clip_guidance_scale", type=float, help=f"scale of CLIP guidance ({default} 1000)")
+    add("--guidance_share", type=float, help=f"fraction of the steps that are guided, from the first ({default} 1)")
+    add("--tv_scale", type=float, help=f"weight of the total variation loss, which smooths ({default} 0)")
+    add("--range_scale", type=float, help=f"weight of the loss on values outside of [-1, 1] ({default} 0)")
+    add("--cutn", type=int, help=f"cut-outs of an image that CLIP embeds in a step ({default} 16)")
+    steps = "--timestep_respacing", "--num_inference_steps"
+    add(*steps, help=f"denoising steps: a number, or a respacing such as '10,10,5' or ddim25 ({default} 25)")
+    add("--scheduler", help=f"ddim, ddpm (upstream's), dpm-solver++, or a name of diffusers ({default} ddim)")
+    noise = "pure noise; 0.5 for an unconditional UNet"
+    add("--strength", type=float, help=f"fraction of noise in the initial image, in (0, 1] ({default} {noise})")
 
 
-def add_refinement(parser: argparse.ArgumentParser) -> None:
+def add_refinement(parser: argparse.ArgumentParser, clip_guidance_default: str = "off") -> None:
     """Add the options of the commands that load a UNet and a CLIP from files."""
     add = parser.add_argument
     add("--model_config", metavar="JSON", help="guided-diffusion's flags, for a UNet of an unusual size")
     add("--clip_path", default="ViT-B-16/openai", help="CLIP: a file, or an open_clip name (default: %(default)s)")
-    add_diffusion(parser)
+    add_diffusion(parser, clip_guidance_default)
     add_seed(parser)
     add_placement(parser)
     add("--overwrite", action="store_true", help="replace files of an earlier run")
@@ -74,16 +78,29 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
     return given(args, "temperature", "top_k", "top_p", "cond_scale")
 
 
+def asks_for_guidance(args: argparse.Namespace) -> bool:
+    """Whether the options ask for CLIP guidance: by --clip_guidance, or by a scale other than 0."""
+    return bool(args.clip_guidance_scale) if args.clip_guidance is None else args.clip_guidance
+
+
 def refinement(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
     """The settings of `add_diffusion` that were given. The others come from the weights' defaults."""
     steps = args.timestep_respacing
     if steps is not None:
         more["num_inference_steps"] = int(steps) if steps.isdecimal() else steps
-    if not args.clip_guidance:
+    if args.clip_guidance is False:
         more["clip_guidance_scale"] = 0
     elif args.clip_guidance_scale is not None:
         more["clip_guidance_scale"] = args.clip_guidance_scale
     return given(args, "guidance_share", "tv_scale", "range_scale", "cutn", "scheduler", "strength") | more
+
+
+def check_denoising(settings: dict[str, Any]) -> None:
+    """Raise ValueError for fields of `Denoising` out of range."""
+    from dall3.diffusion.denoising import Denoising
+    from dall3.settings import find_scheduler
+
+    Denoising(**settings | {"scheduler": find_scheduler(settings.get("scheduler", Denoising.scheduler))})
 
 
 def placement(args: argparse.Namespace) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""`dall3 scenes`: the rendered world that the bundled weights were trained on."""
+"""`dall3 scenes`: render the scenes that the bundled weights were trained on."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dall3.cli.options import add_seed
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("what", choices=("sheet", "render"), help="a contact sheet, or pictures with captions to train on")
-    add("--out", help="the sheet's file (default: sheet.png), or a folder (default: scenes)")
-    add("--count", type=int, default=1000, help="pictures to render (default: %(default)s)")
-    add("--size", type=int, help="width and height in pixels (default: 128 for the sheet, 256 for pictures)")
+    add("what", choices=("sheet", "render"), help="a contact sheet, or images with captions for training")
+    add("--out", help="file of the sheet (default: sheet.png), or folder of the images (default: scenes)")
+    add("--count", type=int, default=1000, help="number of images (default: %(default)s)")
+    add("--size", type=int, help="width and height in pixels (default: 128 for the sheet, 256 for images)")
     add_seed(parser)
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes that render (default: one per core)")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="number of processes (default: one per core)")
     add("--overwrite", action="store_true", help="replace files of an earlier run")
 
 

@@ -12,21 +12,25 @@ OVERRIDES = ("steps", "batch_size", "workers", "seed", "every")
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", choices=(*MODELS, "family"), help="the part to train, in this order, or family for all from scratch")
-    add("--out", required=True, metavar="FOLDER", help="the folder of weights; earlier parts are read from it")
-    add("--config", metavar="TOML", help="tables model, loss and train (default: those of the bundled weights)")
-    sources = "scenes, emoji[:FOLDER], folder:PATH or webdataset:PATTERN, whose braces and * are expanded"
+    add("model", choices=(*MODELS, "family"), help="the part to train; family trains all parts from scratch")
+    add("--out", required=True, metavar="FOLDER", help="folder of weights; parts trained earlier are read from it")
+    add(
+        "--config",
+        metavar="TOML",
+        help="settings, with the tables model, loss and train (default: those of the bundled weights)",
+    )
+    sources = "scenes, emoji[:FOLDER], folder:PATH or webdataset:PATTERN (braces and * are expanded)"
     add("--data", nargs="+", default=[], metavar="SOURCE[=WEIGHT]", help=f"{sources} (default: the config's)")
     add("--resume", action="store_true", help="continue from the checkpoint in --out")
     add("--initial", metavar="FOLDER", help="start from the weights of this trained part")
     for name in OVERRIDES:
-        add(f"--{name}", type=int, help="in place of the config's")
+        add(f"--{name}", type=int, help=f"replaces {name} of the config")
     family = parser.add_argument_group("options of `dall3 train family`")
     add = family.add_argument
-    add("--minutes", type=float, default=600.0, help="time for all parts (default: %(default)g)")
-    add("--emoji", default="emoji", help="folder of the emoji, fetched if needed, or archive (default: %(default)s)")
-    add("--device", help="cuda, cuda:1, cpu, … (default: every GPU, or the CPU)")
-    add("--tiny", action="store_true", help="train very small networks, to try the command")
+    add("--minutes", type=float, default=600.0, help="time for all parts together, in minutes (default: %(default)g)")
+    add("--emoji", default="emoji", help="folder or archive of the emoji, downloaded if needed (default: %(default)s)")
+    add("--device", help="device, such as cuda:1 or cpu (default: all GPUs, or the CPU)")
+    add("--tiny", action="store_true", help="train very small networks, to test the command")
     add("--commit", default="not stated", help="commit of this library, for the model card")
 
 

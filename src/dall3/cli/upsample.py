@@ -5,49 +5,61 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dall3.cli.options import add_refinement, decoded, open_image, placement, refinement
+from dall3.cli.options import (
+    add_refinement,
+    asks_for_guidance,
+    check_denoising,
+    decoded,
+    open_image,
+    placement,
+    refinement,
+)
 
 MODEL_PATH, VAE_PATH = "./models/model-latest.pt", "./models/vqgan_gumbel_f8/checkpoints/last.ckpt"  # sample.py's
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--input", required=True, help="a picture, or a .npy of image tokens")
-    add("--weights", metavar="NAME", help="a set of weights, in place of the files below")
-    add("--model_path", help=f"a checkpoint of guided-diffusion, of any kind (default: {MODEL_PATH})")
-    add("--model_size", type=int, choices=(512, 256, 128, 64), help="take guided-diffusion's flags of this size")
+    add("--input", required=True, help="an image (file or URL), or a .npy file of image tokens")
+    add("--weights", metavar="NAME", help="a set of weights, instead of the files below")
+    add("--model_path", help=f"a checkpoint of guided-diffusion (default: {MODEL_PATH})")
+    add("--model_size", type=int, choices=(512, 256, 128, 64), help="use guided-diffusion's flags for this size")
     add("--vae_path", help=f"the VQGAN or DiscreteVAE (default: {VAE_PATH})")
     add("--vqgan_config_path", help="the VQGAN's .yaml")
     add("--dvae_mode", action="store_true", help="require a DiscreteVAE")
-    add("--text", help="texts for CLIP guidance, separated with | and weighted as in 'a cube:2|a cloud'")
-    add("--image_prompts", help="pictures for CLIP guidance, separated and weighted in the same way")
-    add("--num_batches", type=int, default=1, help="default: %(default)s")
-    add("--batch_size", type=int, default=1, help="default: %(default)s")
-    add("--output_size", type=int, help="width and height in pixels, for picture input (super-resolution: 512)")
-    add("--stop_at", type=int, default=1000, help="stop after this many steps, for an airbrushed look")
-    add("--cpu", action="store_true", help="the same as --device cpu")
-    add("--outputs_dir", default=".", help="default: %(default)s")
+    add("--text", help="prompts for CLIP guidance, separated with | and optionally weighted: 'a cube:2|a cloud'")
+    add("--image_prompts", help="images for CLIP guidance, separated and weighted in the same way")
+    add("--num_batches", type=int, default=1, help="number of batches (default: %(default)s)")
+    add("--batch_size", type=int, default=1, help="images in a batch (default: %(default)s)")
+    add(
+        "--output_size",
+        type=int,
+        help="width and height of the result in pixels, if --input is an image (default: the model's)",
+    )
+    add("--stop_at", type=int, default=1000, help="stop after this many steps: fewer give a smoother image")
+    add("--cpu", action="store_true", help="run on the CPU, as --device cpu")
+    add("--outputs_dir", default=".", help="folder of the results (default: %(default)s)")
     add_refinement(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    from dall3.diffusion.denoising import Denoising
     from dall3.errors import require
     from dall3.images import to_pil
     from dall3.models.discrete_vae import DiscreteVAE
     from dall3.output import check_free, read_tokens, write_files
     from dall3.pipeline import Dall3Pipeline
-    from dall3.request import parse_prompts
+    from dall3.request import default_guidance_scale, parse_prompts
     from dall3.tokens.sampling import check_counts
     from dall3.tokens.seeds import choose_seed
     from dall3.weights.convert.vae import load_vae
 
     check_counts(num_batches=args.num_batches, batch_size=args.batch_size, stop_at=args.stop_at)
     settings = refinement(args, stop_at=args.stop_at + 2)  # sample.py runs two more steps before it stops
-    Denoising(**settings), choose_seed(args.seed, None)
+    check_denoising(settings)
+    choose_seed(args.seed, None)
     text = None if args.text is None else decoded(args.text)
-    wanted = text or args.image_prompts or not args.clip_guidance
-    require(bool(wanted), "--clip_guidance needs a target: --text or --image_prompts")
+    guides = asks_for_guidance(args)
+    require(not guides or bool(text or args.image_prompts), "--clip_guidance needs a target: --text or --image_prompts")
     count, folder = args.num_batches * args.batch_size, Path(args.outputs_dir)
     names = [f"progress_{i:05}.png" for i in range(count)]
     check_free(folder, [] if args.overwrite else names)
@@ -58,26 +70,27 @@ def run(args: argparse.Namespace) -> None:
     device, dtype = placement(args)
     if args.weights is not None:
         for name in ("model_path", "model_config", "model_size", "vae_path", "vqgan_config_path"):
-            require(getattr(args, name) is None, f"--{name} and --weights exclude each other; give one of them")
+            require(getattr(args, name) is None, f"--{name} and --weights exclude each other; pass one of them")
         pipe = Dall3Pipeline.from_pretrained(args.weights, device=device, dtype=dtype)
         pipe.upsampler = pipe.upsampler or pipe.super_resolution
-        require(pipe.upsampler is not None, f"{args.weights} holds no upsampler")
+        require(pipe.upsampler is not None, f"{args.weights} has no upsampler")
     else:
         pipe = Dall3Pipeline.from_checkpoints(
             diffusion=args.model_path or MODEL_PATH,
             diffusion_config=args.model_config or ({"image_size": args.model_size} if args.model_size else None),
-            clip=args.clip_path if args.clip_guidance else None,
+            clip=args.clip_path if guides else None,
         )
     assert pipe.upsampler is not None
     config = pipe.upsampler.config
     if args.weights is None and (config.embedding_dims or is_tokens):
         pipe.vqgan = load_vae(args.vae_path or VAE_PATH, args.vqgan_config_path)
     given = args.weights or args.vae_path
-    require(not args.dvae_mode or isinstance(pipe.vqgan, DiscreteVAE), f"--dvae_mode: {given} is no DiscreteVAE")
+    require(not args.dvae_mode or isinstance(pipe.vqgan, DiscreteVAE), f"--dvae_mode: {given} is not a DiscreteVAE")
     size = args.output_size or (512 if config.super_resolution else config.image_size)
     how = dict(image_prompts=image_prompts, output_size=size, seed=args.seed, batch_size=args.batch_size)
-    if args.clip_guidance:
-        settings = {"clip_guidance_scale": pipe.defaults.get("clip_guidance_scale", 1000)} | settings
+    if guides:
+        pipe.require("clip", "--clip_guidance")
+        settings = {"clip_guidance_scale": default_guidance_scale(pipe)} | settings
     fine = pipe.to(device, dtype).upsample(tokens, image, text, **how, **settings)
     write_files(folder, dict(zip(names, to_pil(fine), strict=True)), args.overwrite)
     print(f'created {count} images at "{folder}"')

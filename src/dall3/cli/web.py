@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 
-from dall3.cli.options import WHICH_WEIGHTS, add_placement, placement
+from dall3.cli.options import WHICH_WEIGHTS, add_placement, given, placement
+
+MAXIMA = ("max_images", "max_candidates", "max_steps")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--weights", metavar="NAME", help=f"{WHICH_WEIGHTS} (default: the bundled weights)")
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all interfaces (default: %(default)s)")
-    add("--port", type=int, default=7860, help="default: %(default)s")
+    add("--port", type=int, default=7860, help="port to listen on (default: %(default)s)")
     add_placement(parser)
-    for name, most in (("images", 8), ("candidates", 256), ("steps", 250)):
-        add(f"--max_{name}", type=int, default=most, help=f"most {name} that a visitor may ask for (default: {most})")
+    for name, most in (("images", 8), ("candidates", 256), ("steps", 250)):  # the defaults of `dall3.web.Limits`
+        add(f"--max_{name}", type=int, help=f"upper bound on {name} in a visitor's request (default: {most})")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -22,7 +24,7 @@ def run(args: argparse.Namespace) -> None:
     from dall3.tokens.sampling import check_counts
     from dall3.web import Limits, serve
 
-    limits = {name: getattr(args, f"max_{name}") for name in ("images", "candidates", "steps")}
+    limits = {name.removeprefix("max_"): most for name, most in given(args, *MAXIMA).items()}
     check_counts(port=args.port, **limits)
     device, dtype = placement(args)
     pipe = Dall3Pipeline.from_pretrained(args.weights, device=device, dtype=dtype)

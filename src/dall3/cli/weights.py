@@ -1,4 +1,4 @@
-"""`dall3 weights`: list, fetch, verify, locate and remove sets of weights."""
+"""`dall3 weights`: list, download, verify, locate and remove sets of weights."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("action", choices=("list", "fetch", "verify", "where", "remove"))
-    add("name", nargs="?", help="a set; required by fetch and remove (default: all sets that are on this machine)")
-    add("--registry", metavar="TOML", help="a weights.toml of your own, in addition to the bundled one")
+    add("name", nargs="?", help="a set of weights; required for fetch and remove (default: all sets)")
+    add("--registry", metavar="TOML", help="an additional weights.toml")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> None:
     known = read_registry(args.registry)
     chosen = list(known.values()) if args.name is None else [find_set(args.name, args.registry)]
     if args.action in ("fetch", "remove") and args.name is None:
-        raise ValueError(f"`dall3 weights {args.action}` needs a name: {', '.join(known)}")
+        raise ValueError(f"`dall3 weights {args.action}` needs the name of a set: {', '.join(known)}")
     if args.action == "list":
         print(weights_table(chosen))
     elif args.action == "fetch":
@@ -33,18 +33,18 @@ def run(args: argparse.Namespace) -> None:
     else:
         found = [(one, path) for one in sum(map(files_of, chosen), []) if (path := one.find()) is not None]
         if args.name is not None and not found:
-            raise ValueError(f"nothing of {args.name} is here; run `dall3 weights fetch {args.name}`")
+            raise ValueError(f"no file of {args.name} is on this machine; run `dall3 weights fetch {args.name}`")
         wrong: dict[str, str] = {}
         for one, path in found:
             problem = verify_file(one, path, thorough=True) if args.action == "verify" else None
             wrong |= {one.name: problem} if problem else {}
             print(f"{one.name}: {path}" if args.action == "where" else f"{one.name}: {problem or 'good'}")
         if wrong:
-            raise ValueError(f"{len(wrong)} of {len(found)} files failed verification; remove and fetch them again")
+            raise ValueError(f"{len(wrong)} of {len(found)} files are damaged; remove the set and fetch it again")
 
 
 def weights_table(sets: list[Any]) -> str:
-    """A line a part: set, part, size, licence, source, and whether it is here; then what each set is, and needs."""
+    """A table with a row per part: set, part, size, licence, on this machine or not, source. Descriptions follow."""
     from dall3.weights.cache import cache_dir, files_of
 
     rows = [("set", "part", "size", "licence", "here", "source")]

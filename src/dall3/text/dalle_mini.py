@@ -20,7 +20,7 @@ def merges_of(text: str) -> list[tuple[str, str]]:
     lines = [tuple(line.split()) for line in text.split("\n")[1:] if line]
     pairs = [(pair[0], pair[1]) for pair in lines if len(pair) == 2]
     if len(pairs) != len(lines):
-        raise ValueError("its merges have a line that is no pair of tokens")
+        raise ValueError("a line of its merges is not a pair of tokens")
     return pairs
 
 
@@ -35,7 +35,7 @@ def dalle_mini_tokenizer(vocabulary: str, merges: str) -> HuggingFaceTokenizer:
 
     ids = json.loads(vocabulary)
     if not isinstance(ids, dict) or not all(type(i) is int for i in ids.values()) or ids.get("<unk>") != 3:
-        raise ValueError("its vocabulary is no object of ids, or lacks <unk> with the id 3")
+        raise ValueError("its vocabulary is not a JSON object of ids with <unk> as 3")
     made = Tokenizer(BPE(ids, merges_of(merges), unk_token="<unk>"))
     ends = normalizers.Replace(Regex("^ | $"), "")
     made.normalizer = normalizers.Sequence([normalizers.Replace(Regex(" +"), " "), ends])

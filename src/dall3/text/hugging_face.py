@@ -64,7 +64,7 @@ def check_tokenizer(text: str) -> str:
             replaced = len(pattern.get("String") or "") if isinstance(pattern, dict) else 0
             growth *= max(added / replaced, 1) if replaced else 1 + added
         if growth > 64:
-            raise ValueError("it makes texts more than 64 times as long")
+            raise ValueError("its normalizer can make a text more than 64 times as long")
 
     for place in PARTS:
         if found.get(place) is not None or place == "model":
@@ -115,4 +115,5 @@ def bert_json(vocabulary: str) -> str:
 
     ids = {token: i for i, token in enumerate(vocabulary.removesuffix("\n").split("\n"))}
     # transformers loads bert-base-chinese, a cased model, with do_lower_case=False, which keeps accents too.
-    return BertWordPieceTokenizer(ids, lowercase=False).to_str()
+    made: str = BertWordPieceTokenizer(ids, lowercase=False).to_str()
+    return made

@@ -9,7 +9,7 @@ from dall3.text.clip import CLIP_JSON, ClipTokenizer
 from dall3.text.dalle_mini import dalle_mini_tokenizer, find_merges, merges_of
 from dall3.text.hugging_face import HuggingFaceTokenizer, bert_json
 from dall3.text.rules import TextEncoder, check_kind, text_encoder_of
-from dall3.text.tokenizer import MOST_BYTES, Tokenizer
+from dall3.text.tokenizer import MAX_BYTES, Tokenizer
 from dall3.text.yttm import YttmTokenizer
 
 EXPECTED = "expected the youtokentome, tokenizers JSON or BERT vocab.txt file that the checkpoint was trained with"
@@ -45,7 +45,7 @@ def find_vocabulary(folder: Path) -> Path:
     found = [path for path in sorted(folder.glob("vocab*.json")) if find_merges(path).is_file()]
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
-        raise FileNotFoundError(f"{folder}: expected one vocab*.json with its merges*.txt, found {names}; give a file")
+        raise FileNotFoundError(f"{folder}: expected one vocab*.json with its merges*.txt, found {names}; pass a file")
     return found[0]
 
 
@@ -86,7 +86,7 @@ def load_tokenizer(path: TokenizerPath | None = None) -> Tokenizer:
 
 
 def check_tokenizer_file(path: Path) -> None:
-    """Raise ValueError for a file that is neither a tokenizer nor one of the two that DALL·E Mini's consists of."""
+    """Raise ValueError for a file that is not a tokenizer, nor one of the two files of DALL·E Mini's tokenizer."""
     text = read_text(path)
     if text.startswith("#version"):  # the header of a list of merges
         merges_of(text)
@@ -98,8 +98,8 @@ def read_text(path: Path) -> str:
     if not path.is_file():
         problem = IsADirectoryError if path.is_dir() else FileNotFoundError
         raise problem(f"{path} is not a file; {EXPECTED}")
-    if path.stat().st_size > MOST_BYTES:
-        raise ValueError(f"{path} is {path.stat().st_size:,} bytes large, which no tokenizer is; {EXPECTED}")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, too many for a tokenizer; {EXPECTED}")
     with path.open(encoding="utf-8-sig") as file:
         try:
             return "".join(file)  # line by line, so that a checkpoint given by mistake fails at once
@@ -123,5 +123,5 @@ def tokenizer_json(tokenizer: Tokenizer) -> str:
     Raises ValueError for a tokenizer that `load_tokenizer` did not make.
     """
     if not isinstance(tokenizer, HuggingFaceTokenizer | YttmTokenizer | ClipTokenizer):
-        raise ValueError(f"a {type(tokenizer).__name__} has no JSON; expected a tokenizer of load_tokenizer")
+        raise ValueError(f"a {type(tokenizer).__name__} cannot be saved; expected a tokenizer of load_tokenizer")
     return tokenizer.to_json()

@@ -44,14 +44,16 @@ class TextEncoder:
         the transformer's vocabulary.
         """
         if not isinstance(prompt, str):
-            raise TypeError(f"the prompt must be a str, not {type(prompt).__name__}; encode several one by one")
+            raise TypeError(f"the prompt is a {type(prompt).__name__}; expected a str, one prompt at a time")
         ids = [*self.before, *(self.tokenizer.encode(self.prepare(prompt)) if prompt.strip() else []), *self.after]
         if not ids:
-            raise ValueError(f"the prompt {prompt!r} is empty: expected text to draw")
+            raise ValueError(f"the prompt {prompt!r} is empty; expected text")
         if len(ids) > self.text_seq_len and not truncate:
-            raise ValueError(f"{len(ids)} tokens, {self.text_seq_len} fit: shorten the prompt or pass truncate=True")
+            at_most = f"expected at most {self.text_seq_len}: shorten it, or pass truncate=True"
+            raise ValueError(f"the prompt has {len(ids)} tokens; {at_most}")
         if max(ids) >= self.num_text_tokens:
-            raise ValueError(f"id {max(ids)} is not below {self.num_text_tokens}: load the transformer's own tokenizer")
+            known = f"the transformer has ids 0 to {self.num_text_tokens - 1}: load its tokenizer"
+            raise ValueError(f"the prompt has id {max(ids)}; {known}")
         ids = self.cut(ids)
         return torch.tensor(ids + [self.padding] * (self.text_seq_len - len(ids)), dtype=torch.int64)
 
@@ -65,7 +67,7 @@ class TextEncoder:
         An example is a prompt in another language. `__call__` accepts such prompts, as the original code does.
         """
         if not prompt.strip():
-            raise ValueError(f"the prompt {prompt!r} is empty: expected text to draw")
+            raise ValueError(f"the prompt {prompt!r} is empty; expected text")
         written = {letter for letter in prompt.lower() if letter.isalpha()}
         nothing = not self.tokenizer.encode(self.prepare(prompt))
         if nothing or (written and not self.letters_read(prompt)):
@@ -132,7 +134,7 @@ KINDS: dict[str, type[TextEncoder]] = {
 def check_kind(kind: str) -> None:
     """Raise ValueError for an unknown family."""
     if kind not in KINDS:
-        raise ValueError(f"kind={kind!r} is not known; expected one of {', '.join(KINDS)}")
+        raise ValueError(f"unknown kind {kind!r}; expected one of {', '.join(KINDS)}")
 
 
 def text_encoder_of(

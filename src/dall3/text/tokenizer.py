@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol
 
-MOST_BYTES, LONGEST = 64 << 20, 1000  # upper bounds: bytes of a tokenizer file, characters of a token
+MAX_BYTES, MAX_TOKEN = 64 << 20, 1000  # upper bounds: bytes of a tokenizer file, characters of a token
 
 
 class Tokenizer(Protocol):
@@ -24,5 +24,5 @@ def without_padding(ids: Iterable[int], vocab_size: int) -> list[int]:
     """The ids without zeros. Raises ValueError for an id outside of [0, vocab_size)."""
     kept = [i for i in map(int, ids) if i != 0]
     if any(not 0 < i < vocab_size for i in kept):
-        raise ValueError(f"ids from {min(kept)} to {max(kept)} are not all of this tokenizer's, 0 to {vocab_size - 1}")
+        raise ValueError(f"ids from {min(kept)} to {max(kept)}; this tokenizer has ids 0 to {vocab_size - 1}")
     return kept

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from itertools import groupby, islice
 
-from dall3.text.tokenizer import LONGEST, MOST_BYTES, without_padding
+from dall3.text.tokenizer import MAX_BYTES, MAX_TOKEN, without_padding
 
 
 class YttmTokenizer:
@@ -20,10 +20,10 @@ class YttmTokenizer:
         from tokenizers.models import BPE
 
         if not re.match(r"\d+ \d+\n", text):
-            raise ValueError("it is not of a known kind" if text.strip() else "it is empty")
+            raise ValueError("unknown format" if text.strip() else "it is empty")
         num_characters, num_merges, *body, self.unknown, pad, bos, eos = map(int, text.split())
         if len(body) != 2 * num_characters + 3 * num_merges:
-            raise ValueError(f"its length is not that of {num_characters} characters and {num_merges} merges")
+            raise ValueError(f"it is not as long as {num_characters} characters and {num_merges} merges need")
         entries = iter(body)
         tokens = {i: chr(code) for code, i in islice(zip(entries, entries, strict=False), num_characters)}
         self.alphabet = set(tokens.values())
@@ -33,14 +33,14 @@ class YttmTokenizer:
             self.merges.append((tokens[left], tokens[right]))
             tokens[new] = tokens[left] + tokens[right]
             size += len(tokens[new])
-            if len(tokens[new]) > LONGEST or size > MOST_BYTES:  # merges can double the length each time
-                raise ValueError(f"it has tokens of more than {LONGEST} characters, or too many long ones")
+            if len(tokens[new]) > MAX_TOKEN or size > MAX_BYTES:  # merges can double the length each time
+                raise ValueError(f"it has a token of more than {MAX_TOKEN} characters, or too many long tokens")
         special = {self.unknown: "<UNK>", pad: "<PAD>", bos: "<BOS>", eos: "<EOS>"}
         self.names = tokens | {i: name for i, name in special.items() if i >= 0}
         self.vocab_size = len(self.names)
         ids = {token: i for i, token in tokens.items()}
         if "▁" not in ids or len(ids) != num_characters + num_merges:
-            raise ValueError("its tokens are not all different, or lack the word mark '▁'")
+            raise ValueError("its tokens are not distinct, or do not contain the word mark '▁'")
         self.bpe = BPE(ids, self.merges)
 
     def encode(self, text: str) -> list[int]:

@@ -81,11 +81,11 @@ def build_tensor(storage: Any, offset: Any, size: Any, stride: Any, *unused: Any
         raise CheckpointError("a tensor has no storage, no size or no strides")
     numbers = (offset, *size, *stride)
     if len(size) != len(stride) or len(size) > MAX_DEPTH or any(type(n) is not int or n < 0 for n in numbers):
-        raise CheckpointError("a tensor has a negative or odd size, stride or offset")
+        raise CheckpointError("a tensor has an invalid size, stride or offset")
     end = offset + 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     # A view with more elements than its storage (stride 0) would need unbounded memory once it is copied.
     if 0 not in size and max(end, math.prod(size)) > storage.numel:
-        raise CheckpointError(f"a tensor of shape {tuple(size)} reaches beyond its storage of {storage.numel} numbers")
+        raise CheckpointError(f"a tensor of shape {tuple(size)} exceeds its storage of {storage.numel} elements")
     if storage.data is None:
         return None
     return storage.data[:0].view(size) if 0 in size else storage.data.as_strided(size, stride, offset)
@@ -131,7 +131,7 @@ class Unpickler(BaseUnpickler):
         if type(key) is not str or type(numel) is not int:
             raise CheckpointError("a storage has no name or no size")
         if kind not in DTYPES or numel < 0 or (len(pid) > 5 and pid[5] is not None):
-            raise CheckpointError(f"storage {key} is of a kind that is not known: {kind}, {numel} numbers")
+            raise CheckpointError(f"storage {key} has an unknown type or an invalid size: {kind}, {numel} elements")
         if key not in self.storages:
             storage = Storage(DTYPES[kind], numel, None)
             storage.data = self.load_storage(storage, key)
@@ -149,21 +149,21 @@ class Unpickler(BaseUnpickler):
         parts = key if isinstance(key, tuple) else (key,)
         kinds = bytes | int | float | str | None | Name | Placeholder
         if len(parts) > MAX_DEPTH or not all(isinstance(part, kinds) for part in parts):
-            raise CheckpointError(f"a dictionary or set has a {type(key).__name__} as a key")
+            raise CheckpointError(f"a dictionary or set has a key of type {type(key).__name__}")
         if isinstance(key, int):
             self.number_keys += 1
-            fits = abs(key) <= MAX_NUMBER and self.number_keys <= MAX_NUMBERS
+            valid = abs(key) <= MAX_NUMBER and self.number_keys <= MAX_NUMBERS
         else:
             self.odd_keys += 1
-            fits = self.odd_keys <= MAX_ODD
-        if not fits:
-            raise CheckpointError("it has more or larger keys that are not strings than any network")
+            valid = self.odd_keys <= MAX_ODD
+        if not valid:
+            raise CheckpointError("it has too many or too large keys that are not strings")
         return key
 
     def build_set(self, items: Any) -> set[Any]:
         """Build a set and empty the list that it is made from, so that a pickle cannot copy the same list again."""
         if not isinstance(items, list):
-            raise CheckpointError(f"a set is made of a {type(items).__name__}")
+            raise CheckpointError(f"a set is built from a {type(items).__name__}")
         made = {self.plain(item) for item in items}
         items.clear()
         return made
@@ -212,7 +212,7 @@ def map_numbers(mapped: mmap.mmap, start: int, size: int, storage: Storage, key:
     Raises CheckpointError if the storage claims more elements than the file holds.
     """
     if storage.numel * storage.dtype.itemsize > size or start + size > len(mapped):
-        raise CheckpointError(f"storage {key} claims {storage.numel} numbers; the file holds {size} bytes of it")
+        raise CheckpointError(f"storage {key} claims {storage.numel} elements; the file holds {size} bytes of it")
     if storage.numel == 0:
         return torch.empty(0, dtype=storage.dtype)
     numbers = torch.frombuffer(mapped, dtype=storage.dtype, count=storage.numel, offset=start)
@@ -226,13 +226,13 @@ def read_zip(path: Path, mapped: mmap.mmap) -> Any:
         entries = {info.filename: info for info in archive.infolist()}
         pickles = [name for name in archive.namelist() if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(pickles) != 1:
-        raise CheckpointError("the zip archive holds no data.pkl, or several: it is not a PyTorch file")
+        raise CheckpointError("the zip archive does not hold exactly one data.pkl: it is not a PyTorch file")
     root = pickles[0][: -len("data.pkl")]
 
     def locate(name: str) -> tuple[int, int]:
         info = entries.get(name)
         if info is None or info.compress_type != zipfile.ZIP_STORED:
-            raise CheckpointError(f"{name} is missing, or compressed, which PyTorch never does")
+            raise CheckpointError(f"{name} is missing, or compressed, which PyTorch does not do")
         if info.header_offset not in range(len(mapped) - 30):
             raise CheckpointError(f"{name} lies outside of the file")
         name_size, extra_size = struct.unpack_from("<HH", mapped, info.header_offset + 26)
@@ -261,7 +261,7 @@ def read_legacy(mapped: mmap.mmap) -> Any:
         return unpickler.load(), unpickler.storages
 
     if load(lambda storage, key: None)[0] != LEGACY_MAGIC:
-        raise CheckpointError("a pickle, but not one that PyTorch wrote")
+        raise CheckpointError("a pickle that PyTorch did not write")
     for _ in range(2):
         load(lambda storage, key: None)
     start = mapped.tell()
@@ -270,7 +270,7 @@ def read_legacy(mapped: mmap.mmap) -> Any:
     places, place = {}, mapped.tell()
     for key in keys if isinstance(keys, list) else []:
         if type(key) is not str or key not in storages or place + 8 > len(mapped):
-            raise CheckpointError("it lists a storage that it does not use, or ends before the storage's data")
+            raise CheckpointError("it lists an unused storage, or ends before a storage's data")
         size = struct.unpack_from("<q", mapped, place)[0] * storages[key].dtype.itemsize
         places[key] = (place + 8, size)
         place += 8 + max(size, 0)
@@ -294,7 +294,7 @@ def read_archive(path: str | Path) -> Any:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; expected a checkpoint file")
     if path.stat().st_size < 16:
-        raise CheckpointError(f"{path} is empty or nearly so ({path.stat().st_size} bytes); expected a checkpoint file")
+        raise CheckpointError(f"{path} has only {path.stat().st_size} bytes; expected a checkpoint file")
     with open(path, "rb") as file:
         # Copy-on-write: torch requires writable memory, and the file must never change.
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -311,7 +311,7 @@ def read_archive(path: str | Path) -> Any:
     except CheckpointError as error:
         message = str(error)
     except RecursionError:
-        message = "nested deeper than any checkpoint"
+        message = "nested too deeply for a checkpoint"
     except Exception as error:  # a damaged pickle or archive can raise any exception
         message = f"truncated or damaged ({type(error).__name__}: {error})"
     raise file_error(path, message)
@@ -332,7 +332,7 @@ def module_tensors(module: Any) -> dict[str, Tensor]:
             for name, value in part.items():
                 seen += 1
                 if depth > MAX_DEPTH or seen > MAX_ITEMS or not isinstance(name, str) or len(prefix + name) > MAX_NAME:
-                    raise CheckpointError("its module tree is deeper or larger than any network, or lacks names")
+                    raise CheckpointError("its module tree is too deep or too large, or has entries without a name")
                 if isinstance(value, Tensor):
                     yield f"{prefix}{name}", value
                 elif isinstance(value, Placeholder):

@@ -46,11 +46,11 @@ class CachedFile:
 
     @property
     def name(self) -> str:
-        return f"{self.part.kept}/{self.file.name}"
+        return f"{self.part.cache_folder}/{self.file.name}"
 
     @property
     def target(self) -> Path:
-        return cache_dir() / self.part.kept / self.file.name
+        return cache_dir() / self.part.cache_folder / self.file.name
 
     @property
     def pins_path(self) -> Path:
@@ -105,7 +105,7 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FetchError(
-            f"{folder} cannot be made ({short_message(error)}); set DALL3_HOME to a folder that can be written"
+            f"{folder} cannot be created ({short_message(error)}); set DALL3_HOME to a writable folder"
         ) from None
 
 
@@ -143,7 +143,7 @@ def delete_partial(partial: Path) -> None:
 
 
 def offline_message(wanted: CachedFile, problem: str) -> str:
-    return f"{wanted.name} {problem}, and DALL3_OFFLINE is set; put a copy at {wanted.target}, or unset it"
+    return f"{wanted.name} {problem}, and DALL3_OFFLINE is set; unset it, or put a copy at {wanted.target}"
 
 
 def read_progress(partial: Path) -> dict[str, Any]:

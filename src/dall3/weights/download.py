@@ -37,7 +37,7 @@ BACK_OFF, LONGEST_WAIT = 1.0, 60.0  # seconds; the wait doubles after each failu
 SLOWEST, PATIENCE = 1024, 60.0  # a download below SLOWEST bytes per second for PATIENCE seconds is interrupted
 RESERVE = 64 << 20  # bytes of disk space to leave free
 CHUNK = 1 << 20  # bytes
-LATER = (408, 425, 429, 500, 502, 503, 504)  # HTTP status codes that a retry may fix
+RETRYABLE_STATUS = (408, 425, 429, 500, 502, 503, 504)  # HTTP status codes that a retry may fix
 
 logger = logging.getLogger("dall3")
 
@@ -75,11 +75,11 @@ def fetch_file(wanted: CachedFile, progress: bool = True) -> Path:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        logger.info("another process fetches %s; waiting for it", wanted.name)
+        logger.info("another process is downloading %s; waiting for it", wanted.name)
         lock.acquire()
     except OSError as error:
         raise FetchError(
-            f"{target.parent} cannot be written ({short_message(error)}); set DALL3_HOME to another folder"
+            f"{target.parent} is not writable ({short_message(error)}); set DALL3_HOME to another folder"
         ) from None
     try:
         if target.is_file() and verify_file(wanted, target) is None:  # another process has downloaded it meanwhile
@@ -94,8 +94,8 @@ def fetch_file(wanted: CachedFile, progress: bool = True) -> Path:
     finally:
         lock.release()
     raise FetchError(
-        f"{wanted.name} could not be fetched; {'; '.join(problems)}. If you have a copy, put it at {target}, "
-        "or name its path among the places in a weights.toml of your own (DALL3_WEIGHTS)"
+        f"{wanted.name} could not be downloaded; {'; '.join(problems)}. If you have a copy, put it at {target}, "
+        "or add its path to the places in a weights.toml of your own (DALL3_WEIGHTS)"
     )
 
 
@@ -122,8 +122,8 @@ def fetch_from(place: Place, wanted: CachedFile, progress: bool) -> None:
             most = max(most, size_of(partial))
             delete_partial(partial)
             if fresh:
-                pinned = "" if place.sha256 else f", as {wanted.pins_path} says"
-                raise UnusableSource(f"holds other bytes, with SHA-256 {sha256}; expected {expected}{pinned}")
+                pinned = "" if place.sha256 else f", according to {wanted.pins_path}"
+                raise UnusableSource(f"holds a file with SHA-256 {sha256}; expected {expected}{pinned}")
             problem, failures = RetryableError("the resumed download has another SHA-256"), failures + 1
         except RetryableError as error:
             # Failures only count without progress: an unreliable host that sends more data each time is used to the
@@ -138,7 +138,7 @@ def fetch_from(place: Place, wanted: CachedFile, progress: bool) -> None:
             check_content(partial, wanted)
         except Exception as error:
             delete_partial(partial)
-            raise UnusableSource(f"what it sends is not the file ({short_message(error)})") from None
+            raise UnusableSource(f"sends something else than the file ({short_message(error)})") from None
     wanted.set_pin(sha256, pin_key(place), found)
     os.replace(partial, target)
     delete_partial(partial)
@@ -190,12 +190,12 @@ def transfer(
         total = size if total is None else total
         chunked = response.headers.get("Transfer-Encoding", "").lower() == "chunked"
         if expected is None and total is None and not chunked:
-            raise UnusableSource("does not say how long the file is, and its SHA-256 is not known")
+            raise UnusableSource("sends no size of the file, whose SHA-256 is unknown")
         if not offset:
             delete_partial(partial)  # before the state changes: old bytes must never be paired with the new validator
         room = has_room(partial, (total or 0) - offset)
         if not room and size is None:
-            raise UnusableSource(f"reports {total:,} bytes, for which the disk has no room")
+            raise UnusableSource(f"reports {total:,} bytes, more than the free disk space")
         if not room:
             raise FetchError(room_message(partial, (total or 0) - offset, name))
         write_json(
@@ -209,17 +209,17 @@ def transfer(
                 bar.update(len(chunk))
                 if total is None and not has_room(partial, 0):
                     file.truncate(0)
-                    raise UnusableSource("sends more data than the disk has room for")
+                    raise UnusableSource("sends more data than the free disk space")
                 if total is not None and file.tell() > total:
                     break
             file.flush()
             os.fsync(file.fileno())
     found = size_of(partial)
     if total is not None and found < total:
-        raise RetryableError(f"broke off after {found:,} of {total:,} bytes")
+        raise RetryableError(f"the connection broke after {found:,} of {total:,} bytes")
     if total is not None and found > total:
         delete_partial(partial)
-        raise UnusableSource(f"sends more than the {total:,} bytes that it announced")
+        raise UnusableSource(f"sends more than the announced {total:,} bytes")
     return offset == 0
 
 
@@ -239,7 +239,7 @@ def read_head(response: Any, url: str, offset: int, state: dict[str, Any], parti
     addresses = [answer.url for answer in (*response.history, response)]
     if url.startswith("https://") and not all(address.startswith("https://") for address in addresses):
         raise UnusableSource(f"redirects to {addresses[-1]} over an unencrypted connection")
-    if status in LATER:
+    if status in RETRYABLE_STATUS:
         raise RetryableError(f"answers {status}", float(whole_number(headers.get("Retry-After", "")) or 0))
     if status == 416:
         delete_partial(partial)  # the file on the host has changed
@@ -247,18 +247,18 @@ def read_head(response: Any, url: str, offset: int, state: dict[str, Any], parti
     if status not in (200, 206):
         raise UnusableSource(f"answers {status} {response.reason}")
     if headers.get("Content-Encoding", "identity") != "identity":
-        raise UnusableSource(f"sends it as {headers['Content-Encoding']}, which was not asked for")
+        raise UnusableSource(f"sends the content encoding {headers['Content-Encoding']}, which was not requested")
     length = whole_number(headers.get("Content-Length", ""))
     if status == 200:
         return 0, length
-    said = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", headers.get("Content-Range", ""), re.ASCII)
+    content_range = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", headers.get("Content-Range", ""), re.ASCII)
     tags = {response.headers.get("ETag"), response.headers.get("Last-Modified")} - {None}
     changed = bool(tags) and state.get("validator") not in (None, *tags)
-    changed = changed or (said is not None and state.get("total") not in (None, int(said[3])))
-    if not offset or said is None or int(said[1]) != offset or changed:
+    changed = changed or (content_range is not None and state.get("total") not in (None, int(content_range[3])))
+    if not offset or content_range is None or int(content_range[1]) != offset or changed:
         delete_partial(partial)
-        raise RetryableError("answers 206 with another part than the rest of the same file")
-    return offset, int(said[3])
+        raise RetryableError("answers 206 with another range than requested, or of another file")
+    return offset, int(content_range[3])
 
 
 def whole_number(text: str) -> int | None:
@@ -275,7 +275,7 @@ def chunks(response: Any) -> Iterator[bytes]:
         try:
             chunk = response.raw.read1(CHUNK)
         except (urllib3.exceptions.HTTPError, requests.RequestException, OSError, ValueError) as error:
-            raise RetryableError(f"broke off ({short_message(error)})") from None
+            raise RetryableError(f"the connection broke ({short_message(error)})") from None
         if not chunk:
             return
         yield chunk
@@ -295,5 +295,5 @@ def room_message(partial: Path, needed: int, name: str) -> str:
     free = shutil.disk_usage(partial.parent).free
     return (
         f"{name} needs {(needed + RESERVE) / 1e6:,.0f} MB in {partial.parent}, where {free / 1e6:,.0f} MB are free; "
-        "make room, or set DALL3_HOME to another disk"
+        "free some space, or set DALL3_HOME to a folder on another disk"
     )

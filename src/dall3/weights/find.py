@@ -74,15 +74,16 @@ def fetch_set(weights: WeightsSet, progress: bool = True) -> dict[str, tuple[Pat
 
 
 def remove_set(weights: WeightsSet) -> int:
-    """Remove a set's fetched files, whole or begun, from the cache; how many bytes that were. Pins stay: a file that
-    is fetched again must be the one that it was. So do parts that are another set's. Raises FetchError for one that is
-    being fetched.
+    """Remove the downloaded and partially downloaded files of a set from the cache. Returns their size in bytes.
+
+    Pins are kept, so that a file that is downloaded again must have the same content. Parts that belong to another set
+    (`same_as`) are kept too. Raises FetchError for a file that is being downloaded.
     """
     from filelock import FileLock, Timeout
 
     removed = 0
     for one in files_of(weights):
-        if not one.target.parent.is_dir() or not one.part.kept.startswith(f"{weights.name}/"):
+        if not one.target.parent.is_dir() or not one.part.cache_folder.startswith(f"{weights.name}/"):
             continue
         try:
             # The lock file is not deleted, because another process may be waiting for it.
@@ -92,5 +93,5 @@ def remove_set(weights: WeightsSet) -> int:
                 one.target.unlink(missing_ok=True)
                 delete_partial(partial)
         except Timeout:
-            raise FetchError(f"{one.name} is being fetched; remove it when that has ended") from None
+            raise FetchError(f"{one.name} is being downloaded; remove it afterwards") from None
     return removed

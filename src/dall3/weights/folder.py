@@ -73,7 +73,7 @@ def save_part(
     from safetensors.torch import save_file
 
     if model.config is None:
-        raise ValueError("this CLIP is more than pictures and text of one width; keep naming it by open_clip's name")
+        raise ValueError("config.json cannot describe this CLIP; instead of saving it, load it by its open_clip name")
 
     folder = Path(folder)
     again, state = shared_names(model), {}
@@ -81,7 +81,7 @@ def save_part(
         if name not in again:
             state[name] = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
             if not bool(state[name].isfinite().all()) and bool(tensor.isfinite().all()):
-                raise ValueError(f"{name} has values that {dtype} cannot hold; save as it is")
+                raise ValueError(f"{name} has values that {dtype} cannot represent; save it with dtype=None")
     config = {"model": type(model).__name__, **(asdict(origin) if origin else {}), **asdict(model.config)}
     text = json.dumps(config, indent=2) + "\n"
     check_limits(json.loads(text))  # load_part would reject the file otherwise
@@ -118,7 +118,7 @@ def load_part(
     for key in asdict(Origin()):
         settings.pop(key, None)
     if name not in MODELS:
-        raise file_error(folder / CONFIG, f"its model is {name!r}; expected one of {', '.join(MODELS)}")
+        raise file_error(folder / CONFIG, f"unknown model {name!r}; expected one of {', '.join(MODELS)}")
     model_class, config_class = MODELS[name]
     try:
         check_limits(settings)
@@ -126,7 +126,7 @@ def load_part(
         with without_weights():
             model = CLIP.from_config(config, tokenizer) if model_class is CLIP else model_class(config)
     except Exception as error:  # invalid settings can raise any exception
-        raise file_error(folder / CONFIG, f"makes no {name}: {type(error).__name__}: {error}") from None
+        raise file_error(folder / CONFIG, f"cannot build a {name}: {type(error).__name__}: {error}") from None
     state = read_tensors(folder / WEIGHTS, device, dtype)
     state |= {name: state[first] for name, first in shared_names(model).items() if first in state}
     return load_tensors(model, state, folder / WEIGHTS, dtype).to(device, dtype)
@@ -156,7 +156,7 @@ def read_tensors(path: Path, device: str | torch.device, dtype: torch.dtype) -> 
             state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
         return state
     except SafetensorError as error:
-        raise file_error(path, f"not a safetensors file, or a damaged one ({error})") from None
+        raise file_error(path, f"damaged or not a safetensors file ({error})") from None
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise file_error(path, f"not JSON ({error})") from None
     if not isinstance(found, dict):
-        raise file_error(path, f"holds {type(found).__name__}; expected an object")
+        raise file_error(path, f"holds {type(found).__name__}; expected a JSON object")
     return found
 
 
@@ -178,7 +178,7 @@ def from_json(config_class: Any, settings: dict[str, Any]) -> Any:
     known = {field.name for field in fields(config_class)}
     unknown = sorted(settings.keys() - known)
     if unknown:
-        raise TypeError(f"unknown setting {', '.join(unknown)}; expected some of {', '.join(sorted(known))}")
+        raise TypeError(f"unknown setting {', '.join(unknown)}; known settings: {', '.join(sorted(known))}")
     nested = {"diffusion": DiffusionConfig}
     return config_class(
         **{
@@ -203,7 +203,7 @@ def load_folder(
     folder = Path(folder)
     present = [name for name in PARTS if (folder / name).is_dir()]
     if not present:
-        where = "does not exist" if not folder.exists() else f"holds none of {', '.join(PARTS)}"
+        where = "does not exist" if not folder.exists() else f"holds none of the folders {', '.join(PARTS)}"
         raise file_error(folder, f"{where}; expected a folder that save_pretrained wrote")
     found: dict[str, Any] = {}
     if (folder / TOKENIZER).exists():
@@ -224,8 +224,10 @@ def load_files(
     dtype: torch.dtype = torch.float32,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """The parts in files of any format, (file, config) by the part's name: those of `save_part`, and those of 2021 and
-    2022. settings: by the part's name, what its file does not tell.
+    """Load parts from files of any format, those of `save_part` and upstream's. Returns them by name.
+
+    files: (file, config) by the part's name. settings: by the part's name, the settings that its file does not
+    determine.
     """
     found: dict[str, Any] = {}
     if "tokenizer" in files:
@@ -235,18 +237,19 @@ def load_files(
         except ValueError as error:
             raise CheckpointError(str(error)) from None
     loaders: dict[str, Any] = {"vqgan": load_vae, "clip": load_clip}
-    # The transformer last: how many of a small Mini's rows are codes is known from its VQGAN.
+    # The transformer comes last, because the VQGAN may determine its number of image tokens.
     for name in sorted(files.keys() - {"tokenizer"}, key=lambda name: (name == "transformer", PARTS.index(name))):
         file, config = files[name]
-        told = dict((settings or {}).get(name, {})) or None
+        part_settings = dict((settings or {}).get(name, {})) or None
         if (file.name, config) == (WEIGHTS, file.with_name(CONFIG)):
             found[name] = load_part(file.parent, found.get("tokenizer"), device, dtype)
         elif name == "transformer":
-            pair = config is not None and config.suffix != ".json"
+            pair = config is not None and config.suffix != ".json"  # DALL·E Mini's encoder.pt and decoder.pt
             path: Any = (file, config) if pair else file
-            found[name] = load_transformer_for(found.get("vqgan"), path, told if pair else told or config, dtype)
+            hparams = part_settings if pair else part_settings or config
+            found[name] = load_transformer_for(found.get("vqgan"), path, hparams, dtype)
         else:
-            found[name] = loaders.get(name, load_unet)(file, told or config)
+            found[name] = loaders.get(name, load_unet)(file, part_settings or config)
         found[name] = found[name].to(device, dtype)
     return found
 
@@ -257,7 +260,7 @@ def load_transformer_for(
     hparams: Settings | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Any:
-    """`load_transformer`, with the codes of the VQGAN for a DALL·E Mini of which nobody says how many it has."""
+    """`load_transformer`; for a DALL·E Mini without hyper-parameters, with the VQGAN's number of tokens."""
     if hparams is None and vqgan is not None and isinstance(path, tuple | list):
         hparams = {"num_image_tokens": vqgan.num_tokens}
     return load_transformer(path, hparams, dtype=dtype)
@@ -300,16 +303,16 @@ def save_folder(
 ) -> Path:
     """Save parts by name, a tokenizer and a model card to a new or empty folder; returns its absolute path.
 
-    dtype: as for `save_part`. origins: by part. defaults: recommended settings. The folder is written to a temporary
-    place in the same directory and then renamed, so it is never incomplete. Raises FileExistsError for a folder that is
+    dtype: as for `save_part`. origins: by part. defaults: recommended settings. The folder is written under a temporary
+    name in the same directory and then renamed, so it is never incomplete. Raises FileExistsError for a folder that is
     not empty; ValueError for a part or a tokenizer that cannot be saved.
     """
     folder, origins = Path(folder).absolute(), origins or {}
     check_empty(folder)
     text = None if tokenizer is None else tokenizer_json(tokenizer)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
-        new = Path(beside) / folder.name
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        new = Path(temporary) / folder.name
         new.mkdir()
         for name, part in parts.items():
             save_part(part, new / name, dtype, origins.get(name, Origin()))
@@ -325,7 +328,7 @@ def save_folder(
 def check_empty(folder: Path) -> None:
     """Raise FileExistsError for a folder that is not empty, and for an existing file."""
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is there already and not empty; give another folder")
+        raise FileExistsError(f"{folder} already exists and is not empty; choose another folder")
 
 
 def model_card(folder: Path, origins: dict[str, Origin]) -> str:

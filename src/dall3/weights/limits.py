@@ -10,7 +10,7 @@ LIMITS = {  # by name; 2**20 for all other numbers
     **{"layers": 128, "heads": 256, "grid_size": 128, "cutn": 1024},
     **dict.fromkeys(("text_seq_len", "context_length", "image_size"), 8192),
 }
-MOST_POSITIONS = 5000  # sequence length of a transformer; building its masks takes 9 bytes per pair of positions
+MAX_POSITIONS = 5000  # sequence length of a transformer; building its masks takes 9 bytes per pair of positions
 
 
 def check_limits(settings: Any, name: str = "") -> None:
@@ -19,15 +19,15 @@ def check_limits(settings: Any, name: str = "") -> None:
         for key, value in settings.items():
             check_limits(value, key)
         text, grid = (settings.get(key, 16) for key in ("text_seq_len", "grid_size"))
-        if "text_seq_len" in settings and text + grid**2 > MOST_POSITIONS:
-            raise ValueError(f"{text + grid**2} positions; {MOST_POSITIONS} are the most")
+        if "text_seq_len" in settings and text + grid**2 > MAX_POSITIONS:
+            raise ValueError(f"a sequence of {text + grid**2} positions; expected at most {MAX_POSITIONS}")
     elif isinstance(settings, list):
-        most = LIMITS["depth"] if name in ("attn_types", "shared_attn_ids", "shared_ff_ids") else 16
-        if len(settings) > most:
-            raise ValueError(f"{name} has {len(settings)} entries; {most} are the most")
+        bound = LIMITS["depth"] if name in ("attn_types", "shared_attn_ids", "shared_ff_ids") else 16
+        if len(settings) > bound:
+            raise ValueError(f"{name} has {len(settings)} entries; expected at most {bound}")
         for value in settings:
             check_limits(value, name)
     elif isinstance(settings, int | float):
-        most = LIMITS.get(name, 2**20)
-        if not -most <= settings <= most:
-            raise ValueError(f"{name}={settings:.6g}; {most} is the most")
+        bound = LIMITS.get(name, 2**20)
+        if not -bound <= settings <= bound:
+            raise ValueError(f"{name}={settings:.6g}; expected at most {bound}")

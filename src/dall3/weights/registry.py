@@ -16,7 +16,7 @@ PathLike = str | Path
 PART_NAMES = ("tokenizer", "transformer", "vqgan", "clip", "upsampler", "super_resolution")
 PARTS = PART_NAMES[1:]  # the parts that are models
 RESERVED = ("hub", "open_clip")  # folders of the cache that are not sets
-MOST_BYTES = 1 << 20  # largest settings file
+MAX_BYTES = 1 << 20  # largest settings file
 PACKAGE = Path(__file__).parents[1]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # safe as the name of a file or folder in the cache
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -51,9 +51,11 @@ class File:
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a set. config: the second file that some formats need. settings: what the tensors do not tell, as the
-    loader of such a part takes it. kept: the folder of the cache that its files are in, of its own set or, where it is
-    the same as another set's part, of that one.
+    """One part of a set.
+
+    config: the second file that some formats need, or None. settings: settings that the tensors do not determine,
+    passed to the part's loader. cache_folder: the folder of its files, relative to the cache: "set/part", where the set
+    is another one for a part with `same_as`.
     """
 
     name: str
@@ -61,7 +63,7 @@ class Part:
     config: File | None
     licence: str
     source: str
-    kept: str
+    cache_folder: str
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -71,8 +73,10 @@ class Part:
 
 @dataclass(frozen=True)
 class WeightsSet:
-    """defaults: settings of `Sampling` and `Denoising` that suit the weights, as they are written. needs: disk, memory
-    and time, in words.
+    """A set of weights.
+
+    about: a description. defaults: recommended settings, fields of `Sampling` and `Denoising`; not validated here.
+    needs: the disk space, memory and time that the set needs, as text.
     """
 
     name: str
@@ -84,8 +88,8 @@ class WeightsSet:
 
 def read_settings_text(path: PathLike) -> str:
     """Read a settings file as text. Raises ValueError for a file above 1 MiB, and for one that is not UTF-8."""
-    if Path(path).stat().st_size > MOST_BYTES:
-        raise ValueError(f"{path} is {Path(path).stat().st_size:,} bytes large; settings have {MOST_BYTES:,} at most")
+    if Path(path).stat().st_size > MAX_BYTES:
+        raise ValueError(f"{path} has {Path(path).stat().st_size:,} bytes; expected at most {MAX_BYTES:,}")
     try:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -104,8 +108,8 @@ def read_toml(path: PathLike) -> dict[str, Any]:
         raise ValueError(f"{path}: not TOML ({error})") from None
 
 
-def user_registry_path() -> Path:
-    """Path of dall3's own weights.toml: in the installed package, or at the root of a checkout."""
+def bundled_registry_path() -> Path:
+    """Path of the weights.toml of dall3: in the installed package, or at the root of a checkout."""
     inside = PACKAGE / "weights.toml"
     return inside if inside.exists() else PACKAGE.parents[1] / "weights.toml"
 
@@ -121,7 +125,7 @@ def read_registry(path: PathLike | None = None) -> dict[str, WeightsSet]:
     True
     """
     more = path or os.environ.get("DALL3_WEIGHTS")
-    found = parse_registry(user_registry_path(), {})
+    found = parse_registry(bundled_registry_path(), {})
     return found | parse_registry(Path(more), found) if more else found
 
 
@@ -135,24 +139,24 @@ def find_set(name: str, path: PathLike | None = None) -> WeightsSet:
 def unknown_set_error(name: str, known: dict[str, WeightsSet]) -> str:
     near = get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    return f"no set of weights is called '{name}'; {hint}there are {', '.join(known)}"
+    return f"no set of weights is called '{name}'; {hint}known sets: {', '.join(known)}"
 
 
 def parse_registry(path: Path, known: dict[str, WeightsSet]) -> dict[str, WeightsSet]:
-    """The sets of a file. known: other sets that its parts may be the same as."""
+    """Read the sets of a file. known: other sets that `same_as` can refer to."""
     sets: dict[str, WeightsSet] = {}
     for name, table in read_toml(path).items():
         where = f"{path}: [{name}]"
-        require(bool(NAME.fullmatch(name)), f"{where}: a set's name has letters, digits, '.', '_' and '-'")
-        require(name not in RESERVED, f"{where}: no set may be called {' or '.join(RESERVED)}")
+        require(bool(NAME.fullmatch(name)), f"{where}: invalid name; expected letters, digits, '.', '_' and '-'")
+        require(name not in RESERVED, f"{where}: the names {' and '.join(RESERVED)} are reserved; choose another name")
         require(isinstance(table, dict), f"{where}: expected a table")
         defaults = table.pop("defaults", {})
-        require(isinstance(defaults, dict), f"{where}: defaults is a table of settings")
+        require(isinstance(defaults, dict), f"{where}: defaults is not a table; expected a table of settings")
         parts = {key: value for key, value in table.items() if isinstance(value, dict)}
         texts = {"about", "needs"}
         unknown = [key for key in table if key not in {*texts, *PART_NAMES} or (key not in texts and key not in parts)]
-        require(not unknown, f"{where}: {', '.join(unknown)} is no part; expected tables {', '.join(PART_NAMES)}")
-        require(bool(parts), f"{where}: has no part; expected tables {', '.join(PART_NAMES)}")
+        require(not unknown, f"{where}: unknown part {', '.join(unknown)}; expected tables {', '.join(PART_NAMES)}")
+        require(bool(parts), f"{where}: the set has no part; expected tables {', '.join(PART_NAMES)}")
         others = known | sets
         made = tuple(parse_part(key, parts[key], path, name, others) for key in PART_NAMES if key in parts)
         about, needs = (read_text_field(table, key, where, "") for key in ("about", "needs"))
@@ -165,38 +169,38 @@ def parse_part(name: str, table: dict[str, Any], path: Path, set_name: str, sets
     if "same_as" in table:
         return same_part(name, table, where, sets)
     known = {"file", "places", "size", "sha256", "licence", "source", "config", "settings"}
-    require(table.keys() <= known, f"{where}: {', '.join(sorted(table.keys() - known))} is not known")
+    require(table.keys() <= known, f"{where}: unknown key {', '.join(sorted(table.keys() - known))}")
     config = table.get("config")
-    require(config is None or isinstance(config, dict), f"{where}: config is a table of file and places")
+    require(config is None or isinstance(config, dict), f"{where}: config is not a table with file and places")
     settings = table.get("settings", {})
-    require(isinstance(settings, dict), f"{where}: settings is a table of what the file does not tell")
+    require(isinstance(settings, dict), f"{where}: settings is not a table; expected a table of the loader's settings")
     licence, source = (read_text_field(table, key, where, "not stated") for key in ("licence", "source"))
     file, second = (None if one is None else parse_file(one, path, where) for one in (table, config))
     assert file is not None
     names = sorted(one.name for one in (file, second) if one is not None)
     # The cache adds suffixes to a file's name for its pins, lock and partial download.
     apart = len(names) == 1 or not f"{names[1]}.".startswith(f"{names[0]}.")
-    require(apart, f"{where}: one of its two files has the name of the other, or begins with it")
+    require(apart, f"{where}: the name of one of its two files begins with that of the other; rename one of them")
     return Part(name, file, second, licence, source, f"{set_name}/{name}", settings)
 
 
 def same_part(name: str, table: dict[str, Any], where: str, sets: dict[str, WeightsSet]) -> Part:
-    """The part of another set that `same_as` names."""
-    require(table.keys() == {"same_as"}, f"{where}: a part that is the same as another has nothing else")
+    """The part of another set that `same_as` refers to."""
+    require(table.keys() == {"same_as"}, f"{where}: same_as is combined with other keys; remove them")
     owner, _, part = str(table["same_as"]).rpartition(".")
     found = [one for one in sets[owner].parts if one.name == part] if owner in sets else []
-    fits = bool(found) and part == name
+    valid = bool(found) and part == name
     require(
-        fits, f"{where}: same_as = {table['same_as']!r}; expected a set before this one and its part, 'name.{name}'"
+        valid, f"{where}: same_as = {table['same_as']!r}; expected 'SET.{name}', where SET is defined before this set"
     )
     return found[0]
 
 
 def parse_file(table: dict[str, Any], path: Path, where: str) -> File:
     name, places = table.get("file"), table.get("places")
-    fits = isinstance(name, str) and NAME.fullmatch(name)
-    require(bool(fits), f"{where}: file = {name!r}; expected a name without folders")
-    require(isinstance(places, list) and bool(places), f"{where}: places is a list of addresses or paths")
+    valid = isinstance(name, str) and NAME.fullmatch(name)
+    require(bool(valid), f"{where}: file = {name!r}; expected a name without folders")
+    require(isinstance(places, list) and bool(places), f"{where}: places is not a list of URLs or paths")
     assert isinstance(name, str) and isinstance(places, list)
     same = {"sha256": table.get("sha256"), "size": table.get("size")}
     made = (
@@ -210,16 +214,16 @@ def parse_file(table: dict[str, Any], path: Path, where: str) -> File:
 
 def parse_place(table: dict[str, Any], path: Path, where: str, other: bool) -> Place:
     url, sha256, size = table.get("url"), table.get("sha256"), table.get("size")
-    require(table.keys() <= {"url", "sha256", "size"}, f"{where}: a place has url, sha256 and size")
-    fits = isinstance(url, str) and url.isprintable() and url.strip() == url and url
-    require(bool(fits), f"{where}: a place is {url!r}; expected an address or a path")
+    require(table.keys() <= {"url", "sha256", "size"}, f"{where}: a place has url, sha256 and size only")
+    valid = isinstance(url, str) and url.isprintable() and url.strip() == url and url
+    require(bool(valid), f"{where}: a place is {url!r}; expected a URL or a path")
     assert isinstance(url, str)
     good_hash = sha256 is None or (isinstance(sha256, str) and SHA256.fullmatch(sha256))
     require(bool(good_hash), f"{where}: sha256 = {sha256!r}; expected 64 digits of 0-9a-f")
-    require(size is None or (type(size) is int and size > 0), f"{where}: size = {size!r}; expected bytes")
+    require(size is None or (type(size) is int and size > 0), f"{where}: size = {size!r}; expected a number of bytes")
     if url.startswith("package:"):
         path_inside = (PACKAGE / url.removeprefix("package:")).resolve()
-        require(path_inside.is_relative_to(PACKAGE.resolve()), f"{where}: {url} lies outside of the package")
+        require(path_inside.is_relative_to(PACKAGE.resolve()), f"{where}: {url} is outside of the package")
         url = str(path_inside)
     elif url.startswith("hf:"):
         owner, _, rest = url.removeprefix("hf:").partition("/")
@@ -235,5 +239,5 @@ def parse_place(table: dict[str, Any], path: Path, where: str, other: bool) -> P
 
 def read_text_field(table: dict[str, Any], key: str, where: str, default: str) -> str:
     value = table.get(key, default)
-    require(isinstance(value, str) and value.isprintable(), f"{where}: {key} is one line of text")
+    require(isinstance(value, str) and value.isprintable(), f"{where}: {key} is not one line of text")
     return value

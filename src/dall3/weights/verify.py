@@ -17,8 +17,8 @@ def verify_file(wanted: CachedFile, path: Path, thorough: bool = False) -> str |
     """
     pins, found = wanted.pins, path.stat()
     known = {sha256 for place in wanted.file.places if (sha256 := wanted.sha256_at(place))}
-    same = (pins.size, pins.mtime_ns) == (found.st_size, found.st_mtime_ns)
-    if same and not thorough and pins.sha256 in known:
+    unchanged = (pins.size, pins.mtime_ns) == (found.st_size, found.st_mtime_ns)
+    if unchanged and not thorough and pins.sha256 in known:
         return None
     in_cache = path == wanted.target
     if not in_cache and not known and not thorough:  # a user's own file without an expected hash
@@ -28,7 +28,7 @@ def verify_file(wanted: CachedFile, path: Path, thorough: bool = False) -> str |
     unknown = next((place for place in wanted.file.places if wanted.sha256_at(place) is None), None)
     first = not pins.sha256 and unknown is not None
     if known and sha256 not in known and not first:
-        pinned = "" if any(place.sha256 for place in wanted.file.places) else f" ({wanted.pins_path} says)"
+        pinned = "" if any(place.sha256 for place in wanted.file.places) else f" (according to {wanted.pins_path})"
         return f"has SHA-256 {sha256}; expected {' or '.join(sorted(known))}{pinned}"
     if sha256 not in known:
         try:
@@ -37,7 +37,7 @@ def verify_file(wanted: CachedFile, path: Path, thorough: bool = False) -> str |
             return f"is not the file ({short_message(error)})"
     now = path.stat()
     if (now.st_size, now.st_mtime_ns) != (found.st_size, found.st_mtime_ns):
-        return "changes while it is read"
+        return "changed while it was read"
     if known or in_cache:
         known_at = (place for place in wanted.file.places if wanted.sha256_at(place) == sha256)
         place = next(known_at, unknown)
@@ -71,7 +71,7 @@ def check_content(path: Path, wanted: CachedFile) -> None:
     elif suffix == ".json":
         settings = read_flags(path)
         if not settings.keys() & {"model", "image_size", "large_size", "num_channels", "num_heads", "noise_schedule"}:
-            raise ValueError("it has no settings of a model")
+            raise ValueError("it has none of the settings of a model")
     elif suffix == ".safetensors" and part.config is not None:  # a part that save_pretrained wrote
         read_archive(path)
     else:

@@ -69,7 +69,7 @@ def load_clip(path_or_name: PathLike, config: Settings | None = None) -> CLIP:
     if settings is None and network.tensors.keys() >= {*SIZES}:
         settings = {"quick_gelu": True}
     if settings is None:
-        settings = recognise(state, str(network.beside.get("name", "")), path_or_name)
+        settings = recognise(state, str(network.context.get("name", "")), path_or_name)
     with without_weights():
         model = CLIP.from_config(clip_config_of(state, settings, path_or_name))
     return load_tensors(model, state, path_or_name)

@@ -51,17 +51,17 @@ def load_dalle_mini(
     if decoder["embed_tokens.weight"].shape[1] != dim:
         width = decoder["embed_tokens.weight"].shape[1]
         raise file_error(
-            files, f"the encoder is {dim} channels wide, the decoder {width}; give both files of Mini or both of Mega"
+            files, f"the encoder has {dim} channels, the decoder {width}; pass both files of Mini or both of Mega"
         )
     codes = CODES.get(rows, settings.get("num_image_tokens"))
     if codes is None:
         raise file_error(
             decoder_path,
-            f"its {rows} image rows do not determine the number of codes; give hparams={{'num_image_tokens': …}}, the "
-            "size of its VQGAN's codebook",
+            f"its {rows} image embeddings do not determine the number of image tokens; pass "
+            "hparams={'num_image_tokens': …}, the size of the VQGAN's codebook",
         )
     if not 0 < int(codes) < rows:
-        raise file_error(decoder_path, f"num_image_tokens={codes}; expected less than its {rows} image rows")
+        raise file_error(decoder_path, f"num_image_tokens={codes}; expected less than its {rows} image embeddings")
     config = DalleMiniConfig(
         num_text_tokens=len(encoder["embed_tokens.weight"]),
         num_image_tokens=int(codes),
@@ -73,9 +73,7 @@ def load_dalle_mini(
         grid_size=math.isqrt(len(decoder["embed_positions.weight"])),
     )
     if dim % HEAD_WIDTH:
-        raise file_error(
-            files, f"it is {dim} channels wide, which is not divisible by {HEAD_WIDTH}, the width of a head"
-        )
+        raise file_error(files, f"it has {dim} channels; expected a multiple of {HEAD_WIDTH}, the width of a head")
     with without_weights():
         model = DalleMini(config)
     state: State = {}

@@ -55,14 +55,14 @@ def load_transformer(path: PathLike, hparams: Settings | None = None, release: s
     >>> transformer = load_transformer("dalle.pt")  # doctest: +SKIP
     """
     found = read_state(path, DALLE)
-    tensors, version = found.tensors, found.beside.get("version")
+    tensors, version = found.tensors, found.context.get("version")
     given = read_settings(hparams, "DALLE-pytorch's hyper-parameters")
-    settings = values_of(found.beside.get("hparams")) | given
+    settings = values_of(found.context.get("hparams")) | given
     if not settings:
         raise file_error(
             path,
-            "has no 'hparams' beside its weights; heads and text length cannot be known; give hparams, a dictionary or "
-            "a JSON file with num_text_tokens, text_seq_len, heads, dim_head, attn_types, …",
+            "has no 'hparams', which the tensors do not determine; pass hparams, a dictionary or a JSON file with "
+            "num_text_tokens, text_seq_len, heads, dim_head, attn_types, …",
         )
     state: State = {}
     for name, tensor in tensors.items():
@@ -88,13 +88,13 @@ def load_transformer(path: PathLike, hparams: Settings | None = None, release: s
     kinds = as_tuple(settings.get("attn_types")) or ("full",)
     if [int(number) for number in re.findall(r"\d+", release)[:2]] >= [1, 5]:
         kinds = tuple("conv_like_causal" if kind == "conv_like" else kind for kind in kinds)
-    text_seq_len, words = int(settings.get("text_seq_len", 256)), int(settings.get("num_text_tokens", 10000))
+    text_seq_len, text_tokens = int(settings.get("text_seq_len", 256)), int(settings.get("num_text_tokens", 10000))
     vocabulary, dim = state["to_logits.weight"].shape
     # The table of angles covers the whole sequence, or in Jack000's fork all but the last position.
     grid = math.isqrt(len(angles) - text_seq_len) if angles is not None else len(state["row_pos_emb.weight"])
     config = TransformerConfig(
-        num_text_tokens=words,
-        num_image_tokens=vocabulary - words - text_seq_len,
+        num_text_tokens=text_tokens,
+        num_image_tokens=vocabulary - text_tokens - text_seq_len,
         text_seq_len=text_seq_len,
         dim=dim,
         depth=count(state, r"layers\.(\d+)\."),
@@ -118,6 +118,6 @@ def load_transformer(path: PathLike, hparams: Settings | None = None, release: s
         model.set_rotary_angles(angles)
         state |= {"rotary_cos": model.rotary_cos, "rotary_sin": model.rotary_sin}
     if "sparse" in kinds:  # DeepSpeed runs every layer with the layout of the first
-        own = model.get_buffer("sparse_pattern")
-        state["sparse_pattern"] = sparse_pattern(layouts[0], config.seq_len) if layouts else own
+        default = model.get_buffer("sparse_pattern")
+        state["sparse_pattern"] = sparse_pattern(layouts[0], config.seq_len) if layouts else default
     return load_tensors(model, state, path)

@@ -43,13 +43,13 @@ def load_rudalle(path: PathLike, hparams: Settings | None = None, dtype: torch.d
     heads = settings.get("num_attention_heads", HEADS.get(dim))
     if heads is None:
         raise file_error(
-            path, f"it is {dim} channels wide, with unknown heads; give hparams={{'num_attention_heads': …}}"
+            path, f"its {dim} channels do not determine the number of heads; pass hparams={{'num_attention_heads': …}}"
         )
     version = settings.get("hf_version")
     if version is None:
         if "conv_mask" not in masks:
             raise file_error(
-                path, "has no conv_mask to determine its version; give hparams={'hf_version': 'v2' or 'v3'}"
+                path, "has no conv_mask, which determines its version; pass hparams={'hf_version': 'v2' or 'v3'}"
             )
         # The convolutional window wraps around only in v2: there, the end of the first row attends to its start.
         version = "v2" if bool(masks["conv_mask"][text_seq_len + grid - 1, text_seq_len]) else "v3"
@@ -64,11 +64,11 @@ def load_rudalle(path: PathLike, hparams: Settings | None = None, dtype: torch.d
         version=version,
         loss_img_weight=float(settings.get("loss_img_weight", 7)),
     )
-    said = {
+    from_tensors = {
         **{"num_layers": config.depth, "hidden_size": dim, "text_seq_length": text_seq_len, "vocab_size": vocabulary},
         **{"image_tokens_per_dim": grid, "image_vocab_size": config.num_image_tokens},
     }
-    for name, value in said.items():
+    for name, value in from_tensors.items():
         if settings.get(name, value) != value:
             raise CheckpointError(f"the hparams say {name}={settings[name]}, but {path} has {value}")
     with without_weights():

@@ -76,14 +76,14 @@ KINDS = (  # the order in which `kind_of` tries them
 class FoundState:
     """A network in a checkpoint.
 
-    place: the keys and the prefix that lead to its tensors. beside: other entries of the same dictionary and of the
-    dictionaries around it, such as hyper-parameters.
+    place: the keys and the prefix that lead to its tensors. context: other entries of the same dictionary and of those
+    that contain it, such as hyper-parameters.
     """
 
     kind: Kind
     place: str
     tensors: State
-    beside: dict[str, Any]
+    context: dict[str, Any]
 
     @property
     def averaged(self) -> bool:
@@ -119,22 +119,21 @@ def read_state(path: PathLike, *kinds: Kind) -> FoundState:
     for kind in kinds:
         if networks := find_networks(archive, kind):
             return choose_network(networks, path)
-    raise file_error(
-        path, f"looks like {kind_of(archive)}; expected {' or '.join(map(str, kinds))}; {keys_of(archive)}"
-    )
+    expected = " or ".join(map(str, kinds))
+    raise file_error(path, f"contains {kind_of(archive)}; expected {expected}; {keys_of(archive)}")
 
 
 def find_networks(archive: Any, kind: Kind) -> list[FoundState]:
     """All networks of a kind in the object of a file, outermost first."""
     found = []
-    for place, tensors, beside in dictionaries(archive):
+    for place, tensors, context in dictionaries(archive):
         for prefix in kind.prefixes(tensors):
             state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
             state = {name: value for name, value in state.items() if not name.startswith("model_ema.")}
             label = "/".join(part for part in (place, prefix.rstrip(".")) if part)
-            found.append(FoundState(kind, label, state, beside))
+            found.append(FoundState(kind, label, state, context))
             if averages := lit_ema(tensors, prefix, state):
-                found.append(FoundState(kind, f"{label}/model_ema", state | averages, beside))
+                found.append(FoundState(kind, f"{label}/model_ema", state | averages, context))
     return found
 
 
@@ -160,11 +159,11 @@ def choose_network(found: list[FoundState], path: PathLike) -> FoundState:
     if len(chosen) > 1:
         places = ", ".join(f"'{one.place}'" for one in chosen[:4])
         raise file_error(
-            path, f"holds {len(chosen)} networks ({places}); save the one that is wanted to a file of its own"
+            path, f"holds {len(chosen)} networks of this kind ({places}); save the one to load to a file of its own"
         )
     if averaged and len(found) > 1:
         raw = ", ".join(f"'{one.place}'" for one in found if not one.averaged)
-        logger.warning("%s: the averaged weights '%s' are taken, not the raw ones %s", path, averaged[0].place, raw)
+        logger.warning("%s: loading the averaged weights '%s', not the raw ones %s", path, averaged[0].place, raw)
     return chosen[0]
 
 
@@ -176,19 +175,19 @@ def dictionaries(archive: Any) -> Iterator[tuple[str, State, dict[str, Any]]]:
     waiting: deque[tuple[str, Any, dict[str, Any]]] = deque([("", archive, {})])
     seen: set[int] = set()
     while waiting and len(seen) < MAX_DICTIONARIES:
-        place, node, around = waiting.popleft()
+        place, node, outer = waiting.popleft()
         if id(node) in seen or not isinstance(node, dict):
             continue
         seen.add(id(node))
         values = {name: value for name, value in values_of(node).items() if isinstance(name, str)}
-        tensors, beside = pickled_module(node, place), around | values
+        tensors, context = pickled_module(node, place), outer | values
         if not tensors:
             tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
             if place.count("/") < MAX_NESTING:
                 places = ((f"{place}/{name}" if place else name, value) for name, value in values.items())
-                waiting.extend((inner, value, beside) for inner, value in places if isinstance(value, dict))
+                waiting.extend((inner, value, context) for inner, value in places if isinstance(value, dict))
         if tensors:
-            yield place, tensors, beside
+            yield place, tensors, context
 
 
 def pickled_module(node: Any, place: str) -> State:
@@ -220,7 +219,7 @@ def keys_of(archive: Any) -> str:
         return f"it holds {type(archive).__name__}"
     values = values_of(archive)
     if isinstance(values.get("weights"), str):
-        return "its weights are a text: it is the settings file in DeepSpeed's folder; give the folder instead"
+        return "its 'weights' is a string: it is the settings file of a DeepSpeed folder; pass the folder instead"
     inner = {
         name: f" ({', '.join(map(str, [*value][:3]))}, …)" for name, value in values.items() if isinstance(value, dict)
     }
@@ -243,7 +242,8 @@ def deepspeed_file(path: Path) -> Path:
         return folder / DEEPSPEED
     if any(folder.glob("*_model_states.pt")):
         raise file_error(
-            path, "its weights are split between processes; run the zero_to_fp32.py in it, and give that file"
+            path,
+            "its weights are split between processes; run the zero_to_fp32.py in it, and pass the file that it writes",
         )
     return path
 
@@ -260,7 +260,7 @@ def read_settings(settings: Settings | None, what: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise file_error(settings, f"not JSON ({error}); expected {what}") from None
     if not isinstance(found, dict):
-        raise file_error(settings, f"holds {type(found).__name__}; expected an object of {what}")
+        raise file_error(settings, f"holds {type(found).__name__}; expected a JSON object with {what}")
     return found
 
 
@@ -269,7 +269,7 @@ def as_bool(value: Any) -> bool:
     if not isinstance(value, str):
         return bool(value)
     if value.lower() not in ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0"):
-        raise ValueError(f"{value!r} is neither true nor false")
+        raise ValueError(f"{value!r} is not a boolean; expected true or false")
     return value.lower() in ("yes", "true", "t", "y", "1")
 
 
@@ -297,14 +297,14 @@ def load_tensors(model: Model, state: State, path: object, dtype: torch.dtype = 
     """
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    odd = [name for name in wanted.keys() & found.keys() if wanted[name] != found[name]]
-    kinds = {name: tensor.is_floating_point() for name, tensor in model.state_dict().items()}
-    typed = [name for name in wanted.keys() & found.keys() if kinds[name] != state[name].is_floating_point()]
+    reshaped = [name for name in wanted.keys() & found.keys() if wanted[name] != found[name]]
+    is_float = {name: tensor.is_floating_point() for name, tensor in model.state_dict().items()}
+    retyped = [name for name in wanted.keys() & found.keys() if is_float[name] != state[name].is_floating_point()]
     problems = {
         "missing": sorted(wanted.keys() - found.keys()),
         "unexpected": sorted(found.keys() - wanted.keys()),
-        "of another type": sorted(typed),
-        "of another shape": sorted(f"{name} {found[name]} instead of {wanted[name]}" for name in odd),
+        "of another type": sorted(retyped),
+        "of another shape": sorted(f"{name} {found[name]} instead of {wanted[name]}" for name in reshaped),
     }
     lines = [
         f"{title}: {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -39,7 +39,7 @@ def load_transformer(
         return load_dalle_mini(encoder, decoder, hparams, dtype)
     kind = read_state(path, DALLE, RUDALLE, MINI_DECODER, MINI_ENCODER).kind
     if kind in (MINI_DECODER, MINI_ENCODER):
-        raise file_error(path, f"is {kind}; give both of its files, (encoder.pt, decoder.pt)")
+        raise file_error(path, f"is {kind}; pass both files, (encoder.pt, decoder.pt)")
     if kind == RUDALLE:
         return load_rudalle(path, hparams, dtype)
     return load_dalle_pytorch(path, hparams, release).to(dtype)

@@ -30,7 +30,7 @@ from dall3.weights.convert.state import (
 )
 from dall3.weights.registry import PathLike, read_settings_text
 
-MOST_YAML = 1 << 16  # largest model.yaml in characters; taming's have about 1,500
+MAX_YAML = 1 << 16  # upper bound on the characters of a model.yaml; taming's have about 1,500
 
 
 @checked
@@ -95,12 +95,12 @@ def read_taming_config(path: PathLike) -> dict[str, Any]:
 
     try:
         text = read_settings_text(path)
-        if len(text) > MOST_YAML:
-            raise ValueError(f"it has {len(text):,} characters; {MOST_YAML:,} are the most")
+        if len(text) > MAX_YAML:
+            raise ValueError(f"it has {len(text):,} characters; expected at most {MAX_YAML:,}")
         params = yaml.load(text, Loader)["model"]["params"]
         if isinstance(params, dict):
             return params
-        problem: object = "its params are no table"
+        problem: object = "its params are not a mapping"
     except (KeyError, TypeError, ValueError, RecursionError, yaml.YAMLError) as error:
         problem = f"{type(error).__name__}: {error}"
     raise file_error(path, f"not a taming-transformers model.yaml ({problem})")
@@ -110,12 +110,12 @@ def check_vqgan_config(found: VQGANConfig, config: PathLike, checkpoint: PathLik
     """Raise CheckpointError if taming's YAML file contradicts the tensors of the checkpoint."""
     params = read_taming_config(config)
     try:
-        said: dict[str, Any] = {name: int(params[name]) for name in ("embed_dim", "n_embed")}
-        said |= {name: int(params["ddconfig"][name]) for name in ("ch", "z_channels")}
-        said["ch_mult"] = tuple(int(factor) for factor in params["ddconfig"]["ch_mult"])
+        values: dict[str, Any] = {name: int(params[name]) for name in ("embed_dim", "n_embed")}
+        values |= {name: int(params["ddconfig"][name]) for name in ("ch", "z_channels")}
+        values["ch_mult"] = tuple(int(factor) for factor in params["ddconfig"]["ch_mult"])
     except (KeyError, TypeError, ValueError) as error:
         raise file_error(config, f"not a taming-transformers model.yaml ({type(error).__name__}: {error})") from None
-    for name, value in said.items():
+    for name, value in values.items():
         if value != getattr(found, name):
             raise CheckpointError(f"{config} says {name}={value}, but {checkpoint} has {getattr(found, name)}")
 
@@ -138,15 +138,15 @@ def load_discrete_vae(path: PathLike, hparams: Settings | None = None) -> Discre
 
 
 def discrete_vae_of(network: FoundState, path: PathLike, given: Settings | None) -> DiscreteVAE:
-    state, beside = dict(network.tensors), network.beside
+    state, context = dict(network.tensors), network.context
     # In a checkpoint with a transformer, 'hparams' belong to the transformer.
-    hparams = values_of(beside["vae_params"] if "vae_params" in beside else beside.get("hparams"))
+    hparams = values_of(context["vae_params"] if "vae_params" in context else context.get("hparams"))
     hparams |= read_settings(given, "DALLE-pytorch's hyper-parameters")
     if not hparams:
         raise file_error(
             path,
-            "a DiscreteVAE with no 'hparams' beside its weights; the picture's size cannot be known; give hparams, a "
-            "dictionary or a JSON file with image_size",
+            "a DiscreteVAE without 'hparams', which the tensors do not determine; pass hparams, a dictionary or a JSON "
+            "file with image_size and normalization",
         )
     state["codebook_embedding.weight"] = state.pop("codebook.weight")
     num_tokens, codebook_dim = state["codebook_embedding.weight"].shape
@@ -225,7 +225,7 @@ def load_one_vae(path: PathLike, config: Settings | None) -> VAE:
     if network.kind == DVAE:
         return discrete_vae_of(network, path, config)
     if config is not None and not isinstance(config, PathLike):
-        raise file_error(path, "is a VQGAN, whose config is a YAML file")
+        raise file_error(path, "is a VQGAN; expected the path of its YAML file as config")
     return vqgan_of(network, path, config)
 
 
