@@ -633,7 +633,7 @@ GOOD = '[own.vqgan]\nfile = "last.ckpt"\nplaces = ["https://host/x"]\n'
         (GOOD + 'same_as = "mini.vqgan"\n', "has nothing else"),
         ('[own.vqgan]\nsame_as = "mini.clip"\n', "expected a set before this one and its part, 'name.vqgan'"),
         ('[own.vqgan]\nsame_as = "nowhere.vqgan"\n', "expected a set before this one"),
-        (GOOD + 'config = { file = "last.ckpt", places = ["x"] }\n', "one of its two files has the name of the other"),
+        (GOOD + 'config = { file = "last.ckpt", places = ["x"] }\n', "one of its files has the name of another"),
         (GOOD + 'config = { file = "last.ckpt.json", places = ["x"] }\n', "or begins with it"),
         (GOOD.replace("own", "hub"), "no set may be called hub"),
         (GOOD.replace("https://host/x", "hf:own--er/../x"), "expected hf:owner/name/path"),

@@ -18,6 +18,7 @@ from dall3.text import TextEncoder, Tokenizer, load_tokenizer, text_encoder_of, 
 from dall3.weights.archive import CheckpointError, file_error
 from dall3.weights.convert.clip import load_clip
 from dall3.weights.convert.guided_diffusion import load_unet
+from dall3.weights.convert.upscaler import INSTALL, load_super_resolution
 from dall3.weights.convert.vae import load_vae
 from dall3.weights.find import fetch_set, find_weights
 from dall3.weights.folder import (
@@ -122,14 +123,17 @@ class LoadedParts(Parts):
             told = {part.name: part.settings for part in found.parts}
             parts = load_files(fetch_set(found, progress), device, dtype, told)
             origins = {part.name: Origin(part.licence, part.source) for part in found.parts}
+            left_out = {*told} - {*parts}  # for want of a package
         else:
             parts, origins = load_folder(found, device, dtype), read_origins(found)
             defaults = load_defaults(found)
+            left_out = {*origins} - {*parts}
         tokenizer, transformer = parts.pop("tokenizer", None), parts.get("transformer")
         if tokenizer is not None and transformer is not None:
             parts["text_encoder"] = encoder_for(transformer, tokenizer)
         pipe = cls(**parts)
         pipe.origins, pipe.defaults = origins, defaults
+        pipe.left_out = {name: f"{INSTALL} and load the weights again" for name in left_out}
         return pipe.to(device)
 
     def save_pretrained(self, folder: PathLike, dtype: torch.dtype | None = None) -> Path:
@@ -207,8 +211,8 @@ class LoadedParts(Parts):
         vqgan, vqgan_config: taming's checkpoint and YAML, or Mini's detoker.pt; or a DiscreteVAE's file and its
         hyper-parameters; or OpenAI's (encoder.pkl, decoder.pkl); if not given, the VAE inside `dalle`, if there is one.
         diffusion, super_resolution: guided-diffusion's checkpoints, with their flags as JSON where they are not
-        upstream's. clip: a file or a name of open_clip's, as "ViT-B-16/openai". clip_config: what a file's tensors
-        cannot tell, as `load_clip` has it.
+        upstream's; super_resolution is also an upscaler's file, as `load_upscaler` has it. clip: a file or a name of
+        open_clip's, as "ViT-B-16/openai". clip_config: what a file's tensors cannot tell, as `load_clip` has it.
 
         Raises CheckpointError (a ValueError) for a file that is damaged, of another kind, or incompatible.
         """
@@ -221,5 +225,7 @@ class LoadedParts(Parts):
             vqgan=vae,
             clip=None if clip is None else load_clip(clip, clip_config),
             upsampler=None if diffusion is None else load_unet(diffusion, diffusion_config),
-            super_resolution=None if super_resolution is None else load_unet(super_resolution, super_resolution_config),
+            super_resolution=None
+            if super_resolution is None
+            else load_super_resolution(super_resolution, super_resolution_config),
         )

@@ -110,7 +110,8 @@ class Dall3Pipeline(LoadedParts):
         - negative_prompt: what the images should not show. It replaces the empty text in classifier-free guidance
           (guidance_scale above 1) and has weight -0.5 in CLIP guidance, where the prompt has weight 1.
         - guidance_prompt: target of CLIP guidance, optionally weighted: "a cube:2|a cloud" (default: the prompt).
-        - output_size: width and height of the final images in pixels; needs a super_resolution part.
+        - output_size: width and height of the final images in pixels; needs a super_resolution part. If that is an
+          upscaler, such as Real-ESRGAN, the fields of `Denoising` are for the upsampler only, but for seamless.
         - seed: integer in [0, 2**63). generator: a torch.Generator, or a list of one per image. Random by default.
         - batch_size: candidates drawn at a time (default: chosen from the free memory). refine_batch_size: images
           refined at a time (default: 1 on a CPU, 4 on a GPU). Both are halved if the device runs out of memory. They
@@ -224,8 +225,9 @@ class Dall3Pipeline(LoadedParts):
         request, weights = request_of_recipe(self, recipe, progress), recipe["settings"].get("weights", {})
         self.clip  # noqa: B018  loaded, if it is still to be, to be compared
         here = self.fingerprints()
+        unused = {"super_resolution"} if request.output_size is None else set()
         for part in PARTS:
-            if weights.get(part) != here.get(part):
+            if part not in unused and weights.get(part) != here.get(part):
                 held, was = ("none" if one is None else str(one)[:16] for one in (here.get(part), weights.get(part)))
                 warnings.warn(f"the {part} is another: {held!r} here, {was!r} made the picture", stacklevel=2)
         if did := recipe["settings"].get("callback"):
@@ -311,19 +313,20 @@ class Dall3Pipeline(LoadedParts):
 
         The input depends on the UNet. Conditioned on code embeddings: `tokens`, or `image`, which is encoded; with a
         `strength` below 1 denoising starts from the enlarged coarse image, decoded if not given. Unconditional:
-        `image`, with noise added. Super-resolution: `image`, downscaled to a quarter of `output_size`.
+        `image`, with noise added. Super-resolution: `image`, downscaled to a quarter of `output_size`. An `Upscaler`
+        makes `image`, or the decoded `tokens`, larger. It has no denoising steps.
 
         tokens: int64 (n, side²) or (side²,). image: a PIL image or a list, or float (n, 3, height, width) in [0, 1];
         the central square is used.
         prompt: target of CLIP guidance: "a cube:2|a cloud" or the pairs [("a cube", 2), ("a cloud", 1)].
         image_prompts: pairs of an image and a weight, further targets.
         output_size: width and height of the result in pixels (default: the size of the UNet's training images; with
-        tokens, the size that follows from them).
+        tokens, the size that follows from them; an upscaler's factor times the size of the image).
         stage: the part to use, "upsampler" or "super_resolution".
         seed, generator, callback_on_step_end, progress: as in the call.
         batch_size: images refined at a time (default: 1 on a CPU, 4 on a GPU).
         settings: fields of `Denoising`, or denoising: a `Denoising` that sets them all. Settings that are not given
-        come from `defaults`; clip_guidance_scale is 0 by default.
+        come from `defaults`; clip_guidance_scale is 0 by default. For an `Upscaler` only seamless can be given.
 
         Raises, before any work, ValueError for a setting out of range or a missing part, and TypeError for an unknown
         setting.

@@ -14,7 +14,8 @@ from dall3.diffusion.denoising import Denoising, default_refine_batch_size
 from dall3.diffusion.schedule import space_timesteps
 from dall3.errors import require
 from dall3.models.unet import UNet
-from dall3.parts import Parts
+from dall3.models.upscaler import Upscaler
+from dall3.parts import NETWORKS, Parts
 from dall3.settings import (
     Callback,
     CallSettings,
@@ -202,7 +203,9 @@ def make_request(
         )
         texts = [*texts, (negative, NEGATIVE_WEIGHT)]
     output_size = given.pop("output_size", None)
-    if parts.upsampler is not None or (denoising.clip_guidance_scale and output_size is None):
+    # Guidance goes to super_resolution where it is a UNet and the only one.
+    unguided = output_size is None or isinstance(parts.super_resolution, Upscaler)
+    if parts.upsampler is not None or (denoising.clip_guidance_scale and unguided):
         check_stage(parts, "upsampler", denoising, texts)
     if output_size is not None:
         check_stage(parts, "super_resolution", denoising, texts, output_size=output_size)
@@ -255,7 +258,10 @@ def make_upsample_request(
     **settings: Any,
 ) -> Request:
     """Validate the arguments of `Dall3Pipeline.upsample`. Raises as `make_request`."""
-    denoising, scheduler = pop_denoising(parts, check_arguments("upsample()", settings, DenoisingSettings), 0.0)
+    given = check_arguments("upsample()", settings, DenoisingSettings)
+    if isinstance(parts.part_or_loader(stage) if stage in NETWORKS else None, Upscaler):
+        check_upscaling(stage, given, prompt, image_prompts, callback)
+    denoising, scheduler = pop_denoising(parts, given, 0.0)
     texts = (
         parse_prompts(prompt)
         if isinstance(prompt, str)
@@ -275,6 +281,15 @@ def make_upsample_request(
         refine_batch_size=batch_size,
         progress=progress,
         callback=callback,
+    )
+
+
+def check_upscaling(stage: str, given: Mapping[str, Any], prompt: Any, image_prompts: Any, callback: Any) -> None:
+    """Raise ValueError for arguments of `upsample` that an upscaler, which has no steps to guide, does not read."""
+    others = {"prompt": prompt, "image_prompts": image_prompts, "callback_on_step_end": callback}
+    unread = [*sorted(given.keys() - {"seamless"}), *(name for name, value in others.items() if value)]
+    require(
+        not unread, f"the {stage} is an upscaler, which has no denoising steps to set; leave out {', '.join(unread)}"
     )
 
 
@@ -343,9 +358,13 @@ def check_stage(
     image_prompts: WeightedPictures = (),
     output_size: int | None = None,
 ) -> None:
-    """Raise ValueError if the UNet of a stage ("upsampler" or "super_resolution") cannot do the denoising."""
+    """Raise ValueError if the network of a stage ("upsampler" or "super_resolution") cannot do the denoising."""
     require(stage in ("upsampler", "super_resolution"), f"stage '{stage}'; expected upsampler or super_resolution")
-    unet: UNet = parts.require(stage, "refining")
+    unet: UNet | Upscaler = parts.require(
+        stage, "output_size" if output_size and stage == "super_resolution" else "refining"
+    )
+    if isinstance(unet, Upscaler):
+        return check_counts(output_size=1 if output_size is None else output_size)
     space_timesteps(unet.config.diffusion.diffusion_steps, denoising.num_inference_steps)
     require(not unet.config.num_classes, "the UNet is conditioned on class labels, which a pipeline does not give")
     side, step = unet.config.image_size if output_size is None else output_size, unet.config.downsampling

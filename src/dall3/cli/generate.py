@@ -32,6 +32,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--vqgan_config_path", help="the VQGAN's .yaml")
     add("--openai_vae", nargs=2, metavar=("ENCODER", "DECODER"), help="OpenAI's encoder.pkl and decoder.pkl")
     add("--diffusion_path", help="a checkpoint of guided-diffusion: refine the pictures with it")
+    add("--output_size", type=int, help="width and height of the pictures in pixels; needs super-resolution")
+    add("--super_resolution_path", help="for it, an upscaler's file or a checkpoint of guided-diffusion")
     add("--num_images", type=int, default=12, help="pictures to keep (default: %(default)s)")
     add("--num_candidates", type=int, help="pictures to draw, of which CLIP keeps the best (default: num_images)")
     add("--batch_size", type=int, default=4, help="pictures drawn at a time (default: %(default)s)")
@@ -71,6 +73,8 @@ def run(args: argparse.Namespace) -> None:
     how = dict(batch_size=args.batch_size, seed=args.seed, truncate=truncate, **sampling)
     if refines(args):
         how |= refinement(args)
+    if args.output_size is not None:
+        how["output_size"] = args.output_size
     draw(pipe, prompts, folders, candidates, how, args)
 
 
@@ -107,6 +111,7 @@ def load(args: argparse.Namespace, candidates: int) -> Any:
     from dall3.errors import require
     from dall3.models.vqgan import VQModel
     from dall3.pipeline import Dall3Pipeline
+    from dall3.weights.convert.upscaler import load_super_resolution
 
     device, dtype = placement(args)
     if args.dalle_path is None:
@@ -123,6 +128,8 @@ def load(args: argparse.Namespace, candidates: int) -> Any:
             diffusion_config=args.model_config,
             clip=args.clip_path if needs_clip else None,
         )
+    if args.super_resolution_path is not None:
+        pipe.super_resolution = load_super_resolution(args.super_resolution_path)
     missing = f"{args.dalle_path or args.weights} holds no VAE; give --taming and --vqgan_model_path, or --openai_vae"
     require(pipe.vqgan is not None, missing)
     require(not args.taming or isinstance(pipe.vqgan, VQModel), f"--taming: {args.vqgan_model_path} is no VQGAN")
@@ -146,6 +153,7 @@ def draw(
 
     outputs = Path(args.outputs_dir)
     fine_too = refines(args) and (args.dalle_path is not None or pipe.upsampler is not None)
+    fine_too = fine_too or args.output_size is not None
     made = [folder for folder in (*folders, outputs, *outputs.parents) if not folder.exists()]
     written: list[Path] = []
     try:
