@@ -52,7 +52,8 @@ class Handler(BaseHTTPRequestHandler):
             headers["X-Repo-Commit"] = COMMIT
             if len(data) >= LARGE:
                 headers |= {"X-Linked-Etag": f'"{sha256}"', "X-Linked-Size": str(len(data)), "ETag": f'"{sha256[:40]}"'}
-                return self.send(302, b"", headers | {"Location": f"{hub.url}/lfs/{sha256}"})
+                storage = f"http://localhost:{hub.server_port}"  # another host, as the hub's storage is
+                return self.send(302, b"", headers | {"Location": f"{storage}/lfs/{sha256}"})
         wanted, tag = self.headers.get("Range"), self.headers.get("If-Range")
         start = int(wanted.removeprefix("bytes=").partition("-")[0]) if wanted and tag in (None, headers["ETag"]) else 0
         headers |= {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if start else {}

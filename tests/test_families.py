@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dall3 import Dall3Pipeline
+from dall3 import CheckpointError, Dall3Pipeline
 from dall3.models.packed import Int8Linear
 from test_families_mini import save_halves
 
@@ -77,6 +78,34 @@ def test_what_a_family_cannot_do_is_said_before_any_work(mini: Dall3Pipeline, ru
 def test_a_vqgan_of_another_family_is_refused(mini: Dall3Pipeline, rudalle: Dall3Pipeline) -> None:
     with pytest.raises(ValueError, match="the vqgan is DALL·E Mini's"):
         Dall3Pipeline(**rudalle.components | {"vqgan": mini.vqgan})
+
+
+def test_files_that_do_not_belong_together_are_refused_before_any_work(
+    files: SimpleNamespace, rudalle: Dall3Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = files.folder
+    with pytest.raises(ValueError, match="the vqgan is DALL·E Mini's .detoker.pt., and its codes are not those"):
+        Dall3Pipeline.from_checkpoints(
+            dalle=folder / "pytorch_model_v3.bin",
+            dalle_config={"num_attention_heads": 4},
+            bpe=GOLDEN / "tokenizer_ru" / "bpe.model",
+            vqgan=folder / "detoker.pt",
+        )
+    for part, name in (("vqgan", "detoker.pt"), ("dalle", "pytorch_model_v3.bin"), ("vqgan", "dwt.ckpt")):
+        (folder / f"half_{name}").write_bytes((folder / name).read_bytes()[:-50_000])
+        with pytest.raises(CheckpointError, match=f"half_{name}: truncated or damaged") as error:
+            Dall3Pipeline.from_checkpoints(**{part: folder / f"half_{name}"})
+        assert "\n" not in str(error.value)
+    names = json.loads((GOLDEN / "dalle_mini" / "names.json").read_text())["files"]
+    true = {
+        name: {key: torch.empty(shape, dtype=torch.float16, device="meta") for key, shape in names[name].items()}
+        for name in ("encoder_mini.pt", "decoder.pt")
+    }
+    monkeypatch.setattr("dall3.weights.convert.state.read_archive", lambda path: true[path.name])
+    with pytest.raises(
+        CheckpointError, match="encoder is 1024 channels wide, the decoder 2048; .* Mini or both of Mega"
+    ):
+        Dall3Pipeline.from_checkpoints(dalle=("encoder_mini.pt", "decoder.pt"))
 
 
 def test_a_family_is_saved_and_loaded_again(mini: Dall3Pipeline, tmp_path: Path) -> None:

@@ -77,6 +77,20 @@ def test_logits_of_a_begun_image(model, expected):
     assert close(logits[:, expected["positions"][at]], expected["logits"][:, at], 1e-4)
 
 
+def test_gradients_reach_every_weight(files, expected):
+    model = load_transformer(files, CODES).double().requires_grad_(True)
+    text, image = expected["text"][:1], expected["image"][:1, :5]
+    model.image_token_logits(text, image).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    for weight in (model.image_decoder.layers[0].self_attn.k_proj.weight, model.text_encoder.layers[0].glu.fc0.weight):
+        sums = []
+        with torch.no_grad():
+            for step in (1e-5, -2e-5):
+                weight[0, 0] += step
+                sums.append(model.image_token_logits(text, image).square().sum())
+        assert torch.isclose((sums[0] - sums[1]) / 2e-5, weight.grad[0, 0], rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("static", [False, True])
 def test_decoding_with_the_cache(model, expected, static):
     texts = torch.cat((expected["text"], expected["text_uncond"]))

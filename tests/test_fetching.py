@@ -637,11 +637,11 @@ GOOD = '[own.vqgan]\nfile = "last.ckpt"\nplaces = ["https://host/x"]\n'
         ('[own.vqgan]\nsame_as = "nowhere.vqgan"\n', "expected 'SET.vqgan'"),
         (
             GOOD + 'config = { file = "last.ckpt", places = ["x"] }\n',
-            "name of one of its two files begins with that of the other",
+            "name of one of its files begins with that of another",
         ),
         (
             GOOD + 'config = { file = "last.ckpt.json", places = ["x"] }\n',
-            "name of one of its two files begins with that of the other",
+            "name of one of its files begins with that of another",
         ),
         (GOOD.replace("own", "hub"), "the names hub and open_clip are reserved"),
         (GOOD.replace("https://host/x", "hf:own--er/../x"), "expected hf:owner/name/path"),

@@ -23,6 +23,7 @@ from dall3.models.unet import UNet, UNetConfig
 from dall3.weights.registry import PART_NAMES, bundled_registry_path, read_toml
 from test_checkpoints import save_torchscript
 from test_families_mini import save_halves
+from test_upscaler import real_esrgan_file
 
 from fill import state_dict
 from hub import Hub
@@ -96,10 +97,14 @@ def true_files(folder: Path) -> dict[str, bytes]:
         "hf:timm/vit_base_patch16_clip_224.openai/open_clip_model.safetensors": save_safetensors(
             Golden("clip_vit").weights()
         ),
+        "real-esrgan-x4/super_resolution": real_esrgan_file(folder / "RealESRGAN_x4plus.pth").read_bytes(),
         "rudalle/vqgan": lightning,
         "dalle-mega/vqgan": saved(Golden("vqgan_f16").weights()),
         "rudalle-malevich/tokenizer": (golden["tokenizer_ru"] / "bpe.model").read_bytes(),
         "rudalle-malevich/transformer": saved(halves(Golden("rudalle_v3").weights())),
+        "rudalle-malevich/clip": saved(Golden("ruclip").weights()),
+        "rudalle-malevich/clip/config.json": json.dumps(Golden("ruclip").about["architecture"]).encode(),
+        "rudalle-malevich/clip/bpe.model": (golden["tokenizer_ru"] / "bpe.model").read_bytes(),
         "rudalle-malevich/vqgan": saved({"state_dict": Golden("rudalle_dwt").weights()}),
         "rudalle-malevich-v2/transformer": saved(halves(Golden("rudalle_v2").weights())),
         "rudalle-emojich/transformer": saved(halves(Golden("rudalle_v2").weights())),
@@ -138,6 +143,8 @@ class Rehearsal:
                     self.place(table[part], f"{name}/{part}")
                     told = table[part].get("settings", {}) | SMALLER.get(f"{name}/{part}", {})
                     table[part] |= {"settings": told} if told else {}
+        path = "/laion/CLIP-ViT-B-32-laion2B-s34B-b79K/resolve/main/open_clip_pytorch_model.bin"
+        self.hub.files[path] = saved(Golden("clip_vit").weights())
         self.hub.hashes = {hashlib.sha256(data).hexdigest(): data for data in self.hub.files.values()}
         lines = []
         for name, table in self.sets.items():
@@ -165,6 +172,8 @@ class Rehearsal:
                 table["places"][i] = place | {"url": url}
         if "config" in table:
             self.place(table["config"], f"{key}/config")
+        for one in table.get("beside", []):
+            self.place(one, f"{key}/{one['file']}")
 
 
 def describe(table: dict[str, Any], data: bytes) -> None:
@@ -183,19 +192,26 @@ def test_every_set_from_its_name_to_a_saved_picture(tmp_path: Path) -> None:
     ran = subprocess.run(command, env=os.environ | there, capture_output=True, text=True, encoding="utf-8")
     rehearsal.hub.shutdown()
     assert ran.returncode == 0, ran.stderr[-3000:]
-    rows = {row["set"]: row for line in ran.stdout.splitlines() if line.startswith("{") and (row := json.loads(line))}
+    lines = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
+    rows = {row["set"]: row for row in lines if "set" in row}
+    openai, laion = (row for row in lines if "open_clip" in row)
+    assert openai["quick_gelu"] and not laion["quick_gelu"] and openai["features"] != laion["features"]
     for row in rows.values():
-        shown = (row.get("drew"), row.get("refined"), row["places"])
+        shown = (row.get("drew"), row.get("refined"), row.get("enlarged"), row["places"])
         print(f"{row['set']:24} {len(row['files']):2} files {row['bytes']:>11,} bytes", *row["loaded"], *shown)
     assert rows.keys() == rehearsal.sets.keys()
     for name, table in rehearsal.sets.items():
         parts = [part for part in PART_NAMES if part in table]
         loaded = {"text_encoder" if part == "tokenizer" else part for part in parts}
         assert set(rows[name]["loaded"]) == loaded
-        assert ("refined" in rows[name]) == bool({"upsampler", "super_resolution"} & loaded)
+        refines = "upsampler" in loaded or ("super_resolution" in loaded and "transformer" not in loaded)
+        assert ("refined" in rows[name]) == refines
         assert ("drew" in rows[name]) == ("transformer" in loaded)
+        assert rows[name].get("ranked", False) == ({"transformer", "clip"} <= loaded)
         wanted = {key: value for key, value in table.get("defaults", {}).items() if key != "num_inference_steps"}
         assert {key: rows[name]["settings"][key] for key in wanted} == wanted
+        enlarged = "drew" in rows[name] and "super_resolution" in loaded
+        assert rows[name].get("enlarged") == ([200, 200] if enlarged else None)
         if "drew" in rows[name]:
             assert (tmp_path / "out" / name / "0.png").is_file()
     for name, size in PICTURES.items():

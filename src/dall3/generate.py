@@ -27,6 +27,7 @@ from dall3.errors import require
 from dall3.images import Picture, center_crop, enlarge, to_output_type, to_pil, to_tensor
 from dall3.models.discrete_vae import OpenAIDiscreteVAE
 from dall3.models.unet import UNet
+from dall3.models.upscaler import Upscaler
 from dall3.output import Dall3Output, Preview
 from dall3.parts import Parts
 from dall3.request import Request, StopGeneration
@@ -173,12 +174,14 @@ def refine(
     candidates: Tensor | None = None,
     every: int = 1,
 ) -> Previews[Tensor]:
-    """Refine tokens or images with the UNet of a stage: float32 (n, 3, side, side) in [0, 1].
+    """Refine tokens or images with the network of a stage: float32 (n, 3, side, side) in [0, 1].
 
     stage: "upsampler" or "super_resolution". tokens, image: the input, as in `Dall3Pipeline.upsample`. candidates: the
     candidate number of each image.
     """
     settings, unet = request.denoising, parts.require(stage, "refining")
+    if isinstance(unet, Upscaler):
+        return (yield from upscale(parts, request, stage, tokens, image))
     others = ["clip"] * (settings.clip_guidance_scale > 0) + ["vqgan"] * bool(unet.config.embedding_dims)
     with parts.on_device("refining", stage, *others):
         start, conditioning, side = starting_point(parts, request, unet, tokens, image)
@@ -213,6 +216,31 @@ def refine(
         pictures = pictures[request.repeated.place - places.start :][:1]
     check_finite(pictures, "refined images")
     return (pictures.clamp(-1, 1) + 1) / 2
+
+
+def upscale(
+    parts: Parts, request: Request, stage: str, tokens: Tensor | np.ndarray | None, image: Picture | None
+) -> Previews[Tensor]:
+    """Upscale tokens or images with the `Upscaler` of a stage: float32 (n, 3, side, side) in [0, 1].
+
+    It runs once, and again while an image has at most half of `request.output_size`. The rest is bicubic resizing.
+    """
+    require(tokens is not None or image is not None, "nothing to refine; give tokens or an image")
+    seamless, fine = request.denoising.seamless, []
+    if image is None:
+        image = parts.decode_tokens(tokens, seamless=seamless)  # type: ignore[arg-type]
+    images = center_crop(to_tensor(image)).to(parts.device)
+    with parts.on_device("refining", stage) as [upscaler]:
+        side = request.output_size or images.shape[-1] * upscaler.config.scale
+        for i, picture in enumerate(tqdm(images.split(1), desc="upscaling", disable=not request.progress)):
+            picture = upscaler(picture, seamless)
+            while 2 * picture.shape[-1] <= side:
+                picture = upscaler(picture, seamless)
+            fine.append(picture if picture.shape[-1] == side else enlarge(picture, side))
+            yield Preview("refining", i + 1, len(images), partial(to_pil, fine[-1]))
+    pictures = torch.cat(fine)
+    check_finite(pictures, "refined pictures")
+    return pictures
 
 
 def make_output(parts: Parts, request: Request, record: Record, best: Ranked, fine: Tensor) -> Dall3Output:

@@ -18,6 +18,7 @@ from dall3.text import TextEncoder, Tokenizer, load_tokenizer, text_encoder_of, 
 from dall3.weights.archive import CheckpointError, file_error
 from dall3.weights.convert.clip import load_clip
 from dall3.weights.convert.guided_diffusion import load_unet
+from dall3.weights.convert.upscaler import INSTALL, load_super_resolution
 from dall3.weights.convert.vae import load_vae
 from dall3.weights.find import fetch_set, find_weights
 from dall3.weights.folder import (
@@ -122,14 +123,17 @@ class LoadedParts(Parts):
             settings = {part.name: part.settings for part in found.parts}
             parts = load_files(fetch_set(found, progress), device, dtype, settings)
             origins = {part.name: Origin(part.licence, part.source) for part in found.parts}
+            left_out = {*settings} - {*parts}  # for want of a package
         else:
             parts, origins = load_folder(found, device, dtype), read_origins(found)
             defaults = load_defaults(found)
+            left_out = {*origins} - {*parts}
         tokenizer, transformer = parts.pop("tokenizer", None), parts.get("transformer")
         if tokenizer is not None and transformer is not None:
             parts["text_encoder"] = encoder_for(transformer, tokenizer)
         pipe = cls(**parts)
         pipe.origins, pipe.defaults = origins, defaults
+        pipe.left_out = {name: f"{INSTALL} and load the weights again" for name in left_out}
         return pipe.to(device)
 
     def save_pretrained(self, folder: PathLike, dtype: torch.dtype | None = None) -> Path:
@@ -208,7 +212,8 @@ class LoadedParts(Parts):
         vqgan: a VQGAN of taming-transformers, DALL·E Mini's detoker.pt, a DiscreteVAE, or the pair (encoder.pkl,
         decoder.pkl) of OpenAI's dVAE (default: the VAE in `dalle`, if it has one).
         vqgan_config: taming's YAML file, or the hyper-parameters of a DiscreteVAE.
-        diffusion, super_resolution: checkpoints of guided-diffusion.
+        diffusion, super_resolution: checkpoints of guided-diffusion; super_resolution is also an upscaler's file, as in
+        `load_upscaler`.
         diffusion_config, super_resolution_config: guided-diffusion's flags, a dictionary or a JSON file, if they are
         not upstream's.
         clip: a file, or a name of open_clip such as "ViT-B-16/openai".
@@ -225,5 +230,7 @@ class LoadedParts(Parts):
             vqgan=vae,
             clip=None if clip is None else load_clip(clip, clip_config),
             upsampler=None if diffusion is None else load_unet(diffusion, diffusion_config),
-            super_resolution=None if super_resolution is None else load_unet(super_resolution, super_resolution_config),
+            super_resolution=None
+            if super_resolution is None
+            else load_super_resolution(super_resolution, super_resolution_config),
         )

@@ -22,6 +22,7 @@ from dall3.models.discrete_vae import DiscreteVAE, OpenAIDiscreteVAE
 from dall3.models.interface import ImageTokenTransformer
 from dall3.models.layout import set_memory_layout
 from dall3.models.unet import UNet
+from dall3.models.upscaler import Upscaler
 from dall3.models.vqgan import VQModel, check_codes
 from dall3.text import TextEncoder
 from dall3.tokens.sampling import check_counts
@@ -59,16 +60,21 @@ class Parts:
         vqgan: VQModel | DiscreteVAE | OpenAIDiscreteVAE | None = None,
         clip: CLIP | Callable[[], CLIP] | None = None,
         upsampler: UNet | None = None,
-        super_resolution: UNet | None = None,
+        super_resolution: UNet | Upscaler | None = None,
     ) -> None:
         if transformer is not None and vqgan is not None:
             check_codes(transformer.config, vqgan)
+        if isinstance(upsampler, Upscaler):
+            raise ValueError("the upsampler is an upscaler without diffusion; give it as super_resolution")
         if upsampler is not None and upsampler.config.embedding_dims and isinstance(vqgan, VQModel | DiscreteVAE):
             wanted, found = upsampler.config.embedding_dims[0], vqgan.codebook.shape[1]
             require(wanted == found, f"the upsampler takes code embeddings of {wanted}, the vqgan's have {found}")
         if upsampler is not None and upsampler.config.embedding_dims and isinstance(vqgan, OpenAIDiscreteVAE):
             raise ValueError("the upsampler is conditioned on code embeddings, which OpenAI's dVAE does not have")
-        if super_resolution is not None:
+        family = getattr(getattr(transformer, "config", None), "text_family", None)
+        if family == "dalle-mini" and isinstance(clip, CLIP) and clip.reads_russian:
+            raise ValueError("the clip is ruCLIP, which reads Russian; DALL·E Mini and Mega read English: pass a CLIP")
+        if super_resolution is not None and not isinstance(super_resolution, Upscaler):
             require(super_resolution.config.super_resolution, "super_resolution has no low-resolution input")
         self.text_encoder, self.transformer, self.vqgan = text_encoder, transformer, vqgan
         self.clip = clip
@@ -76,6 +82,7 @@ class Parts:
         self.offload_device: torch.device | None = None  # device of a part in use; the other parts are on the CPU
         self.defaults: Mapping[str, Any] = {}  # default settings of `Sampling` and `Denoising` for these weights
         self.origins: dict[str, Origin] = {}  # licence and source of each part, if known
+        self.left_out: dict[str, str] = {}  # why a part of the weights was not loaded, by part
         self._hashes: dict[str, tuple[str, str]] = {}  # signature and fingerprint, by part
         self._users: Counter[str] = Counter()  # number of calls that use an offloaded part, by part
 
@@ -156,7 +163,8 @@ class Parts:
     def require(self, name: str, purpose: str) -> object:
         """A part without moving or loading it: the part or its loader. Raises ValueError if it is None."""
         held = self.part_or_loader(name)
-        require(held is not None, f"this pipeline has no {name}, which {purpose} needs; load one")
+        reason = self.left_out.get(name, "load one")
+        require(held is not None, f"this pipeline has no {name}, which {purpose} needs; {reason}")
         return held
 
     @contextmanager
@@ -236,7 +244,7 @@ class Parts:
         if self.transformer is not None:
             self.transformer.compile(**options)
         for unet in (self.upsampler, self.super_resolution):
-            if unet is not None:
+            if isinstance(unet, UNet):
                 unet.compile(**{"fullgraph": True, "dynamic": False} | options)
         return self
 

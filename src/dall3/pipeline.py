@@ -99,7 +99,8 @@ class Dall3Pipeline(LoadedParts):
         - negative_prompt: what the images should not show. It replaces the empty text in classifier-free guidance
           (guidance_scale above 1) and has weight -0.5 in CLIP guidance, where the prompt has weight 1.
         - guidance_prompt: target of CLIP guidance, optionally weighted: "a cube:2|a cloud" (default: the prompt).
-        - output_size: width and height of the final images in pixels; needs a super_resolution part.
+        - output_size: width and height of the final images in pixels; needs a super_resolution part. If that is an
+          upscaler, such as Real-ESRGAN, the fields of `Denoising` except seamless apply to the upsampler only.
         - output_type: type of the output's `images` and `coarse_images`. "pil" (default): PIL images. "np": an array,
           float32 (n, height, width, 3) in [0, 1]. "pt": a tensor, float32 (n, 3, height, width) in [0, 1].
         - seed: integer in [0, 2**63). generator: a torch.Generator, or a list of one per image. Random by default.
@@ -221,8 +222,9 @@ class Dall3Pipeline(LoadedParts):
         request, original = request_of_recipe(self, recipe, progress), recipe["settings"].get("weights", {})
         self.clip  # noqa: B018  load it, so that it is among the fingerprints
         here = self.fingerprints()
+        unused = {"super_resolution"} if request.output_size is None else set()
         for part in PARTS:
-            if original.get(part) != here.get(part):
+            if part not in unused and original.get(part) != here.get(part):
                 hashes = [str(found.get(part) or "none")[:16] for found in (here, original)]
                 words = f"has the hash {hashes[0]!r}; the image was made with {hashes[1]!r}"
                 warnings.warn(f"the {part} of this pipeline {words}", stacklevel=2)
@@ -343,21 +345,22 @@ class Dall3Pipeline(LoadedParts):
 
         The input depends on the UNet. Conditioned on code embeddings: `tokens`, or `image`, which is encoded; with a
         `strength` below 1 denoising starts from the enlarged coarse image, decoded if not given. Unconditional:
-        `image`, with noise added. Super-resolution: `image`, downscaled to a quarter of `output_size`.
+        `image`, with noise added. Super-resolution: `image`, downscaled to a quarter of `output_size`. An `Upscaler`
+        makes `image`, or the decoded `tokens`, larger. It has no denoising steps.
 
         tokens: int64 (n, side²) or (side²,). image: a PIL image or a list, or float (n, 3, height, width) in [0, 1];
         the central square is used.
         prompt: target of CLIP guidance: "a cube:2|a cloud" or the pairs [("a cube", 2), ("a cloud", 1)].
         image_prompts: pairs of an image and a weight, further targets.
         output_size: width and height of the result in pixels (default: the size of the UNet's training images; with
-        tokens, the size that follows from them).
+        tokens, the size that follows from them; an upscaler's factor times the size of the image).
         stage: the part to use, "upsampler" or "super_resolution".
         seed, generator, callback_on_step_end, progress: as in the call.
         batch_size: images refined at a time (default: 1 on a CPU, 4 on a GPU).
         output_type: "pt" (default) for the tensor, "np" for an array, float32 (n, side, side, 3) in [0, 1], "pil" for
         PIL images.
         settings: fields of `Denoising`, or denoising: a `Denoising` that sets them all. Settings that are not given
-        come from `defaults`; clip_guidance_scale is 0 by default.
+        come from `defaults`; clip_guidance_scale is 0 by default. For an `Upscaler` only seamless can be given.
 
         Raises, before any work, ValueError for a setting out of range or a missing part, and TypeError for an unknown
         setting.

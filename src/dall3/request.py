@@ -14,7 +14,8 @@ from dall3.diffusion.denoising import Denoising, default_refine_batch_size
 from dall3.diffusion.schedule import space_timesteps
 from dall3.errors import require
 from dall3.images import OutputType, check_output_type
-from dall3.parts import Parts
+from dall3.models.upscaler import Upscaler
+from dall3.parts import NETWORKS, Parts
 from dall3.settings import (
     Callback,
     CallSettings,
@@ -204,7 +205,9 @@ def make_request(
         require(has_effect, "negative_prompt has no effect; set guidance_scale above 1, or clip_guidance_scale above 0")
         texts = [*texts, (negative, NEGATIVE_WEIGHT)]
     output_size = given.pop("output_size", None)
-    if parts.upsampler is not None or (denoising.clip_guidance_scale and output_size is None):
+    # Guidance goes to super_resolution where it is a UNet and the only one.
+    unguided = output_size is None or isinstance(parts.super_resolution, Upscaler)
+    if parts.upsampler is not None or (denoising.clip_guidance_scale and unguided):
         check_stage(parts, "upsampler", denoising, texts)
     if output_size is not None:
         check_stage(parts, "super_resolution", denoising, texts, output_size=output_size)
@@ -258,7 +261,10 @@ def make_upsample_request(
     **settings: Any,
 ) -> Request:
     """Validate the arguments of `Dall3Pipeline.upsample`. Raises as `make_request`."""
-    denoising, scheduler = pop_denoising(parts, check_arguments("upsample()", settings, DenoisingSettings), 0.0)
+    given = check_arguments("upsample()", settings, DenoisingSettings)
+    if isinstance(parts.part_or_loader(stage) if stage in NETWORKS else None, Upscaler):
+        check_upscaling(stage, given, prompt, image_prompts, callback)
+    denoising, scheduler = pop_denoising(parts, given, 0.0)
     texts = (
         parse_prompts(prompt)
         if isinstance(prompt, str)
@@ -285,6 +291,14 @@ def default_guidance_scale(parts: Parts) -> float:
     """The clip_guidance_scale of a call that sets none: that of the weights, or 1000; 0 without a CLIP or upsampler."""
     guides = parts.clip_or_loader is not None and parts.upsampler is not None
     return float(parts.defaults.get("clip_guidance_scale", 1000.0)) if guides else 0.0
+
+
+def check_upscaling(stage: str, given: Mapping[str, Any], prompt: Any, image_prompts: Any, callback: Any) -> None:
+    """Raise ValueError for arguments of `upsample` that an upscaler, which has no denoising steps, does not use."""
+    others = {"prompt": prompt, "image_prompts": image_prompts, "callback_on_step_end": callback}
+    unused = [*sorted(given.keys() - {"seamless"}), *(name for name, value in others.items() if value)]
+    words = f"the {stage} is an upscaler, which has no denoising steps; leave out {', '.join(unused)}"
+    require(not unused, words)
 
 
 def check_prompt(prompt: str) -> None:
@@ -352,9 +366,11 @@ def check_stage(
     image_prompts: WeightedPictures = (),
     output_size: int | None = None,
 ) -> None:
-    """Raise ValueError if the UNet of a stage ("upsampler" or "super_resolution") cannot do the denoising."""
+    """Raise ValueError if the network of a stage ("upsampler" or "super_resolution") cannot do the denoising."""
     require(stage in ("upsampler", "super_resolution"), f"stage '{stage}'; expected upsampler or super_resolution")
-    unet = parts.require(stage, "refining")
+    unet = parts.require(stage, "output_size" if output_size and stage == "super_resolution" else "refining")
+    if isinstance(unet, Upscaler):
+        return check_counts(output_size=1 if output_size is None else output_size)
     space_timesteps(unet.config.diffusion.diffusion_steps, denoising.num_inference_steps)
     require(not unet.config.num_classes, "the UNet is conditioned on class labels, which the pipeline does not support")
     side, step = unet.config.image_size if output_size is None else output_size, unet.config.downsampling

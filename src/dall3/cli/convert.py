@@ -21,7 +21,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--openai_vae", nargs=2, metavar=("ENCODER", "DECODER"), help="OpenAI's encoder.pkl and decoder.pkl")
     add("--diffusion_path", help="a checkpoint of guided-diffusion")
     add("--model_config", metavar="JSON", help="guided-diffusion's flags, for a UNet of an unusual size")
-    add("--super_resolution_path", help="a super-resolution checkpoint of guided-diffusion")
+    add("--super_resolution_path", help="an upscaler's file, or a super-resolution checkpoint of guided-diffusion")
     add("--clip_path", help="CLIP: a file, or an open_clip name")
 
 

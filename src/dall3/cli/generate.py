@@ -45,6 +45,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--vqgan_config_path", help="the VQGAN's .yaml")
     add("--openai_vae", nargs=2, metavar=("ENCODER", "DECODER"), help="OpenAI's encoder.pkl and decoder.pkl")
     add("--diffusion_path", help="a checkpoint of guided-diffusion, to refine the images")
+    add("--output_size", type=int, help="width and height of the images in pixels; needs super-resolution")
+    add("--super_resolution_path", help="an upscaler's file, or a checkpoint of guided-diffusion, for --output_size")
     add("--num_images", type=int, default=12, help="images to keep for each prompt (default: %(default)s)")
     add("--num_candidates", type=int, help="candidates to draw; CLIP keeps the best (default: num_images)")
     add("--batch_size", type=int, help="candidates drawn at a time (default: chosen from the free memory)")
@@ -91,6 +93,8 @@ def run(args: argparse.Namespace) -> None:
         how |= refinement(args)
         if args.dalle_path is not None and not asks_for_guidance(args):
             how["clip_guidance_scale"] = 0
+    if args.output_size is not None:
+        how["output_size"] = args.output_size
     draw(pipe, prompts, folders, candidates, how, args)
 
 
@@ -127,6 +131,7 @@ def load(args: argparse.Namespace, candidates: int) -> Any:
     from dall3.errors import require
     from dall3.models.vqgan import VQModel
     from dall3.pipeline import Dall3Pipeline
+    from dall3.weights.convert.upscaler import load_super_resolution
 
     device, dtype = placement(args)
     if args.dalle_path is None:
@@ -146,6 +151,8 @@ def load(args: argparse.Namespace, candidates: int) -> Any:
     for option, needed in (("--clip_guidance", asks_for_guidance(args)), ("--clip_sort", args.clip_sort)):
         if needed:
             pipe.require("clip", option)
+    if args.super_resolution_path is not None:
+        pipe.super_resolution = load_super_resolution(args.super_resolution_path)
     missing = f"{args.dalle_path or args.weights} has no VAE; pass --vqgan_model_path or --openai_vae"
     require(pipe.vqgan is not None, missing)
     require(not args.taming or isinstance(pipe.vqgan, VQModel), f"--taming: {args.vqgan_model_path} is not a VQGAN")
@@ -169,6 +176,7 @@ def draw(
 
     outputs = Path(args.outputs_dir)
     fine_too = refines(args) and (args.dalle_path is not None or pipe.upsampler is not None)
+    fine_too = fine_too or args.output_size is not None
     made = [folder for folder in (*folders, outputs, *outputs.parents) if not folder.exists()]
     written: list[Path] = []
     try:

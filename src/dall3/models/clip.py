@@ -17,15 +17,17 @@ if TYPE_CHECKING:
 VISION = ("image_size", "patch_size", "width", "head_width", "layers", "mlp_ratio")
 INTERPOLATIONS = ("bicubic", "bilinear")
 TEXT = ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio")
+TOKENIZERS = ("pipeline", "clip", "ruclip")
+RUCLIP_START, RUCLIP_END = 2, 3
 
 
 @dataclass(frozen=True)
 class CLIPConfig:
     """Configuration of a `CLIP`, with open_clip's names.
 
-    tokenizer: "pipeline" (the transformer's tokenizer, with a start and an end token after its vocabulary) or "clip"
-    (OpenAI's). mean, std: normalisation of the RGB channels; None for OpenAI's values. interpolation: "bicubic" or
-    "bilinear", the resizing of images to the network's input size.
+    tokenizer: "pipeline" (the transformer's tokenizer, with a start and an end token after its vocabulary), "clip"
+    (OpenAI's), or "ruclip" (ruCLIP's own, with its rules). mean, std: normalisation of the RGB channels; None for
+    OpenAI's values. interpolation: "bicubic" or "bilinear", the resizing of images to the network's input size.
     """
 
     embed_dim: int
@@ -53,6 +55,25 @@ class PromptTokenizer:
         rows = torch.zeros(len(texts), self.context_length, dtype=torch.int64)
         for row, text in zip(rows, texts, strict=True):
             ids = [start, *self.tokenizer.encode(text.lower())[: self.context_length - 2], end]
+            row[: len(ids)] = torch.tensor(ids)
+        return rows
+
+
+class RuclipTokenizer:
+    """Encode texts as ruCLIP's `RuCLIPProcessor` does: 2, ids of the lower-cased text, 3; truncated and padded with 0.
+
+    end: id of the end token, above all others, because open_clip reads the text feature at the highest id of a row. The
+    embedding has a copy of row 3 there.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, context_length: int, end: int) -> None:
+        self.tokenizer, self.context_length, self.end = tokenizer, context_length, end
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        """Return ids, int64 (texts, context_length)."""
+        rows = torch.zeros(len(texts), self.context_length, dtype=torch.int64)
+        for row, text in zip(rows, texts, strict=True):
+            ids = [RUCLIP_START, *self.tokenizer.encode(text.lower())[: self.context_length - 2], self.end]
             row[: len(ids)] = torch.tensor(ids)
         return rows
 
@@ -95,7 +116,7 @@ class CLIP(nn.Module):
     def from_config(cls, config: CLIPConfig, tokenizer: Tokenizer | None = None) -> CLIP:
         """Build an untrained model.
 
-        tokenizer: required if `config.tokenizer` is "pipeline". Raises ValueError for an unknown setting, and for a
+        tokenizer: required unless `config.tokenizer` is "clip". Raises ValueError for an unknown setting, and for a
         tokenizer that is missing or larger than the vocabulary.
         """
         from open_clip.model import CLIP as Network
@@ -114,15 +135,19 @@ class CLIP(nn.Module):
         text = CLIPTextCfg(**config.text_cfg)
         if config.tokenizer == "clip":
             tokenize: Any = SimpleTokenizer(context_length=text.context_length)
-        elif config.tokenizer != "pipeline":
-            raise ValueError(f"CLIP's tokenizer is '{config.tokenizer}'; expected 'pipeline' or 'clip'")
+        elif config.tokenizer not in TOKENIZERS:
+            raise ValueError(f"CLIP's tokenizer is '{config.tokenizer}'; expected one of {', '.join(TOKENIZERS)}")
         elif tokenizer is None:
             raise ValueError("a CLIP needs the tokenizer that it was trained with")
         else:
-            wanted = tokenizer.vocab_size + 2
+            own = config.tokenizer == "ruclip"
+            wanted = tokenizer.vocab_size + (1 if own else 2)
             if text.vocab_size < wanted:
                 raise ValueError(f"CLIP's vocab_size is {text.vocab_size}; the tokenizer needs {wanted}")
-            tokenize = PromptTokenizer(tokenizer, text.context_length)
+            if own:
+                tokenize = RuclipTokenizer(tokenizer, text.context_length, text.vocab_size - 1)
+            else:
+                tokenize = PromptTokenizer(tokenizer, text.context_length)
         vision = CLIPVisionCfg(**config.vision_cfg)
         model = Network(config.embed_dim, vision, text, quick_gelu=config.quick_gelu)
         shape = (text.context_length, text.context_length)
@@ -131,6 +156,11 @@ class CLIP(nn.Module):
         found = cls(model, tokenize, config.vision_cfg["image_size"], config.mean, config.std, config.interpolation)
         found.config = config
         return found
+
+    @property
+    def reads_russian(self) -> bool:
+        """Whether this is ruCLIP."""
+        return isinstance(self.tokenize, RuclipTokenizer)
 
     def embed_text(self, texts: list[str]) -> Tensor:
         """Embed texts: float32 (texts, embed_dim), not normalised. Long texts are truncated to the context length."""

@@ -212,6 +212,9 @@ class DalleMini(ImageTokenTransformer[DalleMiniCache]):
     def image_token_logits(self, text_ids: Tensor, image_ids: Tensor) -> Tensor:
         c, n = self.config, min(image_ids.shape[1] + 1, self.config.image_seq_len)
         cache = self.new_cache(len(text_ids), 1)
+        if torch.is_grad_enabled():  # a layer's tensors are views of one, and autograd needs them to be its own
+            for name in ("keys", "values", "text_keys", "text_values"):
+                setattr(cache, name, [layer.clone() for layer in getattr(cache, name)])
         self.write_text(text_ids, cache)
         ids = F.pad(image_ids, (1, 0), value=c.num_image_tokens)[:, :n]
         return self.image_logits(self.decode(ids, torch.arange(n, device=ids.device), cache, n))

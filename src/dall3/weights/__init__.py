@@ -13,14 +13,16 @@ if TYPE_CHECKING:
     from dall3.weights.convert.clip import load_clip
     from dall3.weights.convert.guided_diffusion import load_unet
     from dall3.weights.convert.transformer import load_transformer
+    from dall3.weights.convert.upscaler import load_upscaler
     from dall3.weights.convert.vae import load_discrete_vae, load_vqgan
 
-__all__ = ["load_clip", "load_discrete_vae", "load_transformer", "load_unet", "load_vqgan"]
+__all__ = ["load_clip", "load_discrete_vae", "load_transformer", "load_unet", "load_upscaler", "load_vqgan"]
 MODULES = {
     "load_clip": "clip",
     "load_discrete_vae": "vae",
     "load_transformer": "transformer",
     "load_unet": "guided_diffusion",
+    "load_upscaler": "upscaler",
     "load_vqgan": "vae",
 }
 

@@ -9,9 +9,10 @@ transformer/ vqgan/ clip/ upsampler/ …     config.json, model.safetensors
 from __future__ import annotations
 
 import json
+import logging
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -19,12 +20,13 @@ from typing import Any
 
 import torch
 
-from dall3.models.clip import CLIP, CLIPConfig
+from dall3.models.clip import CLIP, CLIPConfig, RuclipTokenizer
 from dall3.models.dalle_mini import DalleMini, DalleMiniConfig
 from dall3.models.discrete_vae import DiscreteVAE, DiscreteVAEConfig, OpenAIDiscreteVAE, OpenAIDiscreteVAEConfig
 from dall3.models.rudalle import Rudalle, RudalleConfig
 from dall3.models.transformer import DalleTransformer, TransformerConfig
 from dall3.models.unet import DiffusionConfig, UNet, UNetConfig
+from dall3.models.upscaler import Upscaler, UpscalerConfig
 from dall3.models.vqgan import GumbelVQ, VQGANConfig, VQModel
 from dall3.text import Tokenizer, load_tokenizer, tokenizer_json
 from dall3.weights.archive import CheckpointError, file_error
@@ -32,9 +34,12 @@ from dall3.weights.convert.clip import load_clip
 from dall3.weights.convert.guided_diffusion import load_unet
 from dall3.weights.convert.state import Settings, load_tensors, without_weights
 from dall3.weights.convert.transformer import load_transformer
+from dall3.weights.convert.upscaler import NotInstalled, check_saves, load_super_resolution, saved_upscaler
 from dall3.weights.convert.vae import load_vae
 from dall3.weights.limits import check_limits
 from dall3.weights.registry import PARTS, PathLike, read_settings_text
+
+logger = logging.getLogger("dall3")
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
 DEFAULTS = "generation_config.json"
@@ -49,6 +54,7 @@ MODELS: dict[str, tuple[Any, Any]] = {
     "OpenAIDiscreteVAE": (OpenAIDiscreteVAE, OpenAIDiscreteVAEConfig),
     "UNet": (UNet, UNetConfig),
     "CLIP": (CLIP, CLIPConfig),
+    "Upscaler": (Upscaler, UpscalerConfig),
 }
 
 
@@ -66,7 +72,8 @@ def save_part(
     """Save the weights and the configuration of a model to a folder, which is created if it does not exist.
 
     dtype: dtype of the floating-point tensors; None keeps them as they are. Raises ValueError for a CLIP that
-    `CLIPConfig` cannot describe, and for values that `dtype` cannot represent.
+    `CLIPConfig` cannot describe, for an upscaler that spandrel cannot load again, and for values that `dtype` cannot
+    represent.
 
     >>> save_part(vqgan, "weights/vqgan", torch.float16, Origin(licence="mit"))  # doctest: +SKIP
     """
@@ -75,6 +82,10 @@ def save_part(
     if model.config is None:
         raise ValueError("config.json cannot describe this CLIP; instead of saving it, load it by its open_clip name")
 
+    if isinstance(model, Upscaler):
+        check_saves(model)
+    tokenize = getattr(model, "tokenize", None)
+    own = tokenizer_json(tokenize.tokenizer) if isinstance(tokenize, RuclipTokenizer) else None
     folder = Path(folder)
     again, state = shared_names(model), {}
     for name, tensor in model.state_dict().items():
@@ -87,6 +98,8 @@ def save_part(
     check_limits(json.loads(text))  # load_part would reject the file otherwise
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(text, encoding="utf-8")
+    if own is not None:  # ruCLIP's tokenizer, which is not the transformer's
+        (folder / TOKENIZER).write_text(own, encoding="utf-8")
     save_file(state, folder / WEIGHTS)
     # safetensors creates files that only the owner can read; give the weights the permissions of the configuration.
     (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)
@@ -120,13 +133,19 @@ def load_part(
     if name not in MODELS:
         raise file_error(folder / CONFIG, f"unknown model {name!r}; expected one of {', '.join(MODELS)}")
     model_class, config_class = MODELS[name]
+    if model_class is CLIP and (folder / TOKENIZER).exists():
+        tokenizer = read_tokenizer(folder / TOKENIZER)
     try:
         check_limits(settings)
         config = from_json(config_class, settings)
         with without_weights():
-            model = CLIP.from_config(config, tokenizer) if model_class is CLIP else model_class(config)
+            if model_class is not Upscaler:  # which spandrel builds from its tensors
+                model = CLIP.from_config(config, tokenizer) if model_class is CLIP else model_class(config)
     except Exception as error:  # invalid settings can raise any exception
         raise file_error(folder / CONFIG, f"cannot build a {name}: {type(error).__name__}: {error}") from None
+    if model_class is Upscaler:
+        state = read_tensors(folder / WEIGHTS, "cpu", torch.float32)
+        return saved_upscaler(folder / WEIGHTS, state, config).to(device, dtype)
     state = read_tensors(folder / WEIGHTS, device, dtype)
     state |= {name: state[first] for name, first in shared_names(model).items() if first in state}
     return load_tensors(model, state, folder / WEIGHTS, dtype).to(device, dtype)
@@ -197,8 +216,8 @@ def load_folder(
 ) -> dict[str, Any]:
     """Load the parts of a pipeline folder: models by name, and "tokenizer" if there is one.
 
-    The bundled CLIP is returned as a function that loads it. Raises CheckpointError for a folder without parts, and for
-    a damaged part.
+    The bundled CLIP is returned as a function that loads it. An upscaler is left out if spandrel is not installed.
+    Raises CheckpointError for a folder without parts, and for a damaged part.
     """
     folder = Path(folder)
     present = [name for name in PARTS if (folder / name).is_dir()]
@@ -207,15 +226,22 @@ def load_folder(
         raise file_error(folder, f"{where}; expected a folder that save_pretrained wrote")
     found: dict[str, Any] = {}
     if (folder / TOKENIZER).exists():
-        try:
-            found["tokenizer"] = load_tokenizer(folder / TOKENIZER)
-        except ValueError as error:
-            raise CheckpointError(str(error)) from None
+        found["tokenizer"] = read_tokenizer(folder / TOKENIZER)
     for name in present:
         load = partial(load_part, folder / name, found.get("tokenizer"), device, dtype)
         # The bundled CLIP is loaded on first use: importing open_clip takes longer than loading everything else.
-        found[name] = load if folder == BUNDLED and name == "clip" else load()
+        try:
+            found[name] = load if folder == BUNDLED and name == "clip" else load()
+        except NotInstalled as error:
+            leave_out(name, present, error)
     return found
+
+
+def leave_out(name: str, present: Iterable[str], error: NotInstalled) -> None:
+    """Log that a part is left out because its package is not installed. Raises the error if it is the only part."""
+    if {*present} == {name}:
+        raise error
+    logger.warning("%s; the weights are loaded without their %s", error, name)
 
 
 def load_files(
@@ -227,16 +253,13 @@ def load_files(
     """Load parts from files of any format, those of `save_part` and upstream's. Returns them by name.
 
     files: (file, config) by the part's name. settings: by the part's name, the settings that its file does not
-    determine.
+    determine. An upscaler is left out if spandrel is not installed.
     """
     found: dict[str, Any] = {}
     if "tokenizer" in files:
         vocabulary, merges = files["tokenizer"]
-        try:
-            found["tokenizer"] = load_tokenizer(vocabulary if merges is None else (vocabulary, merges))
-        except ValueError as error:
-            raise CheckpointError(str(error)) from None
-    loaders: dict[str, Any] = {"vqgan": load_vae, "clip": load_clip}
+        found["tokenizer"] = read_tokenizer(vocabulary if merges is None else (vocabulary, merges))
+    loaders: dict[str, Any] = {"vqgan": load_vae, "clip": load_clip, "super_resolution": load_super_resolution}
     # The transformer comes last, because the VQGAN may determine its number of image tokens.
     for name in sorted(files.keys() - {"tokenizer"}, key=lambda name: (name == "transformer", PARTS.index(name))):
         file, config = files[name]
@@ -249,9 +272,21 @@ def load_files(
             hparams = part_settings if pair else part_settings or config
             found[name] = load_transformer_for(found.get("vqgan"), path, hparams, dtype)
         else:
-            found[name] = loaders.get(name, load_unet)(file, part_settings or config)
+            try:
+                found[name] = loaders.get(name, load_unet)(file, part_settings or config)
+            except NotInstalled as error:
+                leave_out(name, files, error)
+                continue
         found[name] = found[name].to(device, dtype)
     return found
+
+
+def read_tokenizer(path: Any) -> Tokenizer:
+    """`load_tokenizer`, with CheckpointError for a file that is damaged."""
+    try:
+        return load_tokenizer(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def load_transformer_for(

@@ -7,6 +7,7 @@ import re
 import sys
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,9 @@ class File:
 class Part:
     """One part of a set.
 
-    config: the second file that some formats need, or None. settings: settings that the tensors do not determine,
-    passed to the part's loader. cache_folder: the folder of its files, relative to the cache: "set/part", where the set
-    is another one for a part with `same_as`.
+    config: the second file that some formats need, or None. beside: further files that its loader expects in the same
+    folder. settings: settings that the tensors do not determine, passed to the part's loader. cache_folder: the folder
+    of its files, relative to the cache: "set/part", where the set is another one for a part with `same_as`.
     """
 
     name: str
@@ -65,10 +66,11 @@ class Part:
     source: str
     cache_folder: str
     settings: dict[str, Any] = field(default_factory=dict)
+    beside: tuple[File, ...] = ()
 
     @property
     def files(self) -> tuple[File, ...]:
-        return (self.file,) if self.config is None else (self.file, self.config)
+        return (self.file, *(() if self.config is None else (self.config,)), *self.beside)
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ def parse_part(name: str, table: dict[str, Any], path: Path, set_name: str, sets
     where = f"{path}: [{set_name}.{name}]"
     if "same_as" in table:
         return same_part(name, table, where, sets)
-    known = {"file", "places", "size", "sha256", "licence", "source", "config", "settings"}
+    known = {"file", "places", "size", "sha256", "licence", "source", "config", "settings", "beside"}
     require(table.keys() <= known, f"{where}: unknown key {', '.join(sorted(table.keys() - known))}")
     config = table.get("config")
     require(config is None or isinstance(config, dict), f"{where}: config is not a table with file and places")
@@ -177,11 +179,18 @@ def parse_part(name: str, table: dict[str, Any], path: Path, set_name: str, sets
     licence, source = (read_text_field(table, key, where, "not stated") for key in ("licence", "source"))
     file, second = (None if one is None else parse_file(one, path, where) for one in (table, config))
     assert file is not None
-    names = sorted(one.name for one in (file, second) if one is not None)
+    more = table.get("beside", [])
+    are_tables = isinstance(more, list) and all(isinstance(one, dict) for one in more)
+    require(are_tables, f"{where}: beside is a list of tables of file and places")
+    part = Part(
+        *(name, file, second, licence, source, f"{set_name}/{name}", settings),
+        beside=tuple(parse_file(one, path, where) for one in more),
+    )
+    names = sorted(one.name for one in part.files)
     # The cache adds suffixes to a file's name for its pins, lock and partial download.
-    apart = len(names) == 1 or not f"{names[1]}.".startswith(f"{names[0]}.")
-    require(apart, f"{where}: the name of one of its two files begins with that of the other; rename one of them")
-    return Part(name, file, second, licence, source, f"{set_name}/{name}", settings)
+    apart = not any(f"{after}.".startswith(f"{before}.") for before, after in pairwise(names))
+    require(apart, f"{where}: the name of one of its files begins with that of another; rename one of them")
+    return part
 
 
 def same_part(name: str, table: dict[str, Any], where: str, sets: dict[str, WeightsSet]) -> Part:

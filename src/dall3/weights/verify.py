@@ -56,6 +56,7 @@ def check_content(path: Path, wanted: CachedFile) -> None:
     from dall3.weights.archive import read_archive
     from dall3.weights.convert import state
     from dall3.weights.convert.guided_diffusion import read_flags
+    from dall3.weights.convert.upscaler import check_super_resolution_file
     from dall3.weights.convert.vae import read_taming_config
 
     kinds: dict[str, tuple[state.Kind, ...]] = {
@@ -64,13 +65,14 @@ def check_content(path: Path, wanted: CachedFile) -> None:
         "clip": (state.OPENAI_CLIP,),
     }
     suffix, part = Path(wanted.file.name).suffix, wanted.part
-    if part.name == "tokenizer":
+    if part.name == "tokenizer" or suffix == ".model":
         check_tokenizer_file(path)
     elif suffix in (".yaml", ".yml"):
         read_taming_config(path)
     elif suffix == ".json":
         settings = read_flags(path)
-        if not settings.keys() & {"model", "image_size", "large_size", "num_channels", "num_heads", "noise_schedule"}:
+        names = {"model", "embed_dim", "image_size", "large_size", "num_channels", "num_heads", "noise_schedule"}
+        if not settings.keys() & names:
             raise ValueError("it has none of the settings of a model")
     elif suffix == ".safetensors" and part.config is not None:  # a part that save_pretrained wrote
         read_archive(path)
@@ -80,4 +82,7 @@ def check_content(path: Path, wanted: CachedFile) -> None:
                 broken = archive.testzip()
             if broken is not None:
                 raise ValueError(f"its entry {broken} is damaged")
-        state.read_state(path, *kinds.get(part.name, (state.UNET,)))
+        if part.name == "super_resolution":
+            check_super_resolution_file(path)
+        else:
+            state.read_state(path, *kinds.get(part.name, (state.UNET,)))

@@ -1,7 +1,8 @@
 """CLIP from OpenAI's files, from checkpoints with OpenAI's parameter names, and from open_clip's pretrained models.
 
 The tensors do not determine the activation (QuickGELU in OpenAI's models, mostly GELU in open_clip's), the width of the
-attention heads, or the tokenizer (ruCLIP has its own). Files other than OpenAI's therefore need a configuration.
+attention heads, or the tokenizer (ruCLIP has its own). Files other than OpenAI's therefore need a configuration;
+ruCLIP's has a `config.json` and a `bpe.model` beside it.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dall3.errors import FetchError
-from dall3.models.clip import CLIP, TEXT, VISION, CLIPConfig
+from dall3.models.clip import CLIP, RUCLIP_END, TEXT, VISION, CLIPConfig
+from dall3.text import load_tokenizer
 from dall3.weights.archive import CheckpointError, file_error
 from dall3.weights.cache import cache_dir, offline, short_message
 from dall3.weights.convert.state import (
@@ -31,7 +35,13 @@ from dall3.weights.registry import PathLike
 SIZES = ("input_resolution", "context_length", "vocab_size")  # scalars in OpenAI's files that are not weights
 ASK = (
     "give config: a name of open_clip's (for OpenAI's weights \"ViT-B-16-quickgelu\" and the like), its JSON file, or "
-    'a dictionary such as {"quick_gelu": true}; ruCLIP, whose tokenizer is another, is not read as CLIP'
+    'a dictionary such as {"quick_gelu": true}; ruCLIP is read from a folder with its config.json and bpe.model'
+)
+HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # open_clip's, where a tag names none
+RUCLIP_FILES = ("pytorch_model.bin", "config.json", "bpe.model")
+RUCLIP_SETTINGS = (
+    *("embed_dim", "image_resolution", "vision_layers", "vision_width", "vision_patch_size", "context_length"),
+    *("vocab_size", "transformer_width", "transformer_heads", "transformer_layers"),
 )
 
 
@@ -41,7 +51,7 @@ def load_clip(path_or_name: PathLike, config: Settings | None = None) -> CLIP:
 
     path_or_name: OpenAI's TorchScript file; a checkpoint with the same parameter names, such as open_clip's; or the
     name of an open_clip model with its pretraining tag, such as "ViT-B-16/openai", which is downloaded to dall3's
-    cache.
+    cache; or ruCLIP's folder, or its pytorch_model.bin with config.json and bpe.model in the same folder.
 
     config: for a file, the settings that the tensors do not determine. Either a model of open_clip ("ViT-B-16" or
     "ViT-B-16/openai"), or a dictionary or JSON file in open_clip's format; its defaults are quick_gelu=False and heads
@@ -63,8 +73,13 @@ def load_clip(path_or_name: PathLike, config: Settings | None = None) -> CLIP:
     if not is_file and Path(path_or_name).suffix == "":
         raise file_error(path_or_name, "neither a file nor a model of open_clip, such as 'ViT-B-16/openai'")
 
-    network = read_state(path_or_name, OPENAI_CLIP)
+    path = Path(path_or_name)
+    path = path / RUCLIP_FILES[0] if all((path / file).is_file() for file in RUCLIP_FILES) else path
+    network = read_state(path, OPENAI_CLIP)
     state = {f"model.{key}": value for key, value in network.tensors.items() if key not in SIZES}
+    ruclip = read_ruclip_settings(path) if config is None and not network.tensors.keys() >= {*SIZES} else None
+    if ruclip is not None:
+        return load_ruclip(state, ruclip, path)
     settings = None if config is None else read_clip_settings(config)
     if settings is None and network.tensors.keys() >= {*SIZES}:
         settings = {"quick_gelu": True}
@@ -73,6 +88,45 @@ def load_clip(path_or_name: PathLike, config: Settings | None = None) -> CLIP:
     with without_weights():
         model = CLIP.from_config(clip_config_of(state, settings, path_or_name))
     return load_tensors(model, state, path_or_name)
+
+
+def read_ruclip_settings(path: Path) -> dict[str, Any] | None:
+    """ruCLIP's config.json in the folder of its weights; None if that folder is not ruCLIP's."""
+    config, vocabulary = (path.with_name(name) for name in RUCLIP_FILES[1:])
+    if not (config.is_file() and vocabulary.is_file()):
+        return None
+    found = read_settings(config, "the settings of a model")
+    return found if found.keys() >= {*RUCLIP_SETTINGS} else None
+
+
+def load_ruclip(state: State, settings: dict[str, Any], path: Path) -> CLIP:
+    """Build ruCLIP from its tensors, its config.json and the bpe.model beside them."""
+    given = {
+        "embed_dim": settings["embed_dim"],
+        "vision_cfg": {
+            "image_size": settings["image_resolution"],
+            "layers": settings["vision_layers"],
+            "width": settings["vision_width"],
+            "patch_size": settings["vision_patch_size"],
+        },
+        "text_cfg": {
+            "context_length": settings["context_length"],
+            "vocab_size": settings["vocab_size"] + 1,
+            "width": settings["transformer_width"],
+            "heads": settings["transformer_heads"],
+            "layers": settings["transformer_layers"],
+        },
+        "quick_gelu": True,
+        "interpolation": "bilinear",
+        **{name: settings.get(name) for name in ("mean", "std")},
+    }
+    words = state["model.token_embedding.weight"]
+    state = state | {"model.token_embedding.weight": torch.cat((words, words[RUCLIP_END:][:1]))}
+    config = clip_config_of(state, given, path, "ruclip")
+    tokenizer = load_tokenizer(path.with_name(RUCLIP_FILES[2]))
+    with without_weights():
+        model = CLIP.from_config(config, tokenizer)
+    return load_tensors(model, state, path)
 
 
 def read_clip_settings(config: Settings) -> dict[str, Any]:
@@ -188,7 +242,7 @@ def mlp_ratio(weight: Any) -> float:
     return hidden / width if hidden * 8 % width == 0 else (hidden + 0.5) / width
 
 
-def clip_config_of(state: State, given: Mapping[str, Any], path: PathLike) -> CLIPConfig:
+def clip_config_of(state: State, given: Mapping[str, Any], path: PathLike, tokenizer: str = "clip") -> CLIPConfig:
     """Combine the architecture found in the tensors with the given settings in open_clip's format.
 
     Raises CheckpointError if they contradict each other.
@@ -209,7 +263,7 @@ def clip_config_of(state: State, given: Mapping[str, Any], path: PathLike) -> CL
     return CLIPConfig(
         **found,
         quick_gelu=bool(given.get("quick_gelu", False)),
-        tokenizer="clip",
+        tokenizer=tokenizer,
         interpolation=given.get("interpolation") or "bicubic",
         **normalisation,
     )
@@ -226,10 +280,11 @@ def load_open_clip(name: str, tag: str) -> CLIP:
 
     known, cache = open_clip.get_pretrained_cfg(name, tag), str(cache_dir() / "open_clip")
     instead = "if you have its file, give that: load_clip(FILE), or --clip_path FILE"
-    if offline():  # open_clip may access the network even for cached files
-        raise FetchError(f"open_clip has to download {name}/{tag}, but DALL3_OFFLINE is set; {instead}")
+    weights = cached_weights(name, known, cache) if offline() else None
+    if offline() and weights is None:
+        raise FetchError(f"{name}/{tag} is not in {cache} as a whole, and DALL3_OFFLINE is set; {instead}")
     try:
-        weights = download_pretrained(known, cache_dir=cache)
+        weights = weights or download_pretrained(known, cache_dir=cache)
         tokenize = open_clip.get_tokenizer(name, cache_dir=cache)
     except Exception as error:  # huggingface_hub, its HTTP library or the operating system
         hub = known.get("hf_hub", "")
@@ -248,6 +303,24 @@ def load_open_clip(name: str, tag: str) -> CLIP:
             **settings | {key: as_plain(value) for key, value in training.items()}, tokenizer="clip"
         )
     return found
+
+
+def cached_weights(name: str, known: Mapping[str, Any], cache: str) -> str | None:
+    """The weights of an open_clip model in the cache, None if they or its text model's files have to be downloaded.
+
+    open_clip itself asks the hub even for cached files. known: its entry in the table of pretrained models.
+    """
+    import open_clip
+    from huggingface_hub import try_to_load_from_cache
+
+    if any(key.startswith("hf_") for key in (open_clip.get_model_config(name) or {}).get("text_cfg", {})):
+        return None  # its tokenizer is on the hub
+    repository, _, file = known.get("hf_hub", "").rpartition("/")
+    names = (str(Path(file).with_suffix(".safetensors")), file) if file else HUB_FILES
+    on_hub = [try_to_load_from_cache(repository, one, cache_dir=cache) for one in names] if repository else []
+    of_url = Path(cache) / Path(known["url"]).name if known.get("url") else None
+    found = [known.get("file"), *on_hub, str(of_url) if of_url is not None and of_url.is_file() else None]
+    return next((path for path in found if isinstance(path, str)), None)
 
 
 def as_plain(value: Any) -> Any:
