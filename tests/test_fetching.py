@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -470,6 +471,22 @@ def test_offline_nothing_is_fetched(
     wanted.target.write_bytes(DATA[:-1])
     with pytest.raises(FetchError, match="has SHA-256 .*, and DALL3_OFFLINE is set"):
         fetch_set(wanted.weights)
+
+
+def test_a_set_that_draws_is_loaded_without_a_super_resolution_that_is_out_of_reach(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DALL3_OFFLINE", "1")
+    (tmp_path / "t.pt").write_bytes(DATA)
+    away = 'file = "r.pth"\nplaces = ["https://example.org/r.pth"]\n'
+    part = '[own.transformer]\nfile = "t.pt"\nplaces = ["t.pt"]\n'
+    (tmp_path / "weights.toml").write_text(f"{part}[own.super_resolution]\n{away}[alone.super_resolution]\n{away}")
+    monkeypatch.setenv("DALL3_WEIGHTS", str(tmp_path / "weights.toml"))
+    with caplog.at_level(logging.WARNING, "dall3"):
+        assert fetch_set(find_set("own")) == {"transformer": (tmp_path / "t.pt", None)}
+    assert "the weights are loaded without their super_resolution" in caplog.text
+    with pytest.raises(FetchError, match="r.pth is not here"):
+        fetch_set(find_set("alone"))
 
 
 def test_a_hash_that_is_learned_later_counts(serve: Callable[..., Server], tmp_path: Path) -> None:

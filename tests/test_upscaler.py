@@ -171,10 +171,7 @@ def test_a_picture_or_tokens_alone_are_upscaled(pipe: Dall3Pipeline) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (
-            {"num_inference_steps": 10, "strength": 0.3},
-            "no denoising steps; leave out num_inference_steps, strength",
-        ),
+        ({"num_inference_steps": 10, "strength": 0.3}, "no denoising steps; leave out num_inference_steps, strength"),
         ({"prompt": "a cube"}, "leave out prompt"),
         ({"clip_guidance_scale": 100}, "leave out clip_guidance_scale"),
         ({"output_size": 0}, "output_size"),

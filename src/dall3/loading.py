@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,7 +124,7 @@ class LoadedParts(Parts):
             settings = {part.name: part.settings for part in found.parts}
             parts = load_files(fetch_set(found, progress), device, dtype, settings)
             origins = {part.name: Origin(part.licence, part.source) for part in found.parts}
-            left_out = {*settings} - {*parts}  # for want of a package
+            left_out = {*settings} - {*parts}
         else:
             parts, origins = load_folder(found, device, dtype), read_origins(found)
             defaults = load_defaults(found)
@@ -133,7 +134,8 @@ class LoadedParts(Parts):
             parts["text_encoder"] = encoder_for(transformer, tokenizer)
         pipe = cls(**parts)
         pipe.origins, pipe.defaults = origins, defaults
-        pipe.left_out = {name: f"{INSTALL} and load the weights again" for name in left_out}
+        reason = "it could not be downloaded; load the weights again" if find_spec("spandrel") else INSTALL
+        pipe.left_out = dict.fromkeys(left_out, reason)
         return pipe.to(device)
 
     def save_pretrained(self, folder: PathLike, dtype: torch.dtype | None = None) -> Path:

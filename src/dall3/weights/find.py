@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from dall3.errors import FetchError
@@ -17,6 +18,8 @@ from dall3.weights.cache import (
 )
 from dall3.weights.download import fetch_file
 from dall3.weights.registry import NAME, WeightsSet, read_registry, unknown_set_error
+
+logger = logging.getLogger("dall3")
 
 
 def find_weights(name: str | Path, registry: str | Path | None = None) -> WeightsSet | Path:
@@ -60,16 +63,27 @@ def fetch_repository(name: str) -> Path:
 def fetch_set(weights: WeightsSet, progress: bool = True) -> dict[str, tuple[Path, Path | None]]:
     """Download the missing files of a set. Returns (file, config) for each part by name; config may be None.
 
-    Raises FetchError with the missing file, what was tried and what to do.
+    A set with a transformer draws without its super_resolution: if that cannot be downloaded, it is left out with a
+    warning. Raises FetchError for any other file, with what was tried and what to do.
     """
+    optional = {"super_resolution"} if any(part.name == "transformer" for part in weights.parts) else set()
     wanted = files_of(weights)
-    absent = [one for one in wanted if one.find() is None]
+    absent = [one for one in wanted if one.find() is None and one.part.name not in optional]
     if absent and offline():  # before the files that are present are hashed, which may take long
         raise FetchError(offline_message(absent[0], "is not here"))
-    paths = {(one.part.name, one.file.name): fetch_file(one, progress) for one in wanted}
+    paths, left_out = {}, set()
+    for one in wanted:
+        try:
+            paths[one.part.name, one.file.name] = fetch_file(one, progress)
+        except FetchError as error:
+            if one.part.name not in optional:
+                raise
+            logger.warning("%s; the weights are loaded without their %s", error, one.part.name)
+            left_out.add(one.part.name)
     return {
         part.name: (paths[part.name, part.file.name], paths[part.name, part.config.name] if part.config else None)
         for part in weights.parts
+        if part.name not in left_out
     }
 
 
