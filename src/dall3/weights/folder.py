@@ -3,6 +3,7 @@
 README.md                                  model card
 generation_config.json                     recommended settings of the weights (optional)
 tokenizer.json                             tokenizer, in the format of Hugging Face's `tokenizers`
+words.txt                                  words of the training's captions, one a line (optional)
 transformer/ vqgan/ clip/ upsampler/ …     config.json, model.safetensors
 """
 
@@ -26,7 +27,7 @@ from dall3.models.rudalle import Rudalle, RudalleConfig
 from dall3.models.transformer import DalleTransformer, TransformerConfig
 from dall3.models.unet import DiffusionConfig, UNet, UNetConfig
 from dall3.models.vqgan import GumbelVQ, VQGANConfig, VQModel
-from dall3.text import Tokenizer, load_tokenizer, tokenizer_json
+from dall3.text import WORDS, KnownWords, Tokenizer, load_tokenizer, read_words, tokenizer_json
 from dall3.weights.archive import CheckpointError, file_error
 from dall3.weights.convert.clip import load_clip
 from dall3.weights.convert.guided_diffusion import load_unet
@@ -195,7 +196,7 @@ def as_tuples(value: Any) -> Any:
 def load_folder(
     folder: PathLike, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> dict[str, Any]:
-    """Load the parts of a pipeline folder: models by name, and "tokenizer" if there is one.
+    """Load the parts of a pipeline folder: models by name, and "tokenizer" and "words" if there are any.
 
     The bundled CLIP is returned as a function that loads it. Raises CheckpointError for a folder without parts, and for
     a damaged part.
@@ -208,7 +209,7 @@ def load_folder(
     found: dict[str, Any] = {}
     if (folder / TOKENIZER).exists():
         try:
-            found["tokenizer"] = load_tokenizer(folder / TOKENIZER)
+            found["tokenizer"], found["words"] = load_tokenizer(folder / TOKENIZER), read_words(folder / WORDS)
         except ValueError as error:
             raise CheckpointError(str(error)) from None
     for name in present:
@@ -232,6 +233,7 @@ def load_files(
         vocabulary, merges = files["tokenizer"]
         try:
             found["tokenizer"] = load_tokenizer(vocabulary if merges is None else (vocabulary, merges))
+            found["words"] = read_words(vocabulary.with_name(WORDS))
         except ValueError as error:
             raise CheckpointError(str(error)) from None
     loaders: dict[str, Any] = {"vqgan": load_vae, "clip": load_clip}
@@ -297,12 +299,13 @@ def save_folder(
     dtype: torch.dtype | None = None,
     origins: dict[str, Origin] | None = None,
     defaults: dict[str, Any] | None = None,
+    words: KnownWords | None = None,
 ) -> Path:
     """Save parts by name, a tokenizer and a model card to a new or empty folder; returns its absolute path.
 
-    dtype: as for `save_part`. origins: by part. defaults: recommended settings. The folder is written to a temporary
-    place in the same directory and then renamed, so it is never incomplete. Raises FileExistsError for a folder that is
-    not empty; ValueError for a part or a tokenizer that cannot be saved.
+    dtype: as for `save_part`. origins: by part. defaults: recommended settings. words: those of words.txt. The folder
+    is written to a temporary place in the same directory and then renamed, so it is never incomplete. Raises
+    FileExistsError for a folder that is not empty; ValueError for a part or a tokenizer that cannot be saved.
     """
     folder, origins = Path(folder).absolute(), origins or {}
     check_empty(folder)
@@ -315,6 +318,8 @@ def save_folder(
             save_part(part, new / name, dtype, origins.get(name, Origin()))
         if text is not None:
             (new / TOKENIZER).write_text(text, encoding="utf-8")
+        if words is not None:
+            (new / WORDS).write_text(words.to_text(), encoding="utf-8")
         if defaults:
             (new / DEFAULTS).write_text(json.dumps(defaults, indent=2) + "\n", encoding="utf-8")
         (new / "README.md").write_text(model_card(new, origins), encoding="utf-8")
