@@ -1,23 +1,59 @@
-"""The recipe of the bundled weights, its parts, its clock and its failures, on networks of a few weights."""
+"""A family from nothing, on the smallest networks: its recipe, its parts, its clock, its failures, its results."""
+
+from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from dall3 import Dall3Pipeline
+from dall3.cli import main
 from dall3.models.vqgan import GumbelVQ, VQGANConfig
-from dall3.training.family import RECIPE, TINY, Job, laid_over, read_recipe, train_family, train_part, wait_for
-from dall3.training.family.loop import PartTraining
-from dall3.training.family.vqgan import Codebook, VQGANLoss, VQGANPart
+from dall3.scenes.world import Batch
+from dall3.training import family, loop
+from dall3.training.checkpoint import replace_folder
+from dall3.training.config import TrainingConfig
+from dall3.training.family import Job, commit_of_library, describe, train_family, train_part, wait_for
+from dall3.training.optimizers import Average
+from dall3.training.pool import Pool, PoolConfig
+from dall3.training.processes import Processes
+from dall3.training.recipe import PARTS, RECIPE, TINY, laid_over, read_recipe
+from dall3.training.vqgan import Codebook, VQGANLoss, VQGANPart
+
+CPU = Processes(torch.device("cpu"))
 
 
-def test_a_recipe_that_lacks_a_part_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "short.toml").write_text("[family]\nseed = 0\n")
+def test_a_recipe_that_lacks_a_part_or_has_an_unknown_setting_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "short.toml"
+    path.write_text("[family]\nseed = 0\n")
     with pytest.raises(ValueError, match="expected .*vqgan"):
-        read_recipe(tmp_path / "short.toml")
+        read_recipe(path)
+    for was, now, words in (
+        ("batch_size = 64", "batch = 64", "unknown setting batch"),
+        ("capacity = 32768", "capacities = 1", "unknown setting capacities"),
+        ("top_p = 0.9", "top = 0.9", "top"),
+        ("batch_size = 64", "batch_size = 0", "batch_size=0; expected a whole number from 1"),
+    ):
+        path.write_text(RECIPE.read_text().replace(was, now))
+        with pytest.raises(ValueError, match=f"short.toml: .*{words}"):
+            read_recipe(path)
+
+
+def test_the_recipe_of_the_bundled_weights_draws_from_pure_noise_in_few_steps() -> None:
+    recipe = read_recipe(RECIPE)
+    assert recipe["defaults"]["num_inference_steps"] <= 8 and "strength" not in recipe["defaults"]
+    assert recipe["upsampler"]["model"]["diffusion"] == {
+        "noise_schedule": "linear",
+        "learn_sigma": False,
+        "predict_xstart": True,
+    }
 
 
 def test_what_is_there_is_not_written_over(tmp_path: Path) -> None:
@@ -34,8 +70,8 @@ def test_tiny_settings_are_laid_over_the_recipe_and_change_nothing_else() -> Non
     assert laid_over({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}) == {"a": {"b": 3, "c": 2}}
 
 
-def test_the_rate_rises_by_steps_and_falls_to_nothing_by_the_clock() -> None:
-    settings = PartTraining(batch_size=1, kinds={"scenes": 1}, warmup=10, decay=0.5)
+def test_the_rate_rises_by_steps_and_falls_to_nothing_by_progress() -> None:
+    settings = TrainingConfig(warmup=10, decay=0.5)
     assert settings.rate(0, 0.0) == pytest.approx(0.1)
     assert settings.rate(100, 0.3) == 1
     assert settings.rate(100, 0.75) == pytest.approx(0.5)
@@ -61,13 +97,16 @@ def test_codes_that_nothing_uses_move_to_what_is_there() -> None:
     assert torch.allclose(nearest, torch.ones(4), atol=1e-3)
 
 
-def test_the_exported_vqgan_chooses_the_codes_that_training_chose() -> None:
+def small_part() -> VQGANPart:
     torch.manual_seed(0)
     config = VQGANConfig(32, (1, 1, 1), 1, (), 32, 16, 64)
-    loss = VQGANLoss(perceptual_weight=0.0, discriminator_channels=8, codes_from=0.0)
-    part = VQGANPart(config, loss, torch.device("cpu"))
+    return VQGANPart(config, VQGANLoss(perceptual_weight=0.0, discriminator_channels=8, codes_from=0.0), CPU)
+
+
+def test_the_exported_vqgan_chooses_the_codes_that_training_chose() -> None:
+    part = small_part()
     pictures = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
-    part(({"pictures": pictures}), 0.9)
+    part({"pictures": pictures}, 0.9)
     model = part.finished(part.model)
     assert isinstance(model, GumbelVQ)
     features = model.quant_conv(model.encoder(pictures.float() / 127.5 - 1)).permute(0, 2, 3, 1).flatten(0, 2)
@@ -75,42 +114,144 @@ def test_the_exported_vqgan_chooses_the_codes_that_training_chose() -> None:
     assert torch.equal(model.encode(pictures.float() / 255).flatten(), chosen)
 
 
-@pytest.fixture
-def job(tmp_path: Path) -> Job:
-    (tmp_path / "out").mkdir()
-    return Job("vqgan", str(RECIPE), str(tmp_path / "out"), "", "cpu", time.time(), time.time() + 8, True)
+def test_an_export_that_was_killed_half_way_does_not_stop_the_next(tmp_path: Path) -> None:
+    part, target = small_part(), tmp_path / "vqgan"
+    average = Average(part.model, 0.9)
+    replace_folder(part, average, target)
+    for left in (".vqgan.new", ".vqgan.old"):
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "half").write_text("")
+    replace_folder(part, average, target)
+    assert [path.name for path in tmp_path.iterdir()] == ["vqgan"]
+    assert sorted(path.name for path in target.iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_a_part_trains_in_its_time_and_goes_on_from_its_checkpoint(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dall3.training import family
+class Numbers:
+    """A world whose images are all of the value of their number."""
 
-    recipe = read_recipe(RECIPE, tiny=True)
-    recipe["vqgan"]["train"] |= {"kinds": {"scenes": 1}, "first": 2, "chunk": 2, "batch_size": 2}
-    monkeypatch.setattr(family, "read_recipe", lambda path, tiny: recipe)
-    monkeypatch.setattr(family, "World", lambda device, emoji, side: Worlds(side))
-    train_part(job)
-    out = Path(job.out)
-    assert (out / "runs/vqgan/finished").exists()
-    lines = [json.loads(line) for line in (out / "runs/vqgan/log.jsonl").read_text().splitlines()]
-    assert lines[0]["step"] == 1
-    first = torch.load(out / "runs/vqgan/checkpoint.pt", weights_only=True)
-    assert first["progress"] == 1
-    train_part(job)  # all of its schedule is done: nothing is trained further
-    again = torch.load(out / "runs/vqgan/checkpoint.pt", weights_only=True)
-    assert again["step"] == first["step"]
+    device = torch.device("cpu")
 
+    def __init__(self, *args: object, side: int = 32, **more: object) -> None:
+        self.side, self.emoji = side, []
 
-class Worlds:
-    """A world of noise."""
-
-    def __init__(self, side: int) -> None:
-        self.side = side
-
-    def plan(self, numbers: range, seed: int, kinds: dict[str, float]) -> range:
+    def plan(self, numbers: range, seed: int, kinds: Mapping[str, float]) -> range:
         return numbers
 
-    def render(self, numbers: range):  # type: ignore[no-untyped-def]
-        from dall3.scenes.world import Batch
+    def render(self, numbers: range) -> Batch:
+        values = torch.tensor([number % 256 for number in numbers], dtype=torch.uint8)
+        pictures = values[:, None, None, None].expand(-1, 3, self.side, self.side).contiguous()
+        return Batch(pictures, [f"a picture of {number}" for number in numbers])
 
-        shape = (len(numbers), 3, self.side, self.side)
-        return Batch(torch.randint(256, shape, dtype=torch.uint8), [""] * len(numbers))
+    def draw(self, numbers: Sequence[int], seed: int, kinds: Mapping[str, float]) -> Batch:
+        return self.render(range(numbers[0], numbers[-1] + 1))
+
+
+def test_a_pool_draws_what_training_uses_and_goes_on_with_the_numbers_that_follow() -> None:
+    config = PoolConfig(capacity=16, first=8, chunk=4, draw_share=1.0)
+    pool = Pool(Numbers(), small_part(), config, 0, batch_size=4)  # type: ignore[arg-type]
+    pool.prepare()
+    pool.fill(0, 0)
+    assert pool.drawn == 8
+    for _ in range(10):
+        assert pool.next(elapsed=1e9)["pictures"].shape == (4, 3, 32, 32)
+    assert pool.drawn == 8 + 9 * 4  # one chunk after each batch
+    assert sorted(pool.rows["pictures"][:, 0, 0, 0].tolist()) == list(range(28, 44))
+    assert set(pool.sample(200)["pictures"][:, 0, 0, 0].tolist()) == set(range(28, 44))
+    again = Pool(Numbers(), small_part(), config, 0, batch_size=4)  # type: ignore[arg-type]
+    again.fill(40, 44)
+    assert set(again.sample(200)["pictures"][:, 0, 0, 0].tolist()) == set(range(44, 52))
+    drawn = pool.drawn
+    pool.seconds = 2.0
+    pool.next(elapsed=1.0)
+    assert pool.drawn == drawn  # drawing may not take more than its share of the time
+
+
+@pytest.fixture
+def recipe(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The smallest recipe, of scenes alone."""
+    tiny = read_recipe(RECIPE, tiny=True)
+    for part in PARTS:
+        tiny[part]["pool"]["kinds"] = {"scenes": 1}
+    tiny["tokenizer"]["kinds"] = {"scenes": 1}
+    monkeypatch.setattr(family, "read_recipe", lambda path, tiny_too: tiny)
+    return tiny
+
+
+def job_of(part: str, out: Path, seconds: float, parent: int = 0) -> Job:
+    return Job(part, str(RECIPE), str(out), "", "cpu", time.time() + seconds, True, 0.0, parent)
+
+
+def test_a_part_trains_in_its_time_and_goes_on_from_its_checkpoint(
+    tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(family, "World", Numbers)
+    monkeypatch.setattr(loop, "show_samples", lambda *args: None)
+    run = tmp_path / "runs/vqgan"
+    train_part(job_of("vqgan", tmp_path, 60, parent=1))  # the process that started it is gone
+    assert not (run / "finished").exists()
+    stopped = torch.load(run / "checkpoint.pt", weights_only=True)
+    assert stopped["progress"] < 1 and (tmp_path / "vqgan/model.safetensors").exists()
+    train_part(job_of("vqgan", tmp_path, 1))
+    assert (run / "finished").exists()
+    first = torch.load(run / "checkpoint.pt", weights_only=True)
+    assert first["progress"] == 1 and first["step"] > 0 and first["drawn"] > stopped["drawn"]
+    train_part(job_of("vqgan", tmp_path, 60))  # all of its schedule is done: nothing is trained further
+    assert torch.load(run / "checkpoint.pt", weights_only=True)["step"] == first["step"]
+
+
+def test_all_parts_from_nothing_make_a_folder_that_draws(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    for part in ("tokenizer", *PARTS):
+        train_part(job_of(part, tmp_path, 0.3))
+        assert (tmp_path / "runs" / part / "finished").exists()
+        assert part == "tokenizer" or len(list((tmp_path / "runs" / part / "samples").iterdir())) == 1
+    describe(recipe, RECIPE, tmp_path, commit_of_library(), 0.1, "cpu", tiny=True)
+    told = json.loads((tmp_path / "family.json").read_text())
+    assert told["recipe_sha256"] == sha256(RECIPE.read_bytes()).hexdigest()
+    assert told["seed"] == recipe["family"]["seed"] and told["tiny"] and len(told["commit"]) > 6
+    assert f"recipe {told['recipe_sha256'][:12]}" in (tmp_path / "README.md").read_text()
+    pipe = Dall3Pipeline.from_pretrained(tmp_path)
+    assert pipe.defaults == recipe["defaults"]
+    assert pipe.text_encoder.unknown_words("a small red cube made of plutonium") == ["plutonium"]
+    result = pipe("a small red cube", num_candidates=2, seed=0, progress=False)
+    assert result.images[0].size == (64, 64) and result.coarse_images[0].size == (32, 32)
+
+
+class Started:
+    """A process that is over at once: that of the CLIP failed, after its first export."""
+
+    jobs: list[Job] = []
+
+    def __init__(self, command: list[str]) -> None:
+        job = Job(**json.loads(command[-1]))
+        self.jobs.append(job)
+        self.returncode = 1 if job.part in ("clip", "upsampler") else 0
+        if job.part != "upsampler":
+            (Path(job.out) / job.part).mkdir()
+        if not self.returncode:
+            family.mark(Path(job.out), job.part, "finished")
+
+    def poll(self) -> int:
+        return self.returncode
+
+
+def test_the_parts_that_failed_are_named_and_the_others_described(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, emoji = tmp_path / "out", tmp_path / "emoji.zip"
+    emoji.write_bytes(b"")
+    monkeypatch.setattr(family.subprocess, "Popen", Started)
+    monkeypatch.setattr(family, "model_card", lambda folder, origins: ", ".join(origins))
+    monkeypatch.setattr(family, "commit_of_library", lambda: "abc")
+    begun = time.time()
+    command = ["train", "family", "--out", str(out), "--emoji", str(emoji), "--minutes", "10", "--device", "cpu"]
+    assert main(command) == 2
+    assert "clip, upsampler failed" in capsys.readouterr().err.replace("upsampler, clip", "clip, upsampler")
+    windows = read_recipe(RECIPE)["family"]["windows"]
+    for job in Started.jobs:
+        end = windows.get(job.part, [0.0, 1.0])[1]
+        assert job.until - begun == pytest.approx(600 * end, abs=30) and job.device == "cpu"
+    assert (out / "README.md").read_text() == "vqgan, transformer, clip"
+    assert json.loads((out / "family.json").read_text())["commit"] == "abc"
+    Started.jobs.clear()
+    assert main([*command, "--resume"]) == 2  # of those that are not finished, the upsampler is left
+    assert [job.part for job in Started.jobs] == ["upsampler"]

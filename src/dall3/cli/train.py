@@ -12,36 +12,24 @@ OVERRIDES = ("steps", "batch_size", "workers", "seed", "every")
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", choices=(*MODELS, "family"), help="the part to train; family trains all parts from scratch")
+    add("model", choices=(*MODELS, "family"), help="the part to train, in this order, or family for all from scratch")
     add("--out", required=True, metavar="FOLDER", help="folder of weights; parts trained earlier are read from it")
-    add(
-        "--config",
-        metavar="TOML",
-        help="settings, with the tables model, loss and train (default: those of the bundled weights)",
-    )
+    add("--config", metavar="TOML", help="settings (default, also of those left out: the bundled weights')")
+    add("--resume", action="store_true", help="continue from the checkpoints in --out")
+    add("--minutes", type=float, help="time of the training, instead of steps (family: all parts; default: 600)")
+    add("--device", help="cuda, cuda:1, cpu, … (default: the GPU, or the CPU; family: every GPU)")
+    part = parser.add_argument_group("options for one part")
+    add = part.add_argument
     sources = "scenes, emoji[:FOLDER], folder:PATH or webdataset:PATTERN (braces and * are expanded)"
     add("--data", nargs="+", default=[], metavar="SOURCE[=WEIGHT]", help=f"{sources} (default: the config's)")
-    add("--resume", action="store_true", help="continue from the checkpoint in --out")
     add("--initial", metavar="FOLDER", help="start from the weights of this trained part")
     for name in OVERRIDES:
         add(f"--{name}", type=int, help=f"replaces {name} of the config")
-    family = parser.add_argument_group("options of `dall3 train family`")
+    family = parser.add_argument_group("options for family")
     add = family.add_argument
-    add("--minutes", type=float, default=600.0, help="time for all parts together, in minutes (default: %(default)g)")
     add("--emoji", default="emoji", help="folder or archive of the emoji, downloaded if needed (default: %(default)s)")
-    add("--device", help="device, such as cuda:1 or cpu (default: all GPUs, or the CPU)")
     add("--tiny", action="store_true", help="train very small networks, to test the command")
-    add("--commit", default="not stated", help="commit of this library, for the model card")
-
-
-def run_family(args: argparse.Namespace) -> None:
-    from dall3.training import family
-
-    how = {name: getattr(args, name) for name in ("minutes", "device", "resume", "tiny", "commit")}
-    failed = family.train_family(args.config or family.RECIPE, args.out, args.emoji, **how)
-    if failed:
-        raise ValueError(f"{', '.join(failed)} failed; the other parts are in {args.out}, and --resume continues")
-    print(f'trained the family in "{args.out}"')
+    add("--commit", help="commit of this library, for the model card (default: asked of git)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -50,6 +38,18 @@ def run(args: argparse.Namespace) -> None:
         return
     from dall3.training.run import train_model
 
-    overrides = given(args, *OVERRIDES)
-    train_model(args.model, args.out, args.config, args.data, args.resume, args.initial, **overrides)
+    how = {name: getattr(args, name) for name in ("resume", "initial", "minutes", "device")}
+    train_model(args.model, args.out, args.config, args.data, **how, **given(args, *OVERRIDES))
     print(f'trained the {args.model} in "{args.out}"')
+
+
+def run_family(args: argparse.Namespace) -> None:
+    from dall3.training.family import train_family
+    from dall3.training.recipe import RECIPE
+
+    how = {name: getattr(args, name) for name in ("device", "resume", "tiny", "commit")}
+    minutes = 600.0 if args.minutes is None else args.minutes
+    failed = train_family(args.config or RECIPE, args.out, args.emoji, minutes, **how)
+    if failed:
+        raise ValueError(f"{', '.join(failed)} failed; the other parts are in {args.out}, and --resume continues")
+    print(f'trained the family in "{args.out}"')

@@ -7,12 +7,14 @@ from collections.abc import Iterable
 import torch
 
 from dall3.text.tokenizer import Tokenizer
+from dall3.text.words import KnownWords
 
 
 class TextEncoder:
     """Text encoder of DALLE-pytorch's transformers: lower-cased text, no special ids, padded with 0.
 
     text_seq_len: length of the encoded prompt. num_text_tokens: size of the transformer's text vocabulary.
+    known_words: the words of the captions that the transformer was trained on, or None if they are not recorded.
 
     >>> from dall3.text import load_tokenizer
     >>> TextEncoder(load_tokenizer(), text_seq_len=8, num_text_tokens=49408)("a red cube").shape
@@ -26,6 +28,8 @@ class TextEncoder:
     family = "this transformer"  # used in error messages, as `letters`
     letters = "letters that its tokenizer knows"
     usual_length = 256  # default of text_seq_len
+
+    known_words: KnownWords | None = None
 
     def __init__(self, tokenizer: Tokenizer, text_seq_len: int, num_text_tokens: int) -> None:
         self.tokenizer = tokenizer
@@ -62,7 +66,8 @@ class TextEncoder:
         return ids[: self.text_seq_len]
 
     def check(self, prompt: str) -> None:
-        """Raise ValueError for a prompt that is empty or has no letter that the tokenizer knows.
+        """Raise ValueError for a prompt that is empty, has no letter that the tokenizer knows, or has no word that the
+        transformer's training had.
 
         An example is a prompt in another language. `__call__` accepts such prompts, as the original code does.
         """
@@ -72,6 +77,25 @@ class TextEncoder:
         nothing = not self.tokenizer.encode(self.prepare(prompt))
         if nothing or (written and not self.letters_read(prompt)):
             raise ValueError(f"{self.family} cannot read the prompt {prompt!r}: it reads {self.letters}")
+        if self.known_words is not None and self.known_words.none_known(prompt):
+            raise ValueError(
+                f"no word of the prompt {prompt!r} was in the captions that these weights were trained on; they draw "
+                f"{self.examples()}; for other prompts load larger weights, which `dall3 weights list` shows"
+            )
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """The words of a prompt that the transformer's training never had; none if they are not recorded.
+
+        >>> from dall3 import Dall3Pipeline
+        >>> Dall3Pipeline.from_pretrained().text_encoder.unknown_words("a small cube made of plutonium")
+        ['plutonium']
+        """
+        return [] if self.known_words is None else self.known_words.unknown(prompt)
+
+    def examples(self) -> str:
+        """Prompts that the transformer can draw, for a message."""
+        found = self.known_words.examples[:4] if self.known_words is not None else ()
+        return " or ".join(map(repr, found)) or "the words in its words.txt"
 
     def letters_read(self, prompt: str) -> set[str]:
         """Letters of a prompt that survive encoding and decoding."""

@@ -1,4 +1,4 @@
-"""Train a CLIP of open_clip (arXiv 2103.00020) on images and captions."""
+"""Train a CLIP of open_clip (arXiv 2103.00020) on images and captions, with captions that are wrong in one word."""
 
 from __future__ import annotations
 
@@ -13,37 +13,41 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL.Image import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dall3.images import make_grid, to_pil
 from dall3.models.clip import CLIP, CLIPConfig
 from dall3.models.vqgan import VQModel
 from dall3.scenes.captions import with_articles
+from dall3.scenes.world import Batch
 from dall3.text import Tokenizer
-from dall3.training.loop import Task, seed_of
-from dall3.weights.folder import save_part
+from dall3.training.part import Part, Rows, compact, seed_of
+from dall3.training.processes import Processes
+from dall3.training.vqgan import encode
+from dall3.weights.folder import load_part
+
+DECODED_AT_ONCE = 64  # images
 
 
 @dataclass(frozen=True)
-class CLIPTraining:
+class CLIPLoss:
     """Settings of the loss.
 
-    decoded: fraction of the images that are encoded and decoded by the VQGAN, because CLIP ranks decoded images.
-    cut_out: minimum side of the random crop of a batch, relative to the image, because guidance scores cut-outs.
-    noise: maximum standard deviation of the added noise.
+    decoded: fraction of a batch that is encoded and decoded by the VQGAN, once it exists, because CLIP ranks decoded
+    images. cut_out: minimum side of the random crop of a batch, relative to the image, because guidance scores
+    cut-outs. noise: maximum standard deviation of the added noise.
     swaps: groups of words for hard negatives (arXiv 2210.01936). negatives: number of hard negatives per caption that
-    contains such a word. Each has one word replaced by another of its group.
-    max_scale: upper bound of the learned logit scale; CLIP's is 100. A lower bound requires a larger margin between
-    right and wrong captions, so that scores of images for one caption are more informative.
+    contains such a word. Each has one word replaced by another of its group. max_scale: upper bound of the learned
+    logit scale.
     """
 
-    decoded: float = 0.15
-    cut_out: float = 0.6
+    decoded: float = 0.3
+    cut_out: float = 0.7
     noise: float = 0.1
     swaps: tuple[tuple[str, ...], ...] = ()
     negatives: int = 2
-    max_scale: float = 100.0
+    max_scale: float = 30.0
 
     def __post_init__(self) -> None:
         if self.negatives < 1:
@@ -65,81 +69,88 @@ def swap_word(text: str, groups: Sequence[Sequence[str]], chance: random.Random)
     return with_articles(re.sub(rf"\b{re.escape(word)}\b", other, text))
 
 
-class CLIPTask(Task):
+class CLIPPart(Part):
+    model: CLIP
+
     def __init__(
-        self, config: CLIPConfig, training: CLIPTraining, tokenizer: Tokenizer, vqgan: VQModel | None = None
+        self, config: CLIPConfig, loss: CLIPLoss, tokenizer: Tokenizer, vqgan: VQModel | None, processes: Processes
     ) -> None:
-        from accelerate import PartialState
-        from open_clip.loss import ClipLoss
-
-        super().__init__()
-        self.settings, self.model = training, CLIP.from_config(config, tokenizer)
+        super().__init__(processes)
+        self.settings, self.model = loss, CLIP.from_config(config, tokenizer)
         self.model.model.requires_grad_(True).train()  # train mode updates batch normalization's statistics
-        self.model.to(memory_format=torch.channels_last)  # faster convolutions
-        state = PartialState()
-        # Each process gathers the embeddings of all, so that the loss is that of the whole batch.
-        self.contrast = ClipLoss(gather_with_grad=True, rank=state.process_index, world_size=state.num_processes)
-        self.frozen = [vqgan]
+        self.frozen = [] if vqgan is None else [vqgan.to(processes.device).requires_grad_(False)]
 
-    def forward(self, images: Tensor, captions: list[str], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        s, side = self.settings, images.shape[-1]
-        vqgan = self.frozen[0].to(images.device) if self.frozen[0] is not None else None
-        with torch.no_grad():
-            if vqgan is not None:
-                chosen = [i for i, n in enumerate(self.items) if int((n + 1) * s.decoded) > int(n * s.decoded)]
-                images = images.clone()
-                for i in range(0, len(chosen), 16):
-                    part = chosen[i : i + 16]
-                    images[part] = vqgan.decode(vqgan.encode(images[part])).to(images.dtype)
-            cut = round(side * (s.cut_out + (1 - s.cut_out) * float(torch.rand(()).sqrt())))
-            top, left = (int(torch.randint(side - cut + 1, ())) for _ in range(2))
-            images = images[..., top : top + cut, left : left + cut]
-            images = F.interpolate(images, self.model.image_size, mode="bilinear", antialias=True)
-            device, shape = images.device, images.shape[1:]
-            noise = self.per_item(lambda generator: torch.randn(shape, generator=generator, device=device), device)
-            images = images + noise * (s.noise * torch.rand(()).to(device))
+    def look_for(self, out: Path) -> None:
+        if not self.frozen and (out / "runs/vqgan/finished").exists():
+            self.frozen = [load_part(out / "vqgan").to(self.processes.device).requires_grad_(False)]
+
+    def rows(self, batch: Batch, numbers: Sequence[int]) -> Rows:
+        s, wrong = self.settings, []
+        for number, caption in zip(numbers, batch.captions, strict=True):
+            chance = random.Random(seed_of("swap", number))
+            wrong += [swap_word(caption, s.swaps, chance) or "" for _ in range(s.negatives)]
+        tokens = self.model.tokenize([*batch.captions, *wrong]).to(batch.pictures.device)
+        tokens = compact(tokens, self.model.model.vocab_size)
+        text, negatives = tokens.split((len(batch.captions), len(wrong)))
+        swapped = torch.tensor([bool(text) for text in wrong[:: s.negatives]], device=tokens.device)
+        negatives = negatives.unflatten(0, (-1, s.negatives))
+        return {"pictures": batch.pictures, "text": text, "negatives": negatives, "swapped": swapped}
+
+    def forward(self, rows: Rows, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        processes, network, device = self.processes, self.model.model, self.processes.device
+        images = self.augment(rows["pictures"].float() / 255)
+        tokens, negatives = rows["text"].long(), rows["negatives"].long()
         # On a CPU the backward pass of fused attention takes twice as long for such short sequences.
-        with sdpa_kernel(SDPBackend.MATH) if images.device.type == "cpu" else nullcontext():
-            places, wrong = self.hard_negatives(captions)
-            picture = F.normalize(self.model.embed_images(images), dim=-1)
-            texts = F.normalize(self.model.embed_text([*captions, *wrong]), dim=-1)
-            text, hard = texts.split((len(captions), len(wrong)))
-        scale = self.model.model.logit_scale.exp()
-        with torch.autocast(device.type, enabled=False):  # half precision cannot tell close similarities apart
-            loss = self.contrast(picture, text, scale)
-            right = (picture @ text.T).argmax(dim=1) == torch.arange(len(images), device=device)
-            figures = {"accuracy": right.float().mean()}
-            if s.swaps:
-                choices = torch.cat((text[places, None], hard.unflatten(0, (len(places), s.negatives))), dim=1)
-                logits = scale * (choices @ picture[places, :, None])[..., 0]
-                answers = torch.zeros(len(places), dtype=torch.int64, device=device)
-                loss = loss + F.cross_entropy(logits, answers, reduction="sum") / len(images)
-                figures["told apart"] = (logits.argmax(dim=1) == 0).sum() / max(len(places), 1)
-        return loss, figures
+        with sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext():
+            picture = F.normalize(network.encode_image((images - self.model.mean) / self.model.std).float(), dim=-1)
+            texts = F.normalize(network.encode_text(torch.cat((tokens, negatives.flatten(0, 1)))).float(), dim=-1)
+        with torch.autocast(device.type, enabled=False):
+            text, wrong = texts.split((len(tokens), negatives.shape[0] * negatives.shape[1]))
+            scale = network.logit_scale.exp()
+            pictures, captions = (processes.gather_with_gradients(rows) for rows in (picture, text))
+            words, answers = processes.gather(tokens), torch.arange(len(pictures), device=device)
+            # Images with the same caption are not negatives of each other.
+            alike = (words[:, None] == words[None]).all(dim=-1) & (answers[:, None] != answers)
+            logits = (scale * pictures @ captions.T).masked_fill(alike, -1e4)
+            loss = (F.cross_entropy(logits, answers) + F.cross_entropy(logits.T, answers)) / 2
+            right = (logits.argmax(dim=1) == answers).float().mean()
+            choices = torch.cat((text[:, None], wrong.unflatten(0, negatives.shape[:2])), dim=1)
+            told = scale * (choices @ picture[:, :, None])[..., 0]
+            swapped, first = rows["swapped"].float(), torch.zeros(len(told), dtype=torch.int64, device=device)
+            loss = loss + (F.cross_entropy(told, first, reduction="none") * swapped).mean()
+            apart = ((told.argmax(dim=1) == 0) * swapped).sum() / swapped.sum().clamp(min=1)
+        return loss, {"accuracy": right, "told_apart": apart}
 
-    def hard_negatives(self, captions: list[str]) -> tuple[list[int], list[str]]:
-        """The indices of captions with words to swap, and `negatives` wrong captions for each, in sequence."""
-        places, wrong = [], []
-        for place, (number, text) in enumerate(zip(self.items, captions, strict=True)):
-            chance = random.Random(seed_of(self.seed, "swap", number))
-            swapped = [swap_word(text, self.settings.swaps, chance) for _ in range(self.settings.negatives)]
-            found = [other for other in swapped if other is not None]
-            places += [place] if found else []
-            wrong += found
-        return places, wrong
+    @torch.no_grad()
+    def augment(self, images: Tensor) -> Tensor:
+        """Decode some of the images (n, 3, side, side) from their codes, crop all, resize them, and add noise."""
+        s, device, side = self.settings, images.device, images.shape[-1]
+        if self.frozen:
+            first = self.processes.rank * len(images)
+            numbers = range(first, first + len(images))
+            chosen = [i for i, n in enumerate(numbers) if int((n + 1) * s.decoded) > int(n * s.decoded)]
+            images = images.clone()
+            for places in torch.tensor(chosen, dtype=torch.int64).split(DECODED_AT_ONCE):
+                part = images[places.to(device)]
+                images[places.to(device)] = self.frozen[0].decode(encode(self.frozen[0], part)).float()
+        cut = min(max(round(side * (s.cut_out + (1 - s.cut_out) * float(torch.rand(()).sqrt())) / 8) * 8, 8), side)
+        top, left = (int(n) for n in torch.randint(side - cut + 1, (2,)))
+        images = images[..., top : top + cut, left : left + cut]
+        images = F.interpolate(images, self.model.image_size, mode="bilinear", antialias=True)
+        strength = s.noise * self.random(torch.rand, len(images), 1, 1, 1)
+        noise = self.random(torch.randn, *images.shape)
+        return (images + noise * strength).contiguous(memory_format=torch.channels_last)  # faster convolutions
 
     def after_step(self) -> None:
         with torch.no_grad():
             self.model.model.logit_scale.clamp_(max=math.log(self.settings.max_scale))
 
-    def sample(self, images: Tensor, captions: list[str]) -> Image:
-        """Each image of the batch, followed by the three images with the highest similarity to its caption."""
-        small = F.interpolate(images, self.model.image_size, mode="bilinear", antialias=True)
-        picture = F.normalize(self.model.embed_images(small), dim=-1)
-        text = F.normalize(self.model.embed_text(captions), dim=-1)
+    def sheet(self, model: nn.Module, rows: Rows) -> Image:
+        """Each image, followed by the three images with the highest similarity to its caption."""
+        assert isinstance(model, CLIP)
+        images = F.interpolate(rows["pictures"].float() / 255, model.image_size, mode="bilinear", antialias=True)
+        picture = F.normalize(model.embed_images(images), dim=-1)
+        text = F.normalize(model.model.encode_text(rows["text"].long()).float(), dim=-1)
         best = (text @ picture.T).topk(3).indices
-        rows = [to_pil(torch.cat((images[i : i + 1], images[best[i]]))) for i in range(len(images))]
-        return make_grid([left + right for left, right in zip(rows[0::2], rows[1::2], strict=True)], 96)
-
-    def export(self, folder: Path) -> None:
-        save_part(self.model, folder)
+        lines = [to_pil(torch.cat((images[i : i + 1], images[best[i]]))) for i in range(len(images))]
+        return make_grid([a + b for a, b in zip(lines[0::2], lines[1::2], strict=True)], 96)

@@ -1,4 +1,4 @@
-"""Training data: images with captions from rendered scenes, emoji, folders and webdataset shards.
+"""Training data by item number: images with captions from rendered scenes, emoji, folders and webdataset shards.
 
 An item's number alone determines its image and caption. A resumed run therefore sees the same items, and processes
 divide the numbers among themselves.
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from itertools import count
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,9 +19,20 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dall3.scenes import render
 from dall3.scenes.captions import caption
-from dall3.scenes.emoji import fetch_emoji, list_emoji, random_emoji_picture, training_pool
+from dall3.scenes.emoji import (
+    emoji_caption,
+    fetch_emoji,
+    list_emoji,
+    random_background,
+    random_emoji_picture,
+    random_placement,
+    training_pool,
+)
 from dall3.scenes.scene import random_scene
+from dall3.scenes.world import Batch
+from dall3.training.config import TrainingConfig
 from dall3.training.files import Folder, Shards, shuffled
+from dall3.training.part import SHOWN, Part, Rows
 
 
 class Source(Protocol):
@@ -28,6 +40,9 @@ class Source(Protocol):
 
     def draw(self, index: int, rng: np.random.Generator, side: int) -> tuple[np.ndarray, str]:
         """Item number `index` of an infinite sequence: uint8 (side, side, 3) and its caption."""
+
+    def describe(self, index: int, rng: np.random.Generator) -> str:
+        """A caption of item number `index`, without its image."""
 
     def look(self) -> list[str]:
         """Describe the data and anything unusual, one statement per line. Raises ValueError if nothing can be read."""
@@ -39,6 +54,9 @@ class Scenes:
     def draw(self, index: int, rng: np.random.Generator, side: int) -> tuple[np.ndarray, str]:
         scene = random_scene(rng)
         return render(scene, side), caption(scene, rng)
+
+    def describe(self, index: int, rng: np.random.Generator) -> str:
+        return caption(random_scene(rng), rng)
 
     def look(self) -> list[str]:
         return ["scenes: rendered as they are needed"]
@@ -52,6 +70,11 @@ class EmojiPictures:
 
     def draw(self, index: int, rng: np.random.Generator, side: int) -> tuple[np.ndarray, str]:
         return random_emoji_picture(self.pool[shuffled(index, len(self.pool))], rng, side)
+
+    def describe(self, index: int, rng: np.random.Generator) -> str:
+        emoji = self.pool[shuffled(index, len(self.pool))]
+        background = random_background(emoji, rng)
+        return emoji_caption(emoji, background or "white", random_placement(rng)[0], rng)
 
     def look(self) -> list[str]:
         return [f"emoji: {len(self.pool)} drawings"]
@@ -112,32 +135,62 @@ class Mixture(Dataset[tuple[Tensor, str]]):
         """
         return [line for source in self.sources for line in source.look()]
 
-    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+    def choose(self, index: int) -> tuple[Source, np.random.Generator]:
+        """The source of an item, and the generator of its other choices."""
         rng = np.random.default_rng((self.seed, index))
-        source = self.sources[rng.choice(len(self.sources), p=self.shares)]
+        return self.sources[rng.choice(len(self.sources), p=self.shares)], rng
+
+    def caption(self, index: int) -> str:
+        """The caption of an item, without its image."""
+        source, rng = self.choose(index)
+        return source.describe(index, rng)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+        source, rng = self.choose(index)
         picture, text = source.draw(index, rng, self.side)
         return torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1))), text
 
 
 class StepSampler(Sampler[list[int]]):
-    """The item numbers of this process in each step, starting at `first_item`. Processes get disjoint items."""
+    """The item numbers of this process in each batch, without end. The processes get disjoint items."""
 
-    def __init__(self, steps: int, batch_size: int, process: int = 0, processes: int = 1, first_item: int = 0) -> None:
-        self.steps, self.batch_size, self.first_item = steps, batch_size, first_item
-        self.process, self.processes = process, processes
-
-    def ranges(self) -> Iterator[range]:
-        for step in range(self.steps):
-            start = self.first_item + (step * self.processes + self.process) * self.batch_size
-            yield range(start, start + self.batch_size)
+    def __init__(self, batch_size: int, process: int = 0, processes: int = 1, first_item: int = 0) -> None:
+        self.batch_size, self.first = batch_size, first_item + process * batch_size
+        self.stride = processes * batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        return map(list, self.ranges())
-
-    def __len__(self) -> int:
-        return self.steps
+        return (list(range(start, start + self.batch_size)) for start in count(self.first, self.stride))
 
 
-def loader(data: Dataset[Any], sampler: StepSampler, workers: int) -> DataLoader[Any]:
-    """Batches of images, uint8 (batch, 3, side, side), and captions, in the sampler's order."""
-    return DataLoader(data, batch_sampler=sampler, num_workers=workers, persistent_workers=workers > 0)
+class Stream:
+    """Batches of a `Mixture` for a part, in order. A run that resumes continues with the items that follow."""
+
+    shares_device = False
+
+    def __init__(self, part: Part, config: TrainingConfig) -> None:
+        self.part, self.config, self.batch_size, self.drawn = part, config, config.batch_size, 0
+        self.items: Iterator[list[int]] = iter(())
+        self.batches: Iterator[tuple[Tensor, list[str]]] = iter(())
+
+    def fill(self, seen: int, drawn: int) -> None:
+        c, processes = self.config, self.part.processes
+        sampler = StepSampler(c.batch_size, processes.rank, processes.count, seen)
+        data, workers = Mixture(c.data, c.side, c.seed), c.workers
+        self.drawn, self.items = seen, iter(sampler)
+        self.batches = iter(DataLoader(data, batch_sampler=sampler, num_workers=workers))
+
+    def next(self, elapsed: float) -> Rows:
+        self.drawn += self.batch_size * self.part.processes.count
+        images, captions = next(self.batches)
+        return self.rows(images, captions, next(self.items))
+
+    def sample(self) -> Rows:
+        """The rows of a fixed batch of other random choices."""
+        shown = Mixture(self.config.data, self.config.side, self.config.seed + 1)
+        images, captions = zip(*(shown[i] for i in range(SHOWN)), strict=True)
+        return self.rows(torch.stack(images), captions, range(SHOWN))
+
+    @torch.no_grad()
+    def rows(self, images: Tensor, captions: Sequence[str], numbers: Sequence[int]) -> Rows:
+        batch = Batch(images.to(self.part.processes.device, non_blocking=True), list(captions))
+        return self.part.rows(batch, numbers)

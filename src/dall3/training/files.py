@@ -61,18 +61,33 @@ class CaptionedFiles(ABC):
         """The name of an image in error messages."""
 
     @abstractmethod
-    def read(self, number: int) -> tuple[bytes, bytes]:
-        """The bytes of the image and of its captions. Raises OSError or ValueError."""
+    def read_image(self, number: int) -> bytes:
+        """The bytes of an image. Raises OSError or ValueError."""
+
+    @abstractmethod
+    def read_captions(self, number: int) -> bytes:
+        """The bytes of an image's captions. Raises OSError or ValueError."""
+
+    def captions(self, number: int) -> list[str]:
+        """The captions of an image, one empty one if there is none. Raises OSError or ValueError."""
+        try:
+            lines = self.read_captions(number).decode("utf-8-sig").splitlines()
+        except UnicodeDecodeError:
+            raise ValueError(f"{self.name(number)}: its caption is not UTF-8") from None
+        return [line.strip() for line in lines if line.strip()] or [""]
 
     def item(self, number: int, side: int) -> tuple[np.ndarray, list[str]]:
         """The image, uint8 (side, side, 3), and its captions. Raises OSError or ValueError if it is unreadable."""
-        picture, text = self.read(number)
+        captions = self.captions(number)
+        return fit_picture(self.read_image(number), side, self.name(number)), captions
+
+    def describe(self, index: int, rng: np.random.Generator) -> str:
+        """A caption of item number `index`, without reading its image; empty if it is unreadable."""
         try:
-            lines = text.decode("utf-8-sig").splitlines()
-        except UnicodeDecodeError:
-            raise ValueError(f"{self.name(number)}: its caption is not UTF-8") from None
-        captions = [line.strip() for line in lines if line.strip()]
-        return fit_picture(picture, side, self.name(number)), captions or [""]
+            captions = self.captions(shuffled(index, self.length))
+        except (OSError, ValueError):
+            return ""
+        return captions[rng.integers(len(captions))]
 
     def draw(self, index: int, rng: np.random.Generator, side: int) -> tuple[np.ndarray, str]:
         """Item number `index` of an infinite sequence. Raises ValueError if no image can be read."""
@@ -160,10 +175,11 @@ class Folder(CaptionedFiles):
     def name(self, number: int) -> str:
         return self.paths[number]
 
-    def read(self, number: int) -> tuple[bytes, bytes]:
-        path = self.paths[number]
-        text = path.rpartition(".")[0] + ".txt"
-        return read_plain(path, MOST_BYTES), read_plain(text, MOST_CAPTION_BYTES)
+    def read_image(self, number: int) -> bytes:
+        return read_plain(self.paths[number], MOST_BYTES)
+
+    def read_captions(self, number: int) -> bytes:
+        return read_plain(self.paths[number].rpartition(".")[0] + ".txt", MOST_CAPTION_BYTES)
 
 
 def read_plain(path: str, most: int) -> bytes:
@@ -204,16 +220,21 @@ class Shards(CaptionedFiles):
         shard, picture, _ = self.items[number]
         return f"{shard}: {picture.name}"
 
-    def read(self, number: int) -> tuple[bytes, bytes]:
-        shard, picture, text = self.items[number]
-        parts = []
-        with open(shard, "rb") as file:
-            for member, most in ((picture, MOST_BYTES), (text, MOST_CAPTION_BYTES)):
-                fits = f"{shard}: {member.name}: {member.size:,} bytes; expected at most {most:,}"
-                require(member.size <= most, fits)
-                file.seek(member.start)
-                parts.append(file.read(member.size))
-        return parts[0], parts[1]
+    def read_image(self, number: int) -> bytes:
+        shard, picture, _ = self.items[number]
+        return read_member(shard, picture, MOST_BYTES)
+
+    def read_captions(self, number: int) -> bytes:
+        shard, _, text = self.items[number]
+        return read_member(shard, text, MOST_CAPTION_BYTES)
+
+
+def read_member(shard: str, member: Member, most: int) -> bytes:
+    """The bytes of a file in a shard. Raises ValueError for more than `most` bytes."""
+    require(member.size <= most, f"{shard}: {member.name}: {member.size:,} bytes; expected at most {most:,}")
+    with open(shard, "rb") as file:
+        file.seek(member.start)
+        return file.read(member.size)
 
 
 def captioned(members: Iterable[Member]) -> list[tuple[Member, Member]]:

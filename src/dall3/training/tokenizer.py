@@ -1,22 +1,37 @@
-"""Train a byte-level BPE tokenizer (arXiv 1508.07909) on the captions of the training data."""
+"""Train a byte-level BPE tokenizer (arXiv 1508.07909) on the captions of the training data, and list their words."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from tqdm.auto import tqdm
-
-from dall3.training.data import Mixture
+from dall3.text.words import WORDS, words_of
+from dall3.weights.folder import TOKENIZER
 
 PADDING = "<pad>"  # id 0, the transformer's padding
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Settings of the tokenizer: the table [tokenizer].
+
+    vocab_size: maximum number of tokens. captions: number of captions that are read. kinds: as in `PoolConfig`.
+    replacements: lower-case text to replace everywhere before tokenizing, such as {"gray": "grey"}, for words that the
+    captions lack.
+    """
+
+    vocab_size: int = 2048
+    captions: int = 24_000
+    kinds: Mapping[str, float] = field(default_factory=lambda: {"scenes": 1.0})
+    replacements: Mapping[str, str] = field(default_factory=dict)
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int, replacements: Mapping[str, str] | None = None) -> str:
     """Train a tokenizer with at most `vocab_size` tokens and return its JSON, in the format of Hugging Face's
     tokenizers.
 
-    Id 0 is padding. Every byte is a token, so that any text can be encoded. replacements: lower-case text to replace
-    everywhere before tokenizing, such as {"gray": "grey"}, for words that the captions lack.
+    Id 0 is padding. Every byte is a token, so that any text can be encoded. replacements: as in `TokenizerConfig`.
 
     Raises ValueError for a vocabulary smaller than the byte alphabet, and for a replacement of the empty text.
     """
@@ -40,7 +55,15 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, replacements: Mapp
     return tokenizer.to_str(pretty=True)
 
 
-def draw_captions(data: Mixture, count: int) -> Iterator[str]:
-    """Yield the captions of the first `count` items."""
-    for i in tqdm(range(count), desc="captions"):
-        yield data[i][1]
+def write_tokenizer(folder: Path, captions: Sequence[str], config: TokenizerConfig, more: Iterable[str] = ()) -> None:
+    """Train the tokenizer and write it to a pipeline folder, with the list of the captions' words.
+
+    more: further texts whose words occur in the training's captions.
+    """
+    text = train_tokenizer(captions, config.vocab_size, config.replacements)
+    folder.mkdir(parents=True, exist_ok=True)
+    words = words_of([*captions, *more, *config.replacements], captions)
+    for name, content in ((WORDS, words.to_text()), (TOKENIZER, text)):
+        new = folder / f".{name}.new"
+        new.write_text(content, encoding="utf-8")
+        new.replace(folder / name)

@@ -46,7 +46,7 @@ def fetch_repository(name: str) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    kinds = ["*.json", "*.safetensors", "README.md"]
+    kinds = ["*.json", "*.safetensors", "README.md", "words.txt"]
     cache = cache_dir() / "hub"
     try:
         path = snapshot_download(

@@ -3,6 +3,7 @@
 README.md                                  model card
 generation_config.json                     recommended settings of the weights (optional)
 tokenizer.json                             tokenizer, in the format of Hugging Face's `tokenizers`
+words.txt                                  words of the training's captions, one a line (optional)
 transformer/ vqgan/ clip/ upsampler/ …     config.json, model.safetensors
 """
 
@@ -28,7 +29,7 @@ from dall3.models.transformer import DalleTransformer, TransformerConfig
 from dall3.models.unet import DiffusionConfig, UNet, UNetConfig
 from dall3.models.upscaler import Upscaler, UpscalerConfig
 from dall3.models.vqgan import GumbelVQ, VQGANConfig, VQModel
-from dall3.text import Tokenizer, load_tokenizer, tokenizer_json
+from dall3.text import WORDS, KnownWords, Tokenizer, load_tokenizer, read_words, tokenizer_json
 from dall3.weights.archive import CheckpointError, file_error
 from dall3.weights.convert.clip import load_clip
 from dall3.weights.convert.guided_diffusion import load_unet
@@ -214,7 +215,7 @@ def as_tuples(value: Any) -> Any:
 def load_folder(
     folder: PathLike, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> dict[str, Any]:
-    """Load the parts of a pipeline folder: models by name, and "tokenizer" if there is one.
+    """Load the parts of a pipeline folder: models by name, and "tokenizer" and "words" if there are any.
 
     The bundled CLIP is returned as a function that loads it. An upscaler is left out if spandrel is not installed.
     Raises CheckpointError for a folder without parts, and for a damaged part.
@@ -227,6 +228,7 @@ def load_folder(
     found: dict[str, Any] = {}
     if (folder / TOKENIZER).exists():
         found["tokenizer"] = read_tokenizer(folder / TOKENIZER)
+        found["words"] = checked_words(folder)
     for name in present:
         load = partial(load_part, folder / name, found.get("tokenizer"), device, dtype)
         # The bundled CLIP is loaded on first use: importing open_clip takes longer than loading everything else.
@@ -259,6 +261,7 @@ def load_files(
     if "tokenizer" in files:
         vocabulary, merges = files["tokenizer"]
         found["tokenizer"] = read_tokenizer(vocabulary if merges is None else (vocabulary, merges))
+        found["words"] = checked_words(vocabulary.parent)
     loaders: dict[str, Any] = {"vqgan": load_vae, "clip": load_clip, "super_resolution": load_super_resolution}
     # The transformer comes last, because the VQGAN may determine its number of image tokens.
     for name in sorted(files.keys() - {"tokenizer"}, key=lambda name: (name == "transformer", PARTS.index(name))):
@@ -285,6 +288,14 @@ def read_tokenizer(path: Any) -> Tokenizer:
     """`load_tokenizer`, with CheckpointError for a file that is damaged."""
     try:
         return load_tokenizer(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def checked_words(folder: Path) -> KnownWords | None:
+    """`read_words` of a folder, with CheckpointError for a file that is damaged."""
+    try:
+        return read_words(folder / WORDS)
     except ValueError as error:
         raise CheckpointError(str(error)) from None
 
@@ -335,12 +346,13 @@ def save_folder(
     dtype: torch.dtype | None = None,
     origins: dict[str, Origin] | None = None,
     defaults: dict[str, Any] | None = None,
+    words: KnownWords | None = None,
 ) -> Path:
     """Save parts by name, a tokenizer and a model card to a new or empty folder; returns its absolute path.
 
-    dtype: as for `save_part`. origins: by part. defaults: recommended settings. The folder is written under a temporary
-    name in the same directory and then renamed, so it is never incomplete. Raises FileExistsError for a folder that is
-    not empty; ValueError for a part or a tokenizer that cannot be saved.
+    dtype: as for `save_part`. origins: by part. defaults: recommended settings. words: those of words.txt. The folder
+    is written under a temporary name in the same directory and then renamed, so it is never incomplete. Raises
+    FileExistsError for a folder that is not empty; ValueError for a part or a tokenizer that cannot be saved.
     """
     folder, origins = Path(folder).absolute(), origins or {}
     check_empty(folder)
@@ -353,6 +365,8 @@ def save_folder(
             save_part(part, new / name, dtype, origins.get(name, Origin()))
         if text is not None:
             (new / TOKENIZER).write_text(text, encoding="utf-8")
+        if words is not None:
+            (new / WORDS).write_text(words.to_text(), encoding="utf-8")
         if defaults:
             (new / DEFAULTS).write_text(json.dumps(defaults, indent=2) + "\n", encoding="utf-8")
         (new / "README.md").write_text(model_card(new, origins), encoding="utf-8")

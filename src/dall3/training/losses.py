@@ -1,12 +1,50 @@
-"""Perceptual distance in the features of EfficientNet-lite2, trained on ImageNet (Apache-2.0, from PyPI)."""
+"""Losses that several parts use: a patch discriminator, and a perceptual distance.
+
+The distance uses the features of EfficientNet-lite2, trained on ImageNet (Apache-2.0, from PyPI).
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 STRIDES = (2, 4, 8, 16)
+RAMP = 0.05  # fraction of the training over which the weight of the discriminator rises
+
+
+class PatchDiscriminator(nn.Sequential):
+    """Patch discriminator (arXiv 1611.07004) of 34-pixel patches; input float (batch, in_channels, side, side)."""
+
+    def __init__(self, channels: int, in_channels: int = 3) -> None:
+        def layer(into: int, out: int, stride: int) -> list[nn.Module]:
+            return [nn.Conv2d(into, out, 4, stride, 1), nn.GroupNorm(8, out), nn.LeakyReLU(0.2)]
+
+        super().__init__(
+            nn.Conv2d(in_channels, channels, 4, 2, 1),
+            nn.LeakyReLU(0.2),
+            *layer(channels, 2 * channels, 2),
+            *layer(2 * channels, 4 * channels, 1),
+            nn.Conv2d(4 * channels, 1, 4, 1, 1),
+        )
+
+
+def adversarial_losses(discriminator: nn.Module, images: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """The generator's and the discriminator's hinge losses.
+
+    images: generated, float (batch, channels, side, side). others: real. The generator's loss has gradients to `images`
+    only, the discriminator's to its parameters only.
+    """
+    frozen = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
+    fooled = -functional_call(discriminator, frozen, (images,)).mean()
+    real, fake = discriminator(others), discriminator(images.detach())
+    return fooled, (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+
+
+def ramp(progress: float, start: float) -> float:
+    """The factor, in [0, 1], of a loss that starts at a progress. It rises because a discriminator starts untrained."""
+    return min((progress - start) / RAMP, 1.0)
 
 
 def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:

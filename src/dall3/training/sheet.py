@@ -1,4 +1,4 @@
-"""Draw a sheet of samples of a family: python -m dall3.training.family.sheet FOLDER FILE"""
+"""Draw a sheet of samples of a family: python -m dall3.training.sheet FOLDER FILE"""
 
 from __future__ import annotations
 
