@@ -222,7 +222,7 @@ class Parts:
             self.transformer.compile(**options)
         for unet in (self.upsampler, self.super_resolution):
             if unet is not None:
-                unet.compile(**{"fullgraph": True, "dynamic": False} | options)
+                unet.compile(**options)
         return self
 
     def fingerprints(self) -> dict[str, str]:

@@ -112,9 +112,9 @@ class Dall3Pipeline(LoadedParts):
         - guidance_prompt: target of CLIP guidance, optionally weighted: "a cube:2|a cloud" (default: the prompt).
         - output_size: width and height of the final images in pixels; needs a super_resolution part.
         - seed: integer in [0, 2**63). generator: a torch.Generator, or a list of one per image. Random by default.
-        - batch_size: candidates drawn at a time (default: chosen from the free memory). refine_batch_size: images
-          refined at a time (default: 1 on a CPU, 4 on a GPU). Both are halved if the device runs out of memory. They
-          change the results by rounding only.
+        - batch_size: candidates drawn at a time (default: chosen from the memory). refine_batch_size: images refined at
+          a time (default: 1 on a CPU, 4 to 16 on a GPU). Both are halved if the device runs out of memory. They change
+          the results by rounding only.
         - truncate: cut prompts that are too long. progress: show progress bars.
         - callback_on_step_end(pipe, step, timestep, tensors): called after each denoising step with "x" and
           "pred_xstart", float32 (batch, 3, height, width), about [-1, 1]. It may change them in place or return a
@@ -321,7 +321,7 @@ class Dall3Pipeline(LoadedParts):
         tokens, the size that follows from them).
         stage: the part to use, "upsampler" or "super_resolution".
         seed, generator, callback_on_step_end, progress: as in the call.
-        batch_size: images refined at a time (default: 1 on a CPU, 4 on a GPU).
+        batch_size: images refined at a time (default: 1 on a CPU, 4 to 16 on a GPU).
         settings: fields of `Denoising`, or denoising: a `Denoising` that sets them all. Settings that are not given
         come from `defaults`; clip_guidance_scale is 0 by default.
 

@@ -77,7 +77,7 @@ def generate(
     seed: random seed of the run. A prompt's seed follows from it and the prompt's number, a candidate's random numbers
     from that and the candidate's number: results depend neither on the order nor on the machine.
     batch_size: candidates drawn at a time. rank_batch_size: candidates decoded and scored at a time (default:
-    batch_size). refine_batch_size: pictures refined at a time (default: 1 on a CPU, 4 on a GPU).
+    batch_size). refine_batch_size: pictures refined at a time (default: 1 on a CPU, 4 to 16 on a GPU).
     refine: False for the coarse pictures. truncate: cut prompts that are too long for the transformer. threads: torch's
     threads in each stage. dtype: "float32", "float16" or "bfloat16". device: of a run in this process; on a cluster
     a stage with GPUs runs on "cuda". prompts_per_shard: prompts in one tar.
