@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
+from dall3.diffusion import captured
 from dall3.tokens import decoding
+from dall3.tokens.cuda_graph import tensors_of
 
 CUDA, CPU = torch.device("cuda:0"), torch.device("cpu")
 aten = torch.ops.aten
@@ -90,6 +92,37 @@ class Everywhere(TorchDispatchMode):
         return run(function, args, kwargs or {})
 
 
+class PretendGraph:
+    """A CUDA graph as `CudaGraph`, without a driver: a replay runs the function on the static inputs again.
+
+    As on a GPU, every replay writes to the same output tensors. captures, replays: counts of all graphs.
+    """
+
+    captures = replays = 0
+    bytes = 2**20
+
+    def __init__(self, function: Any, *inputs: torch.Tensor, device: Any, modules: Any = (), keep: Any = None) -> None:
+        assert torch.device(device).type == "cuda", device
+        self.function, self.inputs = function, [tensor.clone() for tensor in inputs]
+        self.weights = [*tensors_of(modules)]
+        self.output = function(*self.inputs)
+        PretendGraph.captures += 1
+
+    def __call__(self, *inputs: torch.Tensor) -> Any:
+        for static, tensor in zip(self.inputs, inputs, strict=True):
+            assert static.shape == tensor.shape and static.dtype == tensor.dtype
+            static.copy_(tensor)
+        new = self.function(*self.inputs)
+        for name, tensor in (new or {}).items():
+            self.output[name].copy_(tensor)
+        PretendGraph.replays += 1
+        return self.output
+
+    def reads(self, modules: Any) -> bool:
+        now = [*tensors_of(modules)]
+        return len(now) == len(self.weights) and all(a is b for a, b in zip(now, self.weights, strict=True))
+
+
 @contextmanager
 def pretend_gpu(monkeypatch: Any, memory: int = 8 * 2**30, reserved: int = 0) -> Any:
     """While it lasts, `device="cuda"` is to be had, with so many bytes of memory, some of which may be reserved."""
@@ -103,7 +136,17 @@ def pretend_gpu(monkeypatch: Any, memory: int = 8 * 2**30, reserved: int = 0) ->
     monkeypatch.setattr(torch, "tensor", tensor)  # this one does not come by the mode
     monkeypatch.setattr(torch, "Generator", Generator)
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
-    monkeypatch.setattr(decoding, "CudaGraph", lambda function, *inputs: function)  # no driver would record anything
+    monkeypatch.setattr(PretendGraph, "captures", 0)
+    monkeypatch.setattr(PretendGraph, "replays", 0)
+    for module in (decoding, captured):  # no driver would record anything
+        monkeypatch.setattr(module, "CudaGraph", PretendGraph)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (memory - reserved, memory))
     with Everywhere():
+        yield pretend_nothing
+
+
+@contextmanager
+def pretend_nothing() -> Any:
+    """Without what `pretend_gpu` brings to the pretended device: for computing on the CPU meanwhile."""
+    with _disable_current_modes():
         yield

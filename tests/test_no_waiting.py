@@ -11,8 +11,9 @@ from torch.utils._pytree import tree_leaves
 
 from dall3.diffusion import denoising as diffusion
 from dall3.diffusion import guidance
+from dall3.diffusion.captured import make_step
 from dall3.diffusion.denoising import Denoising, denoising_steps
-from dall3.diffusion.guidance import clip_loss, guided
+from dall3.diffusion.guidance import GuidanceLoss, clip_loss, guided
 from dall3.diffusion.schedule import GaussianDiffusion
 from dall3.models.transformer import DalleTransformer, TransformerConfig
 from dall3.models.unet import UNet, UNetConfig
@@ -89,31 +90,74 @@ def test_the_denoising_loop_reads_nothing_back_and_makes_nothing_elsewhere(monke
     assert step.number == 4 and elsewhere.found == []
 
 
-def test_the_token_step_is_one_graph_and_the_same_for_every_token():
+@pytest.mark.parametrize("is_guided", [False, True], ids=["unguided", "guided"])
+def test_the_denoising_step_of_a_cuda_graph_reads_nothing_back_and_makes_nothing_elsewhere(is_guided):
+    config = UNetConfig(32, (1, 2), 1, (1,), 32, num_heads=2, embedding_dims=(6, 32))
+    unet = UNet(config).to("meta").requires_grad_(False)
+    loss = GuidanceLoss(LookingGlass(), scale=1000.0, cutn=4, tv_scale=1.0, range_scale=1.0)
+    inputs = {"x": torch.zeros(2, 3, 32, 32), "step": torch.zeros(2), "image_embeds": torch.zeros(2, 6, 32, 32)}
+    if is_guided:
+        inputs |= dict(cutouts=torch.zeros(4, 3, dtype=torch.int64), targets=torch.zeros(1, 8), weights=torch.zeros(1))
+    tensors = [tensor.to("meta") for tensor in inputs.values()]
+    tables = GaussianDiffusion(config.diffusion)
+    step = make_step(unet, tables, list(inputs), False, loss if is_guided else None)
+    with torch.no_grad(), Elsewhere() as elsewhere:
+        step(*tensors)  # the noise schedule goes to the device in the first warm-up run
+        elsewhere.on = True
+        found = step(*tensors)
+    assert found["pred_xstart"].shape == (2, 3, 32, 32) and ("gradient" in found) == is_guided
+    assert elsewhere.found == []
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"top_p": 0.9, "cond_scale": 3.0}, {"top_k": 0.9}, {"top_k": 8, "top_p": 0.9, "temperature": 0.7}],
+    ids=["plain", "top_p", "top_k", "codes"],
+)
+def test_the_token_step_is_one_graph_and_the_same_for_every_token(settings):
+    """The step as `image_token_steps` compiles it: a graph of the network, and one of the sampling."""
     torch._dynamo.reset()
-    config = TransformerConfig(50, 40, 8, 32, 2, heads=2, dim_head=16, grid_size=4)
-    transformer, graphs = DalleTransformer(config).eval().requires_grad_(False), []
+    config = TransformerConfig(50, 40, 8, 32, 2, heads=2, dim_head=16, grid_size=4, attn_types=("full", "axial_row"))
+    transformer, graphs = DalleTransformer(config).double().eval().requires_grad_(False), []
 
     def count(graph, inputs):
         graphs.append(graph)
         return graph.forward
 
-    def step(token, place, position):
-        x = transformer.embed_image(token, place)
-        return transformer.image_logits(transformer.run(x, position, None, caches))
+    text, uniforms = torch.arange(8), torch.rand(2, 16, generator=torch.Generator().manual_seed(0))
+    kept = torch.full((16,), -1)
+    kept[5] = 7
+    *_, (expected, _, _) = image_token_steps(transformer, text, uniforms, Sampling(**settings), kept=kept)
+    transformer.compile(backend=count)
+    *_, (drawn, _, _) = image_token_steps(transformer, text, uniforms, Sampling(**settings), kept=kept)
+    assert len(graphs) == 2
+    list(image_token_steps(transformer, text, uniforms, Sampling(**settings | {"temperature": 0.5})))
+    assert len(graphs) == 3  # other settings compile the sampling only
+    assert torch.equal(drawn, expected) and (drawn[:, 5] == 7).all() and len(drawn.unique()) > 3
 
-    caches, index = transformer.make_caches(), torch.arange(config.seq_len)
-    text = transformer.embed_text(torch.zeros(2, 8, dtype=torch.int64))
-    compiled = torch.compile(step, fullgraph=True, backend=count)
-    with torch.no_grad():
-        transformer.run(text, index[: config.text_length], None, caches)
-        drawn = torch.randint(40, (2, 15), generator=torch.Generator().manual_seed(0))
-        logits = [
-            compiled(drawn[:, i : i + 1], index[i : i + 1], index[config.text_length + i :][:1]) for i in range(15)
-        ]
-        expected = transformer(torch.zeros(2, 8, dtype=torch.int64), drawn)[:, -15:, -40:]
-    assert len(graphs) == 1
-    assert torch.allclose(torch.cat(logits, dim=1), expected, atol=1e-4)
+
+def test_modes_of_torch_compile_that_capture_graphs_are_left_to_the_loops(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: seen.append(options) or function)
+    config = TransformerConfig(50, 40, 8, 32, 2, heads=2, dim_head=16, grid_size=2)
+    for mode in ("reduce-overhead", "max-autotune", "default"):
+        transformer, unet = DalleTransformer(config), UNet(UNetConfig(32, (1, 2), 1, (1,), 32, num_heads=2))
+        transformer.compile(mode=mode)
+        for _ in image_token_steps(transformer, torch.arange(8), torch.zeros(1, 4), Sampling()):
+            pass
+        unet.compile(mode=mode, dynamic=None)
+    of_step, of_sampling, of_unet = seen[::3], seen[1::3], seen[2::3]
+    assert [options["mode"] for options in of_step] == [None, "max-autotune-no-cudagraphs", "default"]
+    assert of_step[0] == of_sampling[0] == dict(fullgraph=True, dynamic=False, mode=None)
+    assert of_unet[0] == dict(fullgraph=True, dynamic=None, mode=None)
+
+
+def test_a_compiled_step_takes_more_shapes_than_torch_compile_does_by_default():
+    torch._dynamo.reset()
+    transformer = DalleTransformer(TransformerConfig(9, 8, 4, 8, 1, heads=1, dim_head=16, grid_size=2))
+    transformer.requires_grad_(False).compile(backend="eager")
+    for count in range(1, 12):
+        list(image_token_steps(transformer, torch.arange(4), torch.zeros(count, 4), Sampling()))
 
 
 def test_the_denoising_step_is_one_graph():

@@ -245,7 +245,7 @@ class Parts:
             self.transformer.compile(**options)
         for unet in (self.upsampler, self.super_resolution):
             if isinstance(unet, UNet):
-                unet.compile(**{"fullgraph": True, "dynamic": False} | options)
+                unet.compile(**options)
         return self
 
     def fingerprints(self) -> dict[str, str]:

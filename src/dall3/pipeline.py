@@ -104,9 +104,9 @@ class Dall3Pipeline(LoadedParts):
         - output_type: type of the output's `images` and `coarse_images`. "pil" (default): PIL images. "np": an array,
           float32 (n, height, width, 3) in [0, 1]. "pt": a tensor, float32 (n, 3, height, width) in [0, 1].
         - seed: integer in [0, 2**63). generator: a torch.Generator, or a list of one per image. Random by default.
-        - batch_size: candidates drawn at a time (default: chosen from the free memory). refine_batch_size: images
-          refined at a time (default: 1 on a CPU, 4 on a GPU). Both are halved if the device runs out of memory. They
-          change the results by rounding only.
+        - batch_size: candidates drawn at a time (default: chosen from the memory). refine_batch_size: images refined at
+          a time (default: 1 on a CPU, 4 to 16 on a GPU). Both are halved if the device runs out of memory. They change
+          the results by rounding only.
         - truncate: cut prompts that are too long. progress: show progress bars.
         - callback_on_step_end(pipe, step, timestep, tensors): called after each denoising step with "x" and
           "pred_xstart", float32 (batch, 3, height, width), about [-1, 1]. It may change them in place or return a
@@ -356,7 +356,7 @@ class Dall3Pipeline(LoadedParts):
         tokens, the size that follows from them; an upscaler's factor times the size of the image).
         stage: the part to use, "upsampler" or "super_resolution".
         seed, generator, callback_on_step_end, progress: as in the call.
-        batch_size: images refined at a time (default: 1 on a CPU, 4 on a GPU).
+        batch_size: images refined at a time (default: 1 on a CPU, 4 to 16 on a GPU).
         output_type: "pt" (default) for the tensor, "np" for an array, float32 (n, side, side, 3) in [0, 1], "pil" for
         PIL images.
         settings: fields of `Denoising`, or denoising: a `Denoising` that sets them all. Settings that are not given

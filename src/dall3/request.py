@@ -358,7 +358,7 @@ def pop_drawing(
         seeds = tuple(choose_seed(None, one) for one in generator)
     seed = choose_seed(given.pop("seed", None), generator) if seeds is None else seeds[0]
     transformer = parts.require("transformer", "drawing tokens")
-    batch_size = fitting_batch_size(transformer, sampling) if batch_size is None else batch_size
+    batch_size = fitting_batch_size(transformer, sampling, parts.device) if batch_size is None else batch_size
     check_counts(batch_size=batch_size)
     negative, truncate = given.pop("negative_prompt", None) or None, given.pop("truncate", False)
     if negative is not None:

@@ -77,7 +77,7 @@ def generate(
     seed: random seed of the run. A prompt's seed follows from it and the prompt's number, a candidate's random numbers
     from that and the candidate's number: results depend neither on the order nor on the machine.
     batch_size: candidates drawn at a time. rank_batch_size: candidates decoded and scored at a time (default:
-    batch_size). refine_batch_size: images refined at a time (default: 1 on a CPU, 4 on a GPU).
+    batch_size). refine_batch_size: images refined at a time (default: 1 on a CPU, 4 to 16 on a GPU).
     refine: False to skip the diffusion and save the coarse images. truncate: cut prompts that are too long for the
     transformer. threads: threads of torch in each stage. dtype: "float32", "float16" or "bfloat16". device: device of a
     run in this process; on a cluster, stages with GPUs run on "cuda". prompts_per_shard: prompts in one tar.

@@ -34,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--num_candidates", type=int, help="candidates to draw for each prompt (default: 1024)")
     add("--batch_size", type=int, help="candidates drawn at a time (default: 32)")
     add("--rank_batch_size", type=int, help="candidates decoded and scored at a time (default: batch_size)")
-    add("--refine_batch_size", type=int, help="images refined at a time (default: 1 on a CPU, 4 on a GPU)")
+    add("--refine_batch_size", type=int, help="images refined at a time (default: 1 on a CPU, 4 to 16 on a GPU)")
     add("--coarse", action="store_true", help="skip the diffusion")
     add("--truncate", action="store_true", help="cut prompts that are too long")
     add("--threads", type=int, help="threads of torch in each stage (default: 1)")

@@ -8,10 +8,10 @@ from itertools import islice
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from dall3.diffusion.captured import captured_on_cuda, unet_predict
 from dall3.diffusion.samplers import (
     DIFFUSERS,
     SAMPLERS,
@@ -20,7 +20,7 @@ from dall3.diffusion.samplers import (
     sample_with_scheduler,
     scheduler_for,
 )
-from dall3.diffusion.schedule import GaussianDiffusion, Prediction
+from dall3.diffusion.schedule import GaussianDiffusion
 from dall3.errors import require
 from dall3.models.layout import set_memory_layout
 from dall3.models.unet import UNet
@@ -30,43 +30,23 @@ Guide = Callable[[Predict, GaussianDiffusion, float], Predict]  # the float is t
 Generators = list[torch.Generator]  # one for each picture
 
 
-def with_circular_padding(unet: UNet) -> Callable[..., Tensor]:
-    """Wrap a UNet for seamless images: pad the inputs circularly and crop the output."""
-
-    def run(x: Tensor, timesteps: Tensor, **conditioning: Tensor) -> Tensor:
-        side, margin = x.shape[-1], unet.config.downsampling
-
-        def pad(tensor: Tensor) -> Tensor:
-            return F.pad(tensor, [margin * tensor.shape[-1] // side] * 4, mode="circular")
-
-        padded = {name: pad(tensor) for name, tensor in conditioning.items()}
-        out: Tensor = unet(pad(x), timesteps, **padded)
-        return out[..., margin : margin + side, margin : margin + side]
-
-    return run
-
-
-def unet_predict(
-    unet: UNet, diffusion: GaussianDiffusion, conditioning: dict[str, Tensor], seamless: bool = False
-) -> Predict:
-    """Wrap a UNet as `predict(x, i)`. It runs in the dtype of its weights; the diffusion statistics are float32."""
-    dtype, run = next(unet.parameters()).dtype, with_circular_padding(unet) if seamless else unet
-
-    def predict(x: Tensor, i: float) -> Prediction:
-        timesteps = torch.full((len(x),), diffusion.at("timestep", i), device=x.device)
-        return diffusion.predict(run(x.to(dtype), timesteps, **conditioning).float(), x, i)
-
-    return predict
-
-
-# Pictures per denoising batch by device type, 4 elsewhere. A CPU gains nothing from more: with guidance, two cores take
-# 17 to 20 s for four pictures in one batch, and 12 s for four one by one.
-REFINED_AT_ONCE = {"cpu": 1}
+IMAGE_BYTES = 9 * 2**29  # memory of one image of 256 px with guidance by a UNet of upstream's size, in half precision
+MOST_REFINED_AT_ONCE, LEAST_REFINED_AT_ONCE = 16, 4
 
 
 def default_refine_batch_size(given: int | None, device: torch.device | str) -> int:
-    """Pictures per denoising batch: `given`, or by default 1 on a CPU and 4 on other devices."""
-    return REFINED_AT_ONCE.get(torch.device(device).type, 4) if given is None else given
+    """Images per denoising batch: `given`, or a default for the device.
+
+    The default is 1 on a CPU, which gains nothing from more: with guidance, two cores take 17 to 20 s for four images
+    in one batch, and 12 s for four one by one. On CUDA it is a power of two from 4 to 16, by the device's total memory.
+    """
+    if given is not None:
+        return given
+    device = torch.device(device)
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 1 if device.type == "cpu" else LEAST_REFINED_AT_ONCE
+    room = int(torch.cuda.mem_get_info(device)[1]) // IMAGE_BYTES
+    return int(min(max(2 ** (max(room, 1).bit_length() - 1), LEAST_REFINED_AT_ONCE), MOST_REFINED_AT_ONCE))
 
 
 @dataclass(frozen=True)
@@ -174,16 +154,17 @@ def denoising_steps(
             x = scheduler.add_noise(picture, start, scheduler.timesteps[first : first + 1])
     steps = steps[first:]
 
-    predict = unet_predict(unet, diffusion, conditioning, settings.seamless)
+    unguided: Predict = unet_predict(unet, diffusion, conditioning, settings.seamless)
     guided_steps = round(len(steps) * settings.guidance_share) if guide is not None else 0
     set_memory_layout(unet)
-    if guide is not None and guided_steps:
-        predict = guide(predict, diffusion, steps[guided_steps - 1])
-    if by_name:
-        walk = SAMPLERS[scheduler](predict, diffusion, x, steps, noise)
-    else:
-        walk = sample_with_scheduler(predict, diffusion, x, steps, scheduler, generators)
+    predict = guide(unguided, diffusion, steps[guided_steps - 1]) if guide is not None and guided_steps else unguided
     total = min(len(steps), settings.stop_at or len(steps))
-    bar = tqdm(islice(walk, total), total=total, desc=progress, disable=progress is None)
-    for number, (x, x_start) in enumerate(bar):
-        yield Step(number, total, diffusion.timestep_map[round(steps[number])], x, x_start)
+    how = (unet, diffusion, conditioning, settings.seamless)
+    with captured_on_cuda(predict, unguided, *how, device) as predict:
+        if by_name:
+            walk = SAMPLERS[scheduler](predict, diffusion, x, steps, noise)
+        else:
+            walk = sample_with_scheduler(predict, diffusion, x, steps, scheduler, generators)
+        bar = tqdm(islice(walk, total), total=total, desc=progress, disable=progress is None)
+        for number, (x, x_start) in enumerate(bar):
+            yield Step(number, total, diffusion.timestep_map[round(steps[number])], x, x_start)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,53 +79,96 @@ def cut_out(images: Tensor, cutouts: Tensor, cut_size: int) -> Tensor:
 Loss = Callable[[Tensor, Tensor], Tensor]  # loss(blend, x_start): see `guided`; summed over the batch
 
 
-def clip_loss(
-    clip: CLIP, targets: Tensor, weights: Tensor, scale: float, cutn: int, generator: torch.Generator
-) -> Loss:
-    """CLIP loss: the weighted spherical distances of random cut-outs to the targets, averaged over the cut-outs.
+@dataclass(frozen=True, eq=False)
+class GuidanceLoss:
+    """The loss of CLIP guidance with penalties: `loss(blend, x_start)`.
 
-    targets: embeddings, float (targets, embed_dim). weights: (targets,), with a sum of 1 or -1. scale: factor of the
-    loss. generator: samples new cut-outs at every call, on the device of the images.
+    clip: None for the penalties alone. targets: embeddings, float (targets, embed_dim). weights: (targets,), with a sum
+    of 1 or -1. scale: factor of the CLIP loss. cutn: cut-outs per call. generator: samples new cut-outs at every call,
+    on the device of the images. tv_scale, range_scale: factors of the total variation loss of the blend and of the
+    range loss of the predicted x_0.
     """
 
-    def loss(blend: Tensor, x_start: Tensor) -> Tensor:
-        cutouts = draw_cutouts(blend.shape[-1], clip.image_size, cutn, generator)
-        embeddings = clip.embed_images(cut_out((blend + 1) / 2, cutouts, clip.image_size))
-        distances = spherical_distance(embeddings[:, None], targets[None])
-        return (distances * weights).sum() / cutn * scale
+    clip: CLIP | None = None
+    targets: Tensor | None = None
+    weights: Tensor | None = None
+    scale: float = 0.0
+    cutn: int = 0
+    generator: torch.Generator | None = None
+    tv_scale: float = 0.0
+    range_scale: float = 0.0
 
-    return loss
+    def sample_inputs(self, side: int) -> dict[str, Tensor]:
+        """Inputs of the CLIP loss besides images of `side` pixels: new cut-outs and the targets; {} without a CLIP."""
+        if self.clip is None:
+            return {}
+        assert self.targets is not None and self.weights is not None and self.generator is not None
+        cutouts = draw_cutouts(side, self.clip.image_size, self.cutn, self.generator)
+        return {"cutouts": cutouts, "targets": self.targets, "weights": self.weights}
 
+    def __call__(self, blend: Tensor, x_start: Tensor) -> Tensor:
+        return self.of(blend, x_start, **self.sample_inputs(blend.shape[-1]))
 
-def with_penalties(loss: Loss | None, tv_scale: float, range_scale: float) -> Loss:
-    """Add the total variation loss of the blend and the range loss of the predicted x_0 to `loss`, if there is one."""
-
-    def total(blend: Tensor, x_start: Tensor) -> Tensor:
-        result = blend.new_zeros(()) if loss is None else loss(blend, x_start)
-        if tv_scale:
-            result = result + total_variation(blend).sum() * tv_scale
-        if range_scale:
-            result = result + range_loss(x_start).sum() * range_scale
+    def of(self, blend: Tensor, x_start: Tensor, **inputs: Tensor) -> Tensor:
+        """The loss for the given `sample_inputs`: a function of tensors, which a CUDA graph can capture."""
+        result = self.clip_loss(blend, **inputs) if inputs else blend.new_zeros(())
+        if self.tv_scale:
+            result = result + total_variation(blend).sum() * self.tv_scale
+        if self.range_scale:
+            result = result + range_loss(x_start).sum() * self.range_scale
         return result
 
-    return total
+    def clip_loss(self, blend: Tensor, cutouts: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        """The weighted spherical distances of the cut-outs to the targets, averaged over the cut-outs."""
+        assert self.clip is not None
+        embeddings = self.clip.embed_images(cut_out((blend + 1) / 2, cutouts, self.clip.image_size))
+        distances = spherical_distance(embeddings[:, None], targets[None])
+        return (distances * weights).sum() / self.cutn * self.scale
 
 
-def guided(predict: Predict, diffusion: GaussianDiffusion, guide_from: float, loss: Loss) -> Predict:
+def clip_loss(
+    clip: CLIP, targets: Tensor, weights: Tensor, scale: float, cutn: int, generator: torch.Generator
+) -> GuidanceLoss:
+    """The CLIP loss without penalties. The arguments are those of `GuidanceLoss`."""
+    return GuidanceLoss(clip, targets, weights, scale, cutn, generator)
+
+
+def with_penalties(loss: GuidanceLoss | None, tv_scale: float, range_scale: float) -> GuidanceLoss:
+    """`loss`, or no CLIP loss, with the penalties of `GuidanceLoss`."""
+    return replace(loss or GuidanceLoss(), tv_scale=tv_scale, range_scale=range_scale)
+
+
+@dataclass(frozen=True, eq=False)
+class GuidedPredict:
+    """`predict` with the guidance gradient in its predictions, from `guided`."""
+
+    predict: Predict
+    diffusion: GaussianDiffusion
+    guide_from: float
+    loss: Loss
+
+    def __call__(self, x: Tensor, i: float) -> Prediction:
+        return (
+            self.predict(x, i) if i < self.guide_from else add_gradient(self.predict, self.diffusion, self.loss, x, i)
+        )
+
+
+def guided(predict: Predict, diffusion: GaussianDiffusion, guide_from: float, loss: Loss) -> GuidedPredict:
     """Wrap `predict` so that its predictions hold the guidance gradient; the step and the gradient share a UNet run.
 
     The arguments of the loss are the blend fac · x_0 + (1 - fac) · x_t with fac = sqrt(1 - ᾱ_t), and the predicted x_0,
     both (batch, 3, height, width). Steps below `guide_from` are not guided.
     """
+    return GuidedPredict(predict, diffusion, guide_from, loss)
 
-    def predict_guided(x: Tensor, i: float) -> Prediction:
-        if i < guide_from:
-            return predict(x, i)
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            prediction = predict(x, i)
-            blend = torch.lerp(x, prediction.pred_xstart, diffusion.at("sqrt_one_minus_bar", i))
-            gradient = -torch.autograd.grad(loss(blend, prediction.pred_xstart), x)[0]
-        return prediction.detach(gradient)
 
-    return predict_guided
+def add_gradient(
+    predict: Callable[[Tensor, Any], Prediction], diffusion: GaussianDiffusion, loss: Loss, x: Tensor, i: float | Tensor
+) -> Prediction:
+    """The prediction of step i with the gradient of -loss with respect to x."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        prediction = predict(x, i)
+        blend = torch.lerp(x, prediction.pred_xstart, diffusion.at("sqrt_one_minus_bar", i, x))
+        gradient = -torch.autograd.grad(loss(blend, prediction.pred_xstart), x)[0]
+    return prediction.detach(gradient)

@@ -68,7 +68,7 @@ class Prediction:
 
     diffusion: GaussianDiffusion
     x: Tensor  # x_t
-    t: float | Tensor  # the step, or int64 (batch,), one for each picture
+    t: float | Tensor  # the step, or a tensor (batch,), one for each picture
     pred_xstart: Tensor  # the predicted x_0
     variance_share: Tensor | None = None  # learned log-variance between that of the posterior (0) and beta (1)
     gradient: Tensor | None = None  # guidance: gradient of the log-probability with respect to x_t
@@ -99,9 +99,9 @@ class GaussianDiffusion:
     """The noise schedule of a subset of the training steps. Step 0 is the least noisy.
 
     spacing: the subset, as in `space_timesteps`; None for all training steps. Methods take a step t, which is an index
-    into the subset: a number for the whole batch, or int64 (batch,), one for each picture. Coefficients are a float for
-    a number and a float32 tensor for a tensor. Fractional steps, which some diffusers schedulers use, interpolate the
-    tables.
+    into the subset: a number for the whole batch, or a tensor (batch,), int64 or float32, one for each picture.
+    Coefficients are a float for a number and a float32 tensor for a tensor. Fractional steps, which some diffusers
+    schedulers use, interpolate the tables.
 
     >>> diffusion = GaussianDiffusion(DiffusionConfig(), 25)
     >>> len(diffusion), diffusion.timestep_map[-1]
@@ -157,7 +157,11 @@ class GaussianDiffusion:
         if (t.device, name) not in self._on_device:
             values = torch.tensor(self._tables[name], dtype=torch.float32, device="cpu")
             self._on_device[t.device, name] = values.to(t.device)
-        values = self._on_device[t.device, name][t]
+        table_on_device = self._on_device[t.device, name]
+        values = table_on_device[t.long()]
+        if t.is_floating_point():
+            above = table_on_device[(t.long() + 1).clamp_max(len(table_on_device) - 1)]
+            values = torch.lerp(values, above, t - t.floor())
         return values if like is None else values.view(-1, *[1] * (like.ndim - 1))
 
     def add_noise(self, x_start: Tensor, t: float | Tensor, noise: Tensor) -> Tensor:

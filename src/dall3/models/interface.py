@@ -10,7 +10,31 @@ import torch
 from torch import Tensor, nn
 
 KEPT_CACHES = 2  # idle caches that a transformer keeps: one for full batches and one for a smaller last batch
-KEPT_BYTES = 2**30  # largest cache that is kept; a larger one is freed after use
+KEPT_BYTES = 2**30  # largest cache that is kept on a CPU; a larger one is freed after use
+KEPT_SHARE = 16  # on CUDA the largest one is this fraction of the device's memory
+
+
+def kept_bytes(device: torch.device) -> int:
+    """Size in bytes up to which a cache, or the memory of a CUDA graph, is kept from call to call on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1]) // KEPT_SHARE
+    return KEPT_BYTES
+
+
+RECOMPILE_LIMIT = 64  # batch sizes, image sizes and sampling settings that torch.compile may see; its default is 8
+
+
+def step_compile_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of torch.compile for a step of a loop: one graph with static shapes, by default.
+
+    A mode that captures CUDA graphs is replaced by the same one without: the loops capture the compiled step
+    themselves, and torch.compile would leave a step that writes to its inputs uncaptured.
+    """
+    # Beyond the limit, a function with fullgraph=True raises an error.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    modes = {"reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
+    changed = {"mode": modes.get(options["mode"], options["mode"])} if "mode" in options else {}
+    return {"fullgraph": True, "dynamic": False} | options | changed
 
 
 class TokenConfig(Protocol):
@@ -40,10 +64,13 @@ class Cache:
     A cache holds `prompts` · `rows` sequences: sequence p · rows + r is row r of prompt p. The prompts are the text
     and, with classifier-free guidance, the negative or empty text. The rows are the candidates of one batch. The
     tensors keep their addresses and shapes for the lifetime of the cache, as CUDA graphs require.
+
+    graphs: decode steps captured with this cache, by sampling settings. They are freed with the cache.
     """
 
     prompts: int
     rows: int
+    graphs: dict[Any, Any] = field(init=False, default_factory=dict)
     # float (prompts, num_image_tokens), written by `prefill`: logits of image token 0, shared by all rows of a prompt
     first_logits: Tensor = field(init=False)
 
@@ -68,12 +95,13 @@ class ImageTokenTransformer(nn.Module, ABC, Generic[C]):
 
     config: Any  # a TokenConfig
     image_head: nn.Module | None  # replacement of the output head in a copy made by `packed.prepare`
-    compiled_step: Any  # result of torch.compile on `step`, or None before `compile`
+    compile_options: dict[str, Any] | None  # options of torch.compile for the decode step; None before `compile`
+    compiled_step: Any  # the compiled decode step, or None before its first use
 
     def __init__(self) -> None:
         super().__init__()
         self.image_head = None
-        self.compiled_step = None
+        self.compile_options = self.compiled_step = None
         self._idle_caches: dict[tuple[int, int], C] = {}  # keys: (prompts, rows)
 
     @abstractmethod
@@ -158,30 +186,34 @@ class ImageTokenTransformer(nn.Module, ABC, Generic[C]):
         self.fill_cache(text_ids, cache)
 
     def release(self, cache: C) -> None:
-        """Return a cache for reuse by the next `prefill` of the same shape. A cache above 1 GiB is freed instead."""
-        if self.cache_bytes(cache.prompts, cache.rows) <= KEPT_BYTES:
+        """Return a cache for reuse by the next `prefill` of the same shape. One above `kept_bytes` is freed instead."""
+        if self.cache_bytes(cache.prompts, cache.rows) <= kept_bytes(self.head[0].device):
             kept = [*self._idle_caches.items()][-(KEPT_CACHES - 1) :]
             self._idle_caches = dict(kept) | {(cache.prompts, cache.rows): cache}
 
     def free_caches(self) -> None:
-        """Free the caches that `release` kept."""
+        """Free the caches that `release` kept, and the CUDA graphs captured with them."""
         self._idle_caches = {}
 
     def cache_bytes(self, prompts: int, rows: int) -> int:
         """Size of a cache in bytes."""
         return prompts * rows * self.cache_numbers * self.head[0].element_size()
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile `step`, the decode step, with torch.compile: one graph for all tokens.
+    def compile(self, **options: Any) -> None:  # type: ignore[override]
+        """Compile the decode step with torch.compile at its first use: the network and the sampling are one graph each.
 
-        The arguments are those of `torch.compile`; `fullgraph=True` and `dynamic=False` are the defaults here.
+        The same graphs serve all tokens. The options are those of `torch.compile`; `fullgraph=True` and `dynamic=False`
+        are the defaults here. On a GPU the decoding loop captures the compiled step as a CUDA graph, so modes that do
+        so are not needed.
         """
-        self.compiled_step = torch.compile(self.step, *args, **{"fullgraph": True, "dynamic": False} | kwargs)
+        self.compile_options = step_compile_options(options)
+        self.compiled_step = None
+        self.free_caches()  # their graphs hold the step as it was
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.free_caches()  # they have the previous device and dtype
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy must not share caches, and the compiled step is bound to this module.
-        return self.__dict__ | {"_idle_caches": {}, "compiled_step": None}
+        # A copy must not share caches, and what `compile` did holds for this module.
+        return self.__dict__ | {"_idle_caches": {}, "compile_options": None, "compiled_step": None}

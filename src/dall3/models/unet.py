@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dall3.models.group_norm import GroupNorm, group_norm
+from dall3.models.interface import step_compile_options
 from dall3.models.vqgan import silu, upsample
 
 
@@ -170,7 +172,8 @@ def run_block(block: nn.Module, x: Tensor, time: Tensor) -> Tensor:
 
 def recomputed(block: nn.Module, x: Tensor, time: Tensor) -> Tensor:
     """Run the block with gradient checkpointing."""
-    out: Tensor = checkpoint(block, x, time, use_reentrant=False)
+    # The blocks draw no random numbers, and reading the state of the generator is not allowed in a CUDA graph.
+    out: Tensor = checkpoint(block, x, time, use_reentrant=False, preserve_rng_state=False)
     return out
 
 
@@ -230,6 +233,7 @@ class UNet(nn.Module):
                     )
                 self.output_blocks.append(Block(*layers))
         self.gradient_checkpointing = False
+        self.graphs: dict[Any, Any] = {}  # captured denoising steps that no call uses now
         out_channels = 6 if c.diffusion.learn_sigma else 3
         self.out = nn.Sequential(GroupNorm(32, width), nn.SiLU(), nn.Conv2d(width, out_channels, 3, padding=1))
         for module in self.modules():
@@ -242,6 +246,27 @@ class UNet(nn.Module):
         CLIP guidance takes a gradient through the whole UNet.
         """
         self.gradient_checkpointing = enabled
+
+    def compile(self, **options: Any) -> None:  # type: ignore[override]
+        """Compile the forward pass with torch.compile, as one graph, at its first use.
+
+        The options are those of `torch.compile`; `fullgraph=True` and `dynamic=False` are the defaults here. On a GPU
+        the denoising loop captures the compiled step as a CUDA graph, so modes that do so are not needed.
+        """
+        super().compile(**step_compile_options(options))
+        self.free_graphs()  # they hold the step as it was
+
+    def free_graphs(self) -> None:
+        """Free the captured denoising steps, and the memory that they hold."""
+        self.graphs = {}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.free_graphs()  # they read the previous weights
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        return state | {"graphs": {}}  # a copy has weights of its own
 
     def forward(
         self,

@@ -29,9 +29,11 @@ def memory_for_caches(transformer: ImageTokenTransformer[Any], device: torch.dev
     return 2 * 2**30
 
 
-def fitting_batch_size(transformer: ImageTokenTransformer[Any], settings: Sampling) -> int:
-    """Candidates per batch: the largest power of two whose caches fit `memory_for_caches`, up to `MOST_AT_ONCE`."""
-    device = transformer.head[0].device
+def fitting_batch_size(transformer: ImageTokenTransformer[Any], settings: Sampling, device: torch.device) -> int:
+    """Candidates per batch: the largest power of two whose caches fit `memory_for_caches`, up to `MOST_AT_ONCE`.
+
+    device: where the tokens are drawn. An offloaded transformer is still on the CPU.
+    """
     room = memory_for_caches(transformer, device) // transformer.cache_bytes(1 if settings.cond_scale == 1 else 2, 1)
     most = min(max(room, 1), MOST_AT_ONCE.get(device.type, 256))
     return int(2 ** (most.bit_length() - 1))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dall3.models.interface import ImageTokenTransformer
+from dall3.models.interface import Cache, ImageTokenTransformer
 from dall3.models.packed import prepare
 from dall3.models.transformer import DalleTransformer
 from dall3.tokens.batching import batches_that_fit
@@ -19,7 +21,8 @@ from dall3.tokens.sampling import Sampling
 # Largest number of rows for which a step is captured as a CUDA graph; with classifier-free guidance a candidate has two
 # rows. With few rows, launching kernels from Python dominates: on an H100, 256 tokens (dim 512, depth 12) of 1 and 8
 # candidates take 1.42 and 1.45 s without a graph, 0.38 and 0.49 s with one.
-GRAPHED_ROWS = 32
+GRAPHED_ROWS = 256
+GRAPHS_PER_CACHE = 2  # captured steps that a cache keeps, for different sampling settings
 
 
 def texts_of_rows(transformer: ImageTokenTransformer[Any], text_ids: Tensor, settings: Sampling) -> Tensor:
@@ -32,6 +35,106 @@ def texts_of_rows(transformer: ImageTokenTransformer[Any], text_ids: Tensor, set
     if settings.cond_scale == 1:
         return texts[:1]
     return texts if len(texts) == 2 else torch.cat((texts, transformer.empty_text()[None]))
+
+
+@dataclass(eq=False)
+class DecodeState:
+    """The tensors that a decode step reads and writes besides the transformer's cache, for one batch of candidates."""
+
+    tokens: Tensor  # int64 (rows, grid_size²), the tokens so far
+    uniforms: Tensor  # float (rows, grid_size²) in [0, 1), one random number per token
+    kept: Tensor  # int64 (grid_size²,), fixed tokens, -1 where tokens are sampled
+    place: Tensor  # int64 (1,), index in the grid of the last token that was written
+
+
+def next_logits(
+    transformer: ImageTokenTransformer[Any], cache: Cache, state: DecodeState, end: int | None = None
+) -> Tensor:
+    """Run the last token: logits of the next one, (prompts · rows, num_image_tokens). Advances `state.place` to it."""
+    previous = state.tokens.index_select(1, state.place)
+    logits = transformer.step(previous, state.place, cache, end)[:, 0]
+    state.place.add_(1)
+    return logits
+
+
+def sample_token(state: DecodeState, settings: Sampling, logits: Tensor, vocabulary: int) -> None:
+    """Sample the token at `state.place` from logits (prompts · rows, num_image_tokens), unless it is fixed."""
+    uniforms = state.uniforms.index_select(1, state.place)[:, 0]
+    sampled = settings.choose(settings.guide(logits.float()), uniforms, vocabulary)
+    kept = state.kept.index_select(0, state.place)
+    state.tokens.index_copy_(1, state.place, torch.where(kept < 0, sampled, kept)[:, None])
+
+
+def decode_step(
+    transformer: ImageTokenTransformer[Any],
+    cache: Cache,
+    state: DecodeState,
+    settings: Sampling,
+    end: int | None = None,
+    run: Callable[..., Tensor] = next_logits,
+    sample: Callable[..., None] = sample_token,
+) -> None:
+    """Run the transformer on the last token and sample the next one.
+
+    Everything that changes from token to token is in the tensors of `state`, so that one CUDA graph serves all tokens.
+    end: as in `ImageTokenTransformer.step`; `state.place + 1`, or None for static shapes. run, sample: `next_logits`
+    and `sample_token`, or these compiled.
+    """
+    sample(state, settings, run(transformer, cache, state, end), transformer.top_k_vocabulary)
+
+
+def compiled_step(transformer: ImageTokenTransformer[Any]) -> Callable[..., None] | None:
+    """`decode_step` as the transformer's `compile` asked for it; None if it did not.
+
+    The sampling is compiled apart, so that other settings do not compile the transformer again.
+    """
+    options = transformer.compile_options
+    if options is not None and transformer.compiled_step is None:
+        run, sample = torch.compile(next_logits, **options), torch.compile(sample_token, **options)
+        transformer.compiled_step = partial(decode_step, run=run, sample=sample)
+    step: Callable[..., None] | None = transformer.compiled_step
+    return step
+
+
+class CapturedStep:
+    """A decode step as a CUDA graph, with the static tensors that it reads and writes. It is kept with its cache."""
+
+    def __init__(
+        self,
+        step: Callable[..., None],
+        transformer: ImageTokenTransformer[Any],
+        cache: Cache,
+        state: DecodeState,
+        settings: Sampling,
+    ) -> None:
+        """state: the first batch; its values are copied."""
+        with torch.inference_mode(False):  # an inference tensor could not be written outside of inference mode
+            self.state = DecodeState(*(torch.empty_like(tensor) for tensor in vars(state).values()))
+        self.load(state)
+        self.graph = CudaGraph(
+            lambda: step(transformer, cache, self.state, settings), device=state.place.device, modules=[transformer]
+        )
+
+    def load(self, state: DecodeState) -> None:
+        """Begin a batch: copy the values of `state`."""
+        for static_tensor, tensor in zip(vars(self.state).values(), vars(state).values(), strict=True):
+            static_tensor.copy_(tensor)
+
+
+def captured_step(
+    step: Callable[..., None],
+    transformer: ImageTokenTransformer[Any],
+    cache: Cache,
+    state: DecodeState,
+    settings: Sampling,
+) -> CapturedStep:
+    """The captured step of a cache for these settings, with the values of `state`: a kept one, or a new one."""
+    captured: CapturedStep | None = cache.graphs.pop(settings, None)
+    if captured is None or not captured.graph.reads([transformer]):
+        captured = CapturedStep(step, transformer, cache, state, settings)
+    captured.load(state)  # the warm-up runs have advanced it
+    cache.graphs = dict([*cache.graphs.items()][-(GRAPHS_PER_CACHE - 1) :]) | {settings: captured}
+    return captured
 
 
 @torch.inference_mode()
@@ -53,50 +156,60 @@ def image_token_steps(
     Yields a tuple: the tokens, int64 (candidates, grid_size²), the same tensor each time; the range of candidates of
     the current batch; the number of tokens sampled in this batch so far.
     """
-    compiled = transformer.compiled_step if settings.quantize is None else None
+    compiled = compiled_step(transformer) if settings.quantize is None else None
     texts = texts_of_rows(transformer, text_ids, settings)
     if compiled is None:
         transformer = prepare(
             transformer, settings.quantize, len(texts) * min(batch_size or len(uniforms), len(uniforms))
         )
-    run, config, device = compiled or transformer.step, transformer.config, uniforms.device
-    places = torch.arange(config.image_seq_len, device=device)
+    length, device = transformer.config.image_seq_len, uniforms.device
     with torch.inference_mode(False):  # callers may use the result with autograd
         drawn = torch.zeros(uniforms.shape, dtype=torch.int64, device=device)
-    keeps = torch.full_like(places, -1) if kept is None else kept
+        kept = torch.full((length,), -1, device=device) if kept is None else kept
 
-    with_text: list[Any] = []  # a cache that holds the texts, once there is one
+    caches: dict[int, Any] = {}  # of this draw, by their rows
+
+    def cache_of(rows: int) -> Any:
+        if rows in caches:
+            transformer.copy_text(texts, caches[rows], caches[rows])
+        else:
+            caches[rows] = transformer.prefill(texts, rows, *[*caches.values()][:1])
+        return caches[rows]
 
     def draw(batch: range) -> Iterator[int]:
-        tokens, numbers = drawn[batch.start : batch.stop], uniforms[batch.start : batch.stop]
-        cache = transformer.prefill(texts, len(batch), *with_text)
-        with_text[:] = [cache]
-        graphed = device.type == "cuda" and compiled is None and len(texts) * len(batch) <= GRAPHED_ROWS
-        end: int | None = None
-
-        def choose(logits: Tensor, row: Tensor, keep: Tensor) -> Tensor:
-            chosen = settings.choose(settings.guide(logits.float()), row, transformer.top_k_vocabulary)
-            return torch.where(keep < 0, chosen, keep)
-
-        def step(previous: Tensor, place: Tensor, row: Tensor, keep: Tensor) -> Tensor:
-            return choose(run(previous, place, cache, end)[:, 0], row, keep)
-
-        first = cache.first_logits.repeat_interleave(len(batch), dim=0)
-        tokens[:, 0] = choose(first, numbers[:, 0], keeps[0])
+        cache, tokens = cache_of(len(batch)), drawn[batch.start : batch.stop]
+        first = torch.zeros(1, dtype=torch.int64, device=device)
+        state = DecodeState(tokens, uniforms[batch.start : batch.stop], kept, first)
+        logits = cache.first_logits.repeat_interleave(len(batch), dim=0)
+        sample_token(state, settings, logits, transformer.top_k_vocabulary)
         yield 1
-        advance: Callable[..., Tensor] = step
-        for i in range(1, config.image_seq_len):
-            inputs = tokens[:, i - 1 : i], places[i - 1 : i], numbers[:, i], keeps[i]
-            if graphed and i == 1:
-                advance = CudaGraph(step, *inputs)
-            # A compiled or captured step has static shapes. Otherwise only the keys written so far are read.
-            end = None if compiled or graphed else i
-            tokens[:, i] = advance(*inputs)
+        captured: CapturedStep | None = None
+        if device.type == "cuda" and len(texts) * len(batch) <= GRAPHED_ROWS:
+            captured = captured_step(compiled or decode_step, transformer, cache, state, settings)
+        for i in range(1, length):
+            if captured is not None:
+                captured.graph()
+                tokens[:, i] = captured.state.tokens[:, i]
+            elif compiled is not None:
+                compiled(transformer, cache, state, settings)
+            else:
+                decode_step(transformer, cache, state, settings, i)  # reads only the keys that are written
             yield i + 1
-        transformer.release(cache)
 
-    for batch, count in batches_that_fit(len(uniforms), batch_size or len(uniforms), draw):
-        yield drawn, batch, count
+    def draw_or_free(batch: range) -> Iterator[int]:
+        try:
+            yield from draw(batch)
+        except torch.cuda.OutOfMemoryError:
+            caches.clear()
+            transformer.free_caches()
+            raise
+
+    try:
+        for batch, count in batches_that_fit(len(uniforms), batch_size or len(uniforms), draw_or_free):
+            yield drawn, batch, count
+    finally:
+        for cache in caches.values():
+            transformer.release(cache)
 
 
 def draw_image_tokens(

@@ -50,9 +50,10 @@ def sort_likeliest(logits: Tensor, threshold: float) -> tuple[Tensor, Tensor, Te
 
     The m largest probabilities sum to more than `threshold` unless m is n. On a CPU, sorting the whole vocabulary can
     cost as much as a step of the transformer, so m is n // 8 if that is enough. Elsewhere this test would synchronise
-    with the device.
+    with the device, and in a compiled step it would break the graph.
     """
-    if logits.device.type == "cpu" and threshold < 1 and logits.shape[-1] >= 64:
+    on_cpu = logits.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_cpu and threshold < 1 and logits.shape[-1] >= 64:
         values, indices = logits.topk(logits.shape[-1] // 8)
         probabilities = (values - logits.logsumexp(dim=-1, keepdim=True)).exp()
         if (probabilities.sum(dim=-1) > threshold).all():
