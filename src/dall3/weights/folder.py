@@ -129,6 +129,8 @@ def load_part(
         raise file_error(folder / CONFIG, f"makes no {name}: {type(error).__name__}: {error}") from None
     state = read_tensors(folder / WEIGHTS, device, dtype)
     state |= {name: state[first] for name, first in shared_names(model).items() if first in state}
+    if isinstance(model, DalleTransformer):
+        model.take_rotary_table(state)
     return load_tensors(model, state, folder / WEIGHTS, dtype).to(device, dtype)
 
 
