@@ -1,8 +1,9 @@
 """Benchmark `dall3 batch` in a loop, with one Ray worker and on a cluster: python benchmarks/batch.py [--sections …]
 
 same: compare the indices of all three. failures: kill nodes, actors and the driver. speed: two workers relative to one,
-and Ray relative to the loop, from one run, with one thread per stage. memory, driver: peak of the object store, and
-prompts per second of one driver, while 1,024 candidates per prompt pass through stages that do no work.
+and Ray relative to the loop, from one run, with one thread per stage. memory: peak of the object store while 1,024
+candidates per prompt pass through stages that do no work. driver: prompts per second of one driver, from the prompts to
+the finished shards, with stages that return the tokens of 1,024 candidates and the files of 8 images at once.
 
 Uses the bundled weights and coarse images; refinement would add the same time to all.
 """
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -81,12 +83,46 @@ assert len(times) == len(rows)
 print((len(times) - 1) / (times[-1] - times[0]))
 """
 
+DRIVER = """
+import json, resource, sys, time
+from pathlib import Path
+from dall3.batch import generate, ray_engine, stages
+from dall3.batch.store import Store
+count, candidates, images, home = int(sys.argv[1]), 1024, 8, Path(sys.argv[2])
+generate(["a cube"], home / "one", images, images, refine=False, progress=False)
+files = (home / "one" / "pictures-000000.tar").read_bytes()
+class Draw(stages.Draw):
+    def __init__(self, job): self.job, self.ready = job, bytes(2 * job.tokens * candidates)
+    def work(self, row): return {"tokens": self.ready}
+class Rank(stages.Rank):
+    def __init__(self, job): self.job = job
+    def work(self, row):
+        return {"tokens": row["tokens"][: 2 * self.job.tokens * images], "candidates": b"", "scores": b""}
+class Refine(stages.Refine):
+    def __init__(self, job): self.job = job
+    def work(self, row): return {"files": files}
+ray_engine.STAGES, add, writing, times = (Draw, Rank, Refine), Store.add, [], []
+def timed(self, *args):
+    times.append((time.perf_counter(), time.process_time()))
+    add(self, *args)
+    writing.append(time.perf_counter() - times[-1][0])
+Store.add = timed
+small = {"draw": 0.4, "rank": 0.3, "refine": 0.3}
+coarse = dict(refine=False, ray="local", num_cpus=small, progress=False)
+generate(["a cube"] * count, home / "driver", images, candidates, **coarse)
+wall, cpu = (times[-1][k] - times[0][k] for k in (0, 1))
+print(json.dumps({"prompts per second": (count - 1) / wall, "writing, share of the time": sum(writing[:-1]) / wall,
+    "driver's CPU seconds per second": cpu / wall, "bytes per prompt": len(files),
+    "driver's peak MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+"""
+
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--sections", nargs="+", default=["same", "failures", "speed", "memory", "driver"])
 parser.add_argument("--prompts", type=int, default=40)
 parser.add_argument("--candidates", type=int, default=32)
 parser.add_argument("--images", type=int, default=8)
 parser.add_argument("--cond_scale", type=float, help="of the draws (default: the weights')")
+parser.add_argument("--driver_prompts", type=int, default=10_000)
 parser.add_argument("--memory_prompts", type=int, nargs="+", default=[100, 1000])
 args = parser.parse_args()
 home = Path(tempfile.mkdtemp())
@@ -219,30 +255,43 @@ def nothing(count: int, sleep: float) -> float:
     )
 
 
-def memory() -> None:
-    def used() -> int:
-        found = os.statvfs("/dev/shm")  # holds the object store; used pages are not returned, so this is the peak
-        return (found.f_blocks - found.f_bfree) * found.f_frsize
+@contextmanager
+def object_store():
+    """A list whose only number, at the end, is the most bytes that were in the object store."""
+    used = lambda: (found := os.statvfs("/dev/shm")).f_frsize * (found.f_blocks - found.f_bfree)  # noqa: E731
+    base, most, ended = used(), [0], threading.Event()
 
-    print("\n| prompts of 1,024 candidates | passed through, MB | most in the object store, MB |\n|---|---|---|")
-    for count in args.memory_prompts:
-        base, peaks, ended = used(), [0], threading.Event()
+    def watch() -> None:
+        while not ended.wait(0.05):
+            most[0] = max(most[0], used() - base)  # used pages are not returned, so this is the peak
 
-        def watch(base=base, peaks=peaks, ended=ended) -> None:
-            while not ended.wait(0.05):
-                peaks.append(used() - base)
-
-        thread = threading.Thread(target=watch)
-        thread.start()
-        nothing(count, 0.05)  # slower than drawing, so that drawn prompts have to wait
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield most
+    finally:
         ended.set()
         thread.join()
+
+
+def memory() -> None:
+    print("\n| prompts of 1,024 candidates | passed through, MB | most in the object store, MB |\n|---|---|---|")
+    for count in args.memory_prompts:
+        with object_store() as most:
+            nothing(count, 0.05)  # slower than drawing, so that drawn prompts have to wait
         passed = count * (1024 * 512 + 800_000 + 8 * 512)
-        print(f"| {count} | {passed / 1e6:.0f} | {max(peaks) / 1e6:.0f} |", flush=True)
+        print(f"| {count} | {passed / 1e6:.0f} | {most[0] / 1e6:.0f} |", flush=True)
 
 
 def driver() -> None:
-    print(f"\nthe driver passes {nothing(500, 0):.0f} prompts a second on, of 1,024 candidates that take no time")
+    command = [sys.executable, "-c", DRIVER, str(args.driver_prompts), str(home)]
+    with object_store() as most:
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    row = {"prompts": args.driver_prompts} | json.loads(done.stdout.splitlines()[-1])
+    row["most in the object store, MB"] = most[0] / 1e6
+    print(f"\n{row}", flush=True)
+    results = Path(__file__).with_name("results") / "batch.json"
+    results.write_text(json.dumps({"driver": row}, indent=2) + "\n", encoding="utf-8")
 
 
 try:

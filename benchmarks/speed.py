@@ -5,9 +5,12 @@ installed: dalle-pytorch 1.6.6 (`pip install --no-deps dalle-pytorch==1.6.6`; mi
 lost cache argument is fixed), and clones of upstream's two repositories, given by --upstream-dalle and
 --upstream-diffusion. Programs without a cache run every 16th token only, and the time of the others is interpolated.
 
-Sections: tokens, diffusion, prompt, growth, steps, start, memory. Each writes its rows to results/speed.json; tokens
-also writes the plot docs/speed.png. With --device cuda the sections tokens, diffusion and gpu run there, and the rows
-are written to results/speed_cuda.json.
+The other peers, each left out where it is not installed: for the section mini, min-dalle (`pip install --no-deps
+--target FOLDER min-dalle==0.4.11`, named by --min-dalle FOLDER); for the section diffusion, diffusers' UNet2DModel.
+
+Sections: tokens, mini, diffusion, prompt, growth, steps, start, memory. Each writes its rows to results/speed.json;
+tokens also writes the plot docs/speed.png. With --device cuda the sections tokens, diffusion and gpu run there, and the
+rows are written to results/speed_cuda.json.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import copy
 import importlib
 import importlib.util
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -30,6 +34,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from peers import make_unet2d, mini_pair
 from quality import to_markdown
 from torch import Tensor
 
@@ -41,7 +46,8 @@ from dall3.models.clip import CLIP
 from dall3.models.packed import Float16Linear, Int8Linear, prepare
 from dall3.models.transformer import DalleTransformer, TransformerConfig
 from dall3.models.unet import UNet, UNetConfig
-from dall3.tokens.decoding import draw_image_tokens
+from dall3.tokens.batching import memory_for_caches
+from dall3.tokens.decoding import draw_image_tokens, image_token_steps
 from dall3.tokens.sampling import Sampling
 from dall3.tokens.seeds import candidate_uniforms, make_generator
 from dall3.weights.convert.dalle_pytorch import load_transformer
@@ -80,6 +86,8 @@ FLAGS: dict[str, Any] = dict(
     emb_output_dims=64,
 )
 PROMPT = "a cube made of cloud"
+LONGEST = 30.0  # seconds of a run in the section growth
+NAMES = ("num_text_tokens", "num_image_tokens", "text_seq_len", "dim", "depth")
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -340,6 +348,9 @@ def diffusion(args: argparse.Namespace) -> list[Row]:
     model, unet = model.to(args.device) if model is not None else None, unet.to(args.device)
     x, embeds = torch.randn(1, 3, 256, 256, device=args.device), torch.randn(1, 32, 16, 16, device=args.device)
     target, rows = pipe.clip.embed_text([PROMPT]), []
+    peer = make_unet2d(args.device)
+    if peer is None:
+        print("diffusers is not installed: its UNet2DModel is left out")
     for kind, clip in (("unguided", None), ("guided", pipe.clip)):
         works: dict[str, Callable[[], object]] = {
             "ours": lambda clip=clip: our_steps(unet, clip, target, x, embeds)  # type: ignore[misc]
@@ -348,6 +359,8 @@ def diffusion(args: argparse.Namespace) -> list[Row]:
             works["upstream"] = lambda clip=clip: (  # type: ignore[misc]
                 original_step(model, schedule, clip, target, x, embeds)
             )
+        if peer is not None and clip is None:  # guidance is not diffusers'
+            works["diffusers' UNet2DModel"] = lambda: peer(x, 500)
         found = in_turn(works, 2 * args.rounds + 1)
         for name, taken in found.items():
             row = {"step": kind, "program": name, "seconds": taken}
@@ -391,15 +404,85 @@ def prompt(args: argparse.Namespace) -> list[Row]:
     return rows
 
 
+def mini(args: argparse.Namespace) -> list[Row]:
+    """256 image tokens of DALL·E Mini's shape with random weights that float16 holds, guidance 10, the best 256 codes:
+    ours beside min-dalle on the same weights, in seconds and in peak memory of a process that draws once.
+    """
+    if args.min_dalle is None:
+        print("left out: min-dalle is not installed; name its folder, --min-dalle")
+        return []
+    rows: list[Row] = []
+    programs = mini_pair(args.min_dalle, args.mini_depth)
+    for pictures in (1, 4, 8):
+        works: dict[str, Callable[[], object]] = {
+            name: lambda draw=draw, n=pictures: draw(n)  # type: ignore[misc]
+            for name, draw in programs.items()
+        }
+        found = in_turn(works, args.rounds)
+        for name, taken in found.items():
+            command = [sys.executable, Path(__file__).with_name("peers.py"), args.min_dalle, name]
+            command += [str(args.mini_depth), str(pictures)]
+            peak = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+            rows.append({"depth": args.mini_depth, "pictures": pictures, "program": name, "seconds": taken})
+            rows[-1] |= {"times as long": taken / found["ours"], "peak MB": peak}
+            print(rows[-1], flush=True)
+    return rows
+
+
 def growth(args: argparse.Namespace) -> list[Row]:
-    """The cost of an unguided step by the size of the image, with the same UNet."""
-    unet, rows = make_unets(None)[2], []
-    for side in (128, 256, 512):
+    """How the cost of a draw and of a denoising step grows with one size, the others kept: 67 M transformer (dim 512,
+    depth 12, grid 16), UNet of the section diffusion. exponent: of the time, from one row to the next. Sizes of the
+    caches are computed, and so is the number of candidates whose caches fit half of the available memory. Rows that
+    would take more than `LONGEST` seconds are not run.
+    """
+    text, rows = torch.zeros(TEXT, dtype=torch.int64), list[Row]()
+
+    def add(what: str, size: int, power: int, work: Callable[[], object], about: Row) -> None:
+        """power: the expected exponent, which tells whether a row is too slow to run."""
+        before = rows[-1] if rows and rows[-1]["what"] == what else None
+        expected = 0.0 if before is None else before.get("seconds", LONGEST) * (size / before["size"]) ** power
+        row: Row = {"what": what, "size": size} | about
+        if expected < LONGEST:
+            row["seconds"] = min(seconds(work) for _ in range(2))
+            if before is not None:
+                row["exponent"] = math.log(row["seconds"] / before["seconds"], size / before["size"])
+        rows.append(row)
+        print(row, flush=True)
+
+    def caches(transformer: DalleTransformer, count: int = 1) -> Row:
+        most = memory_for_caches(transformer, torch.device("cpu")) // transformer.cache_bytes(1, 1)
+        return {"cache MB": transformer.cache_bytes(1, min(count, 32)) / 2**20, "candidates that fit": most}
+
+    def draw(transformer: DalleTransformer, count: int, places: int = 32) -> None:
+        """The first tokens of an image."""
+        uniforms = candidate_uniforms(0, range(count), transformer.config.image_seq_len)
+        steps = image_token_steps(transformer, text, uniforms, Sampling(top_k=TOP_K), min(count, 32))
+        for _, batch, done in steps:
+            if batch.stop == count and done == places:
+                break
+
+    def random(**changes: Any) -> DalleTransformer:
+        torch.manual_seed(0)
+        config = TransformerConfig(**(dict(zip(NAMES, (WORDS, CODES, TEXT, 512, 12), strict=True)) | changes))
+        return DalleTransformer(config).half().float().eval().requires_grad_(False)
+
+    transformer = random()
+    for count in (1, 4, 16, 64, 256, 1024):
+        work = lambda n=count: draw(transformer, n)  # type: ignore[misc]  # noqa: E731
+        add("candidates, 32 at a time, 32 tokens", count, 1, work, caches(transformer, count))
+    for depth in (6, 12, 24, 48):
+        deep = random(depth=depth)
+        work = lambda t=deep: draw(t, 1)  # type: ignore[misc]  # noqa: E731
+        add("depth, 32 tokens", depth, 1, work, caches(deep))
+    for grid in (16, 32):
+        fine = random(grid_size=grid)
+        work = lambda t=fine, places=grid**2: draw(t, 1, places)  # type: ignore[misc]  # noqa: E731
+        add("grid, all tokens", grid, 2, work, caches(fine))
+    unet = make_unets(None)[2]
+    for side in (256, 512, 1024):
         x, embeds = torch.randn(1, 3, side, side), torch.randn(1, 32, side // 16, side // 16)
-        work = {"step": lambda x=x, embeds=embeds: our_steps(unet, None, embeds, x, embeds)}  # type: ignore[misc]
-        rows.append({"side": side, "seconds a step": in_turn(work, args.rounds)["step"]})
-        rows[-1]["ns a pixel"] = rows[-1]["seconds a step"] / side**2 * 1e9
-        print(rows[-1], flush=True)
+        work = lambda x=x, e=embeds: our_steps(unet, None, e, x, e)  # type: ignore[misc]  # noqa: E731
+        add("side of the picture, one step", side, 2, work, {})
     return rows
 
 
@@ -505,7 +588,7 @@ def plot(rows: list[Row], path: Path) -> None:
 
 
 SECTIONS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
-    section.__name__: section for section in (tokens, diffusion, prompt, growth, steps, start, memory, gpu)
+    section.__name__: section for section in (tokens, mini, diffusion, prompt, growth, steps, start, memory, gpu)
 }
 ON_A_DEVICE = ("tokens", "diffusion", "gpu")
 
@@ -519,6 +602,8 @@ def main() -> None:
     parser.add_argument("--depths", type=int, nargs="+", default=[6, 12, 24])
     parser.add_argument("--upstream-dalle", type=Path, help="a clone of Jack000/DALLE-pytorch")
     parser.add_argument("--upstream-diffusion", type=Path, help="a clone of Jack000/guided-diffusion")
+    parser.add_argument("--min-dalle", type=Path, help="the folder that min-dalle is installed in")
+    parser.add_argument("--mini-depth", type=int, default=12, help="layers in the section mini, 12 as in DALL·E Mini")
     parser.add_argument("--out", type=Path, help="default: results/speed.json, or speed_DEVICE.json")
     parser.add_argument("--plot", type=Path, help="default: docs/speed.png")
     args = parser.parse_args()

@@ -1,5 +1,6 @@
 """What draws on a CPU: linear layers laid out anew give the transformer's numbers, eight bits nearly so."""
 
+import copy
 import gc
 import weakref
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from dall3.models import packed
+from dall3.models.dalle_mini import DalleMini, DalleMiniConfig
 from dall3.models.packed import (
     FLOAT16_ROWS,
     Float16Linear,
@@ -17,6 +19,7 @@ from dall3.models.packed import (
     has_fbgemm,
     prepare,
 )
+from dall3.models.rudalle import Rudalle, RudalleConfig
 from dall3.models.transformer import DalleTransformer, TransformerConfig
 from dall3.tokens.decoding import draw_image_tokens
 from dall3.tokens.sampling import Sampling
@@ -36,6 +39,19 @@ def make_transformer(**changes):
         for parameter in model.parameters():
             parameter.data.normal_(0, 0.1)
     return model.eval().requires_grad_(False)
+
+
+def make_mini():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = DalleMiniConfig(100, 64, 8, dim=64, ff_dim=96, encoder_depth=1, decoder_depth=2, grid_size=4)
+        return DalleMini(config).eval().requires_grad_(False)
+
+
+def make_rudalle():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Rudalle(RudalleConfig(100, 64, 8, dim=64, depth=2, heads=2, grid_size=4)).eval().requires_grad_(False)
 
 
 TEXT = torch.tensor([[3, 4, 5, 0, 0, 0, 0, 0]])
@@ -93,6 +109,23 @@ def test_weights_that_float16_holds_are_kept_in_it_and_give_the_same_tokens(capa
     assert not isinstance(prepare(model, rows=4).image_head, Float16Linear)
     expected = draw_image_tokens(model, TEXT[0], uniforms, Sampling(temperature=2.0))
     assert all(torch.equal(tokens, expected) for tokens in drawn)
+
+
+@needs_packing
+@needs_fbgemm
+@pytest.mark.parametrize("make", [make_transformer, make_mini, make_rudalle], ids=["dalle", "mini", "rudalle"])
+def test_float16_weights_are_multiplied_in_float32_and_stay_as_they_are(make):
+    full = make().half().float()
+    half, uniforms, text = copy.deepcopy(full).half(), candidate_uniforms(0, range(3), 16), TEXT[0]
+    settings = Sampling(temperature=2.0, cond_scale=2.0)
+    assert torch.equal(
+        draw_image_tokens(half, text, uniforms, settings), draw_image_tokens(full, text, uniforms, settings)
+    )
+    assert {tensor.dtype for tensor in half.parameters()} == {torch.float16}
+    ready = prepare(half, rows=6)
+    assert isinstance(ready.image_head, Float16Linear)
+    expected = full.image_token_logits(TEXT, torch.zeros(1, 1, dtype=torch.int64))
+    assert close(ready.prefill(TEXT, 1).first_logits, expected[:, 0], 1e-4)
 
 
 @needs_packing

@@ -173,7 +173,7 @@ def test_the_text_is_run_once_and_every_token_once(transformer, text, monkeypatc
 def test_a_cache_is_used_again_but_never_by_two_draws_at_a_time(transformer, text):
     exact, uniforms, other = copy.deepcopy(transformer).double(), candidate_uniforms(0, range(2), 256), text.flip(0)
     cache = exact.prefill(text[None], 2)
-    address = cache.memory.layers[0].tensors["k"].data_ptr()
+    address = cache.state.layers[0].states.data_ptr()
     assert exact.prefill(text[None], 2) is not cache  # it is taken
     exact.release(cache)
     settings = Sampling(top_k=0.9)
@@ -185,7 +185,7 @@ def test_a_cache_is_used_again_but_never_by_two_draws_at_a_time(transformer, tex
     assert not torch.equal(first, second)
     again = exact.prefill(text[None], 2)
     exact.release(again)
-    assert exact.prefill(text[None], 2) is again and cache.memory.layers[0].tensors["k"].data_ptr() == address
+    assert exact.prefill(text[None], 2) is again and cache.state.layers[0].states.data_ptr() == address
     assert exact.float().prefill(text[None], 2).first_logits.dtype == torch.float32  # not one of other weights
 
 

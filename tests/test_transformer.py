@@ -4,11 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from dall3.models.transformer import SHARING_ROWS, DalleTransformer, TransformerConfig, rotary_table
+from dall3.models.transformer import SHARING_ROWS, DalleTransformer, TransformerConfig, rotary_angles
 from dall3.tokens.decoding import draw_image_tokens
 from dall3.tokens.sampling import Sampling
 from dall3.weights.convert.dalle_pytorch import load_transformer
+from dall3.weights.folder import BUNDLED, load_part, save_part
 
 from originals import Golden, close, save_dalle
 
@@ -153,7 +155,7 @@ def test_rotary_table_is_the_checkpoints(case):
     assert case.config.rotary_emb == (stored is not None)
     if stored is not None:
         stored = stored.reshape(stored.shape[-2:])
-        assert close(rotary_table(case.config)[: len(stored)], stored, 1e-5)  # the fork's ends one row before
+        assert close(rotary_angles(case.config)[: len(stored)], stored, 1e-5)  # the fork's ends one row before
 
 
 def test_release_decides_the_window_of_conv_like(tmp_path):
@@ -207,3 +209,27 @@ def test_text_of_another_length_is_refused():
     model = DalleTransformer(TransformerConfig(**SMALL))
     with pytest.raises(ValueError, match="text has 5 tokens; this transformer takes 4"):
         model(torch.ones(1, 5, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("rounded", [False, True], ids=["computed", "rounded"])
+@pytest.mark.parametrize("old_names", [False, True], ids=["new names", "old names"])
+def test_only_a_rotary_table_that_differs_from_the_computed_one_is_saved(rounded, old_names, tmp_path):
+    model = DalleTransformer(TransformerConfig(**SMALL | {"grid_size": 4}))
+    table = model.rotary_table.half().float() if rounded else model.rotary_table
+    state = model.state_dict() | {"rotary_table": table}
+    if old_names:
+        del state["rotary_table"]
+        state |= {"rotary_cos": table[..., 0], "rotary_sin": table[..., 1]}
+    assert "rotary_table" not in model.state_dict()
+    model.load_state_dict(state)
+    assert ("rotary_table" in model.state_dict()) == rounded
+    save_part(model, tmp_path, None)
+    loaded = load_part(tmp_path)
+    assert torch.equal(loaded.rotary_table, table)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+
+
+def test_the_bundled_rotary_table_is_read_by_its_old_names():
+    stored = load_file(BUNDLED / "transformer" / "model.safetensors")
+    table = load_part(BUNDLED / "transformer").rotary_table
+    assert torch.equal(table, torch.stack((stored["rotary_cos"], stored["rotary_sin"]), dim=-1).float())

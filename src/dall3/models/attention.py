@@ -1,30 +1,30 @@
-"""Attention over text and image tokens: one layer, and the patterns that tell which position sees which.
+"""The attention layer of the DALL·E transformer, its attention patterns and its key/value cache.
 
-The sparse attentions of DALL·E (arXiv 2102.12092, appendix B.1) are masks over one full attention: what a position
-sees decides the numbers, not how the original's kernels walk over it.
+The sparse attention types of DALL·E (arXiv 2102.12092, appendix B.1) are computed as full attention under a mask, which
+gives the same numbers as the original's kernels.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CONV_KERNEL_SIZE, SPARSE_BLOCK_SIZE = 5, 16  # DALLE-pytorch never set others
+CONV_KERNEL_SIZE, SPARSE_BLOCK_SIZE = 5, 16  # the only values that DALLE-pytorch uses
 
 
 def attention_pattern(kind: str, text_length: int, grid_size: int) -> Tensor:
-    """Which position sees which, as bool (positions, positions); row = query, column = key.
+    """Attention mask, bool (positions, positions): rows are queries, columns are keys; True where a key is attended to.
 
-    Positions are <bos>, the text (together `text_length`), then the image's rows. Every pattern is causal, and every
-    image position sees all of the text.
+    The positions are <bos> and the text (together `text_length`), then the image in row-major order. Every pattern is
+    causal, and every image position attends to all of the text.
 
-    kind: "full"; "axial_row" and "axial_col" (the same row, the same column); "conv_like" (a 5×5 window around the
-    position) and "conv_like_causal" (one that ends at it: DALLE-pytorch from 1.5 on).
+    kind: "full"; "axial_row" and "axial_col" (the same row or column of the image); "conv_like" (a 5 × 5 window around
+    the position) and "conv_like_causal" (a 5 × 5 window that ends at it, as in DALLE-pytorch from 1.5 on).
     """
-    # Real on a meta model too; of 16 bits, since there are pairs of them.
+    # On the CPU even under the meta device. 16 bits suffice, and the differences below are as large as the mask.
     positions = torch.arange(text_length + grid_size**2, device="cpu", dtype=torch.int16)
     row, column = (positions - text_length) // grid_size, (positions - text_length) % grid_size
     up, back = row[:, None] - row[None, :], column[:, None] - column[None, :]
@@ -41,10 +41,11 @@ def attention_pattern(kind: str, text_length: int, grid_size: int) -> Tensor:
 
 
 def sparse_layout(seq_len: int, heads: int) -> Tensor:
-    """DeepSpeed's variable sparsity as DALLE-pytorch sets it, bool (heads, blocks, blocks), less its random blocks.
+    """Block layout of DeepSpeed's variable sparsity as DALLE-pytorch sets it, bool (heads, blocks, blocks).
 
-    Local windows of four blocks of 16, and the first 256 positions, which all that follow see. DeepSpeed adds
-    `seq_len // 64` blocks a row at random when a model is made, and keeps the layout in the checkpoint.
+    A block has 16 positions. Each attends to its local window of four blocks and to the first 256 positions. The random
+    blocks are not included: DeepSpeed draws `seq_len // 64` of them per row when a model is made, and stores the
+    complete layout in the checkpoint.
     """
     blocks = torch.arange(-(-seq_len // SPARSE_BLOCK_SIZE), device="cpu")
     near = (blocks[:, None] // 4 == blocks[None, :] // 4) | (blocks * SPARSE_BLOCK_SIZE < 256)
@@ -52,112 +53,133 @@ def sparse_layout(seq_len: int, heads: int) -> Tensor:
 
 
 def sparse_pattern(layout: Tensor, seq_len: int) -> Tensor:
-    """A layout (heads, blocks, blocks) as which position sees which, bool (heads, seq_len, seq_len); causal."""
+    """Convert a block layout (heads, blocks, blocks) to a causal attention mask, bool (heads, seq_len, seq_len)."""
     places = layout.bool().repeat_interleave(SPARSE_BLOCK_SIZE, -1).repeat_interleave(SPARSE_BLOCK_SIZE, -2)
     return places[:, :seq_len, :seq_len].tril()
 
 
 @dataclass
 class Positions:
-    """Where the tokens of one forward stand, and what follows from it alone: looked up once, read by every layer."""
+    """The positions of the tokens of one forward pass, with everything that the layers derive from them.
 
-    index: Tensor  # int64 (n,), places in the caches
-    visible: int  # rows 0 … visible - 1 of the caches are read
-    masks: dict[str, Tensor | None]  # attention type -> bool (n, keys) or (heads, n, keys); None: sees all
-    cos: Tensor | None  # (n, dim_head), rotary: of each channel itself
-    sin: Tensor | None  # and of the other one of its pair, with its sign
-    # Whom the first and the second quarter of the channels come from: the places above, then those to the left.
-    neighbours: Tensor  # int64 (2 n,)
-    has_left: Tensor  # bool (n, 1), whether there is one to the left
-    text_length: int  # the image's rows of `grid_size` begin there
+    Computed once per forward pass and read by every layer.
+    """
+
+    index: Tensor  # int64 (n,), positions of the tokens in the caches
+    visible: int  # the caches are read at positions 0 … visible - 1
+    masks: dict[str, Tensor | None]  # by attention type: bool (n, keys) or (heads, n, keys); None for no mask
+    # float32 or float64 (n, 1, dim_head / 2, 2): cosine and sine of the rotary angle of each pair of channels
+    rotation: Tensor | None
+    neighbours: Tensor  # int64 (2, n), positions above and to the left, for the token shift
+    text_length: int  # number of positions before the image
     grid_size: int
 
 
 @dataclass
 class LayerCache:
-    """What one layer remembers of earlier positions: tensors (batch, …, length, width) by name, written in place.
+    """Static cache of one layer, written in place; positions that have not been written are 0.
 
-    What is not written yet is 0. With `text`, all sequences of a prompt share the rows of its text: `text` holds these,
-    (prompts, …, text length, width), and the other tensors begin with the image's rows.
+    states: float (k, sequences, length, width). Attention has k = 2, keys and values, and a sequence for each head of
+    each row of the batch. gMLP has k = 1, its gate, and a sequence for each row. text: if all rows of a prompt share
+    the states of its text, float (k, sequences of the prompts, text_length, width); `states` then holds image positions
+    only.
     """
 
     length: int
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    text: dict[str, Tensor] = field(default_factory=dict)
+    states: Tensor | None = None
+    text: Tensor | None = None
 
-    def update(self, name: str, rows: Tensor, index: Tensor) -> Tensor:
-        """Write rows (batch, …, n, width) at `index` (n,) and return all `length` rows."""
-        if name not in self.tensors:
-            self.tensors[name] = rows.new_zeros(*rows.shape[:-2], self.length, rows.shape[-1])
-        return self.tensors[name].index_copy_(-2, index, rows)
+    def update(self, new: Tensor, at: Positions) -> Tensor:
+        """Write the states (k, sequences, n, width) of new tokens. Returns the states of all visible positions."""
+        if self.states is None:
+            self.states = new.new_zeros(*new.shape[:2], self.length, new.shape[-1])
+        return self.states.index_copy_(2, at.index, new).narrow(2, 0, at.visible)
 
-    def start(self, other: LayerCache, times: int, shared: bool) -> None:
-        """Begin with the text's rows of `other`, each of whose sequences stands `times` times in a row here."""
-        for name, found in other.tensors.items():
-            if name not in self.tensors:
-                with torch.inference_mode(False):  # so that it can be written in every mode
-                    batch, shape = len(found) * times, found.shape[1:-2]
-                    self.tensors[name] = found.new_empty(batch, *shape, self.length, found.shape[-1])
-                    if shared:
-                        self.text[name] = torch.empty_like(found)
-            if shared:
-                self.text[name].copy_(found)
-                self.tensors[name].zero_()
-            else:
-                text, image = self.tensors[name].split((found.shape[-2], self.length - found.shape[-2]), dim=-2)
-                text.unflatten(0, (-1, times)).copy_(found[:, None])
-                image.zero_()
+    def copy_text(self, source: LayerCache, prompts: int, rows: int, shared: bool) -> None:
+        """Write the text that `source` holds, one row for each of `prompts`, for `rows` rows each; clear the rest.
 
-
-def update_cache(cache: LayerCache | None, name: str, rows: Tensor, at: Positions) -> Tensor:
-    """The rows of every visible position: from the cache after adding these, or just these without a cache."""
-    return rows if cache is None else cache.update(name, rows, at.index)[..., : at.visible, :]
+        shared: write it once per prompt, to `text`.
+        """
+        assert source.states is not None
+        k, sequences, length, width = source.states.shape
+        if self.states is None:
+            with torch.inference_mode(False):  # an inference tensor could not be written outside of inference mode
+                self.states = source.states.new_empty(k, sequences * rows, self.length, width)
+                self.text = torch.empty_like(source.states) if shared else None
+        if self.text is not None:
+            self.text.copy_(source.states)
+            self.states.zero_()
+        else:
+            text, image = self.states.split((length, self.length - length), dim=2)
+            by_prompt = source.states.unflatten(1, (prompts, -1))
+            text.unflatten(1, (prompts, rows, -1)).copy_(by_prompt[:, :, None])
+            image.zero_()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding (arXiv 2104.09864): neighbouring channels of x (…, n, dim_head) turn by an angle.
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Rotary embedding (arXiv 2104.09864): rotate each pair of neighbouring channels of all heads.
 
-    cos, sin: (n, dim_head), as `Positions` holds them.
+    x: (batch, n, heads · dim_head). rotation: as in `Positions`. Returns (batch, n, heads, dim_head / 2, 2). A pair is
+    multiplied as a complex number, in one operation.
     """
-    return x * cos + x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) * sin
+    pairs = x.view(*x.shape[:2], -1, *rotation.shape[-2:]).to(rotation.dtype)
+    if torch.compiler.is_compiling():  # the compiler fuses real operations, but not complex ones
+        (a, b), (cos, sin) = pairs.unbind(-1), rotation.unbind(-1)
+        rotated = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    else:
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotation))
+    return rotated.to(x.dtype)
 
 
 def prefers_matmul(x: Tensor) -> bool:
-    """Whether `attend_to_cache` is the faster attention for a step: in float32 on a CPU."""
+    """Whether attention of single queries is faster by matrix products than by PyTorch's fused kernel.
+
+    This is so in float32 on a CPU, where it takes 0.6 of the time.
+    """
     return x.device.type == "cpu" and x.dtype == torch.float32
 
 
-def attend_to_cache(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, text: dict[str, Tensor]) -> Tensor:
-    """Attention of a few queries (batch, heads, n, d) to many keys (batch, heads, m, d), by products of matrices.
+def matmul_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """`scaled_dot_product_attention` by matrix products, for q (sequences, n, d) and k, v (sequences, m, d)."""
+    # With beta=0 the first argument is not read.
+    scores = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5)
+    return torch.bmm(masked(scores, mask).softmax(dim=-1), v)
 
-    text: keys and values "k" and "v" (prompts, heads, t, d) that come before those, alike for all sequences of a
-    prompt, or nothing. They are read once for all of these, whose queries stand side by side. mask: bool (…, n, t + m).
-    For one query a row a CPU takes 0.6 of the time that scaled_dot_product_attention takes.
+
+def shared_text_attention(q: Tensor, k: Tensor, v: Tensor, text: Tensor, mask: Tensor | None, heads: int) -> Tensor:
+    """`matmul_attention` to a text that all rows of a prompt share, and to k and v after it.
+
+    q: (prompts · rows · heads, n, d). k, v: (prompts · rows · heads, m, d). text: (2, prompts · heads, t, d), keys and
+    values. The text is read once per prompt, by one product for all rows.
     """
-    batch, heads, n, d = q.shape
-    q = (q * d**-0.5).reshape(batch * heads, n, d)
-    scores = torch.bmm(q, k.flatten(0, 1).transpose(1, 2)).view(batch, heads, n, -1)
-    if text:
-        prompts, _, length, _ = text["k"].shape
-        together = q.view(prompts, -1, heads, n, d).transpose(1, 2).reshape(prompts * heads, -1, d)
-        of_text = torch.bmm(together, text["k"].flatten(0, 1).transpose(1, 2))
-        of_text = of_text.view(prompts, heads, -1, n, length).transpose(1, 2)
-        scores = scores.view(prompts, -1, heads, n, scores.shape[-1])
-        scores = torch.cat((of_text, scores), dim=-1).view(batch, heads, n, -1)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    weights = scores.softmax(dim=-1)
-    if not text:
-        return torch.bmm(weights.flatten(0, 1), v.flatten(0, 1)).view(batch, heads, n, d)
-    of_text, of_image = weights.split((length, k.shape[-2]), dim=-1)
-    of_text = of_text.view(prompts, -1, heads, n, length).transpose(1, 2).reshape(prompts * heads, -1, length)
-    out = torch.bmm(of_image.flatten(0, 1), v.flatten(0, 1)).view(prompts, -1, heads, n, d)
-    out += torch.bmm(of_text, text["v"].flatten(0, 1)).view(prompts, heads, -1, n, d).transpose(1, 2)
-    return out.view(batch, heads, n, d)
+    text_keys, text_values = text.unbind()
+    prompts, n = len(text_keys) // heads, q.shape[1]
+
+    def by_prompt(x: Tensor) -> Tensor:
+        """(prompts · rows · heads, n, width) -> (prompts · heads, rows · n, width)."""
+        return x.unflatten(0, (prompts, -1, heads)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+
+    def by_row(x: Tensor) -> Tensor:
+        """The inverse of `by_prompt`."""
+        return x.unflatten(0, (prompts, heads)).unflatten(2, (-1, n)).transpose(1, 2).flatten(0, 2)
+
+    q = q * q.shape[-1] ** -0.5
+    text_scores = by_row(torch.bmm(by_prompt(q), text_keys.transpose(1, 2)))
+    scores = torch.cat((text_scores, torch.bmm(q, k.transpose(1, 2))), dim=-1)
+    for_text, for_image = masked(scores, mask).softmax(dim=-1).split((text_keys.shape[1], k.shape[1]), dim=-1)
+    return torch.bmm(for_image, v) + by_row(torch.bmm(by_prompt(for_text), text_values))
+
+
+def masked(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention scores (rows · heads, n, keys), -inf where mask, bool (n, keys) or (heads, n, keys), is False."""
+    if mask is None:
+        return scores
+    heads = 1 if mask.dim() == 2 else len(mask)
+    return scores.unflatten(0, (-1, heads)).masked_fill(~mask, float("-inf")).flatten(0, 1)
 
 
 class Attention(nn.Module):
-    """Multi-head attention; rotary turns queries, keys and values alike, as DALLE-pytorch does."""
+    """Multi-head attention. As in DALLE-pytorch, the rotary embedding applies to queries, keys and values."""
 
     def __init__(self, dim: int, heads: int, dim_head: int, kind: str) -> None:
         super().__init__()
@@ -167,15 +189,26 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, at: Positions, cache: LayerCache | None = None) -> Tensor:
         """x: (batch, n, dim) -> (batch, n, dim)."""
-        qkv = self.to_qkv(x).unflatten(-1, (3, self.heads, -1)).permute(0, 2, 3, 1, 4)  # (batch, 3, heads, n, d)
-        if at.cos is not None and at.sin is not None:
-            qkv = rotate(qkv, at.cos, at.sin)
-        q, k, v = qkv.unbind(1)
-        k, v = update_cache(cache, "k", k, at), update_cache(cache, "v", v, at)
-        if self.kind == "full" and cache is None:  # the same, and half the work
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        elif cache is not None and (cache.text or (x.shape[1] == 1 and prefers_matmul(x))):
-            out = attend_to_cache(q, k, v, at.masks[self.kind], cache.text)
+        batch, n, _ = x.shape
+        qkv = self.to_qkv(x)
+        if at.rotation is not None:
+            qkv = rotate(qkv, at.rotation)
+        qkv = qkv.view(batch, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        qkv = qkv.flatten(1, 2)  # (3, batch · heads, n, dim_head)
+        q, keys_values = qkv[0], qkv[1:]
+        if cache is not None:
+            keys_values = cache.update(keys_values, at)
+        k, v = keys_values.unbind()
+        mask = at.masks[self.kind]
+        if cache is not None and cache.text is not None:
+            out = shared_text_attention(q, k, v, cache.text, mask, self.heads)
+        elif cache is not None and n == 1 and prefers_matmul(x):
+            out = matmul_attention(q, k, v, mask)
         else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=at.masks[self.kind])
-        return self.to_out(out.transpose(1, 2).flatten(2))
+            q, k, v = (part.unflatten(0, (-1, self.heads)) for part in (q, k, v))
+            # Without a mask in memory, and with half of the arithmetic.
+            causal = cache is None and self.kind == "full"
+            out = F.scaled_dot_product_attention(q, k, v, None if causal else mask, is_causal=causal)
+        if n > 1:
+            out = out.view(batch, self.heads, n, -1).transpose(1, 2)
+        return self.to_out(out.reshape(batch, n, -1))

@@ -220,7 +220,7 @@ class DalleMini(ImageTokenTransformer[DalleMiniCache]):
         return self.image_logits(self.decode(ids, torch.arange(n, device=ids.device), cache, n))
 
     def new_cache(self, prompts: int, rows: int) -> DalleMiniCache:
-        c, weight = self.config, self.lm_head.weight
+        c, weight = self.config, self.image_decoder.final_ln.weight  # has the dtype of the arithmetic
         heads, image = c.dim // HEAD_WIDTH, (c.decoder_depth, prompts * rows)
         text = weight.new_zeros(2, c.decoder_depth, prompts, heads, c.text_seq_len, HEAD_WIDTH)
         keys, values = weight.new_zeros(2, *image, heads, c.image_seq_len, HEAD_WIDTH)

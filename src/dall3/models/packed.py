@@ -1,14 +1,17 @@
-"""Linear layers laid out for drawing tokens on a CPU, where a step is as fast as the weights are read.
+"""Linear layers in memory layouts that are fast for decoding on a CPU, where a step is bound by reading the weights.
 
-`prepare` makes a copy of a transformer that draws with them; its other tensors are the transformer's own. The copy is
-kept as long as the transformer, for the next picture. There is one copy at a time: a draw that needs another layout
-replaces it, so that the weights are never in memory three times.
+`prepare` makes a copy of a transformer with such layers; all other tensors are shared with the original. The copy is
+cached for as long as the original exists. There is one copy per transformer: a draw that needs another layout replaces
+it, so that the weights are in memory twice at most.
 """
 
 from __future__ import annotations
 
 import copy
+import ctypes
+import mmap
 import platform
+import sys
 from functools import cache
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
@@ -21,15 +24,35 @@ from torch import Tensor, nn
 from dall3.models.interface import ImageTokenTransformer
 
 QUANTIZATIONS = ("float16", "int8")
-# Rows up to which float16 weights are faster than oneDNN's layout with AVX-512: a step's linear layers (dim 512) took
-# 0.37 of the time at one row, 0.71 at eight, 0.96 at sixteen, and a whole draw 1.06 of it at 32. With AVX2 they took
-# 0.4 of it at one row, 0.65 at 32 and 0.9 at 128: there is no limit.
+# Largest batch for which float16 weights are faster than oneDNN's layout on a CPU with AVX-512. There the linear layers
+# of a step (dim 512) took 0.37 of oneDNN's time for one row, 0.71 for 8, 0.96 for 16; a whole draw took 1.06 for 32.
+# With AVX2 they took 0.4 for one row, 0.65 for 32, 0.9 for 128, so there is no limit.
 FLOAT16_ROWS = 16
+MADV_PAGEOUT = 21  # Linux 5.4: reclaim pages; those of a mapped file are dropped, others keep their content in swap
 MOST_FLOAT16 = 65504.0  # the largest number that float16 holds
 
 
-class PackedLinear(nn.Module):
-    """A linear layer in the order in which oneDNN reads it: the same numbers but for rounding."""
+class PreparedLayer(nn.Module):
+    """Base class of the layers of a prepared copy. They run without hooks, which cost as much as a small layer."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.forward(x)  # type: ignore[no-any-return]
+
+
+class PreparedLayerNorm(PreparedLayer):
+    """`nn.LayerNorm`."""
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        self.shape, self.eps = norm.normalized_shape, norm.eps
+        self.weight, self.bias = norm.weight.detach(), norm.bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
+
+
+class PackedLinear(PreparedLayer):
+    """A linear layer in oneDNN's blocked layout. Results equal those of `nn.Linear` up to rounding."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -40,11 +63,12 @@ class PackedLinear(nn.Module):
         return out
 
 
-class RowLinear(nn.Module):
-    """A linear layer for one row at a time, its weights' longer side contiguous: the same numbers but for rounding.
+class RowLinear(PreparedLayer):
+    """A linear layer for a single row, stored with the longer side of the matrix contiguous.
 
-    On a CPU with AVX2 BLAS's product of a matrix and a vector reads them so on one core as fast as oneDNN's layout on
-    two, and a call costs 3 µs in place of 26: of a picture's time that was a quarter on one core and 4 to 9 % on two.
+    Results equal those of `nn.Linear` up to rounding. With AVX2, BLAS's matrix-vector product on one core is as fast as
+    oneDNN's layout on two, and a call takes 3 µs instead of 26. That saved a quarter of the time of a draw on one core,
+    and 4 to 9 % on two.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -56,17 +80,17 @@ class RowLinear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
-class Float16Linear(nn.Module):
-    """A linear layer with weights kept in float16 and arithmetic in float32, by FBGEMM.
+class Float16Linear(PreparedLayer):
+    """A linear layer with float16 weights and float32 arithmetic, by FBGEMM. It reads half the bytes.
 
-    Half the bytes are read. Where float16 holds the weights, as in most published checkpoints, the numbers are those of
-    float32 but for rounding. Raises ValueError for a weight that is too large for float16.
+    If float16 represents the weights exactly, as in most published checkpoints, results equal those of `nn.Linear` up
+    to rounding. Raises ValueError for a weight that is too large for float16.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         weight = weight.detach().float()
-        largest = float(weight.abs().amax())
+        largest = max(abs(float(end)) for end in weight.aminmax())
         if not largest <= MOST_FLOAT16:
             raise ValueError(f"a weight of {largest:g} does not fit float16, which ends at {MOST_FLOAT16:g}")
         bias = None if bias is None else bias.detach().float()
@@ -79,10 +103,34 @@ class Float16Linear(nn.Module):
         return out
 
 
-class Int8Linear(nn.Module):
-    """A linear layer with weights of eight bits, a scale a row (arXiv 2208.07339, section 2.1, rows alone).
+class CastLinear(PreparedLayer):
+    """A linear layer of float16 weights that are converted to float32 at every call, and are not read in between."""
 
-    What goes in is rounded to bfloat16. Pays where few rows go in at a time: weights are read four times as fast.
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach().float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.float()
+        page_out(self.weight)
+        return F.linear(x, weight, self.bias)
+
+
+class CastEmbedding(PreparedLayer):
+    """An embedding with float16 weights and float32 results."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight.detach()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight).float()
+
+
+class Int8Linear(PreparedLayer):
+    """A linear layer with int8 weights and one scale per row (arXiv 2208.07339, section 2.1, rows only).
+
+    Inputs are rounded to bfloat16. It is faster for small batches, where reading the weights takes most of the time.
     """
 
     weight: Tensor
@@ -93,7 +141,7 @@ class Int8Linear(nn.Module):
         weight = weight.detach().float()
         low, high = weight.aminmax(dim=1)
         scale = torch.maximum(-low, high).clamp_min(1e-12) / 127
-        self.pad = -weight.shape[1] % 16  # the product reads whole registers, beyond the end of a narrower row
+        self.pad = -weight.shape[1] % 16  # the kernel reads whole registers, past the end of a narrower row
         self.weight = F.pad((weight / scale[:, None]).round_().to(torch.int8), (0, self.pad))
         self.scale = scale.bfloat16()
         self.bias = bias
@@ -105,32 +153,33 @@ class Int8Linear(nn.Module):
 
 
 class Prepared(NamedTuple):
-    """A copy that draws, and what it was made from."""
+    """A prepared copy of a transformer, and the state of the original that it was made from."""
 
     signature: tuple[Any, ...]
-    exact: bool  # whether float16 holds the weights
+    exact: bool  # whether float16 represents the weights exactly
     kind: type[nn.Module]
     transformer: Any
 
 
 PREPARED: WeakKeyDictionary[Any, Prepared] = WeakKeyDictionary()
-OF_A_CALL = ("_idle_caches", "compiled_step")  # what a transformer holds besides what it is
+OF_A_CALL = ("_idle_caches", "compiled_step")  # attributes that do not change the results
 T = TypeVar("T", bound=ImageTokenTransformer[Any])
 
 
 def signature(transformer: ImageTokenTransformer[Any]) -> tuple[Any, ...]:
     """A value that changes when a tensor of the transformer is replaced or written to.
 
-    Writes that autograd counts change a tensor's version. Writes to `weight.data` change the product of the matrix and
-    a fixed random vector, whose bytes are compared: the order of rows and columns counts, and every change that
-    rounding does not hide. The product reads the weights once, ten times as fast as they are laid out.
+    Writes that autograd counts change a tensor's version. Writes to `weight.data` change the product of the matrix with
+    a fixed random vector, unless rounding hides them. The product takes a tenth of the time of making a copy. It is not
+    computed for float16 weights: writes to their `data` are not detected.
     """
     held: list[Any] = [id(value) for name, value in vars(transformer).items() if name not in OF_A_CALL]
     for tensor in chain(transformer.parameters(), transformer.buffers()):
         held += id(tensor), tensor.data_ptr(), None if tensor.is_inference() else tensor._version
     for weight in linear_weights(transformer):
-        vector = random_vector(weight.shape[1]).to(weight.dtype)
-        held.append((weight @ vector).float().numpy().tobytes())
+        if weight.dtype != torch.float16:  # the product would read all of a mapped file
+            vector = random_vector(weight.shape[1]).to(weight.dtype)
+            held.append((weight @ vector).float().numpy().tobytes())
     return tuple(held)
 
 
@@ -141,18 +190,27 @@ def random_vector(length: int) -> Tensor:
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether oneDNN's layout is to be had for a weight, and faster than torch's own."""
+    """Whether oneDNN has a blocked layout for a weight: float32 on an x86-64 CPU."""
     intel = platform.machine().lower() in ("x86_64", "amd64") and torch.backends.mkldnn.is_available()
     return intel and weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
 def has_fbgemm() -> bool:
-    """Whether torch multiplies with weights kept in float16: FBGEMM's, which is for x86 with AVX2."""
+    """Whether torch has FBGEMM's product with float16 weights, which needs x86 with AVX2."""
     return torch.backends.quantized.engine in ("x86", "fbgemm")
 
 
+def page_out(tensor: Tensor) -> None:
+    """Tell Linux that the memory of a tensor is not needed for a while; a mapped file is then read again when it is."""
+    if hasattr(mmap, "MADV_DONTNEED") and sys.platform == "linux":
+        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        if end - first >= mmap.PAGESIZE:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), MADV_PAGEOUT)
+
+
 def float16_holds(weight: Tensor) -> bool:
-    """Whether rounding to float16 leaves a weight as it is."""
+    """Whether float16 represents a weight exactly."""
     return bool((weight == weight.half()).all())
 
 
@@ -163,24 +221,37 @@ def linear_weights(transformer: ImageTokenTransformer[Any]) -> list[Tensor]:
 
 
 def layout(quantize: str | None, exact: bool, rows: int | None) -> type[nn.Module]:
-    """The kind of linear layer to draw with: the fastest of those that give the numbers asked for."""
+    """The class of linear layer for a draw: the fastest one with the requested precision."""
     if quantize is not None:
         return Float16Linear if quantize == "float16" else Int8Linear
     avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
     if exact and has_fbgemm() and not (avx512 and rows is not None and rows > FLOAT16_ROWS):
         return Float16Linear
-    # With more cores than two, oneDNN's layout may read faster than the one core that reads a row's. With AVX-512 it
-    # does on one core already: of a picture's time it took 0.75 there, 0.54 on two.
+    # RowLinear uses one core, so oneDNN's layout may be faster with more than two. With AVX-512 it is faster on one
+    # already: a draw took 0.75 of the time, and 0.54 on two.
     alone = rows == 1 and torch.get_num_threads() <= 2 and not avx512
     return RowLinear if alone else PackedLinear
 
 
-def prepare(transformer: T, quantize: str | None = None, rows: int | None = None) -> T:
-    """A transformer to draw image tokens with: `transformer`, or a copy whose linear layers are laid out for that.
+def convert_to_float32(transformer: ImageTokenTransformer[Any]) -> None:
+    """Replace the float16 tensors of a copy by float32 ones, except for the weights of linear layers and embeddings."""
+    for module in transformer.modules():
+        if not isinstance(module, nn.Linear | nn.Embedding):
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(parameter.detach().float(), requires_grad=False))
+                page_out(parameter)
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                setattr(module, name, buffer.float() if buffer.dtype == torch.float16 else buffer)
 
-    quantize: "int8" for weights of eight bits, "float16" for weights rounded to float16, which change the numbers a
-    little; None for the weights as they are. Those are kept in float16 too where it holds them and that is faster.
-    rows: how many are drawn at a time, if that is known; the layout depends on it.
+
+def prepare(transformer: T, quantize: str | None = None, rows: int | None = None) -> T:
+    """Return the transformer to decode with: `transformer` itself, or a copy whose linear layers have a faster layout.
+
+    quantize: "int8" for int8 weights, "float16" for weights rounded to float16; both change the results a little. None
+    for the weights as they are; these are stored in float16 too if it represents them exactly and is faster. rows: the
+    batch size, if it is known; the layout depends on it. A transformer in float16 on a CPU computes in float32: only
+    the weights of the copy's linear layers and embeddings are float16.
+
     Raises ValueError for a quantization elsewhere than on a CPU, and for float16 without FBGEMM.
     """
     weight, bias = transformer.head
@@ -188,27 +259,37 @@ def prepare(transformer: T, quantize: str | None = None, rows: int | None = None
         raise ValueError(f"quantize='{quantize}' is for a CPU, and the transformer is on {weight.device}")
     if quantize == "float16" and not has_fbgemm():
         raise ValueError("quantize='float16' needs FBGEMM, which torch has on x86 with AVX2; use 'int8' or None")
-    if transformer.image_head is not None or (quantize is None and not can_pack(weight)):
+    half = weight.device.type == "cpu" and weight.dtype == torch.float16 and has_fbgemm() and quantize != "int8"
+    if transformer.image_head is not None or (quantize is None and not half and not can_pack(weight)):
         return transformer
     found, kept = signature(transformer), PREPARED.get(transformer)
     if kept is not None and kept.signature != found:
         kept = None
-    exact = all(map(float16_holds, linear_weights(transformer))) if kept is None else kept.exact
-    kind = layout(quantize, exact, rows)
+    exact = half or (all(map(float16_holds, linear_weights(transformer))) if kept is None else kept.exact)
+    kind = Float16Linear if half else layout(quantize, exact, rows)
     if kept is not None and kept.kind is kind:
         ready: T = kept.transformer
         return ready
     del kept
-    PREPARED.pop(transformer, None)  # not in memory beside the next one
+    PREPARED.pop(transformer, None)  # free it before the next copy is made
     shared = {id(tensor): tensor for tensor in chain(transformer.parameters(), transformer.buffers())}
     ready = copy.deepcopy(transformer, shared)
+    if half:
+        convert_to_float32(ready)
     ready.image_head = kind(weight, bias)
-    packed: dict[nn.Module, nn.Module] = {}
-    for module in list(ready.decoder.modules()):
+    prepared: dict[nn.Module, nn.Module] = {}
+    decoder = set(ready.decoder.modules())
+    for module in list(ready.modules() if half else ready.decoder.modules()):
         for name, layer in list(module.named_children()):
             if isinstance(layer, nn.Linear):
-                if layer not in packed:
-                    packed[layer] = kind(layer.weight, layer.bias)
-                setattr(module, name, packed[layer])
+                if layer not in prepared:
+                    prepared[layer] = (kind if module in decoder else CastLinear)(layer.weight, layer.bias)
+                    if half:
+                        page_out(layer.weight)
+                setattr(module, name, prepared[layer])
+            elif half and isinstance(layer, nn.Embedding):
+                setattr(module, name, CastEmbedding(layer.weight))
+            elif isinstance(layer, nn.LayerNorm):
+                setattr(module, name, PreparedLayerNorm(layer))
     PREPARED[transformer] = Prepared(found, exact, kind, ready)
     return ready

@@ -256,7 +256,7 @@ class Rudalle(ImageTokenTransformer[RudalleCache]):
         return self.logits(text_ids, image_ids)[1]
 
     def new_cache(self, prompts: int, rows: int) -> RudalleCache:
-        c, weight = self.config, self.head[0]
+        c, weight = self.config, self.transformer.final_layernorm.weight  # has the dtype of the arithmetic
         shape = c.depth, prompts * rows, c.heads, c.seq_len, c.dim // c.heads
         cache = RudalleCache(prompts, rows, weight.new_zeros(shape), weight.new_zeros(shape))
         cache.first_logits = weight.new_zeros(prompts, c.num_image_tokens)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,6 @@ from dall3.models.attention import (
     prefers_matmul,
     sparse_layout,
     sparse_pattern,
-    update_cache,
 )
 from dall3.models.interface import Cache, ImageTokenTransformer
 
@@ -88,16 +87,16 @@ class TransformerConfig:
         return self.num_text_tokens + self.text_seq_len
 
 
-def rotary_table(config: TransformerConfig) -> Tensor:
-    """Angles (text_length + image_seq_len, channels): a third for the place in the text, two for row and column.
+def rotary_angles(config: TransformerConfig) -> Tensor:
+    """Rotary angles of DALLE-pytorch, float (text_length + image_seq_len, channels): text position, row and column.
 
-    The image stands at 8192 on the text's axis, the text at -10 on the image's, whose rows and columns run from
-    -1 to 1 (DALLE-pytorch, transformer.py).
+    Each has a third of the channels. Image tokens have the text position 8192. Text tokens have the row and column -10;
+    those of the image run from -1 to 1.
     """
     from rotary_embedding_torch import RotaryEmbedding
 
     part, image_length = config.dim_head // 3, config.image_seq_len
-    with torch.device("cpu"):  # real on a meta model too
+    with torch.device("cpu"):  # even under the meta device
         sequence, pixel = RotaryEmbedding(dim=part), RotaryEmbedding(dim=part, freqs_for="pixel")
         place = torch.cat((torch.arange(config.text_length).float(), torch.full((image_length,), 8192.0)))
         axis = torch.linspace(-1, 1, steps=config.grid_size)
@@ -105,6 +104,18 @@ def rotary_table(config: TransformerConfig) -> Tensor:
         row = torch.cat((outside, axis.repeat_interleave(config.grid_size)))
         column = torch.cat((outside, axis.repeat(config.grid_size)))
         return torch.cat((sequence(place), pixel(row), pixel(column)), dim=-1).detach()
+
+
+def rotary_table(angles: Tensor, config: TransformerConfig) -> Tensor:
+    """Cosine and sine, float (text_length + image_seq_len, dim_head / 2, 2), of angles (…, positions, channels).
+
+    Neighbouring channels have the same angle. Missing channels are not rotated. The table of upstream lacks the last
+    position, which is never an input.
+    """
+    by_pair = angles.reshape(angles.shape[-2:])[:, ::2]
+    positions = config.text_length + config.image_seq_len
+    by_pair = F.pad(by_pair, (0, config.dim_head // 2 - by_pair.shape[1], 0, positions - len(by_pair)))
+    return torch.stack((by_pair.cos(), by_pair.sin()), dim=-1)
 
 
 class FeedForward(nn.Module):
@@ -134,114 +145,144 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor, at: Positions, cache: LayerCache | None = None) -> Tensor:
         x, gate = F.gelu(self.proj_in(x)).chunk(2, dim=-1)
-        gate = update_cache(cache, "gate", self.norm(gate), at)
+        gate = self.norm(gate)
+        if cache is not None:
+            gate = cache.update(gate[None], at)[0]
         weight, mask = self.weight[at.index, : at.visible], at.masks["full"]
         weight = weight if mask is None else weight * mask
         return self.proj_out(x * (weight @ gate + self.bias[at.index, None]))
 
 
 class Sublayer(nn.Module):
-    """Norm, token shift, function: what is added to the stream, times `scale` (CaiT's LayerScale, arXiv 2103.17239)."""
+    """Pre-norm residual branch: x + scale · norm_out(function(shift(norm(x)))).
+
+    `scale` is CaiT's LayerScale (arXiv 2103.17239).
+    """
+
+    scale: Tensor
 
     def __init__(self, config: TransformerConfig, function: nn.Module, layer: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(config.dim)
         self.function = function
-        self.norm_out = nn.LayerNorm(config.dim) if config.sandwich_norm else nn.Identity()
+        self.norm_out = nn.LayerNorm(config.dim) if config.sandwich_norm else None
         init = 0.1 if layer < 18 else 1e-5 if layer < 24 else 1e-6
         self.scale = nn.Parameter(torch.full((config.dim,), init))
-        self.shift_tokens = config.shift_tokens
 
-    def forward(self, x: Tensor, at: Positions, shift: Shift, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, residual: Tensor, at: Positions, shift: Shift | None, cache: LayerCache | None = None
+    ) -> Tensor:
+        """x: (batch, n, dim), the input of the branch. residual: what the branch is added to, x if not reversible."""
         x = self.norm(x)
-        if self.shift_tokens:
+        if shift is not None:
             x = shift(x)
-        out: Tensor = self.norm_out(self.function(x, at, cache))
-        return out
+        x = self.function(x, at, cache)
+        if self.norm_out is not None:
+            x = self.norm_out(x)
+        return torch.addcmul(residual, x, self.scale)
 
 
-def shift_tokens(x: Tensor, at: Positions) -> Tensor:
-    """Two quarters of the channels come from neighbours: above and left in the image, left (both) in the text.
+Shift = Callable[[Tensor], Tensor]  # the token shift of one sublayer: (batch, n, dim) -> (batch, n, dim)
 
-    x (batch, n, dim) holds all positions, so slices do: a look-up's gradient is slow.
+
+def shift_sequence(x: Tensor, at: Positions) -> Tensor:
+    """Token shift of a whole sequence: two quarters of the channels of x (batch, n, dim) come from neighbours.
+
+    In the image the first quarter comes from the token above and the second from the token to the left; in the text
+    both come from the token before. Where there is none, they are 0. This uses slices instead of the indices in `at`:
+    the gradient of a look-up is slow.
     """
     quarter, text = x.shape[-1] // 4, at.text_length
+    has_left = torch.arange(x.shape[1] - text, device=x.device)[:, None] % at.grid_size > 0
     first, second, rest = x.split((quarter, quarter, 2 * quarter), dim=-1)
-    first = torch.cat((moved(first[:, :text], 1), moved(first[:, text:], at.grid_size)), dim=1)
-    second = torch.cat((moved(second[:, :text], 1), moved(second[:, text:], 1) * at.has_left[text:]), dim=1)
+    first = torch.cat((delay(first[:, :text], 1), delay(first[:, text:], at.grid_size)), dim=1)
+    second = torch.cat((delay(second[:, :text], 1), delay(second[:, text:], 1) * has_left), dim=1)
     return torch.cat((first, second, rest), dim=-1)
 
 
-Shift = Callable[[Tensor], Tensor]
-
-
-def moved(x: Tensor, steps: int) -> Tensor:
-    """x (batch, n, width) with every row `steps` places later, zeros before them."""
+def delay(x: Tensor, steps: int) -> Tensor:
+    """Shift x (batch, n, width) by `steps` positions towards the end; zeros come in at the start."""
     return F.pad(x, (0, 0, steps, 0))[:, : x.shape[1]]
 
 
-class TransformerState:
-    """What the sublayers remember of earlier positions, and the text of their prompts, if it is shared.
+def shift_token(x: Tensor, neighbours: Tensor, shifted: list[Tensor]) -> Tensor:
+    """Token shift of a single position, x (batch, 1, dim).
 
-    shifted: (positions + 1, sublayers, batch, dim / 2), the half of the channels that the token shift moves. Its last
-    row is never written: it is a sentinel, always zero. All sublayers share one tensor, read and written once a step.
+    neighbours: (batch, 1, dim / 2), from the cache. The half of x that later tokens need is appended to `shifted`.
+    """
+    own, rest = x.chunk(2, dim=-1)
+    shifted.append(own)
+    return torch.cat((neighbours, rest), dim=-1)
+
+
+def shift_tokens(x: Tensor, cache: Tensor, index: Tensor, at: Positions) -> Tensor:
+    """Token shift of several positions `index` (n,), x (batch, n, dim), which may be neighbours of each other.
+
+    cache: (positions + 1, batch, dim / 2) of this sublayer, is written.
+    """
+    own, rest = x.chunk(2, dim=-1)
+    cache.index_copy_(0, index, own.transpose(0, 1))
+    return torch.cat((gather_neighbours(cache, at).transpose(0, 1), rest), dim=-1)
+
+
+def gather_neighbours(cache: Tensor, at: Positions) -> Tensor:
+    """Read the shifted channels of each position's neighbours: (n, …, dim / 2) from (positions + 1, …, dim / 2)."""
+    above, left = cache.index_select(0, at.neighbours.flatten()).unflatten(0, (2, -1)).unbind()
+    quarter = cache.shape[-1] // 2
+    return torch.cat((above[..., :quarter], left[..., quarter:]), dim=-1)
+
+
+class TransformerState:
+    """Static cache of all sublayers: keys and values, and the channels that the token shift moves.
+
+    layers: a LayerCache per sublayer. shifted: float (positions + 1, sublayers, batch, dim / 2). Its last row is never
+    written and stays 0: it stands for neighbours that do not exist. All sublayers share this tensor, so that a step
+    reads and writes it once.
     """
 
-    def __init__(self, sublayers: int, positions: int, length: int) -> None:
-        """length: rows of the layers' caches, with the text if it is not shared."""
-        self.layers, self.length = [LayerCache(length) for _ in range(sublayers)], positions
+    def __init__(self, sublayers: int, positions: int, cached: int) -> None:
+        """positions: of the whole sequence. cached: positions of the layer caches, fewer if they hold no text."""
+        self.layers, self.positions = [LayerCache(cached) for _ in range(sublayers)], positions
         self.shifted: Tensor | None = None
 
-    def room(self, like: Tensor, batch: int, width: int) -> Tensor:
-        """`shifted`, made at its first use."""
+    def shift_cache(self, like: Tensor, batch: int, width: int) -> Tensor:
+        """`shifted`, allocated on first use with the dtype and device of `like`."""
         if self.shifted is None:
-            with torch.inference_mode(False):  # so that it can be written in every mode
-                self.shifted = like.new_zeros(self.length, len(self.layers), batch, width)
+            with torch.inference_mode(False):  # an inference tensor could not be written outside of inference mode
+                self.shifted = like.new_zeros(self.positions + 1, len(self.layers), batch, width)
         return self.shifted
 
-    def shifts(self, x: Tensor, index: Tensor, at: Positions, moved: list[Tensor]) -> list[Shift]:
-        """The token shift of each sublayer for x (batch, n, dim) at the places `index` (n,).
+    def shifts(self, x: Tensor, index: Tensor, at: Positions, shifted: list[Tensor]) -> list[Shift]:
+        """The token shift of each sublayer for tokens x (batch, n, dim) at the positions `index` (n,).
 
-        With one place its neighbours are known beforehand, and what moves, (batch, 1, dim / 2), is added to `moved`.
-        With more, they may be among x: what moves is written at once.
+        For a single token, the channels of all sublayers are read here, and `write_shifted` writes those that the
+        sublayers appended to `shifted`. With several tokens, each sublayer reads and writes the cache itself.
         """
-        quarter, shifted = x.shape[-1] // 4, self.room(x, len(x), x.shape[-1] // 2)
+        cache = self.shift_cache(x, len(x), x.shape[-1] // 2)
         if len(index) > 1:
-            return [partial(shift_several_tokens, rows, index, at) for rows in shifted.unbind(1)]
-        near = shifted.index_select(0, at.neighbours)[:, :, :, None]
-        above, left = near[0, ..., :quarter].unbind(0), near[1, ..., quarter:].unbind(0)
-        return [partial(shift_one_token, *pair, moved) for pair in zip(above, left, strict=True)]
+            return [partial(shift_tokens, cache=rows, index=index, at=at) for rows in cache.unbind(1)]
+        neighbours = gather_neighbours(cache, at)[0].unsqueeze(2)  # (sublayers, batch, 1, dim / 2)
+        return [partial(shift_token, neighbours=half, shifted=shifted) for half in neighbours.unbind()]
 
-    def start(self, other: TransformerState, times: int, shared: bool) -> None:
-        """Begin with the text of `other`, each of whose sequences stands `times` times in a row here."""
-        for layer, found in zip(self.layers, other.layers, strict=True):
-            layer.start(found, times, shared)
-        if other.shifted is not None:  # no image token has its neighbours in the text
-            _, _, prompts, width = other.shifted.shape
-            self.room(other.shifted, prompts * times, width).zero_()
+    def write_shifted(self, shifted: list[Tensor], index: Tensor) -> None:
+        """Write the shifted channels of a single token: a (batch, 1, dim / 2) for each sublayer."""
+        if shifted and self.shifted is not None:
+            self.shifted.index_copy_(0, index, torch.stack(shifted).permute(2, 0, 1, 3))
 
-
-def shift_one_token(above: Tensor, left: Tensor, moved: list[Tensor], x: Tensor) -> Tensor:
-    """The token shift of one place, x (batch, 1, dim), from quarters (batch, 1, dim / 4) of its neighbours."""
-    moves, rest = x.chunk(2, dim=-1)
-    moved.append(moves)
-    return torch.cat((above, left, rest), dim=-1)
-
-
-def shift_several_tokens(rows: Tensor, index: Tensor, at: Positions, x: Tensor) -> Tensor:
-    """The token shift of x (batch, n, dim) at the places `index`, with the rows (positions, batch, dim / 2) before."""
-    quarter = x.shape[-1] // 4
-    moves, rest = x.chunk(2, dim=-1)
-    near = rows.index_copy_(0, index, moves.transpose(0, 1)).index_select(0, at.neighbours)
-    above, left = near.unflatten(0, (2, -1)).transpose(1, 2).unbind(0)
-    return torch.cat((above[..., :quarter], left[..., quarter:], rest), dim=-1)
+    def copy_text(self, source: TransformerState, prompts: int, rows: int, shared: bool) -> None:
+        """Write the texts that `source` holds, one row for each of `prompts`, for `rows` rows each."""
+        for layer, found in zip(self.layers, source.layers, strict=True):
+            if found.states is not None:  # a feed-forward has none
+                layer.copy_text(found, prompts, rows, shared)
+        if source.shifted is not None:  # no image token has a neighbour in the text
+            self.shift_cache(source.shifted, prompts * rows, source.shifted.shape[-1]).zero_()
 
 
 @dataclass(eq=False)
 class DalleCache(Cache):
-    memory: TransformerState
+    state: TransformerState
     shared: bool  # whether all rows of a prompt share the keys and values of its text
-    text: TransformerState | None = None  # of the texts alone, one row for each
+    text: TransformerState | None = None  # state after the texts, one row per prompt
 
 
 class DalleTransformer(ImageTokenTransformer[DalleCache]):
@@ -252,9 +293,8 @@ class DalleTransformer(ImageTokenTransformer[DalleCache]):
 
     config: TransformerConfig
 
-    rotary_cos: Tensor
-    rotary_sin: Tensor
-    neighbours: Tensor
+    rotary_table: Tensor  # float (text_length + image_seq_len, dim_head / 2, 2): cosine and sine by position and pair
+    neighbours: Tensor  # int64 (2, text_length + image_seq_len): positions above and to the left, seq_len for none
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -273,29 +313,43 @@ class DalleTransformer(ImageTokenTransformer[DalleCache]):
         self.norm_out = nn.LayerNorm(c.dim)
 
         if c.rotary_emb:
-            self.set_rotary_angles(rotary_table(c))
+            self.register_buffer("rotary_table", rotary_table(rotary_angles(c), c), persistent=False)
         if "sparse" in c.attn_types:
             self.register_buffer("sparse_pattern", sparse_pattern(sparse_layout(c.seq_len, c.heads), c.seq_len))
         for kind in {"full", *c.attn_types} - {"mlp", "sparse"}:
             pattern = attention_pattern(kind, c.text_length, c.grid_size)
             self.register_buffer(f"{kind}_pattern", pattern, persistent=False)
-        place = torch.arange(c.text_length + c.image_seq_len, device="cpu")  # real on a meta model too
+        place = torch.arange(c.text_length + c.image_seq_len, device="cpu")  # on the CPU even under the meta device
         in_image, in_row = place >= c.text_length, (place - c.text_length) % c.grid_size
         above = torch.where(in_image, place - c.grid_size, place - 1)
         left = torch.where(in_image & (in_row == 0), -1, place - 1)
         has_above = (above >= 0) & ~(in_image & (above < c.text_length))
-        # Sentinel row behind the last position: never written, always zero.
+        # Position seq_len stands for a neighbour that does not exist; its cache row stays 0.
         above, left = torch.where(has_above, above, c.seq_len), torch.where(left >= 0, left, c.seq_len)
         self.register_buffer("neighbours", torch.stack((above, left)), persistent=False)
 
-    def set_rotary_angles(self, angles: Tensor) -> None:
-        """Take the table of angles (positions, channels) of a checkpoint; neighbouring channels share an angle."""
-        half = angles.reshape(angles.shape[-2:])[:, ::2]
-        # The last channels do not turn; upstream's table lacks the very last position, which is never fed.
-        rows = self.config.text_length + self.config.image_seq_len - len(half)
-        half = F.pad(half, (0, self.config.dim_head // 2 - half.shape[1], 0, rows))
-        self.register_buffer("rotary_cos", half.cos())
-        self.register_buffer("rotary_sin", half.sin())
+    def take_rotary_table(self, state: dict[str, Any], prefix: str = "") -> None:
+        """Adapt the model and the state dict of a checkpoint to each other before it is loaded.
+
+        If the checkpoint's rotary table is the one computed from the configuration, it is removed from `state`. A
+        different one, such as a table rounded to float16, is kept: the model then saves it too.
+        """
+        cos, sin = state.get(f"{prefix}rotary_cos"), state.get(f"{prefix}rotary_sin")  # of older files
+        if cos is not None and sin is not None and cos.shape == sin.shape:
+            state[f"{prefix}rotary_table"] = torch.stack((cos, sin), dim=-1)
+            del state[f"{prefix}rotary_cos"], state[f"{prefix}rotary_sin"]
+        found = state.get(f"{prefix}rotary_table")
+        if found is None or not self.config.rotary_emb:
+            return
+        own = rotary_table(rotary_angles(self.config), self.config)
+        same = found.shape == own.shape and torch.equal(found.to(own), own)
+        self.register_buffer("rotary_table", self.rotary_table, persistent=not same)
+        if same:
+            del state[f"{prefix}rotary_table"]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.take_rotary_table(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, text_ids: Tensor, image_ids: Tensor | None = None) -> Tensor:
         """Logits (batch, positions, text + image vocabulary); what cannot follow has the dtype's lowest value.
@@ -358,14 +412,14 @@ class DalleTransformer(ImageTokenTransformer[DalleCache]):
         """A part of the text's ids (batch, n), <bos> = 0 first, as they are, to embeddings (batch, part, dim)."""
         c = self.config
         table = self.to_logits.weight[: c.text_vocabulary] if c.share_input_output_emb else self.text_emb.weight
-        x = F.embedding(ids[:, part], table)
+        x = F.embedding(ids[:, part], table).to(self.norm_out.weight.dtype)
         return x if c.rotary_emb else x + self.text_pos_emb.weight[part]
 
     def embed_image(self, image_ids: Tensor, places: Tensor) -> Tensor:
         """Image ids (batch, n) at `places` (n,) of the image's grid, 0 first, to embeddings (batch, n, dim)."""
         c = self.config
         table = self.to_logits.weight[c.text_vocabulary :] if c.share_input_output_emb else self.image_emb.weight
-        x = F.embedding(image_ids, table)
+        x = F.embedding(image_ids, table).to(self.norm_out.weight.dtype)
         if c.rotary_emb:
             return x
         return x + self.row_pos_emb(places // c.grid_size) + self.column_pos_emb(places % c.grid_size)
@@ -374,42 +428,39 @@ class DalleTransformer(ImageTokenTransformer[DalleCache]):
         return self.logits(text_ids, image_ids)[1]
 
     def new_cache(self, prompts: int, rows: int) -> DalleCache:
-        c, weight = self.config, self.to_logits.weight
+        c, weight = self.config, self.norm_out.weight  # has the dtype of the arithmetic
         shared = rows >= SHARING_ROWS and prefers_matmul(weight) and "mlp" not in c.attn_types
         length = c.image_seq_len if shared else c.seq_len
-        cache = DalleCache(prompts, rows, TransformerState(2 * c.depth, c.seq_len + 1, length), shared)
+        cache = DalleCache(prompts, rows, TransformerState(2 * c.depth, c.seq_len, length), shared)
         cache.first_logits = weight.new_empty(prompts, c.num_image_tokens)
         return cache
 
     def fill_cache(self, text_ids: Tensor, cache: DalleCache) -> None:
         c = self.config
-        text = TransformerState(2 * c.depth, c.seq_len + 1, c.text_length)
-        x = self.run(
-            self.embed_text(text_ids), torch.arange(c.text_length, device=text_ids.device), c.text_length, text
-        )
+        cache.text = TransformerState(2 * c.depth, c.seq_len, c.text_length)
+        index = torch.arange(c.text_length, device=text_ids.device)
+        x = self.run(self.embed_text(text_ids), index, c.text_length, cache.text)
         cache.first_logits.copy_(self.image_logits(x[:, -1]))
-        cache.text = text
-        cache.memory.start(text, cache.rows, cache.shared)
+        cache.state.copy_text(cache.text, cache.prompts, cache.rows, cache.shared)
 
     def copy_text(self, text_ids: Tensor, like: DalleCache, cache: DalleCache) -> None:
         assert like.text is not None
         cache.first_logits.copy_(like.first_logits)
         cache.text = like.text
-        cache.memory.start(like.text, cache.rows, cache.shared)
+        cache.state.copy_text(like.text, cache.prompts, cache.rows, cache.shared)
 
     def step(self, previous: Tensor, place: Tensor, cache: DalleCache, end: int | None = None) -> Tensor:
-        before = self.config.text_length
-        x = self.embed_image(previous, place).repeat(cache.prompts, 1, 1)
-        x = self.run(
-            x, place + before, None if end is None else before + end, cache.memory, place if cache.shared else None
-        )
-        return self.image_logits(x)
+        x, text_length = self.embed_image(previous, place), self.config.text_length
+        if cache.prompts > 1:
+            x = x.repeat(cache.prompts, 1, 1)
+        end = None if end is None else end + text_length
+        return self.image_logits(self.run(x, place + text_length, end, cache.state, place if cache.shared else None))
 
     @property
     def cache_numbers(self) -> int:
         c = self.config
-        kept = 2 * c.heads * c.dim_head + c.dim  # keys, values, and what the token shift of both sublayers remembers
-        return c.depth * kept * (c.seq_len + 1) + c.num_image_tokens
+        per_layer = 2 * c.heads * c.dim_head + c.dim  # keys, values, and the shifted channels of both sublayers
+        return c.depth * per_layer * (c.seq_len + 1) + c.num_image_tokens
 
     @property
     def head(self) -> tuple[Tensor, Tensor]:
@@ -426,57 +477,63 @@ class DalleTransformer(ImageTokenTransformer[DalleCache]):
         return self.config.text_vocabulary + self.config.num_image_tokens
 
     def make_caches(self) -> TransformerState:
-        """Empty caches for `run`; their batch is that of the first tokens fed."""
-        return TransformerState(2 * self.config.depth, self.config.seq_len + 1, self.config.seq_len)
+        """An empty cache for `run`. Its batch size is that of the first tokens."""
+        return TransformerState(2 * self.config.depth, self.config.seq_len, self.config.seq_len)
 
     def run(
         self,
         x: Tensor,
         index: Tensor,
         end: int | None,
-        caches: TransformerState | None = None,
-        kept_at: Tensor | None = None,
+        state: TransformerState | None = None,
+        image_index: Tensor | None = None,
     ) -> Tensor:
-        """Embeddings (batch, n, dim) of the positions `index` (n,) to hidden states (batch, n, dim).
+        """Run all layers on embeddings (batch, n, dim) at positions `index` (n,): hidden states (batch, n, dim).
 
-        end: the last position + 1. Without caches x holds all positions before it; with them, the last ones, which the
-        caches do not know yet, or know otherwise. None, with caches, reads the keys of all positions under a mask: the
-        shapes are then the same for every token. kept_at: int64 (n,), the places in the image's grid, where the caches
-        hold the text apart.
+        Without a cache, x holds all positions before `end`. With one, x holds the last positions before `end`, and
+        their cache entries are written. If `end` is None, all positions of the cache are read under a mask, so that the
+        shapes are the same for every token. image_index: int64 (n,), positions in the image's grid; given if the layer
+        caches hold image positions only.
         """
-        c, at = self.config, self._positions(index, end, kept_at)
-        moved: list[Tensor] = []
+        c, at = self.config, self.positions(index, end, image_index)
         sublayers = [sublayer for pair in self.layers for sublayer in pair.children()]
-        shifts: list[Shift] = [partial(shift_tokens, at=at)] * len(sublayers)
-        if caches is not None and c.shift_tokens:
-            shifts = caches.shifts(x, index, at, moved)
-        streams = [x, x] if c.reversible else [x]
-        for i, (sublayer, shift) in enumerate(zip(sublayers, shifts, strict=True)):
-            target, source = (i % 2, 1 - i % 2) if c.reversible else (0, 0)
-            out = sublayer(streams[source], at, shift, caches.layers[i] if caches else None)
-            streams[target] = torch.addcmul(streams[target], out, cast(Tensor, sublayer.scale))
-        if moved and caches is not None and caches.shifted is not None:
-            caches.shifted.index_copy_(0, index, torch.stack(moved)[None, :, :, 0])
-        x = (streams[0] + streams[1]) / 2 if c.reversible else streams[0]
+        layers: list[LayerCache | None] = [None] * len(sublayers) if state is None else [*state.layers]
+        shifted: list[Tensor] = []
+        shifts: list[Shift | None] = [partial(shift_sequence, at=at) if c.shift_tokens else None] * len(sublayers)
+        if state is not None and c.shift_tokens:
+            shifts = [*state.shifts(x, index, at, shifted)]
+        if c.reversible:
+            first = second = x
+            for i, (sublayer, shift, cache) in enumerate(zip(sublayers, shifts, layers, strict=True)):
+                if i % 2 == 0:
+                    first = sublayer(second, first, at, shift, cache)
+                else:
+                    second = sublayer(first, second, at, shift, cache)
+            x = (first + second) / 2
+        else:
+            for sublayer, shift, cache in zip(sublayers, shifts, layers, strict=True):
+                x = sublayer(x, x, at, shift, cache)
+        if state is not None:
+            state.write_shifted(shifted, index)
         if c.stable:
             x = x / x.amax(dim=-1, keepdim=True).detach()
         return self.norm_out(x)
 
-    def _positions(self, index: Tensor, end: int | None, kept_at: Tensor | None) -> Positions:
+    def positions(self, index: Tensor, end: int | None, image_index: Tensor | None) -> Positions:
+        """What the layers need to know of the positions of a forward pass. Arguments as for `run`."""
         c, visible = self.config, self.config.seq_len if end is None else end
         masks: dict[str, Tensor | None] = {"full": None}
         for kind in {"full", *c.attn_types} - {"mlp"}:
-            if kind != "full" or end is None or len(index) > 1:  # the last position sees all before it
+            if kind != "full" or end is None or len(index) > 1:  # the last position attends to all positions
                 masks[kind] = self.get_buffer(f"{kind}_pattern")[..., index, :visible]
-        cos = sin = None
+        rotation = None
         if c.rotary_emb:
-            cos = self.rotary_cos[index].repeat_interleave(2, dim=-1)
-            sin = torch.stack((-self.rotary_sin[index], self.rotary_sin[index]), dim=-1).flatten(-2)
-        neighbours = self.neighbours[:, index]
-        has_left = neighbours[1, :, None] < c.seq_len
-        if kept_at is not None:
-            index, visible = kept_at, visible - c.text_length
-        return Positions(index, visible, masks, cos, sin, neighbours.flatten(), has_left, c.text_length, c.grid_size)
+            rotation = self.rotary_table.index_select(0, index).unsqueeze(1)
+            rotation = rotation if rotation.dtype == torch.float64 else rotation.float()
+        neighbours = self.neighbours.index_select(1, index)
+        if image_index is not None:
+            index, visible = image_index, visible - c.text_length
+        return Positions(index, visible, masks, rotation, neighbours, c.text_length, c.grid_size)
 
 
 def layer_functions(config: TransformerConfig) -> list[tuple[nn.Module, nn.Module]]:

@@ -149,6 +149,8 @@ def load_part(
         return saved_upscaler(folder / WEIGHTS, state, config).to(device, dtype)
     state = read_tensors(folder / WEIGHTS, device, dtype)
     state |= {name: state[first] for name, first in shared_names(model).items() if first in state}
+    if isinstance(model, DalleTransformer):
+        model.take_rotary_table(state)
     return load_tensors(model, state, folder / WEIGHTS, dtype).to(device, dtype)
 
 

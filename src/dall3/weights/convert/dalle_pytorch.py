@@ -6,7 +6,7 @@ import math
 import re
 
 from dall3.models.attention import sparse_pattern
-from dall3.models.transformer import DalleTransformer, TransformerConfig
+from dall3.models.transformer import DalleTransformer, TransformerConfig, rotary_table
 from dall3.weights.archive import file_error
 from dall3.weights.convert.state import (
     DALLE,
@@ -115,8 +115,8 @@ def load_transformer(path: PathLike, hparams: Settings | None = None, release: s
     with without_weights():
         model = DalleTransformer(config)
     if angles is not None:
-        model.set_rotary_angles(angles)
-        state |= {"rotary_cos": model.rotary_cos, "rotary_sin": model.rotary_sin}
+        state["rotary_table"] = rotary_table(angles, config)
+        model.take_rotary_table(state)
     if "sparse" in kinds:  # DeepSpeed runs every layer with the layout of the first
         default = model.get_buffer("sparse_pattern")
         state["sparse_pattern"] = sparse_pattern(layouts[0], config.seq_len) if layouts else default

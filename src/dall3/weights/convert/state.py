@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from dall3.models.packed import page_out
 from dall3.weights.archive import CheckpointError, Placeholder, file_error, module_tensors, read_archive
 from dall3.weights.registry import NAME, PathLike, read_settings_text
 
@@ -313,7 +314,11 @@ def load_tensors(model: Model, state: State, path: object, dtype: torch.dtype = 
     ]
     if lines:
         raise file_error(path, f"does not fit {type(model).__name__}; {'; '.join(lines)}")
-    ready = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+    ready: State = {}
+    for name, value in state.items():
+        ready[name] = value.to(dtype) if value.is_floating_point() else value
+        if ready[name] is not value:
+            page_out(value)  # part of a mapped file, which is not read again
     model.load_state_dict(ready, assign=True)
     return model.eval().requires_grad_(False)
 
