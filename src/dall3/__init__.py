@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from dall3.request import StopGeneration
     from dall3.weights.archive import CheckpointError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["CheckpointError", "Dall3Output", "Dall3Pipeline", "StopGeneration", "__version__"]
 
 _PLACES = {

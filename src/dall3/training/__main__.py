@@ -1,4 +1,4 @@
-"""Run `dall3 train MODEL …` in every process of a launcher: `accelerate launch -m dall3.training MODEL …`."""
+"""Run `dall3 train MODEL …` in every process of a launcher: `torchrun -m dall3.training MODEL …`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The processes that train one part together, started by torchrun or `accelerate launch`, each on a device."""
+"""The processes that train one part together, started by torchrun, each on a device."""
 
 from __future__ import annotations
 
