@@ -36,7 +36,7 @@ BOOK[3:3] = ["", "word " * 300]  # neither can be drawn
 BAD = {3, 4}
 PER_SHARD = 3
 HOW = dict(num_images=2, num_candidates=5, batch_size=3, prompts_per_shard=PER_SHARD, progress=False)
-HOW |= dict(refine=False, clip_guidance_scale=0)
+HOW |= dict(refine=False)
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +268,7 @@ def test_a_run_goes_on_only_with_the_same_settings_and_alone(weights, plain, tmp
     with pytest.raises(ValueError, match="transformer"):
         generate(BOOK, plain, **HOW)
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="holds other files \(notes.txt\)"):
+    with pytest.raises(ValueError, match=r"holds other files \(notes.txt\)"):
         generate(BOOK, tmp_path, weights=weights, **HOW)
     with (
         contextlib.closing(store.Store(tmp_path / "new", read_prompts(BOOK), {}, 4)),

@@ -97,7 +97,7 @@ def test_averages_of_latent_diffusion_win(save: Any, caplog: pytest.LogCaptureFi
 
 def test_several_networks_are_named(save: Any) -> None:
     weights = UNET.weights()
-    with pytest.raises(CheckpointError, match="holds 2 networks .'model', 'teacher'.; save the one"):
+    with pytest.raises(CheckpointError, match="holds 2 networks of this kind .'model', 'teacher'.; save the one"):
         load_unet(save({"model": weights, "teacher": dict(weights)}), FLAGS)
 
 

@@ -103,7 +103,7 @@ def test_files_that_do_not_belong_together_are_refused_before_any_work(
     }
     monkeypatch.setattr("dall3.weights.convert.state.read_archive", lambda path: true[path.name])
     with pytest.raises(
-        CheckpointError, match="encoder is 1024 channels wide, the decoder 2048; .* Mini or both of Mega"
+        CheckpointError, match="encoder has 1024 channels, the decoder 2048; pass both files of Mini or both of Mega"
     ):
         Dall3Pipeline.from_checkpoints(dalle=("encoder_mini.pt", "decoder.pt"))
 

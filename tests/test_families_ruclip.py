@@ -114,7 +114,7 @@ def test_russian_prompts_are_ranked(rudalle: Dall3Pipeline, clip: CLIP, tmp_path
 def test_mega_refuses_it(clip: CLIP) -> None:
     mega = DalleMini(DalleMiniConfig(100, 16, 8, dim=64, ff_dim=128, encoder_depth=1, decoder_depth=1))
     with pytest.raises(
-        ValueError, match="the clip is ruCLIP, which reads Russian, and DALL·E Mini and Mega read English"
+        ValueError, match="the clip is ruCLIP, which reads Russian; DALL·E Mini and Mega read English: pass a CLIP"
     ):
         Dall3Pipeline(transformer=mega, clip=clip)
     assert Dall3Pipeline(transformer=SimpleNamespace(config=SimpleNamespace()), clip=clip).clip is clip  # type: ignore

@@ -379,7 +379,7 @@ def test_the_next_place_is_tried(serve: Callable[..., Server], tmp_path: Path) -
 def test_more_bytes_than_there_should_be_are_not_taken(serve: Callable[..., Server], tmp_path: Path) -> None:
     server = serve()
     server.behaviours = ["endless"]
-    with pytest.raises(FetchError, match="sends more than the 1,500,000 bytes"):
+    with pytest.raises(FetchError, match="sends more than the announced 1,500,000 bytes"):
         fetch_file(want(tmp_path, server.url + "/model.pt", size=len(DATA)), progress=False)
     with pytest.raises(FetchError, match="has 1,500,000 bytes; expected 7"):
         fetch_file(want(tmp_path, server.url + "/model.pt", size=7), progress=False)
@@ -510,7 +510,7 @@ def test_a_copy_that_is_not_whole_is_neither_used_nor_pinned(
     wanted.target.write_bytes(UNET)
     assert fetch_file(wanted) == wanted.target
     wanted.target.write_bytes(saved(2.0))  # pinned by now
-    with pytest.raises(FetchError, match="model.pt.json says"):
+    with pytest.raises(FetchError, match="according to .*model.pt.json"):
         fetch_file(wanted)
 
 
@@ -677,7 +677,7 @@ def test_the_sets_that_come_with_it() -> None:
     known = read_registry()
     assert {"mini", "dall3", "dalle-mega", "dalle-mini", "rudalle-malevich", "openai-512-uncond"} <= known.keys()
     (file,) = files_of(known["openai-256-uncond"])
-    assert files_of(known["dalle-mega"])[-1].target == file.target  # fetched once
+    assert file.target in [one.target for one in files_of(known["dalle-mega"])]  # fetched once
     assert file.file.places[0].size == 2_211_383_297
     assert all(one.part.licence and one.part.source for name in known for one in files_of(known[name]))
     with pytest.raises(ValueError, match="no set of weights is called 'dalle3'; did you mean dall3"):

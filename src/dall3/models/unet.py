@@ -265,8 +265,7 @@ class UNet(nn.Module):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = super().__getstate__()
-        return state | {"graphs": {}}  # a copy has weights of its own
+        return self.__dict__ | {"graphs": {}}  # a copy has weights of its own
 
     def forward(
         self,
