@@ -34,6 +34,7 @@ from dall3.weights.convert.state import Settings, load_tensors, without_weights
 from dall3.weights.convert.transformer import load_transformer
 from dall3.weights.convert.vae import load_vae
 from dall3.weights.limits import check_limits
+from dall3.weights.progress import advance
 from dall3.weights.registry import PARTS, PathLike, read_settings_text
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
@@ -154,6 +155,7 @@ def read_tensors(path: Path, device: str | torch.device, dtype: torch.dtype) -> 
             with safe_open(path, framework="pt", device=str(device)) as file:
                 tensor = file.get_tensor(name)
             state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            advance(tensor)
         return state
     except SafetensorError as error:
         raise file_error(path, f"damaged or not a safetensors file ({error})") from None

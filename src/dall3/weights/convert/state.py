@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dall3.weights.archive import CheckpointError, Placeholder, file_error, module_tensors, read_archive
+from dall3.weights.progress import advance
 from dall3.weights.registry import NAME, PathLike, read_settings_text
 
 State = dict[str, Tensor]
@@ -313,7 +314,11 @@ def load_tensors(model: Model, state: State, path: object, dtype: torch.dtype = 
     ]
     if lines:
         raise file_error(path, f"does not fit {type(model).__name__}; {'; '.join(lines)}")
-    ready = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+    ready = {}
+    for name, value in state.items():
+        ready[name] = value.to(dtype) if value.is_floating_point() else value
+        if ready[name] is not value:
+            advance(value)
     model.load_state_dict(ready, assign=True)
     return model.eval().requires_grad_(False)
 
