@@ -7,7 +7,7 @@ import socket
 import pytest
 
 import dall3
-from dall3 import batch, images, loading, output, parts, pipeline, request
+from dall3 import batch, estimate, images, loading, output, parts, pipeline, request, wall
 from dall3.batch import prompts
 from dall3.diffusion import denoising, schedule
 from dall3.models import clip, dalle_mini, rudalle, transformer, unet, vqgan
@@ -29,7 +29,7 @@ def public_functions(owner):
     return found
 
 
-PUBLIC_MODULES = (images, output, loading, parts, pipeline, request, batch, prompts)
+PUBLIC_MODULES = (images, output, loading, parts, pipeline, request, wall, estimate, batch, prompts)
 NETWORKS = (clip, dalle_mini, rudalle, transformer, unet, vqgan)
 EXAMPLES = {
     test.name: test

@@ -1,4 +1,4 @@
-"""The notebook runs from nothing and shows its pictures; the web example answers, refuses, and queues."""
+"""The notebooks run from nothing and show their pictures; the web example answers, refuses, and queues."""
 
 import base64
 import io
@@ -14,20 +14,55 @@ from PIL import Image
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def test_the_notebook_runs_whole_and_its_pictures_are_there(tmp_path):
-    notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
+def run_notebook(name, folder, settings=""):
+    """Run a notebook from nothing. Returns the sizes of its pictures and all its text. settings: of the tagged cell."""
+    notebook = nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4)
     for cell in notebook.cells:
-        cell.pop("outputs", None) if cell.cell_type != "code" else cell.update(outputs=[], execution_count=None)
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+        if cell.cell_type == "code":
+            cell.update(outputs=[], execution_count=None)
+        if "settings" in cell.metadata.get("tags", []):
+            cell.source = settings
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}}).execute()
+    return outputs_of(notebook)
+
+
+def outputs_of(notebook):
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    pictures = [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]
     sizes = []
-    for picture in pictures:
-        with Image.open(io.BytesIO(base64.b64decode(picture))) as opened:
-            sizes.append(opened.size)
-    assert len(sizes) == 4 and all(min(size) >= 128 for size in sizes)
-    texts = "".join(output.get("data", {}).get("text/plain", "") for output in outputs)
-    assert "True" in texts, "the repeated picture was another"
+    for output in outputs:
+        if picture := output.get("data", {}).get("image/png"):
+            with Image.open(io.BytesIO(base64.b64decode(picture))) as opened:
+                sizes.append(opened.size)
+    texts = [output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs]
+    return sizes, "\n".join(texts)
+
+
+def test_the_quickstart_runs_whole_and_its_pictures_are_there(tmp_path):
+    sizes, text = run_notebook("quickstart", tmp_path)
+    assert len(sizes) == 6 and all(min(size) >= 128 for size in sizes)
+    assert "True" in text, "the repeated image was another"
+    assert "draws 16 candidates of 256 tokens, ranks them, refines 2 images in 3 of 20 steps" in text
+
+
+def test_the_models_of_2022_run_offline_on_the_bundled_weights(tmp_path, monkeypatch):
+    monkeypatch.setenv("DALL3_OFFLINE", "1")
+    sizes, text = run_notebook("models_of_2022", tmp_path)
+    assert len(sizes) == 4
+    for name in ("dalle-mega", "dalle-mini", "rudalle-malevich"):
+        assert f"{name} cannot be downloaded here; the bundled weights draw in its place" in text
+    assert "dalle-mega: DALL·E Mega, an English prompt to 256 px" in text and "7.9 GB of disk" in text
+
+
+def test_the_training_notebook_makes_weights_that_draw(tmp_path):
+    sizes, text = run_notebook("train_on_your_own", tmp_path, "STEPS, PICTURES = 1, 4")
+    assert len(sizes) == 4 and "Wall('a yellow smiling face on a blue background', 8 of 8 candidates)" in text
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_notebook_is_kept_with_its_outputs_and_small(path):
+    sizes, text = outputs_of(nbformat.read(path, as_version=4))
+    assert len(sizes) >= 4 and "Error" not in text
+    assert path.stat().st_size < 500_000
 
 
 def test_the_web_example_draws_in_turn_and_refuses_what_is_no_prompt(monkeypatch):

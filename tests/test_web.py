@@ -16,6 +16,7 @@ from dall3 import Dall3Output, Dall3Pipeline
 from dall3.cli import main
 from dall3.output import RECIPE
 from dall3.web import Limits, make_page, open_picture, serve
+from dall3.web_weights import Shelf
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
@@ -40,11 +41,20 @@ def page(pipe):
 
 def test_a_call_shows_the_picture_as_it_forms_and_then_before_and_after(page, tmp_path):
     updates = list(handler(page, "draw")("a red cube", 3, 1, 2, 10, 0, None, 0.5))
-    said = [status for _, status, _, _ in updates]
+    said = [update[1] for update in updates]
     assert said[0] == "drawing tokens: 32 of 512" and "ranking the candidates" in said and said[-1] == "done"
     assert any(status.startswith("refining: ") for status in said)
-    assert [forming["value"].size for forming, _, _, _ in updates[:-1]] == [(256, 256)] * (len(updates) - 1)
-    forming, _, gallery, files = updates[-1]
+    assert [update[0]["value"].size for update in updates[:-1]] == [(256, 256)] * (len(updates) - 1)
+    forming, _, gallery, files, vary, last, past, history = updates[-1]
+    assert vary["visible"] and last.weights == "bundled" and len(last.result) == len(past) == 1
+    assert [image.size for image, _ in history["value"]] == [(128, 128)] and past[0].fields == (
+        "a red cube",
+        3,
+        1,
+        2,
+        10,
+        0,
+    )
     assert not forming["visible"] and gallery["visible"] and len(files["value"]) == 1
     (_, first), (_, second) = gallery["value"]
     assert first == "before" and second.startswith("after: ") and "seed 3" in second
@@ -88,7 +98,7 @@ def test_a_picture_made_here_fills_the_fields_and_can_be_varied(page, pipe, tmp_
     pipe("a blue cube", 1, **settings).save(tmp_path)
     fields = handler(page, "read_recipe")(str(tmp_path / "0.png"))
     assert fields == ["a blue cube", 5, 1, 3, 5, 0.0]
-    *_, (_, _, gallery, _) = handler(page, "draw")(*fields, str(tmp_path / "0.png"), 0.05)
+    *_, (_, _, gallery, *_) = handler(page, "draw")(*fields, str(tmp_path / "0.png"), 0.05)
     assert len(gallery["value"]) == 2
 
 
@@ -197,12 +207,14 @@ def test_only_what_was_uploaded_is_read_and_nothing_is_fetched(pipe, tmp_path, m
         path = recipe_with(tmp_path, whole())
         with open(path, "rb") as content:
             (uploaded,) = requests.post(f"{address}/upload", files={"files": content}, timeout=60).json()
-        assert '"a cube", 5, 1, 3, 5, 0.0' in ask("read_recipe", file(uploaded))
+        assert '"a cube", 5, 1, 3, 5, 0.0' in ask("read_recipe", file(uploaded), "bundled")
         for other in (path, "http://127.0.0.1:1/a.png", "https://example.com/a.png", uploaded + "/../x", "/etc/passwd"):
             for said in (
-                ask("read_recipe", file(other)),
-                ask("draw", file(other), 0, 1, 1, 2, 0, None, 0.5),
-                ask("draw", "a cube", 0, 1, 1, 2, 0, [{"a": file(other)}], 0.5),
+                ask("read_recipe", file(other), "bundled"),
+                ask("draw", file(other), 0, 1, 1, 2, 0, None, 0.5, None, "bundled"),
+                ask("draw", "a cube", 0, 1, 1, 2, 0, [{"a": file(other)}], 0.5, None, "bundled"),
+                ask("draw", "a cube", 0, 1, 1, 2, 0, None, 0.5, {"background": file(other)}, "bundled"),
+                ask("lay_out", "a cube", 0, 2, file(other), 0.5, None, "bundled"),
             ):
                 assert "event: error" in said and "not uploaded to this page" in said
         for route in ("file=", "proxy="):
@@ -211,6 +223,91 @@ def test_only_what_was_uploaded_is_read_and_nothing_is_fetched(pipe, tmp_path, m
         assert fetched == []
     finally:
         gr.close_all(verbose=False)
+
+
+def chosen(index):
+    """What the browser sends when an image of a gallery is selected."""
+    return gr.SelectData(None, {"index": index, "value": None})
+
+
+def test_a_wall_is_chosen_from_by_clicks_and_refined_as_one_call_would(page, pipe):
+    *_, (forming, said, wall, numbers, refine, drawn) = handler(page, "lay_out")("a red cube", 4, 4, None, 0.5)
+    assert not forming["visible"] and refine["visible"] and "Select images" in said
+    assert [caption for _, caption in wall["value"]] == numbers["choices"] == ["0", "1", "2", "3"]
+    toggle = handler(page, "toggle")
+    assert toggle(toggle(toggle([], chosen(3)), chosen(1)), chosen(3)) == ["1"]
+    *_, update = handler(page, "refine")(drawn, ["3", "1"], 5, 0)
+    assert update[5].result == pipe.refine(
+        pipe.draw("a red cube", 4, seed=4, progress=False)[3, 1], clip_guidance_scale=0.0, progress=False
+    )
+    for given, words in [
+        ((None, ["1"], 5, 0), "there is no wall"),
+        ((drawn, [], 5, 0), "no image is chosen"),
+        ((drawn, ["7"], 5, 0), "no image 7 on this wall"),
+        ((drawn, ["0", "1", "2"], 5, 0), "3 images; this page allows up to 2"),
+        ((drawn, ["0"], 11, 0), "11 steps; this page allows up to 10"),
+    ]:
+        with pytest.raises(gr.Error, match=words):
+            next(handler(page, "refine")(*given))
+    with pytest.raises(gr.Error, match="5 candidates; this page allows up to 4"):
+        next(handler(page, "lay_out")("a red cube", 4, 5, None, 0.5))
+
+
+def test_an_output_can_be_varied_and_found_again_in_the_history(page):
+    *_, first = handler(page, "draw")("a red cube", 3, 1, 1, 5, 0, None, 0.5)
+    last, past = first[5], first[6]
+    assert handler(page, "select")(last, chosen(1)) == 0
+    *_, second = handler(page, "vary")("a red cube", 4, 2, 5, 0, 0.1, last, 0, past)
+    same = (second[5].result.tokens == last.result.tokens).sum(dim=1)
+    assert ((same >= 0.85 * 256) & (same < 256)).all()
+    assert [one.fields[1] for one in second[6]] == [4, 4, 3]
+    assert handler(page, "recall")(second[6], chosen(2)) == ["a red cube", 3, 1, 1, 5, 0]
+    with pytest.raises(gr.Error, match="no such image"):
+        handler(page, "recall")(past, chosen(5))
+    with pytest.raises(gr.Error, match="no image to vary"):
+        next(handler(page, "vary")("a red cube", 4, 2, 5, 0, 0.1, None, 0))
+
+
+def test_a_painted_part_is_drawn_again_and_the_rest_stays(page, pipe, tmp_path):
+    image, layer = tmp_path / "image.png", tmp_path / "layer.png"
+    Image.new("RGB", (128, 128), "blue").save(image)
+    painted = Image.new("RGBA", (128, 128), (0, 0, 0, 0))
+    painted.paste((255, 255, 255, 255), (0, 64, 128, 128))
+    painted.save(layer)
+    edited = {"background": str(image), "layers": [str(layer)], "composite": None}
+    *_, update = handler(page, "draw")("a red cube", 3, 1, 1, 5, 0, None, 0.5, edited)
+    before = pipe.encode(pipe.decode_tokens(update[5].result.tokens) * 0 + torch.tensor([0, 0, 1.0])[:, None, None])
+    assert torch.equal(update[5].result.tokens[0, :128], before[0, :128])
+    assert not torch.equal(update[5].result.tokens[0, 128:], before[0, 128:])
+    (tmp_path / "layer.png").write_text("not an image")
+    with pytest.raises(gr.Error, match="layer.png"):
+        next(handler(page, "draw")("a red cube", 3, 1, 1, 5, 0, None, 0.5, edited))
+
+
+def test_a_seed_is_kept_or_drawn_anew(page):
+    next_seed = handler(page, "next_seed")
+    assert next_seed(7, True) == 7 and next_seed(None, True) is None
+    assert len({next_seed(7, False) for _ in range(4)} | {7}) == 5
+
+
+def test_weights_are_those_of_this_machine_and_others_are_fetched_only_where_allowed(pipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("DALL3_HOME", str(tmp_path))
+    monkeypatch.setenv("DALL3_OFFLINE", "1")
+    shelf = Shelf(pipe, fetching=True)
+    known = {choice.name: choice for choice in shelf.choices()}
+    assert known["bundled"].here and not known["dalle-mega"].here and known["dalle-mega"].size > 7e9
+    for name, words in (("dalle-mega", "not on this machine"), ("../etc", "are not known"), ("mini/..", "not known")):
+        with pytest.raises(ValueError, match=words):
+            shelf.get(name)
+    page = make_page(pipe, shelf=shelf)
+    with pytest.raises(gr.Error, match="DALL3_OFFLINE is set"):
+        list(handler(page, "fetch")("dalle-mega"))
+    with pytest.raises(gr.Error, match="are not known"):
+        list(handler(page, "fetch")("nothing"))
+    with pytest.raises(gr.Error, match="fetches no weights"):
+        list(handler(make_page(pipe, shelf=Shelf(pipe)), "fetch")("dalle-mega"))
+    with pytest.raises(gr.Error, match="not on this machine"):
+        handler(page, "use_weights")("dalle-mega")
 
 
 def test_a_missing_gradio_and_a_wrong_limit_are_said(monkeypatch, capsys):
@@ -256,11 +353,13 @@ def test_the_page_in_a_browser(pipe, tmp_path):
             asked = []
             page.on("request", lambda request: asked.append(request.url))
             page.goto(address)
+            page.get_by_role("button", name="an avocado").click()
+            expect(page.locator("#prompt textarea")).to_have_value("an avocado", timeout=60_000)
             page.locator("#prompt textarea").fill("a red cube")
             page.locator("#draw").click()
             expect(page.locator("#status")).to_contain_text("drawing tokens", timeout=60_000)
             expect(page.locator("#forming img")).to_be_visible(timeout=60_000)
-            expect(page.locator("#status")).to_contain_text("done", timeout=120_000)
+            expect(page.locator("#status")).to_contain_text("done", timeout=600_000)
             expect(page.locator("#gallery img")).to_have_count(4, timeout=60_000)
             assert page.evaluate("document.documentElement.scrollWidth") <= 390
             with page.expect_download() as download:
@@ -273,6 +372,16 @@ def test_the_page_in_a_browser(pipe, tmp_path):
             page.locator("#cancel").click()
             expect(page.locator("#status")).to_contain_text("cancelled", timeout=60_000)
             assert watched.ended.wait(30)
+
+            page.locator("#lay").click()
+            expect(page.locator("#wall img")).to_have_count(8, timeout=600_000)
+            page.locator("#wall button").nth(5).click()
+            expect(page.locator("#chosen input:checked")).to_have_count(1, timeout=60_000)
+            page.locator("#refine").press("Enter")
+            expect(page.locator("#status")).to_contain_text("done", timeout=600_000)
+            expect(page.locator("#gallery img")).to_have_count(2, timeout=60_000)
+            expect(page.locator("#history img")).to_have_count(3, timeout=60_000)
+            assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
             watched.ended.clear()
             page.locator("#draw").click()

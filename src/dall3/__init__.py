@@ -8,16 +8,18 @@ if TYPE_CHECKING:
     from dall3.output import Dall3Output
     from dall3.pipeline import Dall3Pipeline
     from dall3.request import StopGeneration
+    from dall3.wall import Wall
     from dall3.weights.archive import CheckpointError
 
 __version__ = "0.2.0"
-__all__ = ["CheckpointError", "Dall3Output", "Dall3Pipeline", "StopGeneration", "__version__"]
+__all__ = ["CheckpointError", "Dall3Output", "Dall3Pipeline", "StopGeneration", "Wall", "__version__"]
 
 _PLACES = {
     "CheckpointError": "weights.archive",
     "Dall3Output": "output",
     "Dall3Pipeline": "pipeline",
     "StopGeneration": "request",
+    "Wall": "wall",
 }
 
 

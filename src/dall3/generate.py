@@ -73,6 +73,11 @@ def run(parts: Parts, request: Request, every: int = 1) -> Previews[Dall3Output]
     parts.load_clip_early()  # while the tokens are drawn
     tokens = yield from draw(parts, request, record)
     best = yield from rank(parts, request, tokens)
+    return (yield from refine_best(parts, request, record, best, every))
+
+
+def refine_best(parts: Parts, request: Request, record: Record, best: Ranked, every: int = 1) -> Previews[Dall3Output]:
+    """Refine the chosen candidates with the stages that the pipeline and the request have. every: as in `run`."""
     fine = best.pictures
     if parts.upsampler is not None:
         fine = yield from refine(parts, request, record, "upsampler", best.tokens, fine, best.candidates, every)

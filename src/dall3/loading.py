@@ -33,6 +33,7 @@ from dall3.weights.folder import (
     read_origins,
     save_folder,
 )
+from dall3.weights.progress import loading_bar
 from dall3.weights.registry import PARTS, PathLike, WeightsSet
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ class LoadedParts(Parts):
         (default: the bundled small weights).
         registry: path of an additional weights.toml.
         device, dtype: device and floating point type of the weights.
-        progress: show progress bars for downloads.
+        progress: show progress bars for downloads, and for loading weights of more than 200 MB.
 
         >>> from dall3 import Dall3Pipeline
         >>> pipe = Dall3Pipeline.from_pretrained()
@@ -122,11 +123,14 @@ class LoadedParts(Parts):
         if isinstance(found, WeightsSet):
             defaults = check_defaults(found.defaults)
             settings = {part.name: part.settings for part in found.parts}
-            parts = load_files(fetch_set(found, progress), device, dtype, settings)
+            files = fetch_set(found, progress)
+            with loading_bar((path for pair in files.values() for path in pair if path is not None), progress):
+                parts = load_files(files, device, dtype, settings)
             origins = {part.name: Origin(part.licence, part.source) for part in found.parts}
             left_out = {*settings} - {*parts}
         else:
-            parts, origins = load_folder(found, device, dtype), read_origins(found)
+            with loading_bar(Path(found).glob("*/*.safetensors"), progress):
+                parts, origins = load_folder(found, device, dtype), read_origins(found)
             defaults = load_defaults(found)
             left_out = {*origins} - {*parts}
         words = parts.pop("words", None)

@@ -126,6 +126,12 @@ class Preview:
     total: int
     make_images: Callable[[], list[Image.Image]]
     output: Dall3Output | None = None  # the result, in the stage "done"
+    measure_seconds_left: Callable[[], float] | None = None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """About how many seconds the call still takes; None if unknown. The first read times steps of later stages."""
+        return None if self.measure_seconds_left is None else self.measure_seconds_left()
 
     @property
     def images(self) -> list[Image.Image]:

@@ -13,7 +13,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dall3.errors import require
-from dall3.generate import Record, draw, exhaust, refine, run
+from dall3.estimate import EstimateCalls, announced_run
+from dall3.generate import Record, draw, exhaust, refine
 from dall3.images import Images, OutputType, Picture, center_crop, check_output_type, to_output_type, to_tensor
 from dall3.loading import LoadedParts
 from dall3.models.transformer import DalleTransformer
@@ -32,6 +33,7 @@ from dall3.settings import (
 from dall3.tokens.decoding import draw_text_tokens
 from dall3.tokens.sampling import Sampling, check_counts
 from dall3.tokens.seeds import candidate_uniforms, choose_seed
+from dall3.wall import WallCalls
 from dall3.weights.registry import PARTS, PathLike
 
 if TYPE_CHECKING:
@@ -47,7 +49,7 @@ class Ranking(NamedTuple):
     scores: Tensor  # float32 (n,), cosine similarities, descending
 
 
-class Dall3Pipeline(LoadedParts):
+class Dall3Pipeline(WallCalls, EstimateCalls, LoadedParts):
     """Text-to-image pipeline for the checkpoints of DALL-3. Parts can be replaced, or None if they are not used.
 
     clip: a CLIP, or a function without arguments that loads one at first use.
@@ -124,7 +126,7 @@ class Dall3Pipeline(LoadedParts):
         finite.
         """
         if isinstance(prompt, str):
-            return exhaust(run(self, make_request(self, prompt, num_images, num_candidates, **settings)))
+            return exhaust(announced_run(self, make_request(self, prompt, num_images, num_candidates, **settings)))
         if not isinstance(prompt, list | tuple):
             check_prompt(prompt)  # type: ignore[arg-type]
         require(len(prompt) > 0, "prompt is an empty list; expected at least one string")
@@ -136,7 +138,7 @@ class Dall3Pipeline(LoadedParts):
             each = [{**settings, "generator": generators[i * num_images :][:num_images]} for i in range(len(prompt))]
         pairs = zip(prompt, each, strict=True)
         requests = [make_request(self, text, num_images, num_candidates, **how) for text, how in pairs]
-        return [exhaust(run(self, request)) for request in requests]
+        return [exhaust(announced_run(self, request)) for request in requests]
 
     def variations(
         self,
@@ -161,7 +163,7 @@ class Dall3Pipeline(LoadedParts):
         Raises the same errors as the call.
         """
         how: dict[str, Any] = dict(settings) | {"init_image": image, "change": change}
-        return exhaust(run(self, make_request(self, prompt, num_images, call="variations()", **how)))
+        return exhaust(announced_run(self, make_request(self, prompt, num_images, call="variations()", **how)))
 
     def stream(
         self,
@@ -192,7 +194,7 @@ class Dall3Pipeline(LoadedParts):
         request = make_request(self, prompt, num_images, num_candidates, call="stream()", **settings)
 
         def steps() -> Iterator[Preview]:
-            output = yield from run(self, request, every)
+            output = yield from announced_run(self, request, every)
             yield Preview("done", 1, 1, output.to_pil, output)
 
         return steps()
@@ -230,7 +232,7 @@ class Dall3Pipeline(LoadedParts):
                 warnings.warn(f"the {part} of this pipeline {words}", stacklevel=2)
         if effects := recipe["settings"].get("callback"):
             warnings.warn(f"a callback {' and '.join(effects)} the original call; it is not repeated", stacklevel=2)
-        again = exhaust(run(self, request))
+        again = exhaust(announced_run(self, request))
         if again.recipe(0)["tokens"] != recipe["tokens"]:
             warnings.warn("the tokens that were drawn differ from the recipe's, and so does the image", stacklevel=2)
         return again

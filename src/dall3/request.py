@@ -15,12 +15,14 @@ from dall3.diffusion.denoising import Denoising, default_refine_batch_size
 from dall3.diffusion.schedule import space_timesteps
 from dall3.errors import require
 from dall3.images import OutputType, check_output_type
+from dall3.memory import check_memory, memory_needs, refining_needs
 from dall3.models.upscaler import Upscaler
 from dall3.parts import NETWORKS, Parts
 from dall3.settings import (
     Callback,
     CallSettings,
     DenoisingSettings,
+    RefineSettings,
     Stage,
     TokenSettings,
     Weighted,
@@ -138,6 +140,26 @@ def request_of_recipe(parts: Parts, recipe: Mapping[str, Any], progress: bool = 
     A recipe is untrusted input. Raises ValueError for invalid entries.
     """
     found, place, candidate = recipe["settings"], recipe["place"], recipe["candidate"]
+    settings = recipe_arguments(found)
+    # An image without a CLIP score was not chosen by a CLIP, but picked from a wall.
+    picked = recipe["clip_score"] is None
+    request = make_request(parts, recipe["prompt"], **settings, progress=progress, picked=picked)
+    require(0 <= place < request.num_images, f"the recipe's place is {place}; expected less than {request.num_images}")
+    valid = 0 <= candidate < request.num_candidates
+    require(valid, f"the recipe's candidate is {candidate}; expected less than {request.num_candidates}")
+    if found.get("kept") is not None:
+        length = parts.require("transformer", "drawing tokens").config.image_seq_len
+        request = replace(request, kept=kept_of_recipe(parts, found["kept"], length))
+    effects = found.get("callback", [])
+    valid = isinstance(effects, list) and all(effect in ("stopped", "changed") for effect in effects)
+    require(valid, f"the recipe's callback is {str(effects)[:40]!r}; expected a list of 'stopped' and 'changed'")
+    if found.get("seeds") is not None:
+        request = replace(request, seeds=seeds_of_recipe(found["seeds"], request.num_candidates))
+    return replace(request, repeated=Repeated(candidate, place))
+
+
+def recipe_arguments(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of the call among a recipe's settings. Raises ValueError for unknown or invalid ones."""
     settings = {name: value for name, value in found.items() if name not in NOT_ARGUMENTS}
     known = {*REPEATABLE, *Sampling.__dataclass_fields__, *Denoising.__dataclass_fields__}
     unknown = ", ".join(map(repr, sorted(settings.keys() - known)))
@@ -149,25 +171,23 @@ def request_of_recipe(parts: Parts, recipe: Mapping[str, Any], progress: bool = 
         valid = value is None or (isinstance(value, str if bound is str else int) and (bound is str or value <= bound))
         expected = "a string" if bound is str else "true or false" if bound is True else f"an integer up to {bound}"
         require(valid, f"the recipe's {name} is {str(value)[:40]!r}; expected {expected}")
-    request = make_request(parts, recipe["prompt"], **settings, progress=progress)
-    require(0 <= place < request.num_images, f"the recipe's place is {place}; expected less than {request.num_images}")
-    valid = 0 <= candidate < request.num_candidates
-    require(valid, f"the recipe's candidate is {candidate}; expected less than {request.num_candidates}")
-    if (kept := found.get("kept")) is not None:
-        length = parts.require("transformer", "drawing tokens").config.image_seq_len
-        valid = isinstance(kept, list) and len(kept) == length and all(type(token) is int for token in kept)
-        require(valid, f"the recipe's kept tokens are not a list of {length} integers")
-        parts.check_tokens(torch.tensor(kept).clamp(min=0))
-        request = replace(request, kept=torch.tensor(kept, device=parts.device))
-    effects = found.get("callback", [])
-    valid = isinstance(effects, list) and all(effect in ("stopped", "changed") for effect in effects)
-    require(valid, f"the recipe's callback is {str(effects)[:40]!r}; expected a list of 'stopped' and 'changed'")
-    if (seeds := found.get("seeds")) is not None:
-        valid = isinstance(seeds, list) and len(seeds) == request.num_candidates
-        valid = valid and all(type(seed) is int and 0 <= seed < 2**63 for seed in seeds)
-        require(valid, f"the recipe's seeds are not a list of {request.num_candidates} integers in [0, 2**63)")
-        request = replace(request, seeds=tuple(seeds))
-    return replace(request, repeated=Repeated(candidate, place))
+    return settings
+
+
+def kept_of_recipe(parts: Parts, kept: Any, length: int) -> Tensor:
+    """The kept tokens of a recipe, int64 (length,). Raises ValueError for others than `length` tokens or -1."""
+    valid = isinstance(kept, list) and len(kept) == length and all(type(token) is int for token in kept)
+    require(valid, f"the recipe's kept tokens are not a list of {length} integers")
+    parts.check_tokens(torch.tensor(kept).clamp(min=0))
+    return torch.tensor(kept, device=parts.device)
+
+
+def seeds_of_recipe(seeds: Any, count: int) -> tuple[int, ...]:
+    """The seeds of a recipe, one per image. Raises ValueError for others than `count` seeds."""
+    valid = isinstance(seeds, list) and len(seeds) == count
+    valid = valid and all(type(seed) is int and 0 <= seed < 2**63 for seed in seeds)
+    require(valid, f"the recipe's seeds are not a list of {count} integers in [0, 2**63)")
+    return tuple(seeds)
 
 
 def make_request(
@@ -177,29 +197,47 @@ def make_request(
     num_candidates: int | None = None,
     *,
     call: str = "Dall3Pipeline()",
+    picked: bool = False,
+    fitting: bool = True,
     **settings: Any,
 ) -> Request:
     """Validate the arguments of the pipeline's call (`CallSettings`).
 
-    call: name of the call in error messages. Raises ValueError for a setting out of range or one that needs a missing
-    part, and TypeError for an unknown setting or a prompt that is not a string.
+    call: name of the call in error messages. picked: the images are picked from a wall, not by a CLIP. fitting:
+    check that the call fits the free memory. Raises ValueError for a setting out of range, one that needs a missing
+    part and a call that does not fit, and TypeError for an unknown setting or a prompt that is not a string.
     """
     given = check_arguments(call, settings, CallSettings)
     check_prompt(prompt)
-    output_type = given.pop("output_type", "pil")
-    check_output_type(output_type)
     num_images = as_number(num_images)
     num_candidates = num_images if num_candidates is None else as_number(num_candidates)
-    refine_batch_size = default_refine_batch_size(given.pop("refine_batch_size", None), parts.device)
-    check_counts(num_images=num_images, num_candidates=num_candidates, refine_batch_size=refine_batch_size)
+    check_counts(num_images=num_images, num_candidates=num_candidates)
     require(num_candidates >= num_images, f"num_candidates={num_candidates} is less than num_images={num_images}")
     sampling = pop_sampling(parts, given)
-    denoising, scheduler = pop_denoising(parts, given, default_guidance_scale(parts))
     check_text(parts, prompt, given.get("truncate", False))
-    parts.require("vqgan", "decoding tokens")
-    if num_candidates > num_images:
+    if num_candidates > num_images and not picked:
         parts.require("clip", f"choosing {num_images} of {num_candidates} candidates")
-    guidance_prompt, negative = given.pop("guidance_prompt", None), given.get("negative_prompt") or None
+    refining = pop_refining(parts, given, prompt, given.get("negative_prompt") or None, sampling)
+    drawing = pop_drawing(parts, given, sampling, num_images, num_candidates)
+    if drawing["seeds"] is not None:
+        refining["refine_batch_size"] = 1  # the cut-outs differ per image too
+    request = Request(prompt=prompt, num_images=num_images, num_candidates=num_candidates, **drawing, **refining)
+    if fitting:
+        check_memory(parts, memory_needs(parts, request))
+    return request
+
+
+def pop_refining(
+    parts: Parts, given: dict[str, Any], prompt: str, negative: str | None, sampling: Sampling
+) -> dict[str, Any]:
+    """The fields of a `Request` that control the refining of coarse images (`OutputSettings`), removed from `given`."""
+    refine_batch_size = default_refine_batch_size(given.pop("refine_batch_size", None), parts.device)
+    check_counts(refine_batch_size=refine_batch_size)
+    output_type = given.pop("output_type", "pil")
+    check_output_type(output_type)
+    denoising, scheduler = pop_denoising(parts, given, default_guidance_scale(parts))
+    parts.require("vqgan", "decoding tokens")
+    guidance_prompt = given.pop("guidance_prompt", None)
     texts = parse_prompts(guidance_prompt) if guidance_prompt else [(prompt, 1.0)]
     if negative is not None:
         has_effect = sampling.cond_scale != 1 or denoising.clip_guidance_scale > 0
@@ -212,21 +250,15 @@ def make_request(
         check_stage(parts, "upsampler", denoising, texts)
     if output_size is not None:
         check_stage(parts, "super_resolution", denoising, texts, output_size=output_size)
-    drawing = pop_drawing(parts, given, sampling, num_images, num_candidates)
-    return Request(
-        prompt=prompt,
-        num_images=num_images,
-        num_candidates=num_candidates,
+    return dict(
         denoising=denoising,
         scheduler=scheduler,
         guidance_prompt=guidance_prompt,
         texts=texts,
         output_size=output_size,
         output_type=output_type,
-        # With one seed per image the cut-outs differ per image too, so images are refined one at a time.
-        refine_batch_size=refine_batch_size if drawing["seeds"] is None else 1,
+        refine_batch_size=refine_batch_size,
         callback=given.pop("callback_on_step_end", None),
-        **drawing,
     )
 
 
@@ -245,6 +277,34 @@ def make_token_request(
         require(sampling.cond_scale != 1, "negative_prompt has no effect; set guidance_scale above 1")
     drawing = pop_drawing(parts, given, sampling, num_candidates, num_candidates)
     return Request(prompt=prompt, num_images=num_candidates, num_candidates=num_candidates, **drawing)
+
+
+def make_refine_request(
+    parts: Parts, prompt: str, num_images: int, drawn: Mapping[str, Any], length: int, **settings: Any
+) -> Request:
+    """Validate the arguments of `Dall3Pipeline.refine` (`RefineSettings`).
+
+    prompt, drawn: the prompt and the settings that drew the candidates, as in a recipe: untrusted. length: image tokens
+    of a candidate. Raises as `make_request`.
+    """
+    given = check_arguments("refine()", settings, RefineSettings)
+    found = recipe_arguments(drawn)
+    sampling = Sampling(**{name: found[name] for name in Sampling.__dataclass_fields__ if name in found})
+    fields = {name: found[name] for name in ("num_candidates", "seed", "batch_size", "truncate")}
+    choose_seed(fields["seed"], None)
+    check_counts(num_candidates=fields["num_candidates"], batch_size=fields["batch_size"])
+    if drawn.get("kept") is not None:
+        fields["kept"] = kept_of_recipe(parts, drawn["kept"], length)
+    if drawn.get("seeds") is not None:
+        fields["seeds"] = seeds_of_recipe(drawn["seeds"], fields["num_candidates"])
+    negative, progress = found.get("negative_prompt"), given.pop("progress", True)
+    fields |= dict(sampling=sampling, negative_prompt=negative, progress=progress)
+    refining = pop_refining(parts, given, prompt, negative, sampling)
+    if fields.get("seeds") is not None:
+        refining["refine_batch_size"] = 1
+    request = Request(prompt=prompt, num_images=num_images, **fields, **refining)
+    check_memory(parts, refining_needs(parts, request))
+    return request
 
 
 def make_upsample_request(

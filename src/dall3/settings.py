@@ -101,14 +101,24 @@ class TokenSettings(DrawSettings, StartSettings, total=False):
     """Keyword arguments of `Dall3Pipeline.generate_tokens`."""
 
 
-class VariationSettings(DrawSettings, DenoisingSettings, total=False):
-    """Keyword arguments of `Dall3Pipeline.variations`."""
+class OutputSettings(DenoisingSettings, total=False):
+    """Settings that control how coarse images are refined."""
 
     guidance_prompt: str | None
     output_size: int | None
     output_type: OutputType
     refine_batch_size: int | None
     callback_on_step_end: Callback | None
+
+
+class RefineSettings(OutputSettings, total=False):
+    """Keyword arguments of `Dall3Pipeline.refine`."""
+
+    progress: bool
+
+
+class VariationSettings(DrawSettings, OutputSettings, total=False):
+    """Keyword arguments of `Dall3Pipeline.variations`."""
 
 
 class CallSettings(VariationSettings, StartSettings, total=False):

@@ -51,6 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--num_candidates", type=int, help="candidates to draw; CLIP keeps the best (default: num_images)")
     add("--batch_size", type=int, help="candidates drawn at a time (default: chosen from the free memory)")
     add_sampling(parser, f"the weights' setting; {UPSTREAM_TOP_P} with --dalle_path, unless --top_k is given")
+    add("--wall", action="store_true", help="save all candidates on a numbered sheet, for `dall3 upsample --pick`")
     add(
         "--clip_sort",
         action="store_true",
@@ -66,6 +67,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from dall3.errors import require
     from dall3.output import check_free
+    from dall3.wall import MANIFEST, SHEET
 
     candidates = args.num_images if args.num_candidates is None else args.num_candidates
     prompts = decoded(args.text or args.prompt or "").lower().split("|")
@@ -86,10 +88,13 @@ def run(args: argparse.Namespace) -> None:
         pipe.text_encoder(prompt, truncate)
     # Encode and decode, so that the bytes are the same if Python assumes ASCII as the file system's encoding.
     folders = [Path(args.outputs_dir) / os.fsdecode(name.encode()) for name in folder_names(prompts)]
+    names = ["caption.txt", "0.npy", "0.jpg", "0-fine.png"]
+    if args.wall:
+        folders, names = [folder / "wall" for folder in folders], [MANIFEST, SHEET]
     for folder in folders:
-        check_free(folder, [] if args.overwrite else ["caption.txt", "0.npy", "0.jpg", "0-fine.png"])
+        check_free(folder, [] if args.overwrite else names)
     how = dict(batch_size=args.batch_size, seed=args.seed, truncate=truncate, **sampling)
-    if refines(args):
+    if refines(args) and not args.wall:
         how |= refinement(args)
         if args.dalle_path is not None and not asks_for_guidance(args):
             how["clip_guidance_scale"] = 0
@@ -177,12 +182,19 @@ def draw(
     outputs = Path(args.outputs_dir)
     fine_too = refines(args) and (args.dalle_path is not None or pipe.upsampler is not None)
     fine_too = fine_too or args.output_size is not None
-    made = [folder for folder in (*folders, outputs, *outputs.parents) if not folder.exists()]
+    parents = [folder.parent for folder in folders if folder.parent != outputs]
+    made = [folder for folder in (*folders, *parents, outputs, *outputs.parents) if not folder.exists()]
     written: list[Path] = []
     try:
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
         for prompt, folder in zip(prompts, folders, strict=True):
+            if args.wall:
+                wall = pipe.draw(prompt, candidates, **how)
+                write_files(folder, wall.files(), args.overwrite)
+                written += [folder / name for name in wall.files()]
+                print(f'created a wall of {len(wall)} images at "{folder}"')
+                continue
             out = pipe(prompt, args.num_images, candidates, **how)
             files: dict[str, File] = {} if args.clip_sort else {"caption.txt": prompt}
             scores = out.clip_scores.tolist() if args.clip_sort and out.clip_scores is not None else None

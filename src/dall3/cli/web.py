@@ -28,4 +28,4 @@ def run(args: argparse.Namespace) -> None:
     check_counts(port=args.port, **limits)
     device, dtype = placement(args)
     pipe = Dall3Pipeline.from_pretrained(args.weights, device=device, dtype=dtype)
-    serve(pipe, args.host, args.port, Limits(**limits))
+    serve(pipe, args.host, args.port, Limits(**limits), own=args.weights or "bundled")

@@ -191,6 +191,10 @@ class ImageTokenTransformer(nn.Module, ABC, Generic[C]):
             kept = [*self._idle_caches.items()][-(KEPT_CACHES - 1) :]
             self._idle_caches = dict(kept) | {(cache.prompts, cache.rows): cache}
 
+    def keeps_cache(self, prompts: int, rows: int) -> bool:
+        """Whether `prefill` of this shape finds an idle cache, and allocates none."""
+        return (prompts, rows) in self._idle_caches
+
     def free_caches(self) -> None:
         """Free the caches that `release` kept, and the CUDA graphs captured with them."""
         self._idle_caches = {}

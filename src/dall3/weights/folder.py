@@ -38,6 +38,7 @@ from dall3.weights.convert.transformer import load_transformer
 from dall3.weights.convert.upscaler import NotInstalled, check_saves, load_super_resolution, saved_upscaler
 from dall3.weights.convert.vae import load_vae
 from dall3.weights.limits import check_limits
+from dall3.weights.progress import advance
 from dall3.weights.registry import PARTS, PathLike, read_settings_text
 
 logger = logging.getLogger("dall3")
@@ -176,6 +177,7 @@ def read_tensors(path: Path, device: str | torch.device, dtype: torch.dtype) -> 
             with safe_open(path, framework="pt", device=str(device)) as file:
                 tensor = file.get_tensor(name)
             state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            advance(tensor)
         return state
     except SafetensorError as error:
         raise file_error(path, f"damaged or not a safetensors file ({error})") from None

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from dall3.models.packed import page_out
 from dall3.weights.archive import CheckpointError, Placeholder, file_error, module_tensors, read_archive
+from dall3.weights.progress import advance
 from dall3.weights.registry import NAME, PathLike, read_settings_text
 
 State = dict[str, Tensor]
@@ -319,6 +320,7 @@ def load_tensors(model: Model, state: State, path: object, dtype: torch.dtype = 
         ready[name] = value.to(dtype) if value.is_floating_point() else value
         if ready[name] is not value:
             page_out(value)  # part of a mapped file, which is not read again
+            advance(value)
     model.load_state_dict(ready, assign=True)
     return model.eval().requires_grad_(False)
 

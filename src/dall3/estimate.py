@@ -1,0 +1,302 @@
+"""How much memory and time a call takes, said beforehand: `Dall3Pipeline.estimate`, and the log at a call's start.
+
+Time is measured, not computed: a few steps of each stage run once for each shape, and a call takes a multiple of them.
+The rate of drawing is then replaced by that of the last whole call, because later tokens take longer than the first.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from dall3.diffusion.denoising import Denoising
+from dall3.diffusion.schedule import space_timesteps
+from dall3.generate import Previews, Record, choose_best, draw, refine, run
+from dall3.memory import StageEstimate, free_memory, memory_needs, weight_bytes
+from dall3.output import Dall3Output, Preview
+from dall3.parts import Parts
+from dall3.request import Request, make_request
+from dall3.settings import Stage as StageName
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from dall3.settings import CallSettings
+
+LOGGER = logging.getLogger("dall3")
+TIMED_STEPS = 2  # denoising steps that are timed, after a first one
+RATES: WeakKeyDictionary[Parts, dict[Any, float]] = WeakKeyDictionary()  # seconds by what `Pace` measures
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Memory and time of a call, by stage.
+
+    device: where the pipeline runs. stages: what each stage needs. peak: bytes at the most, with the weights of all
+    networks that stay on the device. free: free bytes of the device now, None if unknown; the weights are there
+    already, unless they are offloaded.
+
+    >>> from dall3 import Dall3Pipeline
+    >>> estimate = Dall3Pipeline.from_pretrained().estimate(1, 4, clip_guidance_scale=0.0)
+    >>> [stage.name for stage in estimate.stages], estimate.peak > estimate.stages[0].caches > 0
+    (['drawing', 'ranking', 'refining'], True)
+    """
+
+    device: str
+    stages: tuple[StageEstimate, ...]
+    peak: int
+    free: int | None
+    summary: str = field(repr=False)
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds of the whole call; None if it does not fit the free memory, so that no step could be timed."""
+        found = [stage.seconds for stage in self.stages if stage.seconds is not None]
+        return sum(found) if len(found) == len(self.stages) else None
+
+    def __str__(self) -> str:
+        free = "" if self.free is None else f", {size_text(self.free)} free"
+        lines = [f"{self.summary}: {time_text(self.seconds)}, {size_text(self.peak)} on {self.device}{free}"]
+        for stage in self.stages:
+            sizes = (("weights", stage.weights), ("caches", stage.caches), ("activations", stage.activations))
+            told = ", ".join(f"{name} {size_text(size)}" for name, size in sizes if size)
+            lines.append(f"  {stage.name}, {stage.batch_size} at a time: {time_text(stage.seconds)}; {told}")
+        return "\n".join(lines)
+
+
+def size_text(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
+def time_text(seconds: float | None) -> str:
+    if seconds is None:
+        return "does not fit"
+    if seconds < 100:
+        return f"about {seconds:.2g} s" if seconds < 10 else f"about {seconds:.0f} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 6000 else f"about {seconds / 3600:.1f} h"
+
+
+class Pace:
+    """Seconds of the stages of a request, measured on its pipeline when they are first asked for."""
+
+    def __init__(self, parts: Parts, request: Request) -> None:
+        self.parts, self.request, self.rates = parts, request, RATES.setdefault(parts, {})
+        self.where = (str(parts.device), parts.dtype, parts.offload_device is not None, torch.get_num_threads())
+        self.candidates = len(request.candidates())
+        most = min(request.batch_size, self.candidates)
+        self.draw_key = ("drawing", most, str(request.sampling), *self.where)
+        self.stages: list[StageName] = [] if parts.upsampler is None else ["upsampler"]
+        self.stages += [] if request.output_size is None else ["super_resolution"]
+
+    def now(self) -> float:
+        if self.parts.device.type == "cuda":
+            torch.cuda.synchronize(self.parts.device)
+        return time.perf_counter()
+
+    def drawing(self) -> float:
+        """Seconds of drawing all candidates."""
+        if self.draw_key not in self.rates:
+            self.rates[self.draw_key] = self.time_drawing(self.draw_key[1])
+        size = self.draw_key[1]
+        return self.rates[self.draw_key] * self.candidates / size
+
+    def time_drawing(self, size: int) -> float:
+        """Seconds of drawing a batch, from its first two rows of tokens."""
+        how: dict[str, Any] = dict(num_candidates=size, num_images=1, batch_size=size, seeds=None, repeated=None)
+        start, times = self.now(), []
+        for _ in islice(draw(self.parts, replace(self.request, **how, progress=False), Record()), 2):
+            times.append(self.now())
+        rows = self.parts.require("transformer", "drawing tokens").config.grid_size
+        return times[0] - start + (times[-1] - times[0]) * (rows - 1)
+
+    def ranking(self) -> float:
+        """Seconds of decoding and scoring all candidates."""
+        size, seamless = min(self.draw_key[1], 4), self.request.denoising.seamless
+        key = ("ranking", size, self.parts.clip_or_loader is None, seamless, *self.where)
+        if key not in self.rates:
+            self.parts.clip  # noqa: B018  loaded first
+            tokens = self.any_tokens(size)
+            start = self.now()
+            choose_best(self.parts, tokens, "a", 1, batch_size=size, seamless=seamless, progress=False)
+            self.rates[key] = (self.now() - start) / size
+        return self.rates[key] * self.candidates
+
+    def any_tokens(self, count: int) -> torch.Tensor:
+        length = self.parts.require("transformer", "drawing tokens").config.image_seq_len
+        return torch.zeros(count, length, dtype=torch.int64, device=self.parts.device)
+
+    def refining(self) -> float:
+        """Seconds of all denoising."""
+        return sum(seconds for _, seconds in self.denoising())
+
+    def denoising(self) -> Iterator[tuple[int, float]]:
+        """The denoising steps of the call in order: the batch's number and the step's seconds."""
+        size, number = self.request.refine_batch_size, 0
+        count = len(self.request.places(self.request.num_images))
+        for stage in self.stages:
+            steps, guided, _ = self.step_counts(stage)
+            for start in range(0, count, size):
+                batch = min(size, count - start)
+                yield from ((number, self.step(stage, batch, k < guided)) for k in range(steps))
+                number += 1
+
+    def step_counts(self, stage: StageName) -> tuple[int, int, int]:
+        """How many denoising steps a stage takes, how many of them are guided, and how many there are from noise."""
+        settings, unet = self.request.denoising, self.parts.require(stage, "refining")
+        config: Any = unet.config
+        count = len(space_timesteps(config.diffusion.diffusion_steps, settings.num_inference_steps))
+        noised = stage == "upsampler" and (settings.strength or 0.5 if not config.embedding_dims else settings.strength)
+        steps = max(round(count * noised), 1) if noised and not config.super_resolution else count
+        guided = round(steps * settings.guidance_share) if is_guided(settings) else 0
+        steps = steps if settings.stop_at is None else min(steps, settings.stop_at)
+        return steps, min(guided, steps), count
+
+    def step(self, stage: StageName, size: int, guided: bool) -> float:
+        """Seconds of a denoising step of `size` images."""
+        settings, sides = self.request.denoising, self.request.output_size
+        how = (settings.clip_guidance_scale > 0, settings.cutn) if guided else ()
+        key = (stage, size, how, settings.seamless, sides, *self.where)
+        if key not in self.rates:
+            self.rates[key] = self.time_step(stage, size, guided)
+        return self.rates[key]
+
+    def time_step(self, stage: StageName, size: int, guided: bool) -> float:
+        settings = Denoising(num_inference_steps=TIMED_STEPS + 1, seamless=self.request.denoising.seamless)
+        if guided:
+            names = ("clip_guidance_scale", "tv_scale", "range_scale", "cutn")
+            settings = replace(settings, **{name: getattr(self.request.denoising, name) for name in names})
+        how: dict[str, Any] = dict(denoising=settings, num_images=size, refine_batch_size=size, seeds=None)
+        request = replace(self.request, **how, repeated=None, callback=None, progress=False)
+        tokens = self.any_tokens(size) if stage == "upsampler" else None
+        image = torch.zeros(size, 3, 64, 64) if tokens is None else None
+        times = [self.now() for _ in refine(self.parts, request, Record(), stage, tokens, image)]
+        return (times[-1] - times[0]) / max(len(times) - 1, 1)
+
+
+def is_guided(settings: Denoising) -> bool:
+    return any((settings.clip_guidance_scale, settings.tv_scale, settings.range_scale))
+
+
+def describe(pace: Pace) -> str:
+    """What a call does, in words."""
+    request, count = pace.request, pace.candidates
+    length = pace.parts.require("transformer", "drawing tokens").config.image_seq_len
+    words = f"draws {plural(count, 'candidate')} of {length} tokens"
+    words += ", ranks them" if pace.parts.clip_or_loader is not None and count > request.num_images else ""
+    for stage in pace.stages:
+        steps, guided, whole = pace.step_counts(stage)
+        many = plural(steps, "step") if steps == whole else f"{steps} of {plural(whole, 'step')}"
+        words += f", refines {plural(request.num_images, 'image')} in {many}"
+        words += f" ({guided} guided)" if guided else ""
+    return words
+
+
+def plural(count: int, word: str) -> str:
+    return f"{count} {word}{'s' * (count != 1)}"
+
+
+def estimate_request(parts: Parts, request: Request) -> Estimate:
+    """The estimate of a call. Steps are timed where they have not been yet and fit the memory."""
+    pace, needs, free = Pace(parts, request), memory_needs(parts, request), free_memory(parts.device)
+    fits = free is None or all(need.least(need.stage.batch_size) <= free for need in needs)
+    stages = [need.stage for need in needs]
+    if fits:
+        refining = dict.fromkeys(pace.stages, 0.0)
+        count = sum(1 for _ in pace.denoising())
+        for place, (_, seconds) in enumerate(pace.denoising()):
+            refining[pace.stages[place * len(pace.stages) // count]] += seconds
+        times = [pace.drawing(), pace.ranking(), *refining.values()]
+        stages = [replace(stage, seconds=seconds) for stage, seconds in zip(stages, times, strict=True)]
+    resident = 0
+    if parts.offload_device is None:
+        resident = sum(map(weight_bytes, parts.networks.values()))
+    peak = max(
+        (stage.caches + stage.activations + (stage.weights if not resident else stage.copied)) for stage in stages
+    )
+    return Estimate(str(parts.device), tuple(stages), resident + peak, free, describe(pace))
+
+
+class EstimateCalls(Parts):
+    """The call of a pipeline that tells what another call would take."""
+
+    def estimate(
+        self, num_images: int = 1, num_candidates: int | None = None, **settings: Unpack[CallSettings]
+    ) -> Estimate:
+        """Estimate the memory and time of the pipeline's call with these arguments, on the pipeline's device.
+
+        Memory: weights and key/value caches are exact, activations estimated from the configurations. Time: a few steps
+        of each stage are run and timed, once for each batch size, image size and device.
+
+        >>> from dall3 import Dall3Pipeline
+        >>> pipe = Dall3Pipeline.from_pretrained()
+        >>> estimate = pipe.estimate(num_images=1, num_candidates=2, clip_guidance_scale=0.0)
+        >>> print(estimate.summary)
+        draws 2 candidates of 256 tokens, ranks them, refines 1 image in 3 of 20 steps
+
+        Raises the same errors as the call, except that a call which does not fit the memory is estimated too.
+        """
+        request = make_request(self, "a", num_images, num_candidates, call="estimate()", fitting=False, **settings)
+        return estimate_request(self, request)
+
+
+def announced_run(parts: Parts, request: Request, every: int = 1) -> Previews[Dall3Output]:
+    """`dall3.generate.run`, announced in the log at level info; its previews tell the time left."""
+    pace = Pace(parts, request)
+    if LOGGER.isEnabledFor(logging.INFO):
+        seconds = pace.drawing() + pace.ranking() + pace.refining()
+        LOGGER.info("%s: %s", describe(pace), time_text(seconds))
+    countdown, steps = Countdown(pace), run(parts, request, every)
+    while True:
+        try:
+            preview = next(steps)
+        except StopIteration as end:
+            output: Dall3Output = end.value
+            return output
+        yield countdown.follow(preview)
+
+
+class Countdown:
+    """The time left of a call, from its previews: by the pace so far, and by measured steps for later stages."""
+
+    def __init__(self, pace: Pace) -> None:
+        self.pace, self.stage, self.batch, self.step = pace, "drawing", 0, 0
+        self.begun = self.last = time.perf_counter()  # of the stage, of the last preview
+
+    def follow(self, preview: Preview) -> Preview:
+        """The preview, which then tells its `seconds_left`."""
+        now = time.perf_counter()
+        if preview.stage != self.stage:
+            self.stage, self.begun, self.batch, self.step = preview.stage, self.last, 0, 0
+        self.batch += preview.step <= self.step
+        self.step, self.last = preview.step, now
+        if preview.stage == "drawing" and preview.step == preview.total:
+            self.pace.rates[self.pace.draw_key] = (now - self.begun) * self.pace.draw_key[1] / self.pace.candidates
+        elapsed, batch, step = now - self.begun, self.batch, preview.step
+
+        def left() -> float:
+            if preview.stage == "drawing":
+                rest = elapsed / preview.step * (preview.total - preview.step)
+                return rest + self.pace.ranking() + self.pace.refining()
+            if preview.stage == "ranking":
+                return self.pace.refining()
+            whole, rest = self.pace.refining(), refining_left(self.pace, batch, step)
+            return rest * elapsed / max(whole - rest, 1e-9)
+
+        preview.measure_seconds_left = left
+        return preview
+
+
+def refining_left(pace: Pace, batch: int, step: int) -> float:
+    """Seconds of the denoising steps after step `step`, counted from 1, of a batch."""
+    left, place, current = 0.0, 0, -1
+    for number, seconds in pace.denoising():
+        place, current = (place + 1, number) if number == current else (1, number)
+        left += seconds if (number, place) > (batch, step) else 0.0
+    return left

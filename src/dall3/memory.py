@@ -1,0 +1,224 @@
+"""Memory that a call needs, by stage, and the check that it fits before any work starts.
+
+Key/value caches are exact. Activations follow from the configurations of the networks: of the tensors that exist at the
+same time, `least` counts those that must, and `activations` estimates all. Only `least` can refuse a call.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from dall3.models.packed import PREPARED, can_pack, linear_weights
+from dall3.parts import Parts
+
+if TYPE_CHECKING:
+    from dall3.request import Request
+
+GB = 1e9
+# Activations, in units of the tensors that must exist at the same time. Measured with the bundled weights the peak of
+# all tensors alive: 5.5, 2.7 and 18.8. Larger networks of the same families have the same layers.
+DECODING, DENOISING, GUIDED = 6.0, 3.0, 19.0
+# Tensors that a CLIP keeps for the gradient: in each layer of a transformer, of a token's width; in a ResNet in all, of
+# its stem's size.
+CLIP_TENSORS = 24
+
+
+@dataclass(frozen=True)
+class StageEstimate:
+    """What a stage of a call needs, in bytes.
+
+    name: "drawing", "ranking" or "refining". weights: the weights of the networks it runs. copied: their copy in
+    another layout, for drawing on a CPU, at most. caches: keys and values. activations: intermediate results,
+    estimated. batch_size: images at a time. seconds: how long the stage takes, if that was measured.
+    """
+
+    name: str
+    weights: int
+    copied: int
+    caches: int
+    activations: int
+    batch_size: int
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Need:
+    """The lower bound of a stage's further memory. least: bytes for a batch size."""
+
+    stage: StageEstimate
+    argument: str  # the argument that sets the batch size
+    count: int  # images
+    least: Callable[[int], int]
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Free memory of a device in bytes, None if unknown.
+
+    On CUDA, memory that the allocator has reserved and does not use counts as free.
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    if device.type != "cpu":
+        return None
+    with suppress(OSError, KeyError, ValueError), open("/proc/meminfo", encoding="ascii") as file:
+        found = dict(line.split(":", 1) for line in file)
+        return int(found["MemAvailable"].split()[0]) * 1024
+    with suppress(OSError, ValueError, AttributeError):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def weight_bytes(part: Any) -> int:
+    """Bytes of a network's parameters and buffers; 0 for one that is not loaded."""
+    if not isinstance(part, nn.Module):
+        return 0
+    held = {id(tensor): tensor.nbytes for tensor in (*part.parameters(), *part.buffers())}
+    return sum(held.values())
+
+
+def copied_bytes(transformer: Any, quantize: str | None) -> int:
+    """Bytes of the copy of the linear weights that a CPU draws with (`packed.prepare`)."""
+    if quantize is None and not can_pack(transformer.head[0]):
+        return 0
+    numbers = sum(weight.numel() for weight in linear_weights(transformer))
+    return numbers * {None: 4, "float16": 2, "int8": 1}[quantize]
+
+
+def memory_needs(parts: Parts, request: Request) -> list[Need]:
+    """The stages of a call with what they need."""
+    return [drawing_need(parts, request), ranking_need(parts, request), *refining_needs(parts, request)]
+
+
+def refining_needs(parts: Parts, request: Request) -> list[Need]:
+    """The stages of refining."""
+    found = []
+    if parts.upsampler is not None:
+        found.append(refining_need(parts, request, "upsampler"))
+    if request.output_size is not None and parts.super_resolution is not None:
+        found.append(refining_need(parts, request, "super_resolution"))
+    return found
+
+
+def drawing_need(parts: Parts, request: Request) -> Need:
+    transformer, sampling = parts.require("transformer", "drawing tokens"), request.sampling
+    count = len(request.candidates())
+    rows, batch = (1 if sampling.cond_scale == 1 else 2), min(request.batch_size, count)
+    logits = 4 * transformer.config.num_image_tokens  # float32
+
+    def least(size: int) -> int:
+        kept = transformer.keeps_cache(rows, size)
+        return (0 if kept else transformer.cache_bytes(rows, size)) + rows * size * logits
+
+    copied = copied_bytes(transformer, sampling.quantize)
+    weights = weight_bytes(transformer)
+    stage = StageEstimate(
+        "drawing", weights, copied, transformer.cache_bytes(rows, batch), 4 * rows * batch * logits, batch
+    )
+    held = PREPARED.get(transformer)
+    # Int8 weights are certainly copied. Otherwise the layout, and so the size of the copy, depends on the weights.
+    new = copied if sampling.quantize is not None and held is None else 0
+    return Need(stage, "batch_size", count, lambda size: new + least(size))
+
+
+def ranking_need(parts: Parts, request: Request) -> Need:
+    transformer = parts.transformer
+    vqgan: Any = parts.require("vqgan", "decoding tokens")
+    count = len(request.candidates())
+    batch, side = min(request.batch_size, count), 16 if transformer is None else transformer.config.grid_size
+    side = side * vqgan.downsampling * (3 if request.denoising.seamless else 2) // 2
+    config, element = vqgan.config, next(vqgan.parameters()).element_size()
+    width = config.ch * config.ch_mult[0] if hasattr(config, "ch") else 3
+
+    def least(size: int) -> int:
+        return size * side**2 * width * element
+
+    clip = weight_bytes(parts.clip_or_loader)
+    activations = int(DECODING * least(batch))
+    return Need(
+        StageEstimate("ranking", weight_bytes(vqgan) + clip, 0, 0, activations, batch), "batch_size", count, least
+    )
+
+
+def refining_need(parts: Parts, request: Request, name: str) -> Need:
+    settings, count = request.denoising, request.num_images
+    unet: Any = parts.require(name, "refining")
+    config, batch = unet.config, min(request.refine_batch_size, count)
+    large = request.output_size if name == "super_resolution" else None
+    side = large or config.image_size
+    if config.embedding_dims and parts.transformer is not None:  # the size follows from the tokens
+        side = parts.transformer.config.grid_size // 2 * config.downsampling
+    side += 2 * config.downsampling if settings.seamless else 0
+    element = next(unet.parameters()).element_size()
+    skips = sum(
+        channels * (config.num_res_blocks + 1) * (side >> level) ** 2 for level, channels in enumerate(config.channels)
+    )
+
+    def least(size: int) -> int:
+        return size * skips * element
+
+    scales = settings.clip_guidance_scale, settings.tv_scale, settings.range_scale
+    guided, clip = any(scales) and settings.guidance_share > 0, parts.clip_or_loader if scales[0] else None
+    activations = int((GUIDED if guided and not unet.gradient_checkpointing else DENOISING) * least(batch))
+    activations += batch * settings.cutn * clip_activation_bytes(clip)
+    others = weight_bytes(clip) + (weight_bytes(parts.vqgan) if config.embedding_dims else 0)
+    stage = StageEstimate("refining", weight_bytes(unet) + others, 0, 0, activations, batch)
+    return Need(stage, "refine_batch_size", count, least)
+
+
+def clip_activation_bytes(clip: Any) -> int:
+    """Activations of an image in a CLIP that its gradient keeps, in bytes; 0 if the configuration is unknown."""
+    vision = getattr(getattr(clip, "config", None), "vision_cfg", None)
+    if not vision:
+        return 0
+    side, width, layers = vision["image_size"], vision.get("width", 768), vision.get("layers", 12)
+    element = int(next(clip.parameters()).element_size())
+    if not isinstance(layers, int):  # a ResNet, whose stem halves the sides
+        return int(CLIP_TENSORS * width * (side // 2) ** 2 * element)
+    return int(CLIP_TENSORS * layers * ((side // vision.get("patch_size", 16)) ** 2 + 1) * width * element)
+
+
+def check_memory(parts: Parts, needs: list[Need]) -> None:
+    """Raise ValueError if a stage of a call cannot fit the free memory of the device.
+
+    On CUDA, where batches are halved when memory runs out, that is a batch of one.
+    """
+    device = parts.device
+    free = free_memory(device)
+    if free is None:
+        return
+    for need in needs:
+        size = 1 if device.type == "cuda" else need.stage.batch_size
+        moved = need.stage.weights if parts.offload_device is not None and device.type == "cuda" else 0
+        least = need.least(size) + moved
+        if least > free:
+            raise ValueError(refusal(parts, need, size, least, free, moved))
+
+
+def refusal(parts: Parts, need: Need, size: int, least: int, free: int, moved: int) -> str:
+    """What does not fit, and what would."""
+    device, many = parts.device, f"{size} images at a time" if size > 1 else "one image"
+    words = f"{need.stage.name} {many} needs at least {least / GB:.2f} GB, and {device} has {free / GB:.2f} GB free"
+    smaller = next((half for half in halves(size) if need.least(half) + moved <= free), None)
+    ways = [] if smaller is None else [f"{need.argument}={smaller}"]
+    if parts.dtype == torch.float32:
+        half = "float16" if device.type == "cuda" else "bfloat16"
+        fits = (least + 1) // 2 <= free
+        ways += [f'pipe.to("{device}", torch.{half})' + ("" if fits else " with a smaller batch")]
+    if device.type == "cuda" and parts.offload_device is None:
+        ways.append(f'pipe.enable_model_offload("{device}")')
+    if need.stage.name == "refining" and parts.dtype != torch.float32 and smaller is None:
+        ways.append("a smaller output_size")
+    return f"{words}; what takes less: {', or '.join(ways) or 'a device with more memory'}"
+
+
+def halves(size: int) -> list[int]:
+    return [size >> k for k in range(1, int(math.log2(max(size, 1))) + 1)]

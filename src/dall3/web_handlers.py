@@ -1,0 +1,402 @@
+"""What the page does: draw, lay out a wall, refine, vary, read recipes and change weights, as gradio event handlers."""
+
+from __future__ import annotations
+
+import html
+import secrets
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gradio as gr
+from PIL import Image
+
+from dall3.diffusion.denoising import Denoising
+from dall3.diffusion.schedule import space_timesteps
+from dall3.errors import require
+from dall3.images import make_grid, read_picture
+from dall3.output import Dall3Output, Preview
+from dall3.pipeline import Dall3Pipeline
+from dall3.request import default_guidance_scale
+from dall3.wall import Wall, draw_wall, make_draw_request, refine_wall, request_of_wall
+from dall3.web_weights import Shelf
+
+LARGEST_SEED = 2**53 - 1  # the largest integer that JavaScript represents exactly
+REMEMBERED = 24  # images in the history of a session
+THUMB = 128  # pixels
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Upper bounds on the settings of a request. pixels: width times height of an uploaded image."""
+
+    images: int = 8
+    candidates: int = 256
+    steps: int = 250
+    pixels: int = 4096**2
+
+
+def open_picture(path: str, limits: Limits) -> Image.Image:
+    """Read an uploaded image. Raises ValueError for a file that is not an image or exceeds `limits`."""
+    try:
+        return read_picture(path, Path(path).name, limits.pixels)
+    except OSError as error:
+        raise ValueError(f"{Path(path).name}: {error.strerror}; upload it again") from None
+
+
+def refusal(error: object, title: str) -> gr.Error:
+    """An error to show on the page. The message is escaped, because gradio renders it as HTML."""
+    return gr.Error(html.escape(str(error), quote=False), title=title, print_exception=False)
+
+
+def checked_number(recipe: dict[str, Any], name: str, low: int, high: float, kind: type = int) -> int | float | None:
+    """A number from a recipe, or None if it has none. Raises ValueError for another type or a value out of range."""
+    value = recipe.get(name)
+    if value is None:
+        return None
+    valid = type(value) in (int, kind) and low <= value <= high
+    number = "a whole number" if kind is int else "a number"
+    require(valid, f"the recipe's {name} is {str(value)[:40]!r}; expected {number} in [{low}, {high:,}]")
+    return value
+
+
+def limited(value: int | float | None, bound: int) -> int | float | None:
+    return None if value is None else min(value, bound)
+
+
+def status_text(preview: Preview) -> str:
+    texts = {"drawing": "drawing tokens", "ranking": "ranking the candidates", "refining": "refining", "done": "done"}
+    return f"{texts[preview.stage]}: {preview.step} of {preview.total}" if preview.total > 1 else texts[preview.stage]
+
+
+def show_output(out: Dall3Output, folder: str) -> tuple[list[tuple[str, str]], list[str]]:
+    """The gallery, with each image before and after diffusion, and the files to download, which contain recipes."""
+    saved = out.save(Path(folder) / "pictures")
+    gallery, files = [], []
+    for i, caption in enumerate(out.captions()):
+        after, before = saved / f"{i}.png", saved / f"{i}-coarse.png"
+        gallery += [(str(before), "before")] * before.exists() + [(str(after), f"after: {caption}")]
+        files.append(str(after))
+    return gallery, files
+
+
+class Facts(NamedTuple):
+    """What the controls show for a pipeline."""
+
+    refines: bool
+    guides: bool
+    default_steps: int | str
+    default_count: int
+    default_guidance: float
+    most_guidance: float
+
+
+def facts_of(pipe: Dall3Pipeline) -> Facts:
+    steps, count = pipe.defaults.get("num_inference_steps", Denoising.num_inference_steps), 1
+    if pipe.upsampler is not None:
+        count = len(space_timesteps(pipe.upsampler.config.diffusion.diffusion_steps, steps))
+    guidance = default_guidance_scale(pipe)
+    refines = pipe.upsampler is not None
+    return Facts(refines, refines and pipe.clip_or_loader is not None, steps, count, guidance, max(5000, guidance))
+
+
+class Past(NamedTuple):
+    """An image of the session: a thumbnail, its caption, and the fields that made it."""
+
+    image: Image.Image
+    caption: str
+    fields: tuple[Any, ...]
+
+
+class Drawn(NamedTuple):
+    """A wall, or an output, with the name of the weights that drew it."""
+
+    weights: str
+    result: Any  # a Wall or a Dall3Output
+
+
+# New values of the forming image, the status, the gallery, the downloads, the button that varies, the last output, the
+# history's entries and its thumbnails.
+Update = tuple[Any, str, Any, Any, Any, Drawn | None, list[Past], Any]
+HIDDEN, SAME = gr.update(value=None, visible=False), gr.update()
+CLOSED, OPEN = gr.update(visible=False), gr.update(visible=True)
+
+
+def shown(value: Any, **more: Any) -> Any:
+    return gr.update(value=value, visible=True, **more)
+
+
+class Handlers:
+    """The event handlers of a page. Every value that they get may come from a stranger."""
+
+    def __init__(self, shelf: Shelf, limits: Limits) -> None:
+        self.shelf, self.limits = shelf, limits
+
+    def check(self, facts: Facts, prompt: str, **values: float) -> None:
+        """Raise ValueError for an empty prompt and for values above the limits."""
+        require(bool(prompt and prompt.strip()), "the prompt is empty; enter a text")
+        limits = self.limits
+        bounds = dict(images=limits.images, candidates=limits.candidates, steps=limits.steps)
+        names = {"guidance": "CLIP guidance"}
+        for name, value in values.items():
+            most = facts.most_guidance if name == "guidance" else bounds[name]
+            require(value <= most, f"{value:g} {names.get(name, name)}; this page allows up to {most}")
+
+    def denoising(self, facts: Facts, steps: float, guidance: float) -> dict[str, Any]:
+        """The settings of the refinement that differ from the weights' own."""
+        if not facts.refines:
+            return {}
+        settings: dict[str, Any] = dict(clip_guidance_scale=float(guidance))
+        if int(steps) != facts.default_count:  # the default may be uneven, such as "10,10,5"
+            settings["num_inference_steps"] = int(steps)
+        return settings
+
+    def starting(self, start: str | None, change: float, edited: dict[str, Any] | None) -> dict[str, Any]:
+        """The settings of an image to start from: one with a painted region, or one to vary."""
+        layers = (edited or {}).get("layers") or []
+        if edited and edited.get("background") and layers:
+            image = open_picture(edited["background"], self.limits)
+            painted = read_mask(layers[0], self.limits)
+            if painted.getbbox() is not None:
+                return dict(init_image=image, mask_image=painted.resize(image.size))
+        return dict(init_image=open_picture(start, self.limits), change=float(change)) if start else {}
+
+    def draw(
+        self,
+        prompt: str,
+        seed: float | None,
+        images: float,
+        candidates: float,
+        steps: float,
+        guidance: float,
+        start: str | None,
+        change: float,
+        edited: dict[str, Any] | None = None,
+        weights: str | None = None,
+        past: list[Past] | None = None,
+    ) -> Iterator[Update]:
+        """Draw images of a prompt."""
+        try:
+            pipe = self.shelf.get(weights or self.shelf.own)
+            facts = facts_of(pipe)
+            self.check(facts, prompt, images=images, candidates=candidates, steps=steps, guidance=guidance)
+            settings: dict[str, Any] = dict(num_candidates=int(candidates), seed=None if seed is None else int(seed))
+            settings |= self.denoising(facts, steps, guidance) | self.starting(start, change, edited)
+            fields = (int(images), int(candidates), int(steps), float(guidance))
+            previews = pipe.stream(prompt.strip(), int(images), progress=False, **settings)
+            yield from self.show(previews, weights or self.shelf.own, fields, past or [])
+        except (ValueError, TypeError, OverflowError) as error:
+            raise refusal(error, "Invalid request") from None
+
+    def vary(
+        self,
+        prompt: str,
+        seed: float | None,
+        images: float,
+        steps: float,
+        guidance: float,
+        change: float,
+        last: Drawn | None,
+        selected: int | None,
+        past: list[Past] | None = None,
+    ) -> Iterator[Update]:
+        """Draw variations of the selected image of the last output."""
+        try:
+            require(last is not None, "there is no image to vary; draw one first")
+            assert last is not None
+            pipe, out = self.shelf.get(last.weights), last.result
+            facts = facts_of(pipe)
+            self.check(facts, prompt, images=images, steps=steps, guidance=guidance)
+            number = min(max(int(selected or 0), 0), len(out) - 1)
+            settings: dict[str, Any] = dict(init_image=out.tokens[number], change=float(change), progress=False)
+            settings |= dict(seed=None if seed is None else int(seed)) | self.denoising(facts, steps, guidance)
+            fields = (int(images), int(images), int(steps), float(guidance))
+            previews = pipe.stream(prompt.strip(), int(images), **settings)
+            yield from self.show(previews, last.weights, fields, past or [])
+        except (ValueError, TypeError, OverflowError) as error:
+            raise refusal(error, "Invalid request") from None
+
+    def lay_out(
+        self,
+        prompt: str,
+        seed: float | None,
+        candidates: float,
+        start: str | None,
+        change: float,
+        edited: dict[str, Any] | None = None,
+        weights: str | None = None,
+    ) -> Iterator[tuple[Any, str, Any, Any, Any, Drawn | None]]:
+        """Draw a wall: yields the forming image, the status, the thumbnails, the numbers, the button and the wall."""
+        try:
+            pipe = self.shelf.get(weights or self.shelf.own)
+            self.check(facts_of(pipe), prompt, candidates=candidates)
+            settings: dict[str, Any] = dict(seed=None if seed is None else int(seed), progress=False)
+            settings |= self.starting(start, change, edited)
+            request = make_draw_request(pipe, prompt.strip(), int(candidates), **settings)
+            steps = draw_wall(pipe, request)
+            while True:
+                try:
+                    preview = next(steps)
+                except StopIteration as end:
+                    wall: Wall = end.value
+                    break
+                picture = make_grid([preview.images[:1]], 256)
+                yield shown(picture), status_text(preview), HIDDEN, HIDDEN, CLOSED, None
+            numbers = [str(number) for number in wall.numbers]
+            thumbs = [(image, number) for image, number in zip(wall.images, numbers, strict=True)]
+            told = "Select images below, then refine them."
+            drawn = Drawn(weights or self.shelf.own, wall)
+            yield HIDDEN, told, shown(thumbs), shown([], choices=numbers), OPEN, drawn
+        except (ValueError, TypeError, OverflowError) as error:
+            raise refusal(error, "Invalid request") from None
+
+    def refine(
+        self,
+        drawn: Drawn | None,
+        numbers: list[str] | None,
+        steps: float,
+        guidance: float,
+        past: list[Past] | None = None,
+    ) -> Iterator[Update]:
+        """Refine the chosen images of a wall."""
+        try:
+            require(drawn is not None, "there is no wall; draw one first")
+            require(bool(numbers), "no image is chosen; select one on the wall")
+            assert drawn is not None and numbers
+            pipe = self.shelf.get(drawn.weights)
+            facts = facts_of(pipe)
+            self.check(facts, drawn.result.prompt, images=len(numbers), steps=steps, guidance=guidance)
+            wall = drawn.result[[int(number) for number in numbers]]
+            request = request_of_wall(pipe, wall, progress=False, **self.denoising(facts, steps, guidance))
+            fields = (len(wall), request.num_candidates, int(steps), float(guidance))
+
+            def previews() -> Iterator[Preview]:
+                out = yield from refine_wall(pipe, wall, request, every=5)
+                yield Preview("done", 1, 1, out.to_pil, out)
+
+            yield from self.show(previews(), drawn.weights, fields, past or [])
+        except (ValueError, TypeError, IndexError, OverflowError) as error:
+            raise refusal(error, "Invalid request") from None
+
+    def show(
+        self, previews: Iterator[Preview], weights: str, fields: tuple[Any, ...], past: list[Past]
+    ) -> Iterator[Update]:
+        """The updates of the page for the previews of a call."""
+        with tempfile.TemporaryDirectory() as folder:
+            for preview in previews:
+                out = preview.output
+                if out is None:
+                    picture = shown(make_grid([preview.images], 256))
+                    yield picture, status_text(preview), HIDDEN, HIDDEN, CLOSED, None, past, SAME
+                    continue
+                gallery, files = show_output(out, folder)
+                past = [*remembered(out, fields), *past][:REMEMBERED]
+                history = shown([(one.image, one.caption) for one in past])
+                last = Drawn(weights, out)
+                yield HIDDEN, status_text(preview), shown(gallery), shown(files), OPEN, last, past, history
+
+    def read_recipe(self, path: str, weights: str | None = None) -> list[Any]:
+        """Field values from the recipe in a PNG; fields that the recipe lacks are unchanged."""
+        limits = self.limits
+        try:
+            pipe = self.shelf.get(weights or self.shelf.own)
+            facts = facts_of(pipe)
+            open_picture(path, limits)
+            out = Dall3Output.load(path)
+            how = dict(out.settings)
+            if isinstance(how.get("num_inference_steps"), str):  # such as "10,10,5"
+                if how["num_inference_steps"] == facts.default_steps:
+                    how["num_inference_steps"] = facts.default_count
+                else:
+                    if pipe.upsampler is not None:
+                        space_timesteps(pipe.upsampler.config.diffusion.diffusion_steps, how["num_inference_steps"])
+                    gr.Warning("The recipe has unevenly spaced denoising steps, which this page does not support.")
+                    del how["num_inference_steps"]
+            seed = checked_number(how, "seed", 0, LARGEST_SEED)
+            require(seed is not None, "the recipe has no seed")
+            counts = [
+                limited(checked_number(how, name, 1, 2**20), most)
+                for name, most in (
+                    ("num_images", limits.images),
+                    ("num_candidates", limits.candidates),
+                    ("num_inference_steps", limits.steps),
+                )
+            ]
+            scale = checked_number(how, "clip_guidance_scale", 0, facts.most_guidance, float)
+        except (ValueError, OSError) as error:
+            raise refusal(str(error).replace(str(path), Path(path).name), "No recipe") from None
+        return [out.prompt, *(SAME if value is None else value for value in (seed, *counts, scale))]
+
+    def recall(self, past: list[Past], event: gr.SelectData) -> list[Any]:
+        """Field values of an image of the history."""
+        if not isinstance(event.index, int) or not 0 <= event.index < len(past):
+            raise refusal("the history has no such image", "No image")
+        return list(past[event.index].fields)
+
+    def toggle(self, numbers: list[str] | None, event: gr.SelectData) -> list[str]:
+        """The chosen numbers after a click on an image of the wall."""
+        number, chosen = str(event.index), list(numbers or [])
+        return [one for one in chosen if one != number] if number in chosen else [*chosen, number]
+
+    def select(self, last: Drawn | None, event: gr.SelectData) -> int:
+        """The place of the image that is selected in the gallery, which shows each before and after diffusion."""
+        if last is None or not isinstance(event.index, int):
+            return 0
+        out: Dall3Output = last.result
+        both = len(out.coarse_images) == len(out) and out.images is not out.coarse_images
+        return event.index // 2 if both else event.index
+
+    def next_seed(self, seed: float | None, locked: bool) -> float | None:
+        """The seed of the next call: the same if it is locked, else a random one."""
+        return seed if locked else secrets.randbelow(2**32)
+
+    def use_weights(self, name: str) -> tuple[Any, Any, str]:
+        """Load weights: new values of the steps and the guidance, and the status."""
+        try:
+            facts = facts_of(self.shelf.get(name))
+        except (ValueError, OSError) as error:
+            raise refusal(error, "Not loaded") from None
+        steps = gr.update(value=min(facts.default_count, self.limits.steps), visible=facts.refines)
+        guidance = gr.update(value=facts.default_guidance, maximum=facts.most_guidance, visible=facts.guides)
+        return steps, guidance, f"loaded {html.escape(str(name), quote=False)}"
+
+    def fetch(self, name: str | None) -> Iterator[tuple[str, Any, Any]]:
+        """Download weights: yields the status, and at the end the new choices of both lists."""
+        try:
+            require(bool(name), "choose the weights to fetch first")
+            for here, whole in self.shelf.fetch(str(name)):
+                yield f"fetching {name}: {here / 1e9:.2f} of {whole / 1e9:.2f} GB", SAME, SAME
+        except (ValueError, OSError) as error:
+            raise refusal(error, "Not fetched") from None
+        present, absent = weight_choices(self.shelf)
+        yield f"fetched {name}", gr.update(choices=present), gr.update(choices=absent, value=None)
+
+
+def weight_choices(shelf: Shelf) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Labels and names of the weights that are here, and of those that can be fetched."""
+    here: list[tuple[str, str]] = []
+    absent: list[tuple[str, str]] = []
+    for one in shelf.choices():
+        size = f", {one.size / 1e9:.1f} GB" if one.size else ""
+        (here if one.here else absent).append((f"{one.name}{size}: {one.about}", one.name))
+    return here, absent
+
+
+def read_mask(path: str, limits: Limits) -> Image.Image:
+    """The painted region of a layer of the editor, in white. Raises ValueError as `open_picture` does."""
+    open_picture(path, limits)
+    with Image.open(path) as layer:
+        alpha = layer.convert("RGBA").getchannel("A")
+    return alpha.point(lambda value: 255 if value > 127 else 0)
+
+
+def remembered(out: Dall3Output, fields: tuple[Any, ...]) -> list[Past]:
+    """The entries of the history for an output. fields: those besides the prompt and the seed."""
+    seed, entries = out.settings["seed"], []
+    for image, caption in zip(out.to_pil(), out.captions(), strict=True):
+        thumb = image.copy()
+        thumb.thumbnail((THUMB, THUMB))
+        entries.append(Past(thumb, f"{out.prompt}, {caption}", (out.prompt, min(seed, LARGEST_SEED), *fields)))
+    return entries

@@ -1,0 +1,106 @@
+"""The weights that the page offers: those that are on this machine, and those that can be fetched."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dall3.errors import FetchError, require
+from dall3.pipeline import Dall3Pipeline
+from dall3.weights.cache import CachedFile, files_of, size_of, with_suffix_added
+from dall3.weights.find import fetch_set
+from dall3.weights.registry import WeightsSet, read_registry
+
+POLL = 0.5  # seconds between two looks at a download
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A set of weights. size: bytes of its files, 0 if unknown. here: whether all of them are on this machine."""
+
+    name: str
+    about: str
+    size: int
+    here: bool
+
+
+class Shelf:
+    """Weights by name, loaded when they are chosen. One other pipeline than `pipe` is in memory at a time.
+
+    pipe: the pipeline that is there already. own: its name. fetching: whether sets may be downloaded.
+    """
+
+    def __init__(self, pipe: Dall3Pipeline, own: str = "bundled", fetching: bool = False) -> None:
+        self.pipe, self.own, self.fetching = pipe, own, fetching
+        self.loaded: tuple[str, Dall3Pipeline] = own, pipe
+        self.lock = threading.Lock()
+
+    def choices(self) -> list[Choice]:
+        """The sets that draw, with the page's own first."""
+        found = [Choice(self.own, "the weights that the page was started with", 0, True)]
+        for weights in sets_that_draw().values():
+            if weights.name not in (self.own, "mini"):  # mini is the bundled one
+                wanted = files_of(weights)
+                here = all(one.find() is not None for one in wanted)
+                found.append(Choice(weights.name, weights.about, sum(map(file_size, wanted)), here))
+        return found
+
+    def get(self, name: str) -> Dall3Pipeline:
+        """The pipeline of a set that is on this machine. Raises ValueError for any other name."""
+        with self.lock:
+            if name == self.own:
+                return self.pipe
+            if self.loaded[0] != name:
+                known = {choice.name: choice for choice in self.choices()}
+                require(name in known, f"the weights {name!r:.60} are not known; choose among those listed")
+                require(known[name].here, f"the weights {name} are not on this machine; fetch them first")
+                self.loaded = self.own, self.pipe  # frees the memory of the last ones before the next are loaded
+                pipe = Dall3Pipeline.from_pretrained(
+                    name, device=self.pipe.device, dtype=self.pipe.dtype, progress=False
+                )
+                self.loaded = name, pipe
+            return self.loaded[1]
+
+    def fetch(self, name: str) -> Iterator[tuple[int, int]]:
+        """Download a set; yields the bytes that are there and the bytes in all. Raises ValueError or FetchError.
+
+        The download goes on if the iteration ends before it.
+        """
+        require(self.fetching, "this page fetches no weights; run `dall3 weights fetch` on its machine")
+        known = sets_that_draw()
+        require(name in known, f"the weights {name!r:.60} are not known; choose among those listed")
+        wanted, problem = files_of(known[name]), list[Exception]()
+
+        def work() -> None:
+            try:
+                fetch_set(known[name], progress=False)
+            except Exception as error:  # told to whoever waits
+                problem.append(error)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        while thread.is_alive():
+            yield sum(map(bytes_here, wanted)), sum(map(file_size, wanted))
+            time.sleep(POLL)
+        if problem:
+            raise problem[0] if isinstance(problem[0], ValueError | OSError) else FetchError(str(problem[0]))
+        yield sum(map(bytes_here, wanted)), sum(map(bytes_here, wanted))
+
+
+def sets_that_draw() -> dict[str, WeightsSet]:
+    """The sets of weights.toml with a transformer and its tokenizer, by name."""
+    needed = {"tokenizer", "transformer"}
+    return {name: one for name, one in read_registry().items() if needed <= {part.name for part in one.parts}}
+
+
+def file_size(wanted: CachedFile) -> int:
+    """The size of a file in bytes: of the one that is here, else as weights.toml states it, 0 if unknown."""
+    path = wanted.find()
+    return path.stat().st_size if path else max((place.size or 0 for place in wanted.file.places), default=0)
+
+
+def bytes_here(wanted: CachedFile) -> int:
+    path = wanted.find()
+    return path.stat().st_size if path else size_of(with_suffix_added(wanted.target, ".part"))
