@@ -311,3 +311,10 @@ def test_the_commands(seedset: Path, file: Path, tmp_path: Path, capsys: pytest.
     assert Image.open(tmp_path / "out" / "a_red_cube" / "0-fine.png").size == (300, 300)
     assert main([*words, "--output_size", "512", "--outputs_dir", str(tmp_path / "refused")]) == 2
     assert "no super_resolution, which output_size needs" in capsys.readouterr().err
+
+
+def test_an_estimate_counts_the_upscaler(pipe: Dall3Pipeline) -> None:
+    estimate = pipe.estimate(output_size=128, num_inference_steps=2, clip_guidance_scale=0.0)
+    assert estimate.summary.endswith("upscales 1 image")
+    assert estimate.stages[-1].weights == sum(tensor.nbytes for tensor in pipe.super_resolution.state_dict().values())
+    assert estimate.seconds is not None and estimate.stages[-1].seconds > 0

@@ -20,6 +20,7 @@ from dall3.diffusion.denoising import Denoising
 from dall3.diffusion.schedule import space_timesteps
 from dall3.generate import Previews, Record, choose_best, draw, refine, run
 from dall3.memory import StageEstimate, free_memory, memory_needs, weight_bytes
+from dall3.models.upscaler import Upscaler
 from dall3.output import Dall3Output, Preview
 from dall3.parts import Parts
 from dall3.request import Request, make_request
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from dall3.settings import CallSettings
 
 LOGGER = logging.getLogger("dall3")
+UPSCALED = 64  # side of the image whose upscaling is timed
 TIMED_STEPS = 2  # denoising steps that are timed, after a first one
 RATES: WeakKeyDictionary[Parts, dict[Any, float]] = WeakKeyDictionary()  # seconds by what `Pace` measures
 
@@ -93,7 +95,9 @@ class Pace:
         most = min(request.batch_size, self.candidates)
         self.draw_key = ("drawing", most, str(request.sampling), *self.where)
         self.stages: list[StageName] = [] if parts.upsampler is None else ["upsampler"]
-        self.stages += [] if request.output_size is None else ["super_resolution"]
+        self.upscaler = parts.super_resolution if isinstance(parts.super_resolution, Upscaler) else None
+        self.upscaler = None if request.output_size is None else self.upscaler
+        self.stages += [] if request.output_size is None or self.upscaler is not None else ["super_resolution"]
 
     def now(self) -> float:
         if self.parts.device.type == "cuda":
@@ -133,8 +137,22 @@ class Pace:
         return torch.zeros(count, length, dtype=torch.int64, device=self.parts.device)
 
     def refining(self) -> float:
-        """Seconds of all denoising."""
-        return sum(seconds for _, seconds in self.denoising())
+        """Seconds of all denoising and upscaling."""
+        return sum(seconds for _, seconds in self.denoising()) + self.upscaling()
+
+    def upscaling(self) -> float:
+        """Seconds of upscaling all images; 0 without an upscaler."""
+        if self.upscaler is None:
+            return 0.0
+        key = ("upscaling", *self.where)
+        if key not in self.rates:
+            with self.parts.on_device("refining", "super_resolution") as [upscaler]:
+                start = self.now()
+                upscaler(torch.zeros(1, 3, UPSCALED, UPSCALED, device=self.parts.device))
+                self.rates[key] = (self.now() - start) / UPSCALED**2
+        # The passes before the last one take a small part of its pixels.
+        pixels = ((self.request.output_size or 0) / self.upscaler.config.scale) ** 2
+        return self.rates[key] * pixels * len(self.request.places(self.request.num_images))
 
     def denoising(self) -> Iterator[tuple[int, float]]:
         """The denoising steps of the call in order: the batch's number and the step's seconds."""
@@ -195,6 +213,8 @@ def describe(pace: Pace) -> str:
         many = plural(steps, "step") if steps == whole else f"{steps} of {plural(whole, 'step')}"
         words += f", refines {plural(request.num_images, 'image')} in {many}"
         words += f" ({guided} guided)" if guided else ""
+    if pace.upscaler is not None:
+        words += f", upscales {plural(request.num_images, 'image')}"
     return words
 
 
@@ -212,7 +232,8 @@ def estimate_request(parts: Parts, request: Request) -> Estimate:
         count = sum(1 for _ in pace.denoising())
         for place, (_, seconds) in enumerate(pace.denoising()):
             refining[pace.stages[place * len(pace.stages) // count]] += seconds
-        times = [pace.drawing(), pace.ranking(), *refining.values()]
+        upscaling = [] if pace.upscaler is None else [pace.upscaling()]
+        times = [pace.drawing(), pace.ranking(), *refining.values(), *upscaling]
         stages = [replace(stage, seconds=seconds) for stage, seconds in zip(stages, times, strict=True)]
     resident = 0
     if parts.offload_device is None:

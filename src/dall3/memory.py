@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from dall3.models.packed import PREPARED, can_pack, linear_weights
+from dall3.models.upscaler import Upscaler
 from dall3.parts import Parts
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ GB = 1e9
 # Activations, in units of the tensors that must exist at the same time. Measured with the bundled weights the peak of
 # all tensors alive: 5.5, 2.7 and 18.8. Larger networks of the same families have the same layers.
 DECODING, DENOISING, GUIDED = 6.0, 3.0, 19.0
+UPSCALING = 64  # channels that an upscaler's last layers have at full size, about
 # Tensors that a CLIP keeps for the gradient: in each layer of a transformer, of a token's width; in a ResNet in all, of
 # its stem's size.
 CLIP_TENSORS = 24
@@ -104,7 +106,8 @@ def refining_needs(parts: Parts, request: Request) -> list[Need]:
     if parts.upsampler is not None:
         found.append(refining_need(parts, request, "upsampler"))
     if request.output_size is not None and parts.super_resolution is not None:
-        found.append(refining_need(parts, request, "super_resolution"))
+        upscales = isinstance(parts.super_resolution, Upscaler)
+        found.append(upscaling_need(parts, request) if upscales else refining_need(parts, request, "super_resolution"))
     return found
 
 
@@ -146,6 +149,16 @@ def ranking_need(parts: Parts, request: Request) -> Need:
     return Need(
         StageEstimate("ranking", weight_bytes(vqgan) + clip, 0, 0, activations, batch), "batch_size", count, least
     )
+
+
+def upscaling_need(parts: Parts, request: Request) -> Need:
+    """An upscaler works on one image at a time, in tiles. Its results are float32."""
+    upscaler: Any = parts.require("super_resolution", "output_size")
+    config, element = upscaler.config, next(upscaler.parameters()).element_size()
+    tile = (config.tile + 2 * config.overlap) * config.scale
+    stage = StageEstimate("refining", weight_bytes(upscaler), 0, 0, UPSCALING * tile**2 * element, 1)
+    result = 3 * 4 * (request.output_size or 0) ** 2 * request.num_images
+    return Need(stage, "num_images", request.num_images, lambda size: result)
 
 
 def refining_need(parts: Parts, request: Request, name: str) -> Need:
