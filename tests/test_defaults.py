@@ -37,7 +37,8 @@ def test_python_the_command_and_the_page_give_the_same_images(with_defaults, tmp
     (draw,) = {f.fn for f in page.fns.values() if getattr(f.fn, "__name__", "") == "draw"}
     if not with_defaults:
         assert shown["Denoising steps"] == Denoising().num_inference_steps and shown["CLIP guidance"] == 1000
-    for *_, files in draw(PROMPT, 7, 1, 2, 3, shown["CLIP guidance"], None, 0.5):
+    files = {}
+    for _, _, _, files, *_ in draw(PROMPT, 7, 1, 2, 3, shown["CLIP guidance"], None, 0.5):
         if files.get("value"):  # the last update; its files are deleted after it
             with Image.open(files["value"][0]) as image:
                 assert image.tobytes() == expected.images[0].tobytes()
