@@ -472,7 +472,7 @@ def test_the_words_of_diffusers_mean_the_same(pipe):
         assert torch.equal(tokens, same)
     for wrong, words in (
         (Image.new("L", (128, 128)), "black everywhere"),
-        (Image.new("L", (9, 9)), r"mask_image is \(9"),
+        (Image.new("L", (9, 9)), r"mask_image has shape \(9, 9\)"),
     ):
         with pytest.raises(ValueError, match=words):
             pipe.generate_tokens(PROMPT, image=picture, mask_image=wrong)
@@ -775,7 +775,9 @@ def test_a_callback_sees_every_step_and_can_end_the_call(pipe):
         return {"x": torch.zeros_like(tensors["x"])}
 
     assert pipe(PROMPT, callback_on_step_end=replaced, **settings).images == black.images
-    with pytest.raises(ValueError, match="callback_on_step_end returned 'latents'; expected some of x, pred_xstart"):
+    with pytest.raises(
+        ValueError, match="callback_on_step_end returned 'latents'; expected a dictionary with some of x, pred_xstart"
+    ):
         pipe(PROMPT, callback_on_step_end=lambda *args: {"latents": 0}, **settings)
     with pytest.warns(UserWarning, match="a callback changed the original call"):
         pipe.repeat(black, progress=False)

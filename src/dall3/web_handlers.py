@@ -16,7 +16,7 @@ from PIL import Image
 from dall3.diffusion.denoising import Denoising
 from dall3.diffusion.schedule import space_timesteps
 from dall3.errors import require
-from dall3.images import make_grid, read_picture
+from dall3.images import make_grid, open_image, read_picture
 from dall3.output import Dall3Output, Preview
 from dall3.pipeline import Dall3Pipeline
 from dall3.request import default_guidance_scale
@@ -387,8 +387,7 @@ def weight_choices(shelf: Shelf) -> tuple[list[tuple[str, str]], list[tuple[str,
 def read_mask(path: str, limits: Limits) -> Image.Image:
     """The painted region of a layer of the editor, in white. Raises ValueError as `open_picture` does."""
     open_picture(path, limits)
-    with Image.open(path) as layer:
-        alpha = layer.convert("RGBA").getchannel("A")
+    alpha = open_image(path, Path(path).name, limits.pixels).convert("RGBA").getchannel("A")
     return alpha.point(lambda value: 255 if value > 127 else 0)
 
 
