@@ -41,6 +41,10 @@ class OnGPU(torch.Tensor):
     def tolist(self) -> Any:
         return self.here.tolist()
 
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        # PyTorch reads no values of a list that indexes a tensor without data.
+        return super().__getitem__(torch.tensor(index) if isinstance(index, list) else index)
+
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         return run(function, args, kwargs or {})

@@ -8,6 +8,7 @@ import copy
 import threading
 from types import SimpleNamespace
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -73,6 +74,7 @@ def test_offloaded_parts_come_and_go(pipe, monkeypatch):
 def test_each_stage_takes_what_lies_on_the_cpu(pipe, monkeypatch):
     tokens, prompts = torch.arange(256)[None] % pipe.vqgan.num_tokens, dict(prompt="a cube:2|a cloud")
     prompts |= dict(image_prompts=[(RED, 1.0)], clip_guidance_scale=1000)
+    scheduler = diffusers.EulerDiscreteScheduler()
     expected = pipe.upsample(tokens, **prompts, **HOW)
     with pretend_gpu(monkeypatch):
         there = copy.deepcopy(pipe).to("cuda")
@@ -80,6 +82,7 @@ def test_each_stage_takes_what_lies_on_the_cpu(pipe, monkeypatch):
         assert coarse.device.type == fine.device.type == "cuda"
         assert (fine.cpu() - expected).abs().max() < 1e-3
         assert there.rank([RED, RED], PROMPT, progress=False).scores.shape == (2,)
+        assert there.upsample(image=RED, scheduler=scheduler, strength=0.7, **HOW).shape == (1, 3, 64, 64)
         assert there.complete_text("a cube", seed=0) == pipe.complete_text("a cube", seed=0)
 
 
