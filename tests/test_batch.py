@@ -459,6 +459,7 @@ def cluster():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("initial_delay_ms", 1000), ("period_ms", 500), ("failure_threshold", 3)):
             patch.setenv(f"RAY_health_check_{name}", str(value))
+        patch.setenv("RAY_worker_niceness", "0")  # Ray's 15 waits for whatever else runs here
         head = {"num_cpus": 1, "object_store_memory": 200 << 20, "include_dashboard": False}
         found = Cluster(initialize_head=True, head_node_args=head)
         for _ in range(2):
