@@ -408,7 +408,7 @@ def unet(bench: Bench) -> None:
 
 def unet_without_graphs(bench: Bench) -> None:
     """The same, kernels launched one by one."""
-    captured.CapturedPredict.__call__ = lambda self, x, i: self.plain(x, i)  # type: ignore[method-assign]
+    captured.CapturedPredict.__call__ = lambda self, x, i: self.predict(x, i)  # type: ignore[method-assign]
     network = bench.unet()
     unet_rows(bench, "UNet, launched one by one", network, None, 1)
     unet_rows(bench, "UNet, launched one by one", network, bench.clip(), 1)

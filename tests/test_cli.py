@@ -267,7 +267,7 @@ def test_bad_input_to_generate_is_one_line_before_any_work(seedset, tmp_path, ca
         ("tokens.npy", np.zeros(225, dtype=np.int64), "225 tokens; expected a square with an even side"),
         ("tokens.npy", np.zeros(256), "holds float64 (256,); expected int64 (256,)"),
         ("tokens.npy", b"\x93NUMPY\x01\x00", "not a .npy of image tokens"),
-        ("picture.png", b"\x89PNG\r\n\x1a\n broken", "not a picture"),
+        ("picture.png", b"\x89PNG\r\n\x1a\n broken", "not a readable image"),
         ("picture.png", None, "No such file"),
     ],
 )

@@ -66,7 +66,7 @@ class FlatCLIP(torch.nn.Module):
 def without_graphs(monkeypatch):
     """No step is captured any more."""
     monkeypatch.setattr(decoding, "GRAPHED_ROWS", 0)
-    monkeypatch.setattr(captured.CapturedPredict, "__call__", lambda self, x, i: self.plain(x, i))
+    monkeypatch.setattr(captured.CapturedPredict, "__call__", lambda self, x, i: self.predict(x, i))
 
 
 def draw(transformer, settings, count=5, batch_size=2, text=3):

@@ -153,8 +153,8 @@ def test_statistics_at_the_first_and_last_step(tmp_path):
         ("abc", "'abc' not understood"),
         ("10,,5", "'10,,5' not understood"),
         ("ddim", "'ddim' not understood"),
-        ("ddim300", "no whole stride takes exactly 300 of 1000 steps; try '300'"),
-        ("ddim0", "no whole stride takes exactly 0"),
+        ("ddim300", "no integer stride takes 300 of 1000 steps; try '300'"),
+        ("ddim0", "no integer stride takes 0"),
     ],
 )
 def test_steps_that_cannot_be_taken_are_refused(spacing, words):

@@ -59,7 +59,7 @@ def nothing(*args, **kwargs):
 @pytest.mark.parametrize(
     "settings, words",
     [
-        (dict(num_candidates=64, batch_size=64), "drawing 64 images at a time .* what takes less: batch_size="),
+        (dict(num_candidates=64, batch_size=64), "drawing 64 images at a time .* try batch_size="),
         (dict(refine_batch_size=64, num_images=64, batch_size=1), "refining 64 images at a time .* refine_batch_size="),
     ],
 )

@@ -84,7 +84,7 @@ def test_files_that_do_not_belong_together_are_refused_before_any_work(
     files: SimpleNamespace, rudalle: Dall3Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = files.folder
-    with pytest.raises(ValueError, match="the vqgan is DALL·E Mini's .detoker.pt., and its codes are not those"):
+    with pytest.raises(ValueError, match="DALL·E Mini's .detoker.pt., but this transformer draws other codes"):
         Dall3Pipeline.from_checkpoints(
             dalle=folder / "pytorch_model_v3.bin",
             dalle_config={"num_attention_heads": 4},

@@ -106,7 +106,7 @@ def small_part() -> VQGANPart:
 def test_the_exported_vqgan_chooses_the_codes_that_training_chose() -> None:
     part = small_part()
     pictures = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
-    part({"pictures": pictures}, 0.9)
+    part({"images": pictures}, 0.9)
     model = part.finished(part.model)
     assert isinstance(model, GumbelVQ)
     features = model.quant_conv(model.encoder(pictures.float() / 127.5 - 1)).permute(0, 2, 3, 1).flatten(0, 2)
@@ -153,13 +153,13 @@ def test_a_pool_draws_what_training_uses_and_goes_on_with_the_numbers_that_follo
     pool.fill(0, 0)
     assert pool.drawn == 8
     for _ in range(10):
-        assert pool.next(elapsed=1e9)["pictures"].shape == (4, 3, 32, 32)
+        assert pool.next(elapsed=1e9)["images"].shape == (4, 3, 32, 32)
     assert pool.drawn == 8 + 9 * 4  # one chunk after each batch
-    assert sorted(pool.rows["pictures"][:, 0, 0, 0].tolist()) == list(range(28, 44))
-    assert set(pool.sample(200)["pictures"][:, 0, 0, 0].tolist()) == set(range(28, 44))
+    assert sorted(pool.rows["images"][:, 0, 0, 0].tolist()) == list(range(28, 44))
+    assert set(pool.sample(200)["images"][:, 0, 0, 0].tolist()) == set(range(28, 44))
     again = Pool(Numbers(), small_part(), config, 0, batch_size=4)  # type: ignore[arg-type]
     again.fill(40, 44)
-    assert set(again.sample(200)["pictures"][:, 0, 0, 0].tolist()) == set(range(44, 52))
+    assert set(again.sample(200)["images"][:, 0, 0, 0].tolist()) == set(range(44, 52))
     drawn = pool.drawn
     pool.seconds = 2.0
     pool.next(elapsed=1.0)

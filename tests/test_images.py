@@ -15,7 +15,7 @@ from PIL import EpsImagePlugin, Image, ImageFile
 import dall3
 from dall3 import Dall3Output, Dall3Pipeline
 from dall3.cli import main
-from dall3.images import MAX_PIXELS, UPRIGHT, open_image, read_picture, to_pil, to_tensor
+from dall3.images import MAX_PIXELS, UPRIGHT, open_image, read_rgb, to_pil, to_tensor
 from dall3.training.data import Mixture
 
 PROMPT = "a red cube"
@@ -235,8 +235,8 @@ def test_a_list_may_mix_kinds_but_not_sizes(tmp_path):
         (5, "int is not an image"),
         (Image.fromarray(np.full((4, 4), 7, np.int32)), "32-bit integer pixels"),
         (Image.fromarray(np.full((4, 4), 7, np.float32)), r"floating point pixels from 7 to 7; expected values in"),
-        (b"", "the picture: not a picture"),
-        (saved(Image.new("RGB", (64, 64), "red"), "JPEG")[:300], r"not a picture that can be read.*OSError"),
+        (b"", "the image: not a readable image"),
+        (saved(Image.new("RGB", (64, 64), "red"), "JPEG")[:300], r"not a readable image.*OSError"),
         (saved(Image.new("RGB", (8, 8)), "PPM"), "expected a PNG, JPEG, WebP, GIF, BMP or TIFF"),
     ],
 )
@@ -247,14 +247,14 @@ def test_everything_else_is_refused_with_what_was_found(images, words):
 
 def test_errors_name_the_file(tmp_path):
     (tmp_path / "page.jpg").write_text("<html>404</html>")
-    with pytest.raises(ValueError, match=r"page\.jpg: not a picture"):
-        read_picture(tmp_path / "page.jpg")
+    with pytest.raises(ValueError, match=r"page\.jpg: not a readable image"):
+        read_rgb(tmp_path / "page.jpg")
     with pytest.raises(ValueError, match=r"row 7 has 8×8 pixels; expected at most 63"):
-        read_picture(saved(Image.new("RGB", (8, 8))), "row 7", 63)
+        read_rgb(saved(Image.new("RGB", (8, 8))), "row 7", 63)
     with pytest.raises(FileNotFoundError, match=r"none\.png"):
-        read_picture(tmp_path / "none.png")
+        read_rgb(tmp_path / "none.png")
     for data in (saved(Image.new("RGB", (8, 8)), "PNG")[:-30], b"\x89PNG\r\n\x1a\n" + bytes(40)):
-        with pytest.raises(ValueError, match=r"^a\.png: not a picture that can be read"):
+        with pytest.raises(ValueError, match=r"^a\.png: not a readable image"):
             open_image(data, "a.png")
 
 
@@ -263,7 +263,7 @@ def test_a_file_is_read_from_its_path_its_content_or_open(tmp_path):
     Image.new("RGB", (4, 4), "red").save(path)
     with path.open("rb") as file:
         for source in (path, str(path), path.read_bytes(), file):
-            assert read_picture(source).getpixel((0, 0)) == (255, 0, 0)
+            assert read_rgb(source).getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_the_memory_that_a_large_picture_takes_is_bounded(tmp_path):

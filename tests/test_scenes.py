@@ -210,10 +210,10 @@ def test_a_number_and_a_seed_give_the_same_picture_in_any_batch(emoji_archive):
     world = World("cpu", emoji_archive, side=32)
     kinds = {"scenes": 1, "emoji": 1, "wearing": 1}
     batch = world.draw(range(12), seed=4, kinds=kinds)
-    assert batch.pictures.dtype == torch.uint8 and batch.pictures.shape == (12, 3, 32, 32)
+    assert batch.images.dtype == torch.uint8 and batch.images.shape == (12, 3, 32, 32)
     for number in (0, 5, 11):
         alone = world.draw([number], seed=4, kinds=kinds)
-        assert alone.captions == [batch.captions[number]] and (alone.pictures[0] == batch.pictures[number]).all()
+        assert alone.captions == [batch.captions[number]] and (alone.images[0] == batch.images[number]).all()
     assert world.draw(range(12), seed=5, kinds=kinds).captions != batch.captions
 
 
@@ -232,7 +232,7 @@ def test_what_is_worn_lies_on_the_face_and_is_named(emoji_archive):
         (caption_,) = batch.captions
         hat = "top hat" in caption_
         assert "girl" in caption_ and (hat or "glasses" in caption_)
-        red, green, blue = batch.pictures[0].int()
+        red, green, blue = batch.images[0].int()
         worn = (green - red > 120) & (green - blue > 120) if hat else (blue - red > 60) & (green < 40)
         face = (red > 220) & (blue < 40)
         assert worn.any() and face.any()

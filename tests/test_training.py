@@ -30,7 +30,7 @@ from dall3.models.transformer import TransformerConfig
 from dall3.models.unet import DiffusionConfig, UNetConfig
 from dall3.models.vqgan import GumbelVQ, VQGANConfig
 from dall3.request import make_upsample_request
-from dall3.scenes.emoji import Emoji, draw_emoji, emoji_caption, list_emoji, random_emoji_picture
+from dall3.scenes.emoji import Emoji, draw_emoji, emoji_caption, list_emoji, random_emoji_image
 from dall3.scenes.scene import is_held_out
 from dall3.scenes.world import Batch
 from dall3.text import load_tokenizer
@@ -38,7 +38,7 @@ from dall3.training import loop
 from dall3.training.clip import CLIPLoss, swap_word
 from dall3.training.config import TrainingConfig
 from dall3.training.data import Mixture, StepSampler, Stream
-from dall3.training.files import fit_picture, shuffled
+from dall3.training.files import fit_image, shuffled
 from dall3.training.loop import fit
 from dall3.training.losses import Perceptual
 from dall3.training.part import Part
@@ -250,7 +250,7 @@ def test_shuffled_epochs_hold_each_place_once() -> None:
         (["scenes=-1", "scenes=2"], "expected sources with weights from 0"),
         (["scenes=0"], "not all of them 0"),
         ([], "expected sources"),
-        (["folder:/nowhere"], "holds no picture"),
+        (["folder:/nowhere"], "has no image"),
         (["webdataset:/nowhere/*.tar"], "no shard"),
     ],
 )
@@ -272,7 +272,7 @@ def test_a_picture_that_cannot_be_read_is_named_and_another_takes_its_place(pict
     shutil.copy(pictures / "red.png", pictures / "latin.png")
     shutil.copy(pictures / "red.png", pictures / "alone.png")
     seen, lines = Mixture([f"folder:{pictures}"], 16), Mixture([f"folder:{pictures}"], 16).look()
-    assert "7 pictures, 6 captions" in lines[0] and "no .txt of the same name: 1" in lines[1]
+    assert "7 images, 6 captions" in lines[0] and "no .txt of the same name: 1" in lines[1]
     assert lines[2].endswith("replaced by others: 4") and "latin.png: its caption is not UTF-8" in lines[4]
     assert [line.split(":")[0].rpartition("/")[2] for line in lines[3:]] == [
         *("cut.png", "latin.png", "nothing.png", "page.jpg")
@@ -286,7 +286,7 @@ def test_a_picture_that_cannot_be_read_is_named_and_another_takes_its_place(pict
     assert not caplog.records  # they were named already
     (pictures / "green.txt").write_bytes(b"\xff")
     assert {Mixture([f"folder:{pictures}"], 16)[i][1] for i in range(60)} == {c for c in captions if "green" not in c}
-    assert [r.message for r in caplog.records if "green.png: its caption is not UTF-8; another" in r.message]
+    assert [r.message for r in caplog.records if "green.png: its caption is not UTF-8; replaced" in r.message]
 
 
 def test_training_goes_on_past_an_unreadable_picture_and_ends_where_none_is_readable(
@@ -297,11 +297,11 @@ def test_training_goes_on_past_an_unreadable_picture_and_ends_where_none_is_read
     command = ["train", "vqgan", "--config", str(settings), "--data", f"folder:{pictures}", "--out"]
     assert main([*command, str(out)]) == 0
     said = capsys.readouterr().err
-    assert "3 pictures, 4 captions" in said and "red.png: not a picture" in said and (out / "vqgan").is_dir()
+    assert "3 images, 4 captions" in said and "red.png: not a readable image" in said and (out / "vqgan").is_dir()
     for name in ("green", "blue"):
         (pictures / f"{name}.png").write_bytes(b"")
     assert main([*command, str(tmp_path / "none")]) == 2
-    assert "none of the 3 pictures that were tried can be read" in capsys.readouterr().err
+    assert "none of the 3 images that were tried can be read" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 
 
@@ -314,7 +314,7 @@ def test_hidden_files_are_left_out_and_byte_order_marks_removed(pictures: Path) 
         (pictures / f"{name}.png").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
         (pictures / f"{name}.txt").write_bytes(b"\0\5\x16\7\xff")
     data = Mixture([f"folder:{pictures}"], 16)
-    assert data.look() == [f"{pictures}: 3 pictures, 6 captions"]
+    assert data.look() == [f"{pictures}: 3 images, 6 captions"]
     assert {data[i][1] for i in range(60)} == captions
 
 
@@ -331,7 +331,7 @@ def test_shards_are_found_by_braces_and_a_cut_one_is_named(pictures: Path, tmp_p
     for i in range(8, 11):
         write_shard(tmp_path / f"s{i:02}.tar", pictures)
     (line,) = Mixture([f"webdataset:{tmp_path}/s{{08..10}}.tar"], 16).look()
-    assert line.endswith("9 pictures, 18 captions")
+    assert line.endswith("9 images, 18 captions")
     assert len(Mixture([f"webdataset:{tmp_path}/{{s08,s10}}.tar=2"], 16).look()) == 1
     with pytest.raises(ValueError, match="no shard at .*s11.tar"):
         Mixture([f"webdataset:{tmp_path}/s{{08..11}}.tar"], 16)
@@ -343,7 +343,7 @@ def test_shards_are_found_by_braces_and_a_cut_one_is_named(pictures: Path, tmp_p
     for cut, left in ((members[-1].offset_data + 26, 3), (members[4].offset, 2), (members[3].offset_data + 5, 1)):
         (tmp_path / "s08.tar").write_bytes(whole[:cut])
         first, second = Mixture([f"webdataset:{tmp_path}/s08.tar"], 16).look()
-        assert f"{left} picture{'s' * (left > 1)}, {2 * left} captions" in first and "s08.tar: is cut" in second
+        assert f"{left} image{'s' * (left > 1)}, {2 * left} captions" in first and "s08.tar: is truncated" in second
     (tmp_path / "s08.tar").write_bytes(whole[:700])
     with pytest.raises(ValueError, match="s08.tar: not a tar, or cut"):
         Mixture([f"webdataset:{tmp_path}/s*.tar"], 16)
@@ -368,7 +368,7 @@ def test_links_devices_and_sparse_files_in_a_shard_are_refused_before_training(p
     claims.size = 10**12
     write_shard(tmp_path / "s.tar", pictures, claims)
     assert (
-        "s.tar: is cut; pictures before the cut, which are used: 3"
+        "s.tar: is truncated; complete images, which are used: 3"
         in Mixture([f"webdataset:{tmp_path}/s.tar"], 16).look()[1]
     )
 
@@ -387,7 +387,7 @@ def test_transparent_pictures_lie_on_white_and_wide_ones_lose_their_sides() -> N
     picture[:, 19:21, :] = 0
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, format="PNG")
-    fitted = fit_picture(buffer.getvalue(), 20)
+    fitted = fit_image(buffer.getvalue(), 20)
     assert fitted[5, 2].tolist() == [200, 0, 0] and fitted[5, 10].tolist() == [255, 255, 255]
 
 
@@ -413,9 +413,9 @@ def test_emoji_training_never_sees_a_held_out_background(emoji_folder: Path) -> 
         b for b in ("white", "grey", "black", "red", "yellow", "green", "blue", "pink") if is_held_out("1F44B", b)
     ]
     corner = {b: tuple(draw_emoji(drawing, b, "small", 32)[0, 0]) for b in held_out}
-    seen = {tuple(random_emoji_picture(drawing, rng, 32)[0][0, 0]) for _ in range(200)}
+    seen = {tuple(random_emoji_image(drawing, rng, 32)[0][0, 0]) for _ in range(200)}
     assert held_out and not seen & set(corner.values())
-    only = {tuple(random_emoji_picture(drawing, rng, 32, held_out=True)[0][0, 0]) for _ in range(50)}
+    only = {tuple(random_emoji_image(drawing, rng, 32, held_out=True)[0][0, 0]) for _ in range(50)}
     assert only == set(corner.values())
 
 
@@ -539,10 +539,10 @@ def test_gradient_accumulation_equals_the_larger_batch(pictures: Path, tmp_path:
             torch.nn.init.zeros_(self.model.weight)
 
         def rows(self, batch, numbers):  # type: ignore[no-untyped-def]
-            return {"pictures": batch.pictures}
+            return {"images": batch.images}
 
         def forward(self, rows, progress):  # type: ignore[no-untyped-def]
-            return (rows["pictures"].float().mean(dim=(2, 3)) / 255 - self.model.weight).square().mean(), {}
+            return (rows["images"].float().mean(dim=(2, 3)) / 255 - self.model.weight).square().mean(), {}
 
         def sheet(self, model, rows):  # type: ignore[no-untyped-def]
             return Image.new("RGB", (1, 1))
@@ -635,7 +635,7 @@ def test_training_conditions_the_upsampler_on_what_drawing_conditions_it_on(weig
     seen = []
     part.run = lambda x, t, **more: seen.append(t) or x  # type: ignore[func-returns-value]
     for _ in range(40):
-        part({"pictures": torch.zeros(2, 3, 32, 32, dtype=torch.uint8)}, 0.0)
+        part({"images": torch.zeros(2, 3, 32, 32, dtype=torch.uint8)}, 0.0)
     times = torch.cat(seen)
     assert times.min() < 100 and times.max() > 900  # the whole schedule
 
@@ -663,8 +663,8 @@ def test_the_discriminator_is_shown_what_is_beyond_the_coarse_picture(weights: P
     part, seen = UpsamplerPart(config, loss, load_part(weights / "vqgan"), CPU), []
     part.discriminator = Judge(6, 1, 1)
     images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
-    assert "hinge" not in part({"pictures": images}, 0.3)[1] and not seen
-    part({"pictures": images}, 0.6)
+    assert "hinge" not in part({"images": images}, 0.3)[1] and not seen
+    part({"images": images}, 0.6)
     judged, real, again = seen
     assert torch.equal(judged, again) and torch.equal(judged[:, 3:], real[:, 3:])
     low_res = part.condition(images.float() / 255)["low_res"]
@@ -804,8 +804,8 @@ def test_what_cannot_be_trained_is_said_before_any_work(
         assert main([*command, *more]) == 2
         assert words in capsys.readouterr().err
 
-    fails("transformer", words="holds no vqgan, which this part needs; run `dall3 train vqgan` first")
-    fails("vqgan", "--data", "folder:/nowhere", words="holds no picture")
+    fails("transformer", words="has no vqgan, which this part needs; run `dall3 train vqgan` first")
+    fails("vqgan", "--data", "folder:/nowhere", words="has no image")
     fails("vqgan", "--steps", "0", words="steps=0; expected a whole number from 1")
     fails("vqgan", "--minutes", "0", words="minutes=0.0; expected a number above 0")
     assert main(["train", "vqgan", "--config", str(settings), "--out", str(out)]) == 2
@@ -826,7 +826,7 @@ def test_what_cannot_be_trained_is_said_before_any_work(
     settings.write_text(good)
     assert not out.exists()
     train_model("vqgan", out, settings, [f"folder:{pictures}"], progress=False)
-    fails("vqgan", words="holds a run already; resume it, or give another folder")
+    fails("vqgan", words="has a run already; resume it, or give another folder")
     fails("transformer", words="run `dall3 train tokenizer` on the same data first")
     (out / "tokenizer.json").write_text("mine")
     fails("tokenizer", words="tokenizer.json exists already, and later parts depend on it")

@@ -117,7 +117,7 @@ def test_decoding_with_caches_is_the_same(case, first_chunk, static):
     c, x = case.config, case.embeddings
     at_once = case.model.run(x, torch.arange(c.seq_len), c.seq_len)
     first = c.text_length if first_chunk == "text" else 1
-    caches, hidden = case.model.make_caches(), []
+    caches, hidden = case.model.new_state(), []
     for start, end in zip([0, *range(first, c.seq_len)], range(first, c.seq_len + 1), strict=True):
         hidden.append(case.model.run(x[:, start:end], torch.arange(start, end), None if static else end, caches))
     assert close(torch.cat(hidden, dim=1), at_once, 1e-4)

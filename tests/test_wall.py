@@ -112,7 +112,7 @@ def test_what_cannot_be_refined_is_said_before_any_work(pipe, wall, monkeypatch)
 
 def test_a_wall_of_other_weights_is_told(pipe, wall):
     other = Wall(wall.prompt, wall.images, wall.tokens, None, wall.settings | {"weights": {"vqgan": "0123"}})
-    with pytest.warns(UserWarning, match="the vqgan is another: '.*' here, '0123' made the wall"):
+    with pytest.warns(UserWarning, match="the vqgan of this pipeline has the hash '.*'; the wall was made with '0123'"):
         pipe.refine(other[0], **CALL)
 
 

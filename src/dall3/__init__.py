@@ -1,4 +1,4 @@
-"""Text to picture with the checkpoints of DALL-3 (2021): `from dall3 import Dall3Pipeline`."""
+"""Text-to-image generation with the checkpoints of DALL-3 (2021): `from dall3 import Dall3Pipeline`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 __all__ = ["CheckpointError", "Dall3Output", "Dall3Pipeline", "StopGeneration", "Wall", "__version__"]
 
-_PLACES = {
+_MODULES = {
     "CheckpointError": "weights.archive",
     "Dall3Output": "output",
     "Dall3Pipeline": "pipeline",
@@ -25,8 +25,8 @@ _PLACES = {
 
 def __getattr__(name: str) -> Any:
     # Imported at first use: `import dall3` alone must not wait for torch.
-    if name in _PLACES:
+    if name in _MODULES:
         from importlib import import_module
 
-        return getattr(import_module(f"dall3.{_PLACES[name]}"), name)
+        return getattr(import_module(f"dall3.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'dall3' has no attribute '{name}'")

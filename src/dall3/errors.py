@@ -1,4 +1,7 @@
-"""Shared exceptions and checks. Every message says what was wrong, what was expected and what to do."""
+"""Exceptions and checks that all modules share.
+
+Every error message says what is wrong, what was expected, and what to do.
+"""
 
 
 class FetchError(OSError):

@@ -1,7 +1,8 @@
-"""How much memory and time a call takes, said beforehand: `Dall3Pipeline.estimate`, and the log at a call's start.
+"""Estimates of the memory and time of a call: `Dall3Pipeline.estimate`, the log, and `Preview.seconds_left`.
 
-Time is measured, not computed: a few steps of each stage run once for each shape, and a call takes a multiple of them.
-The rate of drawing is then replaced by that of the last whole call, because later tokens take longer than the first.
+Time is extrapolated from measurements: a few steps of each stage are run and timed once for each combination of shape
+and settings. After a call, its own drawing time replaces that measurement, because later tokens take longer than the
+first ones.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ import torch
 from dall3.diffusion.denoising import Denoising
 from dall3.diffusion.schedule import space_timesteps
 from dall3.generate import Previews, Record, choose_best, draw, refine, run
-from dall3.memory import StageEstimate, free_memory, memory_needs, weight_bytes
+from dall3.memory import StageEstimate, memory_needs, weight_bytes
 from dall3.models.upscaler import Upscaler
 from dall3.output import Dall3Output, Preview
 from dall3.parts import Parts
 from dall3.request import Request, make_request
 from dall3.settings import Stage as StageName
+from dall3.tokens.batching import free_memory
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -32,18 +34,18 @@ if TYPE_CHECKING:
     from dall3.settings import CallSettings
 
 LOGGER = logging.getLogger("dall3")
-UPSCALED = 64  # side of the image whose upscaling is timed
-TIMED_STEPS = 2  # denoising steps that are timed, after a first one
-RATES: WeakKeyDictionary[Parts, dict[Any, float]] = WeakKeyDictionary()  # seconds by what `Pace` measures
+UPSCALED = 64  # side in pixels of the image whose upscaling is timed
+TIMED_STEPS = 2  # denoising steps that are timed, after an untimed first one
+RATES: WeakKeyDictionary[Parts, dict[Any, float]] = WeakKeyDictionary()  # measured seconds, by the keys of `Pace`
 
 
 @dataclass(frozen=True)
 class Estimate:
     """Memory and time of a call, by stage.
 
-    device: where the pipeline runs. stages: what each stage needs. peak: bytes at the most, with the weights of all
-    networks that stay on the device. free: free bytes of the device now, None if unknown; the weights are there
-    already, unless they are offloaded.
+    device: the pipeline's device. stages: the estimate of each stage. peak: maximum memory in bytes, including the
+    weights of all networks that stay on the device. free: free memory of the device in bytes, None if unknown. Weights
+    that are on the device already do not count as free. summary: the stages of the call in words.
 
     >>> from dall3 import Dall3Pipeline
     >>> estimate = Dall3Pipeline.from_pretrained().estimate(1, 4, clip_guidance_scale=0.0)
@@ -59,7 +61,7 @@ class Estimate:
 
     @property
     def seconds(self) -> float | None:
-        """Seconds of the whole call; None if it does not fit the free memory, so that no step could be timed."""
+        """Duration of the call in seconds; None if it does not fit the free memory, so that no step can be timed."""
         found = [stage.seconds for stage in self.stages if stage.seconds is not None]
         return sum(found) if len(found) == len(self.stages) else None
 
@@ -68,8 +70,8 @@ class Estimate:
         lines = [f"{self.summary}: {time_text(self.seconds)}, {size_text(self.peak)} on {self.device}{free}"]
         for stage in self.stages:
             sizes = (("weights", stage.weights), ("caches", stage.caches), ("activations", stage.activations))
-            told = ", ".join(f"{name} {size_text(size)}" for name, size in sizes if size)
-            lines.append(f"  {stage.name}, {stage.batch_size} at a time: {time_text(stage.seconds)}; {told}")
+            listed = ", ".join(f"{name} {size_text(size)}" for name, size in sizes if size)
+            lines.append(f"  {stage.name}, {stage.batch_size} at a time: {time_text(stage.seconds)}; {listed}")
         return "\n".join(lines)
 
 
@@ -86,20 +88,24 @@ def time_text(seconds: float | None) -> str:
 
 
 class Pace:
-    """Seconds of the stages of a request, measured on its pipeline when they are first asked for."""
+    """The durations in seconds of the stages of a request. Rates are measured when first needed and kept in RATES.
+
+    parts: the pipeline that runs the request.
+    """
 
     def __init__(self, parts: Parts, request: Request) -> None:
         self.parts, self.request, self.rates = parts, request, RATES.setdefault(parts, {})
-        self.where = (str(parts.device), parts.dtype, parts.offload_device is not None, torch.get_num_threads())
+        self.setup = (str(parts.device), parts.dtype, parts.offload_device is not None, torch.get_num_threads())
         self.candidates = len(request.candidates())
-        most = min(request.batch_size, self.candidates)
-        self.draw_key = ("drawing", most, str(request.sampling), *self.where)
+        batch = min(request.batch_size, self.candidates)
+        self.draw_key = ("drawing", batch, str(request.sampling), *self.setup)
         self.stages: list[StageName] = [] if parts.upsampler is None else ["upsampler"]
         self.upscaler = parts.super_resolution if isinstance(parts.super_resolution, Upscaler) else None
         self.upscaler = None if request.output_size is None else self.upscaler
         self.stages += [] if request.output_size is None or self.upscaler is not None else ["super_resolution"]
 
     def now(self) -> float:
+        """The time in seconds, after all work on the device has finished."""
         if self.parts.device.type == "cuda":
             torch.cuda.synchronize(self.parts.device)
         return time.perf_counter()
@@ -113,9 +119,9 @@ class Pace:
 
     def time_drawing(self, size: int) -> float:
         """Seconds of drawing a batch, from its first two rows of tokens."""
-        how: dict[str, Any] = dict(num_candidates=size, num_images=1, batch_size=size, seeds=None, repeated=None)
+        changes: dict[str, Any] = dict(num_candidates=size, num_images=1, batch_size=size, seeds=None, repeated=None)
         start, times = self.now(), []
-        for _ in islice(draw(self.parts, replace(self.request, **how, progress=False), Record()), 2):
+        for _ in islice(draw(self.parts, replace(self.request, **changes, progress=False), Record()), 2):
             times.append(self.now())
         rows = self.parts.require("transformer", "drawing tokens").config.grid_size
         return times[0] - start + (times[-1] - times[0]) * (rows - 1)
@@ -123,9 +129,9 @@ class Pace:
     def ranking(self) -> float:
         """Seconds of decoding and scoring all candidates."""
         size, seamless = min(self.draw_key[1], 4), self.request.denoising.seamless
-        key = ("ranking", size, self.parts.clip_or_loader is None, seamless, *self.where)
+        key = ("ranking", size, self.parts.clip_or_loader is None, seamless, *self.setup)
         if key not in self.rates:
-            self.parts.clip  # noqa: B018  loaded first
+            self.parts.clip  # noqa: B018  load it, which is not part of the measured time
             tokens = self.any_tokens(size)
             start = self.now()
             choose_best(self.parts, tokens, "a", 1, batch_size=size, seamless=seamless, progress=False)
@@ -133,6 +139,7 @@ class Pace:
         return self.rates[key] * self.candidates
 
     def any_tokens(self, count: int) -> torch.Tensor:
+        """Tokens to measure with, int64 (count, image tokens). Their values do not affect the time."""
         length = self.parts.require("transformer", "drawing tokens").config.image_seq_len
         return torch.zeros(count, length, dtype=torch.int64, device=self.parts.device)
 
@@ -144,18 +151,18 @@ class Pace:
         """Seconds of upscaling all images; 0 without an upscaler."""
         if self.upscaler is None:
             return 0.0
-        key = ("upscaling", *self.where)
+        key = ("upscaling", *self.setup)
         if key not in self.rates:
             with self.parts.on_device("refining", "super_resolution") as [upscaler]:
                 start = self.now()
                 upscaler(torch.zeros(1, 3, UPSCALED, UPSCALED, device=self.parts.device))
                 self.rates[key] = (self.now() - start) / UPSCALED**2
-        # The passes before the last one take a small part of its pixels.
+        # The last pass dominates: passes before it have a small part of its pixels.
         pixels = ((self.request.output_size or 0) / self.upscaler.config.scale) ** 2
         return self.rates[key] * pixels * len(self.request.places(self.request.num_images))
 
     def denoising(self) -> Iterator[tuple[int, float]]:
-        """The denoising steps of the call in order: the batch's number and the step's seconds."""
+        """Yield, for each denoising step of the call in order, the number of its batch and its duration in seconds."""
         size, number = self.request.refine_batch_size, 0
         count = len(self.request.places(self.request.num_images))
         for stage in self.stages:
@@ -166,7 +173,7 @@ class Pace:
                 number += 1
 
     def step_counts(self, stage: StageName) -> tuple[int, int, int]:
-        """How many denoising steps a stage takes, how many of them are guided, and how many there are from noise."""
+        """Counts of a stage's denoising steps: steps that it runs, guided ones, steps of a run from pure noise."""
         settings, unet = self.request.denoising, self.parts.require(stage, "refining")
         config: Any = unet.config
         count = len(space_timesteps(config.diffusion.diffusion_steps, settings.num_inference_steps))
@@ -177,21 +184,22 @@ class Pace:
         return steps, min(guided, steps), count
 
     def step(self, stage: StageName, size: int, guided: bool) -> float:
-        """Seconds of a denoising step of `size` images."""
-        settings, sides = self.request.denoising, self.request.output_size
-        how = (settings.clip_guidance_scale > 0, settings.cutn) if guided else ()
-        key = (stage, size, how, settings.seamless, sides, *self.where)
+        """Seconds of a denoising step for a batch of `size` images."""
+        settings = self.request.denoising
+        guidance = (settings.clip_guidance_scale > 0, settings.cutn) if guided else ()
+        key = (stage, size, guidance, settings.seamless, self.request.output_size, *self.setup)
         if key not in self.rates:
             self.rates[key] = self.time_step(stage, size, guided)
         return self.rates[key]
 
     def time_step(self, stage: StageName, size: int, guided: bool) -> float:
+        """Run a few denoising steps and return the mean duration of a step in seconds."""
         settings = Denoising(num_inference_steps=TIMED_STEPS + 1, seamless=self.request.denoising.seamless)
         if guided:
             names = ("clip_guidance_scale", "tv_scale", "range_scale", "cutn")
             settings = replace(settings, **{name: getattr(self.request.denoising, name) for name in names})
-        how: dict[str, Any] = dict(denoising=settings, num_images=size, refine_batch_size=size, seeds=None)
-        request = replace(self.request, **how, repeated=None, callback=None, progress=False)
+        changes: dict[str, Any] = dict(denoising=settings, num_images=size, refine_batch_size=size, seeds=None)
+        request = replace(self.request, **changes, repeated=None, callback=None, progress=False)
         tokens = self.any_tokens(size) if stage == "upsampler" else None
         image = torch.zeros(size, 3, 64, 64) if tokens is None else None
         times = [self.now() for _ in refine(self.parts, request, Record(), stage, tokens, image)]
@@ -199,11 +207,12 @@ class Pace:
 
 
 def is_guided(settings: Denoising) -> bool:
+    """Whether denoising with these settings takes gradients."""
     return any((settings.clip_guidance_scale, settings.tv_scale, settings.range_scale))
 
 
 def describe(pace: Pace) -> str:
-    """What a call does, in words."""
+    """Summarize the stages of a call in words."""
     request, count = pace.request, pace.candidates
     length = pace.parts.require("transformer", "drawing tokens").config.image_seq_len
     words = f"draws {plural(count, 'candidate')} of {length} tokens"
@@ -223,7 +232,7 @@ def plural(count: int, word: str) -> str:
 
 
 def estimate_request(parts: Parts, request: Request) -> Estimate:
-    """The estimate of a call. Steps are timed where they have not been yet and fit the memory."""
+    """The estimate of a call. Runs and times steps that have not been timed yet, if the call fits the memory."""
     pace, needs, free = Pace(parts, request), memory_needs(parts, request), free_memory(parts.device)
     fits = free is None or all(need.least(need.stage.batch_size) <= free for need in needs)
     stages = [need.stage for need in needs]
@@ -245,15 +254,15 @@ def estimate_request(parts: Parts, request: Request) -> Estimate:
 
 
 class EstimateCalls(Parts):
-    """The call of a pipeline that tells what another call would take."""
+    """The pipeline's method that estimates a call."""
 
     def estimate(
         self, num_images: int = 1, num_candidates: int | None = None, **settings: Unpack[CallSettings]
     ) -> Estimate:
         """Estimate the memory and time of the pipeline's call with these arguments, on the pipeline's device.
 
-        Memory: weights and key/value caches are exact, activations estimated from the configurations. Time: a few steps
-        of each stage are run and timed, once for each batch size, image size and device.
+        Memory: weights and key/value caches are exact; activations are estimated from the configurations of the
+        networks. Time: a few steps of each stage are run and timed, once for each batch size, image size and device.
 
         >>> from dall3 import Dall3Pipeline
         >>> pipe = Dall3Pipeline.from_pretrained()
@@ -261,14 +270,14 @@ class EstimateCalls(Parts):
         >>> print(estimate.summary)
         draws 2 candidates of 256 tokens, ranks them, refines 1 image in 3 of 20 steps
 
-        Raises the same errors as the call, except that a call which does not fit the memory is estimated too.
+        Raises the same errors as the call, except for a call that does not fit the memory: its memory is estimated.
         """
-        request = make_request(self, "a", num_images, num_candidates, call="estimate()", fitting=False, **settings)
+        request = make_request(self, "a", num_images, num_candidates, call="estimate()", must_fit=False, **settings)
         return estimate_request(self, request)
 
 
-def announced_run(parts: Parts, request: Request, every: int = 1) -> Previews[Dall3Output]:
-    """`dall3.generate.run`, announced in the log at level info; its previews tell the time left."""
+def run_with_estimate(parts: Parts, request: Request, every: int = 1) -> Previews[Dall3Output]:
+    """Run `dall3.generate.run`; log its estimate at level INFO, and add `seconds_left` to its previews."""
     pace = Pace(parts, request)
     if LOGGER.isEnabledFor(logging.INFO):
         seconds = pace.drawing() + pace.ranking() + pace.refining()
@@ -284,14 +293,14 @@ def announced_run(parts: Parts, request: Request, every: int = 1) -> Previews[Da
 
 
 class Countdown:
-    """The time left of a call, from its previews: by the pace so far, and by measured steps for later stages."""
+    """The remaining time of a call. The current stage continues at its rate so far; later stages are measured."""
 
     def __init__(self, pace: Pace) -> None:
         self.pace, self.stage, self.batch, self.step = pace, "drawing", 0, 0
-        self.begun = self.last = time.perf_counter()  # of the stage, of the last preview
+        self.begun = self.last = time.perf_counter()  # start of the stage, and time of the last preview
 
     def follow(self, preview: Preview) -> Preview:
-        """The preview, which then tells its `seconds_left`."""
+        """Set `seconds_left` of a preview and return the preview."""
         now = time.perf_counter()
         if preview.stage != self.stage:
             self.stage, self.begun, self.batch, self.step = preview.stage, self.last, 0, 0
@@ -315,7 +324,7 @@ class Countdown:
 
 
 def refining_left(pace: Pace, batch: int, step: int) -> float:
-    """Seconds of the denoising steps after step `step`, counted from 1, of a batch."""
+    """Seconds of the denoising steps that follow step `step`, counted from 1, of batch number `batch`."""
     left, place, current = 0.0, 0, -1
     for number, seconds in pace.denoising():
         place, current = (place + 1, number) if number == current else (1, number)

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from dall3.diffusion.denoising import Guide, Step, denoising_steps
 from dall3.diffusion.guidance import clip_loss, cut_out, draw_cutouts, guided, with_penalties
 from dall3.errors import require
-from dall3.images import Picture, center_crop, enlarge, to_output_type, to_pil, to_tensor
+from dall3.images import ImageInput, center_crop, enlarge, to_output_type, to_pil, to_tensor
 from dall3.models.discrete_vae import OpenAIDiscreteVAE
 from dall3.models.unet import UNet
 from dall3.models.upscaler import Upscaler
@@ -46,7 +46,7 @@ Previews = Generator[Preview, None, Result]
 
 @dataclass
 class Record:
-    """What happened during a call. It is part of the recipe."""
+    """Events of a call that its recipe records."""
 
     sizes: dict[str, int] = field(default_factory=dict)  # batch sizes after halving on out-of-memory errors
     stopped: bool = False  # by a callback
@@ -64,13 +64,13 @@ class Ranked(NamedTuple):
     candidates: Tensor  # int64 (n,), candidate numbers
     scores: Tensor | None  # float32 (n,), cosine similarities to the prompt, descending; None without a CLIP
     tokens: Tensor  # int64 (n, image tokens)
-    pictures: Tensor  # float32 (n, 3, height, width) in [0, 1], coarse
+    images: Tensor  # float32 (n, 3, height, width) in [0, 1], coarse
 
 
 def run(parts: Parts, request: Request, every: int = 1) -> Previews[Dall3Output]:
     """Draw candidates, rank them and refine the best. every: number of denoising steps between previews."""
     record = Record()
-    parts.load_clip_early()  # while the tokens are drawn
+    parts.load_clip_early()  # in the background, while tokens are drawn
     tokens = yield from draw(parts, request, record)
     best = yield from rank(parts, request, tokens)
     return (yield from refine_best(parts, request, record, best, every))
@@ -78,7 +78,7 @@ def run(parts: Parts, request: Request, every: int = 1) -> Previews[Dall3Output]
 
 def refine_best(parts: Parts, request: Request, record: Record, best: Ranked, every: int = 1) -> Previews[Dall3Output]:
     """Refine the chosen candidates with the stages that the pipeline and the request have. every: as in `run`."""
-    fine = best.pictures
+    fine = best.images
     if parts.upsampler is not None:
         fine = yield from refine(parts, request, record, "upsampler", best.tokens, fine, best.candidates, every)
     if request.output_size is not None and not record.stopped:
@@ -120,18 +120,20 @@ def draw(parts: Parts, request: Request, record: Record) -> Previews[Tensor]:
 
 def rank(parts: Parts, request: Request, tokens: Tensor) -> Previews[Ranked]:
     """Keep the `num_images` candidates with the highest CLIP scores; for `repeat`, the candidate of the recipe."""
-    how: dict[str, Any] = dict(batch_size=request.batch_size, seamless=request.denoising.seamless)
+    settings: dict[str, Any] = dict(batch_size=request.batch_size, seamless=request.denoising.seamless)
     numbers = request.candidates()
     count = len(numbers) if request.repeated is not None else request.num_images
-    best = choose_best(parts, tokens, request.prompt, count, progress=request.progress, **how)
+    best = choose_best(parts, tokens, request.prompt, count, progress=request.progress, **settings)
     best = best._replace(candidates=best.candidates + numbers.start)
     if request.repeated is not None:
         place = best.candidates.tolist().index(request.repeated.candidate)
         scores = None if best.scores is None else best.scores[place : place + 1]
-        one = [part[place : place + 1] for part in (best.candidates, best.tokens, best.pictures)]
-        best = Ranked(one[0], scores, *one[1:])
-    check_finite(best.pictures, "coarse images")
-    yield Preview("ranking", 1, 1, partial(to_pil, best.pictures))
+        candidates, tokens, images = (
+            values[place : place + 1] for values in (best.candidates, best.tokens, best.images)
+        )
+        best = Ranked(candidates, scores, tokens, images)
+    check_finite(best.images, "coarse images")
+    yield Preview("ranking", 1, 1, partial(to_pil, best.images))
     return best
 
 
@@ -139,10 +141,10 @@ def rank(parts: Parts, request: Request, tokens: Tensor) -> Previews[Ranked]:
 def choose_best(
     parts: Parts, tokens: Tensor, prompt: str, count: int, *, batch_size: int, seamless: bool, progress: bool
 ) -> Ranked:
-    """Keep the `count` candidates with the highest CLIP scores; without a CLIP the first ones, with no scores.
+    """Keep the `count` candidates with the highest CLIP scores. Without a CLIP, keep the first ones, without scores.
 
     tokens: int64 (candidates, image tokens) on the pipeline's device. batch_size: candidates decoded and scored at a
-    time. Only the images of the best candidates so far are kept.
+    time. Images of candidates that are not among the best so far are discarded, to save memory.
     """
     numbers = torch.arange(len(tokens), device=tokens.device)
     best: tuple[Tensor, Tensor, Tensor] | None = None
@@ -151,17 +153,17 @@ def choose_best(
         text = clips[0].embed_text([prompt]) if clips else None
 
         def decode_and_score(batch: range) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-            pictures = parts.decode_tokens(tokens[batch.start : batch.stop], len(batch), seamless)
+            images = parts.decode_tokens(tokens[batch.start : batch.stop], len(batch), seamless)
             unranked = torch.zeros(len(batch), device=tokens.device)
-            yield numbers[batch.start : batch.stop], clips[0].score(pictures, text) if clips else unranked, pictures
+            yield numbers[batch.start : batch.stop], clips[0].score(images, text) if clips else unranked, images
 
         with tqdm(total=len(tokens), desc=f"ranking {len(tokens)}", disable=not progress or not has_clip) as bar:
             for batch, found in batches_that_fit(len(tokens), batch_size, decode_and_score):
                 pairs = zip(best or (found[0][:0], found[1][:0], found[2][:0]), found, strict=True)
-                chosen, scores, pictures = (torch.cat(pair) for pair in pairs)
-                # A stable sort keeps equal images in the order in which they were drawn.
+                chosen, scores, images = (torch.cat(pair) for pair in pairs)
+                # A stable sort keeps candidates of equal score in the order in which they were drawn.
                 order = scores.sort(descending=True, stable=True).indices[:count]
-                best = (chosen[order], scores[order], pictures[order])
+                best = (chosen[order], scores[order], images[order])
                 bar.update(len(batch))
     assert best is not None
     return Ranked(best[0], best[1] if has_clip else None, tokens[best[0]], best[2])
@@ -175,7 +177,7 @@ def refine(
     record: Record,
     stage: Stage,
     tokens: Tensor | np.ndarray | None,
-    image: Picture | None,
+    image: ImageInput | None,
     candidates: Tensor | None = None,
     every: int = 1,
 ) -> Previews[Tensor]:
@@ -184,15 +186,16 @@ def refine(
     stage: "upsampler" or "super_resolution". tokens, image: the input, as in `Dall3Pipeline.upsample`. candidates: the
     candidate number of each image.
     """
+    require(tokens is not None or image is not None, "nothing to refine; pass tokens or an image")
     settings, unet = request.denoising, parts.require(stage, "refining")
     if isinstance(unet, Upscaler):
         return (yield from upscale(parts, request, stage, tokens, image))
-    others = ["clip"] * (settings.clip_guidance_scale > 0) + ["vqgan"] * bool(unet.config.embedding_dims)
-    with parts.on_device("refining", stage, *others):
+    also_used = ["clip"] * (settings.clip_guidance_scale > 0) + ["vqgan"] * bool(unet.config.embedding_dims)
+    with parts.on_device("refining", stage, *also_used):
         start, conditioning, side = starting_point(parts, request, unet, tokens, image)
         count = len(next(iter(conditioning.values()), start))  # type: ignore[arg-type]
         places, numbers = request.places(count), range(count) if candidates is None else candidates.tolist()
-        if len(places) > count:  # `repeat` fills the batch with copies, so that its shape and rounding are the same
+        if len(places) > count:  # `repeat` fills the batch with copies, so that shapes, and so rounding, are the same
             conditioning = {name: torch.cat([value] * len(places)) for name, value in conditioning.items()}
             start = None if start is None else torch.cat([start] * len(places))
         targets = guidance_targets(parts, request, side) if settings.clip_guidance_scale else None
@@ -200,12 +203,12 @@ def refine(
         def denoise(batch: range) -> Iterator[Step]:
             sources = [request.noise_source(places[k], numbers[k % count]) for k in batch]
             generators = [make_generator(parts.device, seed, "noise", k) for seed, k in sources]
-            part = {name: value[batch.start : batch.stop] for name, value in conditioning.items()}
+            inputs = {name: value[batch.start : batch.stop] for name, value in conditioning.items()}
             initial = None if start is None else start[batch.start : batch.stop]
             label = f"{batch.start + 1}" if len(batch) == 1 else f"{batch.start + 1} to {batch.stop}"
             progress = f"refining {label} of {count}" if request.progress else None
             guide = make_guide(parts, request, targets, sources[0][0])
-            return denoising_steps(unet, (3, side, side), generators, part, settings, initial, guide, progress)
+            return denoising_steps(unet, (3, side, side), generators, inputs, settings, initial, guide, progress)
 
         fine: dict[int, Tensor] = {}  # each batch's latest prediction, by the index of its first image
         for batch, step in batches_that_fit(len(places), request.refine_batch_size, denoise):
@@ -214,49 +217,48 @@ def refine(
                 break
             if (step.number + 1) % every == 0 or step.number + 1 == step.total:
                 yield Preview("refining", step.number + 1, step.total, partial(estimate_to_pil, step.pred_xstart))
-    sizes = {first: len(pictures) for first, pictures in fine.items()}
+    sizes = {first: len(images) for first, images in fine.items()}
     record.sizes["refine_batch_size"] = used_batch_size(request.refine_batch_size, len(places), sizes)
-    pictures = torch.cat(list(fine.values()))
+    images = torch.cat(list(fine.values()))
     if request.repeated is not None:
-        pictures = pictures[request.repeated.place - places.start :][:1]
-    check_finite(pictures, "refined images")
-    return (pictures.clamp(-1, 1) + 1) / 2
+        images = images[request.repeated.place - places.start :][:1]
+    check_finite(images, "refined images")
+    return (images.clamp(-1, 1) + 1) / 2
 
 
 def upscale(
-    parts: Parts, request: Request, stage: str, tokens: Tensor | np.ndarray | None, image: Picture | None
+    parts: Parts, request: Request, stage: str, tokens: Tensor | np.ndarray | None, image: ImageInput | None
 ) -> Previews[Tensor]:
     """Upscale tokens or images with the `Upscaler` of a stage: float32 (n, 3, side, side) in [0, 1].
 
-    It runs once, and again while an image has at most half of `request.output_size`. The rest is bicubic resizing.
+    It runs again while the side of the image is at most half of `request.output_size`. Bicubic resizing does the rest.
     """
-    require(tokens is not None or image is not None, "nothing to refine; give tokens or an image")
     seamless, fine = request.denoising.seamless, []
     if image is None:
         image = parts.decode_tokens(tokens, seamless=seamless)  # type: ignore[arg-type]
     images = center_crop(to_tensor(image)).to(parts.device)
     with parts.on_device("refining", stage) as [upscaler]:
         side = request.output_size or images.shape[-1] * upscaler.config.scale
-        for i, picture in enumerate(tqdm(images.split(1), desc="upscaling", disable=not request.progress)):
-            picture = upscaler(picture, seamless)
-            while 2 * picture.shape[-1] <= side:
-                picture = upscaler(picture, seamless)
-            fine.append(picture if picture.shape[-1] == side else enlarge(picture, side))
+        for i, result in enumerate(tqdm(images.split(1), desc="upscaling", disable=not request.progress)):
+            result = upscaler(result, seamless)
+            while 2 * result.shape[-1] <= side:
+                result = upscaler(result, seamless)
+            fine.append(result if result.shape[-1] == side else enlarge(result, side))
             yield Preview("refining", i + 1, len(images), partial(to_pil, fine[-1]))
-    pictures = torch.cat(fine)
-    check_finite(pictures, "refined pictures")
-    return pictures
+    upscaled = torch.cat(fine)
+    check_finite(upscaled, "refined images")
+    return upscaled
 
 
 def make_output(parts: Parts, request: Request, record: Record, best: Ranked, fine: Tensor) -> Dall3Output:
     """Make the output of the call: the images and their recipe."""
-    coarse_images = to_output_type(best.pictures, request.output_type)
+    coarse_images = to_output_type(best.images, request.output_type)
     recipe = request.recipe() | record.sizes | {"weights": parts.fingerprints()}
     recipe |= {"callback": record.callback()} if record.callback() else {}
     recipe |= {"places": [request.repeated.place]} if request.repeated is not None else {}
     out = Dall3Output(
         prompt=request.prompt,
-        images=coarse_images if fine is best.pictures else to_output_type(fine, request.output_type),
+        images=coarse_images if fine is best.images else to_output_type(fine, request.output_type),
         coarse_images=coarse_images,
         tokens=best.tokens.cpu(),
         clip_scores=None if best.scores is None else best.scores.cpu(),
@@ -267,11 +269,10 @@ def make_output(parts: Parts, request: Request, record: Record, best: Ranked, fi
 
 
 def starting_point(
-    parts: Parts, request: Request, unet: UNet, tokens: Tensor | np.ndarray | None, image: Picture | None
+    parts: Parts, request: Request, unet: UNet, tokens: Tensor | np.ndarray | None, image: ImageInput | None
 ) -> tuple[Tensor | None, dict[str, Tensor], int]:
     """The input of a UNet: the initial image in [-1, 1] or None, the conditioning, and the side of the result."""
     config, step, dtype = unet.config, unet.config.downsampling, next(unet.parameters()).dtype
-    require(tokens is not None or image is not None, "nothing to refine; pass tokens or an image")
     settings, side = request.denoising, request.output_size or config.image_size
     if tokens is not None:
         tokens = parts.check_tokens(tokens)
@@ -290,35 +291,35 @@ def starting_point(
     require(not isinstance(vqgan, OpenAIDiscreteVAE), "OpenAI's dVAE has no code embeddings to condition on")
     if tokens is None:  # the grid of tokens has twice the side of the UNet's middle block
         tokens = parts.encode(F.interpolate(image, 2 * side // step * vqgan.downsampling, mode="area"))  # type: ignore[arg-type]
-    embeddings, wanted = vqgan.embed(tokens), config.embedding_dims[0]
+    embeddings, channels = vqgan.embed(tokens), config.embedding_dims[0]
     require(embeddings.shape[-1] % 2 == 0, f"{tokens.shape[1]} tokens; expected a square with an even side")
-    require(embeddings.shape[1] == wanted, f"{embeddings.shape[1]} channels of code embeddings; expected {wanted}")
+    require(embeddings.shape[1] == channels, f"{embeddings.shape[1]} channels of code embeddings; expected {channels}")
     side = embeddings.shape[-1] // 2 * step
     if image is not None and len(image) != len(tokens):
         numbers = f"{len(tokens)} rows of tokens and {len(image)} images"
         raise ValueError(f"{numbers}; pass the same number of both, or only one of the two")
-    picture, conditioning = None, {"image_embeds": embeddings.to(dtype)}
+    start, conditioning = None, {"image_embeds": embeddings.to(dtype)}
     is_noised = settings.strength is not None and settings.strength < 1
     if is_noised or config.super_resolution:
         coarse = parts.decode_tokens(tokens, seamless=settings.seamless) if image is None else image
-        picture = enlarge(coarse, side) * 2 - 1 if is_noised else None
+        start = enlarge(coarse, side) * 2 - 1 if is_noised else None
         if config.super_resolution:
             low_res = F.interpolate(coarse, embeddings.shape[-1] * vqgan.downsampling, mode="area")
             conditioning["low_res"] = (low_res * 2 - 1).to(dtype)
-    return picture, conditioning, side
+    return start, conditioning, side
 
 
 def guidance_targets(parts: Parts, request: Request, side: int) -> tuple[Tensor, Tensor]:
     """Target embeddings of CLIP guidance, float32 (targets, width), and their weights, (targets,), which sum to ±1.
 
-    side: side of the refined images; larger image prompts are downscaled to it.
+    side: side of the refined images in pixels. Larger image prompts are downscaled to it.
     """
     clip, cutn = parts.clip, request.denoising.cutn
     assert clip is not None
     targets = [clip.embed_text([text for text, _ in request.texts])] if request.texts else []
     weights = [weight for _, weight in request.texts]
-    for picture, weight in request.image_prompts:
-        square = center_crop(to_tensor(picture)).to(parts.device)
+    for image, weight in request.image_prompts:
+        square = center_crop(to_tensor(image)).to(parts.device)
         if square.shape[-1] > side:
             square = enlarge(square, side)
         generator = make_generator(parts.device, request.seed, "cutouts")
@@ -341,7 +342,7 @@ def make_guide(parts: Parts, request: Request, targets: tuple[Tensor, Tensor] | 
 
 
 def run_callback(parts: Parts, callback: Callback, record: Record, step: Step) -> bool:
-    """Call `callback` after a denoising step. Returns whether the call stops."""
+    """Call `callback` after a denoising step. Returns whether it stopped the generation."""
     tensors = {"x": step.x, "pred_xstart": step.pred_xstart}
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     try:
@@ -357,30 +358,34 @@ def run_callback(parts: Parts, callback: Callback, record: Record, step: Step) -
     return record.stopped
 
 
-def used_batch_size(asked: int, count: int, sizes: dict[int, int]) -> int:
-    """The batch size after halving on out-of-memory errors; `asked` if it was not halved.
+def used_batch_size(requested: int, count: int, sizes: dict[int, int]) -> int:
+    """The batch size after halving on out-of-memory errors; `requested` if it was not halved.
 
     count: number of items. sizes: sizes of the completed batches, by the index of their first item.
     """
-    if len(sizes) <= math.ceil(count / asked):
-        return asked
-    return max(size for size in sizes.values() if size < asked)
+    if len(sizes) <= math.ceil(count / requested):
+        return requested
+    return max(size for size in sizes.values() if size < requested)
 
 
-def check_finite(pictures: Tensor, what: str) -> None:
-    """Raise RuntimeError for images with NaN or infinite values, which would be saved as black."""
-    if not bool(pictures.isfinite().all()):
-        raise RuntimeError(f"the {what} have NaN or infinite values; use float32 or bfloat16, or check the weights")
+def check_finite(images: Tensor, name: str) -> None:
+    """Raise RuntimeError for images with NaN or infinite values, which would be saved as black.
+
+    name: name of the images in the message.
+    """
+    if not bool(images.isfinite().all()):
+        raise RuntimeError(f"the {name} have NaN or infinite values; use float32 or bfloat16, or check the weights")
 
 
 def decode_drawn_rows(parts: Parts, tokens: Tensor, rows: int) -> list[Image.Image]:
     """Decode partially drawn tokens to images. The part below the first `rows` rows is grey."""
-    pictures = parts.decode_tokens(tokens)
-    pictures[:, :, rows * pictures.shape[-2] // math.isqrt(tokens.shape[1]) :] = 0.5
-    return to_pil(pictures)
+    images = parts.decode_tokens(tokens)
+    images[:, :, rows * images.shape[-2] // math.isqrt(tokens.shape[1]) :] = 0.5
+    return to_pil(images)
 
 
 def estimate_to_pil(pred_xstart: Tensor) -> list[Image.Image]:
+    """Convert predicted images in [-1, 1] to PIL images."""
     return to_pil((pred_xstart + 1) / 2)
 
 

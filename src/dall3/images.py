@@ -1,6 +1,6 @@
-"""Images in and out: files, PIL images, arrays and tensors to upright RGB in [0, 1], and back.
+"""Conversion of images: files, PIL images, arrays and tensors to upright RGB in [0, 1], and back.
 
-Every image that enters the library passes through this file, so that all entry points follow the same rules.
+Every image that enters the library is converted here, so that all entry points follow the same rules.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor
 
 from dall3.errors import require
 
-Source = str | os.PathLike[str] | bytes | BinaryIO  # an image file: its path, its content, or the open file
+Source = str | os.PathLike[str] | bytes | BinaryIO  # an image file: its path, its bytes, or the open file
 ImageLike = Source | Image.Image | np.ndarray | Tensor
-Picture = ImageLike | Sequence[ImageLike]  # one image or several
+ImageInput = ImageLike | Sequence[ImageLike]  # one image, or a list of images of the same size
 OutputType = Literal["pil", "np", "pt"]
 # PIL images; an array, float32 (n, height, width, 3) in [0, 1]; or a tensor, float32 (n, 3, height, width) in [0, 1].
 Images = list[Image.Image] | np.ndarray | Tensor
@@ -29,7 +29,7 @@ Images = list[Image.Image] | np.ndarray | Tensor
 # Pillow's other readers are disabled: the one for EPS, for example, runs Ghostscript on the file.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 8192 * 8192  # decoding and converting takes about 20 bytes per pixel
-UNNAMED = "the picture"
+UNNAMED = "the image"  # in error messages, for an image without a path
 EXPECTED = "float in [0, 1] or uint8, (n, 3, height, width) or (n, height, width, 3)"
 
 # The transpositions that undo the values of EXIF's orientation tag.
@@ -47,9 +47,10 @@ UPRIGHT = {
 def open_image(source: Source, name: str | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode an image file and return it as stored, with its mode and metadata.
 
-    source: path, content or open binary file of a PNG, JPEG, WebP, GIF, BMP or TIFF; of several frames the first.
-    name: what error messages call the image; by default its path.
-    max_pixels: upper bound of width times height, checked before decoding.
+    source: path, bytes or open binary file of a PNG, JPEG, WebP, GIF, BMP or TIFF. If the file has several frames, the
+    first one is read.
+    name: the name of the image in error messages (default: its path).
+    max_pixels: upper bound of width · height, checked before decoding.
 
     Raises ValueError for a file that is not such an image, is damaged or has too many pixels, and OSError
     (FileNotFoundError, for example) for a path that cannot be opened.
@@ -72,8 +73,8 @@ def decode(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
 
 @contextmanager
 def open_checked(name: str) -> Iterator[None]:
-    """Turn whatever Pillow raises for a damaged image, which is of many types, into a ValueError."""
-    expected = "not a picture that can be read; expected a PNG, JPEG, WebP, GIF, BMP or TIFF"
+    """Context manager that converts the many types of errors that Pillow raises for a damaged image to ValueError."""
+    expected = "not a readable image; expected a PNG, JPEG, WebP, GIF, BMP or TIFF"
     try:
         yield
     except Image.DecompressionBombError:
@@ -96,7 +97,7 @@ def to_rgb(image: Image.Image, name: str = UNNAMED) -> Image.Image:
     """Convert a PIL image to upright RGB of 8 bits.
 
     The image is rotated as its EXIF data says, transparent pixels are composited on white, 16-bit values are scaled
-    from [0, 65535] and floating point values from [0, 1]. The result carries no metadata.
+    from [0, 65535] and floating point values from [0, 1]. The result has no metadata.
 
     >>> to_rgb(Image.new("RGBA", (2, 1), (255, 0, 0, 0))).getpixel((0, 0))
     (255, 255, 255)
@@ -115,13 +116,13 @@ def to_rgb(image: Image.Image, name: str = UNNAMED) -> Image.Image:
         if image.has_transparency_data:
             rgba = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-        picture = image.convert("RGB")
-    picture.info = {}
-    return picture if transpose is None else picture.transpose(transpose)
+        rgb = image.convert("RGB")
+    rgb.info = {}
+    return rgb if transpose is None else rgb.transpose(transpose)
 
 
 def orientation(image: Image.Image) -> int:
-    """The value of EXIF's orientation tag; 1, upright, without one or where the EXIF data cannot be read."""
+    """The value of EXIF's orientation tag; 1 (upright) if there is none or the EXIF data cannot be read."""
     value = None
     with suppress(Exception):
         value = image.getexif().get(ExifTags.Base.Orientation)
@@ -129,7 +130,7 @@ def orientation(image: Image.Image) -> int:
 
 
 def scale_to_8_bits(image: Image.Image, name: str) -> Image.Image:
-    """Scale a greyscale image of more than 8 bits to mode "L". Raises ValueError where the range is not known."""
+    """Scale a greyscale image of more than 8 bits to mode "L". Raises ValueError if its range is not known."""
     values = np.asarray(image)
     if image.mode == "F":
         low, high = float(values.min()), float(values.max())
@@ -137,7 +138,7 @@ def scale_to_8_bits(image: Image.Image, name: str) -> Image.Image:
         require(in_range, f"{name} has floating point pixels from {low:.3g} to {high:.3g}; expected values in [0, 1]")
         white = 1.0
     else:
-        known = image.mode != "I" or image.format == "PNG"  # where some versions of Pillow open 16-bit files as "I"
+        known = image.mode != "I" or image.format == "PNG"  # some versions of Pillow open 16-bit PNGs as "I"
         require(known, f"{name} has 32-bit integer pixels, whose range is not known; expected 8 or 16 bits, or floats")
         bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # BitsPerSample of a TIFF
         white = 2.0**bits - 1
@@ -148,16 +149,16 @@ def scale_to_8_bits(image: Image.Image, name: str) -> Image.Image:
     return Image.fromarray(grey)
 
 
-def read_picture(source: Source, name: str | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode an image file to upright RGB of 8 bits: `open_image`, then `to_rgb`. Raises what these raise."""
+def read_rgb(source: Source, name: str | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode an image file to upright RGB of 8 bits: `open_image`, then `to_rgb`. Raises the errors of both."""
     name = name or (os.fspath(source) if isinstance(source, str | os.PathLike) else UNNAMED)
     return to_rgb(open_image(source, name, max_pixels), name)
 
 
-def to_tensor(images: Picture) -> Tensor:
+def to_tensor(images: ImageInput) -> Tensor:
     """Convert an image, or a list of images of one size, to a tensor, float32 (n, 3, height, width) in [0, 1].
 
-    images: path, content or open binary file of an image file; PIL image; array or tensor of floats in [0, 1] or of
+    images: path, bytes or open binary file of an image file; PIL image; array or tensor of floats in [0, 1] or of
     uint8, (3, height, width), (height, width, 3), (n, 3, height, width) or (n, height, width, 3). Files and PIL images
     are converted as `to_rgb` does. A tensor stays on its device.
 
@@ -168,20 +169,20 @@ def to_tensor(images: Picture) -> Tensor:
     path that cannot be opened.
     """
     if isinstance(images, list | tuple):
-        require(bool(images), "an empty list of pictures; expected at least one")
+        require(bool(images), "an empty list of images; expected at least one")
         nested = any(isinstance(image, list | tuple) for image in images)
-        require(not nested, "a list of lists of pictures; expected a list of pictures")
+        require(not nested, "a list of lists of images; expected a list of images")
         tensors = [to_tensor(image) for image in images]
         sizes = {(tensor.shape[-1], tensor.shape[-2]) for tensor in tensors}
-        require(len(sizes) == 1, f"the pictures have several sizes, {sorted(sizes)}; pass them one by one")
+        require(len(sizes) == 1, f"the images have several sizes, {sorted(sizes)}; pass them one by one")
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
     is_file = isinstance(images, str | os.PathLike | bytes) or hasattr(images, "read")
     if is_file or isinstance(images, Image.Image):
-        picture = to_rgb(images) if isinstance(images, Image.Image) else read_picture(cast(Source, images))
-        return from_uint8(torch.from_numpy(np.array(picture))[None].permute(0, 3, 1, 2))
+        rgb = to_rgb(images) if isinstance(images, Image.Image) else read_rgb(cast(Source, images))
+        return from_uint8(torch.from_numpy(np.array(rgb))[None].permute(0, 3, 1, 2))
     if isinstance(images, np.ndarray):
         kind = images.dtype
-        require(kind.kind == "f" or kind == np.uint8, f"pictures are {kind} {images.shape}; expected {EXPECTED}")
+        require(kind.kind == "f" or kind == np.uint8, f"images are {kind} {images.shape}; expected {EXPECTED}")
         # A copy with native byte order and positive strides, which torch requires.
         images = torch.from_numpy(np.array(images, np.float32 if kind.kind == "f" else np.uint8, order="C"))
     if not isinstance(images, Tensor):
@@ -190,18 +191,19 @@ def to_tensor(images: Picture) -> Tensor:
     if tensor.dtype == torch.uint8:
         return from_uint8(tensor)
     low, high = (float(bound) for bound in tensor.aminmax())
-    require(low >= 0 and high <= 1, f"pictures run from {low:.3g} to {high:.3g}; expected values in [0, 1]")
+    require(low >= 0 and high <= 1, f"images run from {low:.3g} to {high:.3g}; expected values in [0, 1]")
     return tensor.float()
 
 
 def from_uint8(images: Tensor) -> Tensor:
+    """Convert pixels in [0, 255] to float32 in [0, 1]."""
     return images.float().div_(255)
 
 
 def channels_first(images: Tensor) -> Tensor:
     """Convert a tensor in any layout that `to_tensor` accepts to (n, 3, height, width). Raises ValueError otherwise."""
     shape, kind = tuple(images.shape), str(images.dtype).removeprefix("torch.")
-    found = f"pictures are {kind} {shape}"
+    found = f"images are {kind} {shape}"
     valid = images.is_floating_point() or images.dtype == torch.uint8
     valid = valid and len(shape) in (3, 4) and 0 not in shape and 3 in (shape[-3], shape[-1])
     require(valid, f"{found}; expected {EXPECTED}")
@@ -221,7 +223,7 @@ def to_pil(images: Images) -> list[Image.Image]:
         return images
     images = torch.from_numpy(images).permute(0, 3, 1, 2) if isinstance(images, np.ndarray) else images
     array = (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(picture) for picture in array]
+    return [Image.fromarray(image) for image in array]
 
 
 def to_output_type(images: Tensor, output_type: OutputType) -> Images:
@@ -247,7 +249,7 @@ def enlarge(images: Tensor, side: int) -> Tensor:
 
 
 def center_crop(images: Tensor) -> Tensor:
-    """The largest central square of images (…, height, width)."""
+    """Crop images (…, height, width) to their largest central square."""
     height, width = images.shape[-2:]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2

@@ -1,4 +1,4 @@
-"""Load and save parts: pipeline folders, upstream's checkpoints, the Hugging Face Hub."""
+"""Load and save the parts of a pipeline: pipeline folders, upstream's checkpoints, the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 def encoder_for(transformer: ImageTokenTransformer[Any], tokenizer: Tokenizer) -> TextEncoder:
-    """The text encoder of a transformer's family, with this tokenizer."""
+    """The text encoder for a transformer and its tokenizer."""
     config = transformer.config
     family = getattr(config, "text_family", "dalle-pytorch")
     return text_encoder_of(family, tokenizer, config.text_seq_len, config.num_text_tokens)
@@ -73,7 +73,7 @@ def load_defaults(folder: PathLike) -> dict[str, Any]:
 
 
 class LoadedParts(Parts):
-    """Parts that can be loaded and saved, with the default settings of the weights and their origins."""
+    """`Parts` with methods to load and save them, and with the default settings of the loaded weights."""
 
     @property
     def defaults(self) -> Defaults:
@@ -147,8 +147,8 @@ class LoadedParts(Parts):
     def save_pretrained(self, folder: PathLike, dtype: torch.dtype | None = None) -> Path:
         """Save all parts to a folder that `from_pretrained` reads, and return its path.
 
-        The folder holds config.json and model.safetensors for each part, tokenizer.json, words.txt (the words that the
-        weights know, if recorded), generation_config.json (the `defaults`), and a model card, README.md.
+        The folder holds config.json and model.safetensors for each part, tokenizer.json, words.txt (the words in the
+        training captions, if recorded), generation_config.json (the `defaults`), and a model card, README.md.
         dtype: floating point type in the files; torch.float16 halves their size (default: unchanged).
 
         Raises FileExistsError, before it writes, if the folder is not empty.

@@ -1,15 +1,14 @@
-"""Memory that a call needs, by stage, and the check that it fits before any work starts.
+"""The memory that each stage of a call needs, and the check, before any work, that it fits.
 
-Key/value caches are exact. Activations follow from the configurations of the networks: of the tensors that exist at the
-same time, `least` counts those that must, and `activations` estimates all. Only `least` can refuse a call.
+The sizes of key/value caches are exact. Activations are computed from the configurations of the networks. `Need.least`
+is a lower bound: it counts only tensors that certainly exist at the same time. `StageEstimate.activations` estimates
+the peak. A call is refused only if the lower bound does not fit.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,27 +18,28 @@ from torch import nn
 from dall3.models.packed import PREPARED, can_pack, linear_weights
 from dall3.models.upscaler import Upscaler
 from dall3.parts import Parts
+from dall3.tokens.batching import free_memory
 
 if TYPE_CHECKING:
     from dall3.request import Request
 
 GB = 1e9
-# Activations, in units of the tensors that must exist at the same time. Measured with the bundled weights the peak of
-# all tensors alive: 5.5, 2.7 and 18.8. Larger networks of the same families have the same layers.
+# Peak of the activations, as a multiple of the lower bound. With the bundled weights 5.5, 2.7 and 18.8 were measured.
+# Larger networks of the same families have the same layers, and so about the same ratios.
 DECODING, DENOISING, GUIDED = 6.0, 3.0, 19.0
-UPSCALING = 64  # channels that an upscaler's last layers have at full size, about
-# Tensors that a CLIP keeps for the gradient: in each layer of a transformer, of a token's width; in a ResNet in all, of
-# its stem's size.
+UPSCALING = 64  # approximate number of channels of an upscaler's last layers, which have the full size
+# Number of tensors that a CLIP keeps for the backward pass: per transformer layer, in units of one vector per token; in
+# total for a ResNet, in units of the output of its stem.
 CLIP_TENSORS = 24
 
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """What a stage of a call needs, in bytes.
+    """The memory that a stage of a call needs, in bytes, and its duration.
 
-    name: "drawing", "ranking" or "refining". weights: the weights of the networks it runs. copied: their copy in
-    another layout, for drawing on a CPU, at most. caches: keys and values. activations: intermediate results,
-    estimated. batch_size: images at a time. seconds: how long the stage takes, if that was measured.
+    name: "drawing", "ranking" or "refining". weights: weights of the networks that the stage runs. copied: upper bound
+    for the copy of the weights in another layout that drawing on a CPU makes. caches: key/value caches. activations:
+    intermediate results, estimated. batch_size: images processed at a time. seconds: duration, None if not measured.
     """
 
     name: str
@@ -53,34 +53,15 @@ class StageEstimate:
 
 @dataclass(frozen=True)
 class Need:
-    """The lower bound of a stage's further memory. least: bytes for a batch size."""
+    """A stage with the memory that it allocates, besides memory that is allocated already."""
 
     stage: StageEstimate
-    argument: str  # the argument that sets the batch size
-    count: int  # images
-    least: Callable[[int], int]
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Free memory of a device in bytes, None if unknown.
-
-    On CUDA, memory that the allocator has reserved and does not use counts as free.
-    """
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + unused
-    if device.type != "cpu":
-        return None
-    with suppress(OSError, KeyError, ValueError), open("/proc/meminfo", encoding="ascii") as file:
-        found = dict(line.split(":", 1) for line in file)
-        return int(found["MemAvailable"].split()[0]) * 1024
-    with suppress(OSError, ValueError, AttributeError):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
+    argument: str  # name of the argument that sets the batch size
+    least: Callable[[int], int]  # from a batch size to a lower bound in bytes
 
 
 def weight_bytes(part: Any) -> int:
-    """Bytes of a network's parameters and buffers; 0 for one that is not loaded."""
+    """Bytes of a network's parameters and buffers; 0 for None or a network that is not loaded."""
     if not isinstance(part, nn.Module):
         return 0
     held = {id(tensor): tensor.nbytes for tensor in (*part.parameters(), *part.buffers())}
@@ -88,7 +69,7 @@ def weight_bytes(part: Any) -> int:
 
 
 def copied_bytes(transformer: Any, quantize: str | None) -> int:
-    """Bytes of the copy of the linear weights that a CPU draws with (`packed.prepare`)."""
+    """Bytes of the copy of the linear weights that `packed.prepare` makes for drawing on a CPU."""
     if quantize is None and not can_pack(transformer.head[0]):
         return 0
     numbers = sum(weight.numel() for weight in linear_weights(transformer))
@@ -96,12 +77,12 @@ def copied_bytes(transformer: Any, quantize: str | None) -> int:
 
 
 def memory_needs(parts: Parts, request: Request) -> list[Need]:
-    """The stages of a call with what they need."""
+    """The needs of all stages of a call."""
     return [drawing_need(parts, request), ranking_need(parts, request), *refining_needs(parts, request)]
 
 
 def refining_needs(parts: Parts, request: Request) -> list[Need]:
-    """The stages of refining."""
+    """The needs of the stages that refine images."""
     found = []
     if parts.upsampler is not None:
         found.append(refining_need(parts, request, "upsampler"))
@@ -112,31 +93,28 @@ def refining_needs(parts: Parts, request: Request) -> list[Need]:
 
 
 def drawing_need(parts: Parts, request: Request) -> Need:
+    """The need of drawing tokens: the key/value cache, unless one is kept from an earlier call, and the logits."""
     transformer, sampling = parts.require("transformer", "drawing tokens"), request.sampling
-    count = len(request.candidates())
-    rows, batch = (1 if sampling.cond_scale == 1 else 2), min(request.batch_size, count)
+    rows, batch = (1 if sampling.cond_scale == 1 else 2), min(request.batch_size, len(request.candidates()))
     logits = 4 * transformer.config.num_image_tokens  # float32
 
     def least(size: int) -> int:
         kept = transformer.keeps_cache(rows, size)
         return (0 if kept else transformer.cache_bytes(rows, size)) + rows * size * logits
 
-    copied = copied_bytes(transformer, sampling.quantize)
-    weights = weight_bytes(transformer)
-    stage = StageEstimate(
-        "drawing", weights, copied, transformer.cache_bytes(rows, batch), 4 * rows * batch * logits, batch
-    )
-    held = PREPARED.get(transformer)
-    # Int8 weights are certainly copied. Otherwise the layout, and so the size of the copy, depends on the weights.
-    new = copied if sampling.quantize is not None and held is None else 0
-    return Need(stage, "batch_size", count, lambda size: new + least(size))
+    copied, caches = copied_bytes(transformer, sampling.quantize), transformer.cache_bytes(rows, batch)
+    stage = StageEstimate("drawing", weight_bytes(transformer), copied, caches, 4 * rows * batch * logits, batch)
+    # Quantized weights are certainly copied. Otherwise the layout, and so the size of the copy, depends on the weights.
+    new = copied if sampling.quantize is not None and PREPARED.get(transformer) is None else 0
+    return Need(stage, "batch_size", lambda size: new + least(size))
 
 
 def ranking_need(parts: Parts, request: Request) -> Need:
+    """The need of decoding the candidates and scoring them: the decoder's activations at full size."""
     transformer = parts.transformer
     vqgan: Any = parts.require("vqgan", "decoding tokens")
-    count = len(request.candidates())
-    batch, side = min(request.batch_size, count), 16 if transformer is None else transformer.config.grid_size
+    batch = min(request.batch_size, len(request.candidates()))
+    side = 16 if transformer is None else transformer.config.grid_size
     side = side * vqgan.downsampling * (3 if request.denoising.seamless else 2) // 2
     config, element = vqgan.config, next(vqgan.parameters()).element_size()
     width = config.ch * config.ch_mult[0] if hasattr(config, "ch") else 3
@@ -146,25 +124,25 @@ def ranking_need(parts: Parts, request: Request) -> Need:
 
     clip = weight_bytes(parts.clip_or_loader)
     activations = int(DECODING * least(batch))
-    return Need(
-        StageEstimate("ranking", weight_bytes(vqgan) + clip, 0, 0, activations, batch), "batch_size", count, least
-    )
+    stage = StageEstimate("ranking", weight_bytes(vqgan) + clip, 0, 0, activations, batch)
+    return Need(stage, "batch_size", least)
 
 
 def upscaling_need(parts: Parts, request: Request) -> Need:
-    """An upscaler works on one image at a time, in tiles. Its results are float32."""
+    """The need of upscaling: the float32 results. An upscaler processes one image at a time, in tiles."""
     upscaler: Any = parts.require("super_resolution", "output_size")
     config, element = upscaler.config, next(upscaler.parameters()).element_size()
     tile = (config.tile + 2 * config.overlap) * config.scale
     stage = StageEstimate("refining", weight_bytes(upscaler), 0, 0, UPSCALING * tile**2 * element, 1)
     result = 3 * 4 * (request.output_size or 0) ** 2 * request.num_images
-    return Need(stage, "num_images", request.num_images, lambda size: result)
+    return Need(stage, "num_images", lambda size: result)
 
 
 def refining_need(parts: Parts, request: Request, name: str) -> Need:
-    settings, count = request.denoising, request.num_images
+    """The need of denoising with the UNet of a stage: its skip connections."""
+    settings = request.denoising
     unet: Any = parts.require(name, "refining")
-    config, batch = unet.config, min(request.refine_batch_size, count)
+    config, batch = unet.config, min(request.refine_batch_size, request.num_images)
     large = request.output_size if name == "super_resolution" else None
     side = large or config.image_size
     if config.embedding_dims and parts.transformer is not None:  # the size follows from the tokens
@@ -184,11 +162,11 @@ def refining_need(parts: Parts, request: Request, name: str) -> Need:
     activations += batch * settings.cutn * clip_activation_bytes(clip)
     others = weight_bytes(clip) + (weight_bytes(parts.vqgan) if config.embedding_dims else 0)
     stage = StageEstimate("refining", weight_bytes(unet) + others, 0, 0, activations, batch)
-    return Need(stage, "refine_batch_size", count, least)
+    return Need(stage, "refine_batch_size", least)
 
 
 def clip_activation_bytes(clip: Any) -> int:
-    """Activations of an image in a CLIP that its gradient keeps, in bytes; 0 if the configuration is unknown."""
+    """Bytes of activations that a CLIP keeps for the backward pass of one image; 0 if it has no configuration."""
     vision = getattr(getattr(clip, "config", None), "vision_cfg", None)
     if not vision:
         return 0
@@ -202,7 +180,7 @@ def clip_activation_bytes(clip: Any) -> int:
 def check_memory(parts: Parts, needs: list[Need]) -> None:
     """Raise ValueError if a stage of a call cannot fit the free memory of the device.
 
-    On CUDA, where batches are halved when memory runs out, that is a batch of one.
+    On CUDA only a batch of one has to fit, because batches are halved if memory runs out.
     """
     device = parts.device
     free = free_memory(device)
@@ -217,7 +195,7 @@ def check_memory(parts: Parts, needs: list[Need]) -> None:
 
 
 def refusal(parts: Parts, need: Need, size: int, least: int, free: int, moved: int) -> str:
-    """What does not fit, and what would."""
+    """An error message: the stage that does not fit, and settings that need less memory."""
     device, many = parts.device, f"{size} images at a time" if size > 1 else "one image"
     words = f"{need.stage.name} {many} needs at least {least / GB:.2f} GB, and {device} has {free / GB:.2f} GB free"
     smaller = next((half for half in halves(size) if need.least(half) + moved <= free), None)
@@ -230,8 +208,9 @@ def refusal(parts: Parts, need: Need, size: int, least: int, free: int, moved: i
         ways.append(f'pipe.enable_model_offload("{device}")')
     if need.stage.name == "refining" and parts.dtype != torch.float32 and smaller is None:
         ways.append("a smaller output_size")
-    return f"{words}; what takes less: {', or '.join(ways) or 'a device with more memory'}"
+    return f"{words}; try {', or '.join(ways) or 'a device with more memory'}"
 
 
 def halves(size: int) -> list[int]:
+    """A batch size halved once, twice, … down to 1."""
     return [size >> k for k in range(1, int(math.log2(max(size, 1))) + 1)]

@@ -1,4 +1,4 @@
-"""Dall3Output: the images of one prompt, the settings that made them, and their files."""
+"""Dall3Output: the images of one prompt with their settings, saved to and loaded from files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dall3.images import Images, make_grid, open_image, to_pil, to_rgb
 
 File = str | np.ndarray | Image.Image
 RECIPE = "dall3"  # key of the PNG text chunk that holds the recipe as JSON
-CAPTION_HEIGHT = 18  # pixels
+CAPTION_HEIGHT = 18  # pixels, of the row of captions below a grid
 
 
 def check_free(folder: Path, names: Iterable[str]) -> None:
@@ -35,9 +35,9 @@ def check_free(folder: Path, names: Iterable[str]) -> None:
 
 
 def write_files(folder: Path, files: dict[str, File], overwrite: bool) -> Path:
-    """Write texts, arrays (.npy) and images by name into a folder, which is created if needed, and return its path.
+    """Write texts, arrays (.npy) and images to a folder, which is created if needed, and return its path.
 
-    After an error while writing, such as a full disk, the folder is as it was before.
+    files: contents by file name. If writing fails, for example because the disk is full, the folder is left as it was.
 
     Raises FileExistsError if one of the files exists, before it writes any, unless `overwrite`.
     """
@@ -60,6 +60,7 @@ def write_files(folder: Path, files: dict[str, File], overwrite: bool) -> Path:
 
 
 def write_file(path: Path, content: File) -> None:
+    """Write a text, an array or an image."""
     if isinstance(content, str):
         path.write_text(content, encoding="utf-8")
     elif isinstance(content, np.ndarray):
@@ -94,7 +95,7 @@ def read_png_text(image: Image.Image) -> PngInfo:
 
 
 def check_recipe(recipe: object) -> dict[str, Any]:
-    """Validate a recipe and return it. Raises ValueError for missing fields of `Dall3Output.recipe` or other types."""
+    """Validate the fields of a recipe and return it. Raises ValueError for a missing field or one of another type."""
     if not isinstance(recipe, dict):
         raise ValueError(f"it is a {type(recipe).__name__}; expected an object")
     prompt, settings, tokens, score = (recipe.get(name) for name in ("prompt", "settings", "tokens", "clip_score"))
@@ -114,7 +115,9 @@ class Preview:
     """The progress of a call, yielded by `Dall3Pipeline.stream`.
 
     stage: "drawing" (steps are tokens), "ranking", "refining" (steps are denoising steps) or "done". step, total: the
-    progress within the stage. images: the images so far, decoded when read.
+    number of completed steps of the stage, and of all its steps. images: the images so far, decoded when read. output:
+    the result, in the stage "done". seconds_left: the estimated number of seconds until
+    the call returns.
 
     >>> preview = Preview("drawing", 128, 256, lambda: [Image.new("RGB", (8, 8))])
     >>> preview.images[0].size
@@ -130,12 +133,12 @@ class Preview:
 
     @property
     def seconds_left(self) -> float | None:
-        """About how many seconds the call still takes; None if unknown. The first read times steps of later stages."""
+        """Estimated seconds until the call returns; None if unknown. The first read times steps of later stages."""
         return None if self.measure_seconds_left is None else self.measure_seconds_left()
 
     @property
     def images(self) -> list[Image.Image]:
-        """The images so far."""
+        """The images so far, decoded at each read."""
         return self.make_images()
 
     def _repr_png_(self) -> bytes:
@@ -170,6 +173,7 @@ def take(images: Images, numbers: Sequence[int]) -> Images:
 
 
 def png_bytes(image: Image.Image) -> bytes:
+    """Encode an image as PNG, with its prompt and recipe if it has them."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", pnginfo=read_png_text(image))
     return buffer.getvalue()
@@ -188,7 +192,7 @@ class Dall3Output:
     tokens: int64 (n, image tokens).
     clip_scores: float32 (n,), cosine similarities to the prompt in [-1, 1]; None without a CLIP.
     candidates: int64 (n,), the candidate number of each image.
-    settings: the settings of the call, including the seed.
+    settings: the settings of the call, including the seed and the fingerprints of the networks.
 
     >>> import torch
     >>> black, white = (Image.new("RGB", (8, 8), colour) for colour in ("black", "white"))
@@ -273,7 +277,8 @@ class Dall3Output:
         ]
 
     def recipe(self, i: int) -> dict[str, Any]:
-        """The recipe of image i, as plain values: prompt, place, candidate number, CLIP score, tokens and settings.
+        """The recipe of image i, as plain values: prompt, place (the index of the image in the output of the call),
+        candidate number, CLIP score, tokens and settings.
 
         `Dall3Pipeline.repeat` makes the image again from it.
         """
@@ -304,11 +309,11 @@ class Dall3Output:
 
         Raises ValueError for a file that is not an image or has no recipe, and FileNotFoundError for a missing file.
         """
-        picture = open_image(path)
-        text = picture.info.get(RECIPE)
+        opened = open_image(path)
+        text = opened.info.get(RECIPE)
         if not isinstance(text, str):
-            raise ValueError(f"{path}: carries no recipe; expected a PNG saved by dall3")
-        image = to_rgb(picture, str(path))
+            raise ValueError(f"{path}: has no recipe; expected a PNG saved by dall3")
+        image = to_rgb(opened, str(path))
         try:
             recipe = check_recipe(json.loads(text))
             score = recipe["clip_score"]
@@ -326,7 +331,10 @@ class Dall3Output:
             raise ValueError(f"{path}: its recipe is damaged ({reason})") from None
 
     def grid(self, captions: bool = False) -> Image.Image:
-        """All images in one: coarse images in the first row, refined ones in the second. captions: add captions."""
+        """All images on one sheet: coarse images in the first row, refined images in the second.
+
+        captions: add a row of captions.
+        """
         rows = [self.to_pil()] if self._is_coarse() else [to_pil(self.coarse_images), self.to_pil()]
         grid = make_grid(rows, side=rows[-1][0].width)
         if not captions:

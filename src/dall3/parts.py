@@ -1,4 +1,4 @@
-"""Parts: the networks of a pipeline, their device, offloading and fingerprints, encoding and decoding."""
+"""Parts: the networks of a pipeline, with their device, offloading and fingerprints; image encoding and decoding."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from dall3.weights.folder import Origin
 
 NETWORKS = ("transformer", "vqgan", "clip", "upsampler", "super_resolution")
-BLOCK = 64  # words of 64 bits per block in `signature`
+BLOCK = 64  # number of 64-bit words per block in `signature`
 
 # Held while a CLIP is loaded and while parts are moved. os.fork acquires it first, so that a child process never starts
 # with a part that is half loaded, or with a lock that no thread releases.
@@ -43,7 +43,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class Parts:
-    """The networks of a pipeline. Parts can be replaced, or None if they are not used.
+    """The networks of a pipeline. Each part can be replaced, or be None if it is not used.
 
     clip: a CLIP, or a function without arguments that loads one at first use.
 
@@ -68,7 +68,9 @@ class Parts:
             raise ValueError("the upsampler is an upscaler without diffusion; give it as super_resolution")
         if upsampler is not None and upsampler.config.embedding_dims and isinstance(vqgan, VQModel | DiscreteVAE):
             wanted, found = upsampler.config.embedding_dims[0], vqgan.codebook.shape[1]
-            require(wanted == found, f"the upsampler takes code embeddings of {wanted}, the vqgan's have {found}")
+            require(
+                wanted == found, f"the upsampler takes code embeddings of {wanted} channels; the vqgan's have {found}"
+            )
         if upsampler is not None and upsampler.config.embedding_dims and isinstance(vqgan, OpenAIDiscreteVAE):
             raise ValueError("the upsampler is conditioned on code embeddings, which OpenAI's dVAE does not have")
         family = getattr(getattr(transformer, "config", None), "text_family", None)
@@ -79,17 +81,17 @@ class Parts:
         self.text_encoder, self.transformer, self.vqgan = text_encoder, transformer, vqgan
         self.clip = clip
         self.upsampler, self.super_resolution = upsampler, super_resolution
-        self.offload_device: torch.device | None = None  # device of a part in use; the other parts are on the CPU
+        self.offload_device: torch.device | None = None  # with offloading, the device of the parts in use
         self.defaults: Mapping[str, Any] = {}  # default settings of `Sampling` and `Denoising` for these weights
-        self.origins: dict[str, Origin] = {}  # licence and source of each part, if known
-        self.left_out: dict[str, str] = {}  # why a part of the weights was not loaded, by part
+        self.origins: dict[str, Origin] = {}  # licence and source, if known, by part
+        self.left_out: dict[str, str] = {}  # the reason why a part was not loaded, by part
         self._hashes: dict[str, tuple[str, str]] = {}  # signature and fingerprint, by part
         self._users: Counter[str] = Counter()  # number of calls that use an offloaded part, by part
 
     @property
     def clip(self) -> CLIP | None:
-        """CLIP for ranking and guidance. Loads it if a loader was given."""
-        with LOCK, torch.inference_mode(False):  # guidance needs gradients, even if loaded in inference mode
+        """CLIP for ranking and guidance. The first access calls the loader, if one was given."""
+        with LOCK, torch.inference_mode(False):  # guidance cannot take gradients through inference tensors
             if self.clip_or_loader is not None and not isinstance(self.clip_or_loader, nn.Module):
                 self.clip = self.clip_or_loader()
         return cast("CLIP | None", self.clip_or_loader)
@@ -142,7 +144,7 @@ class Parts:
         return next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
 
     def part_or_loader(self, name: str) -> object:
-        """A part without moving or loading it: the part, its loader, or None."""
+        """A part, its loader, or None. Does not load or move it."""
         return self.clip_or_loader if name == "clip" else getattr(self, name)
 
     @overload
@@ -161,7 +163,10 @@ class Parts:
     def require(self, name: str, purpose: str) -> object: ...
 
     def require(self, name: str, purpose: str) -> object:
-        """A part without moving or loading it: the part or its loader. Raises ValueError if it is None."""
+        """A part or its loader. Does not load or move it. Raises ValueError if it is None.
+
+        purpose: for the error message, such as "drawing tokens".
+        """
         held = self.part_or_loader(name)
         reason = self.left_out.get(name, "load one")
         require(held is not None, f"this pipeline has no {name}, which {purpose} needs; {reason}")
@@ -169,16 +174,16 @@ class Parts:
 
     @contextmanager
     def on_device(self, purpose: str, *names: str) -> Iterator[list[Any]]:
-        """Context manager that yields parts, loaded and on the pipeline's device.
+        """Context manager that loads parts, moves them to the pipeline's device and yields them as a list.
 
         With offloading, the first concurrent user moves a part to the device, and the last one moves it back to the
-        CPU, also after an error. Raises ValueError for a missing part.
+        CPU, also after an error. Raises ValueError for a missing part. purpose: as in `require`.
         """
         for name in names:
             self.require(name, purpose)
         found = [getattr(self, name) for name in names]
-        offloaded = self.offload_device
-        if offloaded is None:
+        device = self.offload_device
+        if device is None:
             yield found
             return
         taken: list[tuple[str, Any]] = []
@@ -188,7 +193,7 @@ class Parts:
                     self._users[name] += 1
                     taken.append((name, part))
                     if self._users[name] == 1 and isinstance(part, nn.Module):
-                        part.to(offloaded)
+                        part.to(device)
             yield found
         finally:
             with LOCK:
@@ -222,7 +227,7 @@ class Parts:
         The device needs memory for the largest stage only. dtype: as in `to`. Calling `to` disables offloading.
 
         >>> from dall3 import Dall3Pipeline
-        >>> pipe = Dall3Pipeline.from_pretrained().enable_model_offload("cpu")  # "cuda", where there is a GPU
+        >>> pipe = Dall3Pipeline.from_pretrained().enable_model_offload("cpu")  # on a GPU: "cuda"
         >>> pipe("a red cube", seed=0, num_inference_steps=2, progress=False).images[0].size
         (256, 256)
         """
@@ -257,18 +262,18 @@ class Parts:
         return {name: self._hashes[name][1] for name in self.networks}
 
     @torch.no_grad()
-    def encode(self, pictures: Tensor) -> Tensor:
+    def encode(self, images: Tensor) -> Tensor:
         """Encode images to tokens: int64 (n, side²).
 
-        pictures: float (n, 3, height, width) in [0, 1]; height and width must be multiples of the vqgan's downsampling
-        factor. Raises ValueError without a vqgan.
+        images: float (n, 3, height, width) in [0, 1]; height and width must be multiples of the vqgan's downsampling
+        factor. Raises ValueError for another shape, or without a vqgan.
 
         >>> from dall3 import Dall3Pipeline
         >>> Dall3Pipeline.from_pretrained().encode(torch.zeros(1, 3, 128, 128)).shape
         torch.Size([1, 256])
         """
         with self.on_device("encoding images", "vqgan") as [vqgan]:
-            tokens: Tensor = vqgan.encode(pictures.to(self.device, next(vqgan.parameters()).dtype))
+            tokens: Tensor = vqgan.encode(images.to(self.device, next(vqgan.parameters()).dtype))
         return tokens
 
     @torch.no_grad()
@@ -290,11 +295,11 @@ class Parts:
         side = math.isqrt(tokens.shape[1])
         margin = side // 4 if seamless else 0
         places = torch.arange(-margin, side + margin, device=tokens.device) % side
-        wider = tokens.view(-1, side, side)[:, places][:, :, places].flatten(1)
+        padded = tokens.view(-1, side, side)[:, places][:, :, places].flatten(1)
         with self.on_device("decoding tokens", "vqgan") as [vqgan]:
-            pictures = torch.cat([vqgan.decode(batch).float() for batch in wider.split(batch_size)])
-        edge = margin * pictures.shape[-1] // len(places)
-        return pictures[..., edge : pictures.shape[-2] - edge, edge : pictures.shape[-1] - edge]
+            images = torch.cat([vqgan.decode(batch).float() for batch in padded.split(batch_size)])
+        edge = margin * images.shape[-1] // len(places)
+        return images[..., edge : images.shape[-2] - edge, edge : images.shape[-1] - edge]
 
     def check_tokens(self, tokens: Tensor | np.ndarray) -> Tensor:
         """Validate tokens of any integer type, (n, side²) or (side²,), and return int64 (n, side²) on the device.
@@ -315,6 +320,7 @@ class Parts:
 
 
 def load_and_move(load: Callable[[], CLIP], device: str | torch.device, dtype: torch.dtype | None) -> CLIP:
+    """Load a CLIP with `load`, move it to a device and convert it to `dtype`."""
     return load().to(device, dtype)
 
 
@@ -330,14 +336,14 @@ def fingerprint(part: nn.Module) -> str:
 def signature(part: nn.Module) -> str:
     """A fast checksum of a network's state dict, independent of the device.
 
-    It hashes the sums of blocks of 64-bit words, and the sums of the words at the same position of all blocks. Summing
-    is limited by memory bandwidth only, and two swapped values change the sums. Version counters are not enough,
-    because they miss changes to `.data`.
+    The state is read as blocks of 64-bit words. The checksum hashes the sum of each block, and the sums over all blocks
+    of the words at each position. Summing is limited by memory bandwidth only, and swapping two values changes the
+    sums. Version counters of tensors are not enough, because they miss changes to `.data`.
     """
     digest = blake2b(digest_size=8)
     for tensor in part.state_dict().values():
         tensor = tensor.detach()
-        in_order = tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor  # channels_last layout of convolutions
+        in_order = tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor  # as channels_last stores it
         numbers = (in_order if in_order.is_contiguous() else tensor).reshape(-1).view(torch.uint8)
         numbers = numbers if numbers.storage_offset() % 8 == 0 else numbers.clone()
         whole = len(numbers) // (8 * BLOCK) * 8 * BLOCK

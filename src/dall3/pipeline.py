@@ -1,4 +1,4 @@
-"""Dall3Pipeline: a prompt to images in one call. `dall3.generate` implements the steps of a call."""
+"""Dall3Pipeline: text-to-image generation in one call. `dall3.generate` implements the stages of a call."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dall3.errors import require
-from dall3.estimate import EstimateCalls, announced_run
+from dall3.estimate import EstimateCalls, run_with_estimate
 from dall3.generate import Record, draw, exhaust, refine
-from dall3.images import Images, OutputType, Picture, center_crop, check_output_type, to_output_type, to_tensor
+from dall3.images import ImageInput, Images, OutputType, center_crop, check_output_type, to_output_type, to_tensor
 from dall3.loading import LoadedParts
 from dall3.models.transformer import DalleTransformer
 from dall3.output import Dall3Output, Preview
@@ -25,7 +25,7 @@ from dall3.settings import (
     SamplingSettings,
     Stage,
     Weighted,
-    WeightedPictures,
+    WeightedImages,
     as_number,
     check_arguments,
     pop_fields,
@@ -50,9 +50,10 @@ class Ranking(NamedTuple):
 
 
 class Dall3Pipeline(WallCalls, EstimateCalls, LoadedParts):
-    """Text-to-image pipeline for the checkpoints of DALL-3. Parts can be replaced, or None if they are not used.
+    """Text-to-image pipeline for the checkpoints of DALL-3.
 
-    clip: a CLIP, or a function without arguments that loads one at first use.
+    The parts are text_encoder, transformer, vqgan, clip, upsampler and super_resolution. Each can be replaced, or be
+    None if it is not used. clip: a CLIP, or a function without arguments that loads one at first use.
 
     >>> pipe = Dall3Pipeline.from_pretrained()
     >>> out = pipe("a cube made of cloud", num_images=2, seed=0, num_inference_steps=2, progress=False)
@@ -98,8 +99,8 @@ class Dall3Pipeline(WallCalls, EstimateCalls, LoadedParts):
         - num_inference_steps, scheduler, strength, clip_guidance_scale, …: fields of `Denoising`. denoising: a
           `Denoising` that sets them all. The default of clip_guidance_scale is 1000 if the pipeline has a CLIP and an
           upsampler, else 0. scheduler accepts names of diffusers, such as "euler" or "dpm++_2m_karras".
-        - negative_prompt: what the images should not show. It replaces the empty text in classifier-free guidance
-          (guidance_scale above 1) and has weight -0.5 in CLIP guidance, where the prompt has weight 1.
+        - negative_prompt: a text that the images should not show. It replaces the empty text of classifier-free
+          guidance (guidance_scale above 1) and has weight -0.5 in CLIP guidance, where the prompt has weight 1.
         - guidance_prompt: target of CLIP guidance, optionally weighted: "a cube:2|a cloud" (default: the prompt).
         - output_size: width and height of the final images in pixels; needs a super_resolution part. If that is an
           upscaler, such as Real-ESRGAN, the fields of `Denoising` except seamless apply to the upsampler only.
@@ -111,8 +112,8 @@ class Dall3Pipeline(WallCalls, EstimateCalls, LoadedParts):
           the results by rounding only.
         - truncate: cut prompts that are too long. progress: show progress bars.
         - callback_on_step_end(pipe, step, timestep, tensors): called after each denoising step with "x" and
-          "pred_xstart", float32 (batch, 3, height, width), about [-1, 1]. It may change them in place or return a
-          dictionary of replacements. If it raises StopGeneration, the call returns the images as they are.
+          "pred_xstart", float32 (batch, 3, height, width), approximately in [-1, 1]. It may change them in place or
+          return a dictionary of replacements. If it raises StopGeneration, the call returns the images as they are.
 
         Settings that are not given come from `defaults`, the settings of the loaded weights.
 
@@ -126,23 +127,24 @@ class Dall3Pipeline(WallCalls, EstimateCalls, LoadedParts):
         finite.
         """
         if isinstance(prompt, str):
-            return exhaust(announced_run(self, make_request(self, prompt, num_images, num_candidates, **settings)))
+            return exhaust(run_with_estimate(self, make_request(self, prompt, num_images, num_candidates, **settings)))
         if not isinstance(prompt, list | tuple):
             check_prompt(prompt)  # type: ignore[arg-type]
         require(len(prompt) > 0, "prompt is an empty list; expected at least one string")
-        each: list[dict[str, Any]] = [dict(settings) for _ in prompt]
+        by_prompt: list[dict[str, Any]] = [dict(settings) for _ in prompt]
         generators = settings.get("generator")
         if isinstance(generators, list | tuple):
             numbers = f"{len(generators)} generators for {len(prompt)} prompts of {num_images} images each"
             require(len(generators) == len(prompt) * num_images, f"{numbers}; expected one generator per image")
-            each = [{**settings, "generator": generators[i * num_images :][:num_images]} for i in range(len(prompt))]
-        pairs = zip(prompt, each, strict=True)
-        requests = [make_request(self, text, num_images, num_candidates, **how) for text, how in pairs]
-        return [exhaust(announced_run(self, request)) for request in requests]
+            groups = [generators[i * num_images :][:num_images] for i in range(len(prompt))]
+            by_prompt = [{**settings, "generator": group} for group in groups]
+        pairs = zip(prompt, by_prompt, strict=True)
+        requests = [make_request(self, text, num_images, num_candidates, **given) for text, given in pairs]
+        return [exhaust(run_with_estimate(self, request)) for request in requests]
 
     def variations(
         self,
-        image: Picture,
+        image: ImageInput,
         prompt: str,
         num_images: int = 4,
         change: float = 0.5,
@@ -162,8 +164,8 @@ class Dall3Pipeline(WallCalls, EstimateCalls, LoadedParts):
 
         Raises the same errors as the call.
         """
-        how: dict[str, Any] = dict(settings) | {"init_image": image, "change": change}
-        return exhaust(announced_run(self, make_request(self, prompt, num_images, call="variations()", **how)))
+        given: dict[str, Any] = dict(settings) | {"init_image": image, "change": change}
+        return exhaust(run_with_estimate(self, make_request(self, prompt, num_images, call="variations()", **given)))
 
     def stream(
         self,
@@ -178,8 +180,8 @@ class Dall3Pipeline(WallCalls, EstimateCalls, LoadedParts):
         denoising.
 
         every: number of denoising steps between previews. settings: those of the call. The last preview has the stage
-        "done" and holds the `output` that the call would return. Leaving the loop stops the work. A preview decodes its
-        images when `images` is read; they are PIL images for every output_type.
+        "done" and holds the `output` that the call would return. Leaving the loop stops the generation. A preview
+        decodes its images when `images` is read. They are PIL images for every output_type.
 
         >>> pipe = Dall3Pipeline.from_pretrained()
         >>> for preview in pipe.stream("a red cube", seed=0, num_inference_steps=2, progress=False):
@@ -188,13 +190,13 @@ class Dall3Pipeline(WallCalls, EstimateCalls, LoadedParts):
         >>> half.size, preview.stage, len(preview.output)
         ((128, 128), 'done', 1)
 
-        Raises the same errors as the call, when `stream` is called.
+        Raises the same errors as the call, and raises them before the first preview is requested.
         """
         check_counts(every=every)
         request = make_request(self, prompt, num_images, num_candidates, call="stream()", **settings)
 
         def steps() -> Iterator[Preview]:
-            output = yield from announced_run(self, request, every)
+            output = yield from run_with_estimate(self, request, every)
             yield Preview("done", 1, 1, output.to_pil, output)
 
         return steps()
@@ -203,11 +205,11 @@ class Dall3Pipeline(WallCalls, EstimateCalls, LoadedParts):
         """Make an image again from the recipe in its PNG.
 
         source: path of the PNG, or a `Dall3Output` of one image. Returns a `Dall3Output` of one image. On the same
-        machine with the same weights it is identical to the bit. Only the batch that contains the image's candidate is
+        machine with the same weights the image is bit-identical. Only the batch that contains the image's candidate is
         drawn.
 
-        Warns for each network whose weights differ, if the drawn tokens differ from the recipe's, and if a callback
-        changed or stopped the original call.
+        Warns for each network whose weights differ from the recipe's, if the drawn tokens differ from the recipe's, and
+        if a callback changed or stopped the original call.
 
         >>> pipe = Dall3Pipeline.from_pretrained()
         >>> out = pipe("a red cube", seed=3, num_inference_steps=2, progress=False)
@@ -218,23 +220,23 @@ class Dall3Pipeline(WallCalls, EstimateCalls, LoadedParts):
         that it does not have, and for one made with a scheduler object of diffusers, whose configuration is not in the
         recipe.
         """
-        found = source if isinstance(source, Dall3Output) else Dall3Output.load(source)
-        require(len(found) == 1, f"the output has {len(found)} images; pass one of them, such as out[0]")
-        recipe = found.recipe(0)
-        request, original = request_of_recipe(self, recipe, progress), recipe["settings"].get("weights", {})
-        self.clip  # noqa: B018  load it, so that it is among the fingerprints
-        here = self.fingerprints()
+        output = source if isinstance(source, Dall3Output) else Dall3Output.load(source)
+        require(len(output) == 1, f"the output has {len(output)} images; pass one of them, such as out[0]")
+        recipe = output.recipe(0)
+        request, recorded = request_of_recipe(self, recipe, progress), recipe["settings"].get("weights", {})
+        self.clip  # noqa: B018  load it, so that `fingerprints` includes it
+        current = self.fingerprints()
         unused = {"super_resolution"} if request.output_size is None else set()
         for part in PARTS:
-            if part not in unused and original.get(part) != here.get(part):
-                hashes = [str(found.get(part) or "none")[:16] for found in (here, original)]
+            if part not in unused and recorded.get(part) != current.get(part):
+                hashes = [str(weights.get(part) or "none")[:16] for weights in (current, recorded)]
                 words = f"has the hash {hashes[0]!r}; the image was made with {hashes[1]!r}"
                 warnings.warn(f"the {part} of this pipeline {words}", stacklevel=2)
         if effects := recipe["settings"].get("callback"):
             warnings.warn(f"a callback {' and '.join(effects)} the original call; it is not repeated", stacklevel=2)
-        again = exhaust(announced_run(self, request))
+        again = exhaust(run_with_estimate(self, request))
         if again.recipe(0)["tokens"] != recipe["tokens"]:
-            warnings.warn("the tokens that were drawn differ from the recipe's, and so does the image", stacklevel=2)
+            warnings.warn("the tokens differ from the recipe's, so the image differs too", stacklevel=2)
         return again
 
     @torch.no_grad()
@@ -243,12 +245,14 @@ class Dall3Pipeline(WallCalls, EstimateCalls, LoadedParts):
 
         Keyword arguments, all optional (`dall3.settings.TokenSettings`):
 
-        - image (or init_image): an image, or tokens, int64 (image tokens,), part of which is kept. At most one of the
-          next four says which part. Tokens are drawn row by row and depend on earlier positions only.
-        - keep_rows: keep the first rows of tokens, an integer (default: 0.4375 of the rows, as in DALLE-pytorch).
-        - redraw: draw the rectangle (top, left, height, width), in tokens.
-        - mask_image: draw where this image of the same size is white, or the box (left, top, right, bottom) in pixels.
-        - change: draw a random fraction of the tokens, in (0, 1].
+        - image (or init_image): an initial image, or its tokens, int64 (image tokens,). Some of the tokens are kept,
+          and the others are drawn again, selected by one of the next four arguments. Tokens are drawn row by row and
+          depend on earlier positions only.
+        - keep_rows: number of rows of tokens to keep, from the top (default: 0.4375 of the rows, as in DALLE-pytorch).
+        - redraw: rectangle of tokens to draw, (top, left, height, width).
+        - mask_image: an image of the same size that is white where tokens are drawn, or a box of pixels to draw,
+          (left, top, right, bottom).
+        - change: fraction of the tokens to draw, chosen at random, in (0, 1].
         - seed: integer in [0, 2**63). generator: a torch.Generator, or a list of one per candidate. Random by default.
         - batch_size: candidates drawn at a time (default: chosen from the free memory).
         - negative_prompt: replaces the empty text in classifier-free guidance; needs guidance_scale above 1.
@@ -271,11 +275,12 @@ class Dall3Pipeline(WallCalls, EstimateCalls, LoadedParts):
         return exhaust(draw(self, make_token_request(self, prompt, num_candidates, **settings), Record()))
 
     @torch.no_grad()
-    def rank(self, images: Picture, prompt: str, *, batch_size: int = 32, progress: bool = True) -> Ranking:
+    def rank(self, images: ImageInput, prompt: str, *, batch_size: int = 32, progress: bool = True) -> Ranking:
         """Sort images by CLIP similarity to a prompt, best first.
 
         images: PIL images, or float (n, 3, height, width) in [0, 1]; their central squares are scored. batch_size:
-        images scored at a time. Raises ValueError for invalid images, or without a clip.
+        images scored at a time. Returns a `Ranking`: indices, int64 (n,), and scores, float32 (n,), cosine similarities
+        in [-1, 1]. Raises ValueError for invalid images, or without a clip.
 
         >>> from PIL import Image
         >>> red, blue = (Image.new("RGB", (128, 128), colour) for colour in ("red", "blue"))
@@ -285,11 +290,11 @@ class Dall3Pipeline(WallCalls, EstimateCalls, LoadedParts):
         check_counts(batch_size=batch_size)
         check_prompt(prompt)
         self.require("clip", "ranking")
-        pictures = center_crop(to_tensor(images)).split(batch_size)
+        batches = center_crop(to_tensor(images)).split(batch_size)
         with self.on_device("ranking", "clip") as [clip]:
-            text, bar = clip.embed_text([prompt]), tqdm(pictures, desc="ranking", disable=not progress)
+            text, bar = clip.embed_text([prompt]), tqdm(batches, desc="ranking", disable=not progress)
             scores = torch.cat([clip.score(batch.to(self.device), text) for batch in bar])
-        # A stable sort keeps equal images in the order in which they were drawn.
+        # A stable sort keeps images of equal score in their order.
         scores, indices = scores.sort(descending=True, stable=True)
         return Ranking(indices, scores)
 
@@ -297,7 +302,7 @@ class Dall3Pipeline(WallCalls, EstimateCalls, LoadedParts):
     def upsample(
         self,
         tokens: Tensor | np.ndarray | None = None,
-        image: Picture | None = None,
+        image: ImageInput | None = None,
         prompt: str | Weighted | None = None,
         *,
         output_type: Literal["pt"] = "pt",
@@ -308,7 +313,7 @@ class Dall3Pipeline(WallCalls, EstimateCalls, LoadedParts):
     def upsample(
         self,
         tokens: Tensor | np.ndarray | None = None,
-        image: Picture | None = None,
+        image: ImageInput | None = None,
         prompt: str | Weighted | None = None,
         *,
         output_type: Literal["np"],
@@ -319,7 +324,7 @@ class Dall3Pipeline(WallCalls, EstimateCalls, LoadedParts):
     def upsample(
         self,
         tokens: Tensor | np.ndarray | None = None,
-        image: Picture | None = None,
+        image: ImageInput | None = None,
         prompt: str | Weighted | None = None,
         *,
         output_type: Literal["pil"],
@@ -329,10 +334,10 @@ class Dall3Pipeline(WallCalls, EstimateCalls, LoadedParts):
     def upsample(
         self,
         tokens: Tensor | np.ndarray | None = None,
-        image: Picture | None = None,
+        image: ImageInput | None = None,
         prompt: str | Weighted | None = None,
         *,
-        image_prompts: WeightedPictures = (),
+        image_prompts: WeightedImages = (),
         output_size: int | None = None,
         stage: Stage = "upsampler",
         seed: int | None = None,
@@ -353,9 +358,9 @@ class Dall3Pipeline(WallCalls, EstimateCalls, LoadedParts):
         tokens: int64 (n, side²) or (side²,). image: a PIL image or a list, or float (n, 3, height, width) in [0, 1];
         the central square is used.
         prompt: target of CLIP guidance: "a cube:2|a cloud" or the pairs [("a cube", 2), ("a cloud", 1)].
-        image_prompts: pairs of an image and a weight, further targets.
-        output_size: width and height of the result in pixels (default: the size of the UNet's training images; with
-        tokens, the size that follows from them; an upscaler's factor times the size of the image).
+        image_prompts: further targets of CLIP guidance: pairs of an image and a weight.
+        output_size: width and height of the result in pixels (default: the size of the UNet's training images; for
+        tokens, the size that their grid determines; for an upscaler, its factor times the size of the image).
         stage: the part to use, "upsampler" or "super_resolution".
         seed, generator, callback_on_step_end, progress: as in the call.
         batch_size: images refined at a time (default: 1 on a CPU, 4 to 16 on a GPU).
@@ -399,8 +404,10 @@ class Dall3Pipeline(WallCalls, EstimateCalls, LoadedParts):
     ) -> str:
         """Complete a prompt with the transformer's text tokens. Returns the prompt followed by the completion.
 
-        truncate: cut a prompt that is too long. settings: temperature, top_k and top_p of `Sampling`; those not given
-        come from `defaults`. Raises ValueError as `generate_tokens` does, for the other fields of `Sampling`, which
+        seed: integer in [0, 2**63), random by default. truncate: cut a prompt that is too long. settings: temperature,
+        top_k and top_p of `Sampling`. Settings that are not given come from `defaults`.
+
+        Raises the same errors as `generate_tokens`. Raises ValueError too for the other fields of `Sampling`, which
         apply to image tokens only, and for a transformer without text output (DALL·E Mini, ruDALL-E).
 
         >>> Dall3Pipeline.from_pretrained().complete_text("a red cube", seed=0).startswith("a red cube")
@@ -415,9 +422,9 @@ class Dall3Pipeline(WallCalls, EstimateCalls, LoadedParts):
             require(value == unused, f"{name}={value!r} applies to image tokens only, not to text")
         for part in ("transformer", "text_encoder"):
             self.require(part, "completing text")
-        family = type(self.transformer).__name__
+        kind = type(self.transformer).__name__
         has_text_output = isinstance(self.transformer, DalleTransformer)
-        require(has_text_output, f"a {family} has no text output; complete_text needs a transformer of DALLE-pytorch")
+        require(has_text_output, f"a {kind} has no text output; complete_text needs a transformer of DALLE-pytorch")
         with self.on_device("completing text", "transformer", "text_encoder") as [transformer, encode]:
             length = transformer.config.text_seq_len
             given_ids = encode(prompt, truncate) if prompt.strip() else torch.zeros(length, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""The settings in a recipe, which is untrusted input: validated, and converted to arguments of a call."""
+"""Validation of the settings in a recipe, which is untrusted input, and their conversion to arguments of a call."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from dall3.parts import Parts
 from dall3.settings import check_defaults
 from dall3.tokens.sampling import Sampling
 
-# Arguments in a recipe besides the fields of Sampling and Denoising, with their upper bounds, or str for text. Recipes
-# are untrusted.
+# Arguments in a recipe besides the fields of Sampling and Denoising. Values: the upper bound of a number, or str.
 REPEATABLE: dict[str, Any] = {
     **dict(num_images=4096, num_candidates=2**20, batch_size=2**16, refine_batch_size=4096, output_size=4096),
     **dict(seed=2**63, truncate=True, guidance_prompt=str, negative_prompt=str),
@@ -40,7 +39,7 @@ def recipe_arguments(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def kept_of_recipe(parts: Parts, kept: Any, length: int) -> Tensor:
-    """The kept tokens of a recipe, int64 (length,). Raises ValueError for others than `length` tokens or -1."""
+    """The kept tokens of a recipe, int64 (length,), -1 for drawn tokens. Raises ValueError for an invalid list."""
     valid = isinstance(kept, list) and len(kept) == length and all(type(token) is int for token in kept)
     require(valid, f"the recipe's kept tokens are not a list of {length} integers")
     parts.check_tokens(torch.tensor(kept).clamp(min=0))
@@ -48,7 +47,7 @@ def kept_of_recipe(parts: Parts, kept: Any, length: int) -> Tensor:
 
 
 def seeds_of_recipe(seeds: Any, count: int) -> tuple[int, ...]:
-    """The seeds of a recipe, one per image. Raises ValueError for others than `count` seeds."""
+    """The seeds of a recipe, one per image. Raises ValueError for an invalid seed or another number than `count`."""
     valid = isinstance(seeds, list) and len(seeds) == count
     valid = valid and all(type(seed) is int and 0 <= seed < 2**63 for seed in seeds)
     require(valid, f"the recipe's seeds are not a list of {count} integers in [0, 2**63)")

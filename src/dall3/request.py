@@ -1,4 +1,4 @@
-"""Request: the arguments of a call, typed and checked once before any work, and their conversion to a recipe."""
+"""Request: the arguments of a call, validated once before any work, and their conversion to and from a recipe."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from dall3.settings import (
     Stage,
     TokenSettings,
     Weighted,
-    WeightedPictures,
+    WeightedImages,
     as_number,
     check_arguments,
     find_scheduler,
@@ -55,7 +55,7 @@ class StopGeneration(Exception):
 
 
 class Repeated(NamedTuple):
-    """The image of a call that `repeat` makes again."""
+    """The image that `Dall3Pipeline.repeat` makes again."""
 
     candidate: int  # candidate number
     place: int  # index among the images of the call
@@ -73,8 +73,8 @@ class Request:
     scheduler: str = "ddim"  # its name, or the class name of a scheduler object
     negative_prompt: str | None = None
     guidance_prompt: str | None = None
-    texts: Weighted = ()  # targets of CLIP guidance
-    image_prompts: WeightedPictures = ()  # further targets
+    texts: Weighted = ()  # text targets of CLIP guidance
+    image_prompts: WeightedImages = ()  # image targets of CLIP guidance
     kept: Tensor | None = None  # int64 (image tokens,), -1 for tokens to draw
     output_size: int | None = None
     output_type: OutputType = "pil"
@@ -92,8 +92,8 @@ class Request:
         if self.repeated is None:
             return range(self.num_candidates)
         batch = batch_of(self.repeated.candidate, self.batch_size, self.num_candidates)
-        # A last batch of one is drawn together with the batch before it: decoding a single candidate uses another
-        # weight layout, which rounds differently.
+        # If the last batch has a single candidate, the batch before it is drawn too: decoding one candidate alone uses
+        # another weight layout, which rounds differently.
         return range(max(batch.start - self.batch_size, 0), batch.stop) if len(batch) == 1 else batch
 
     def places(self, count: int) -> range:
@@ -103,24 +103,25 @@ class Request:
         return batch_of(self.repeated.place, self.refine_batch_size, self.num_images)
 
     def source(self, number: int) -> tuple[int, int]:
-        """The random seed of a candidate's draws, and the number combined with it."""
+        """Seed and index of a candidate's random numbers, as `make_generator` takes them."""
         return (self.seed, number) if self.seeds is None else (self.seeds[number], 0)
 
     def noise_source(self, place: int, candidate: int) -> tuple[int, int]:
-        """The random seed of an image's noise, and the number combined with it."""
+        """Seed and index of an image's noise, as `make_generator` takes them."""
         return (self.seed, place) if self.seeds is None else (self.seeds[candidate], 0)
 
     def recipe(self) -> dict[str, Any]:
         """The request without the prompt, as plain values for the PNG's recipe."""
         names = ("num_images", "num_candidates", "guidance_prompt", "output_size", "seed", "batch_size")
-        how = {name: getattr(self, name) for name in (*names, "refine_batch_size", "truncate")}
-        how["kept"] = None if self.kept is None else self.kept.tolist()
-        how |= {} if self.negative_prompt is None else {"negative_prompt": self.negative_prompt}
-        how |= {} if self.seeds is None else {"seeds": list(self.seeds)}
-        return how | asdict(self.sampling) | vars(self.denoising) | {"scheduler": self.scheduler}
+        settings = {name: getattr(self, name) for name in (*names, "refine_batch_size", "truncate")}
+        settings["kept"] = None if self.kept is None else self.kept.tolist()
+        settings |= {} if self.negative_prompt is None else {"negative_prompt": self.negative_prompt}
+        settings |= {} if self.seeds is None else {"seeds": list(self.seeds)}
+        return settings | asdict(self.sampling) | vars(self.denoising) | {"scheduler": self.scheduler}
 
 
 def batch_of(number: int, size: int, count: int) -> range:
+    """The batch that contains item `number` if `count` items are processed in batches of `size`."""
     start = number // size * size
     return range(start, min(start + size, count))
 
@@ -128,11 +129,11 @@ def batch_of(number: int, size: int, count: int) -> range:
 def request_of_recipe(parts: Parts, recipe: Mapping[str, Any], progress: bool = True) -> Request:
     """The request that makes the image of a recipe again.
 
-    A recipe is untrusted input. Raises ValueError for invalid entries.
+    The recipe is untrusted input. Raises ValueError for invalid entries.
     """
     found, place, candidate = recipe["settings"], recipe["place"], recipe["candidate"]
     settings = recipe_arguments(found)
-    # An image without a CLIP score was not chosen by a CLIP, but picked from a wall.
+    # An image without a CLIP score was picked from a wall, not chosen by a CLIP.
     picked = recipe["clip_score"] is None
     request = make_request(parts, recipe["prompt"], **settings, progress=progress, picked=picked)
     require(0 <= place < request.num_images, f"the recipe's place is {place}; expected less than {request.num_images}")
@@ -157,14 +158,15 @@ def make_request(
     *,
     call: str = "Dall3Pipeline()",
     picked: bool = False,
-    fitting: bool = True,
+    must_fit: bool = True,
     **settings: Any,
 ) -> Request:
     """Validate the arguments of the pipeline's call (`CallSettings`).
 
-    call: name of the call in error messages. picked: the images are picked from a wall, not by a CLIP. fitting:
-    check that the call fits the free memory. Raises ValueError for a setting out of range, one that needs a missing
-    part and a call that does not fit, and TypeError for an unknown setting or a prompt that is not a string.
+    call: name of the call in error messages. picked: whether the images are picked from a wall, so that choosing among
+    candidates needs no CLIP. must_fit: whether to check that the call fits the free memory. Raises ValueError for a
+    setting out of range, a setting that needs a missing part, and a call that does not fit the memory. Raises TypeError
+    for an unknown setting or a prompt that is not a string.
     """
     given = check_arguments(call, settings, CallSettings)
     check_prompt(prompt)
@@ -181,7 +183,7 @@ def make_request(
     if drawing["seeds"] is not None:
         refining["refine_batch_size"] = 1  # the cut-outs differ per image too
     request = Request(prompt=prompt, num_images=num_images, num_candidates=num_candidates, **drawing, **refining)
-    if fitting:
+    if must_fit:
         check_memory(parts, memory_needs(parts, request))
     return request
 
@@ -189,7 +191,7 @@ def make_request(
 def pop_refining(
     parts: Parts, given: dict[str, Any], prompt: str, negative: str | None, sampling: Sampling
 ) -> dict[str, Any]:
-    """The fields of a `Request` that control the refining of coarse images (`OutputSettings`), removed from `given`."""
+    """Remove the `OutputSettings` from `given` and return the fields of a `Request` that they determine."""
     refine_batch_size = default_refine_batch_size(given.pop("refine_batch_size", None), parts.device)
     check_counts(refine_batch_size=refine_batch_size)
     output_type = given.pop("output_type", "pil")
@@ -203,7 +205,7 @@ def pop_refining(
         require(has_effect, "negative_prompt has no effect; set guidance_scale above 1, or clip_guidance_scale above 0")
         texts = [*texts, (negative, NEGATIVE_WEIGHT)]
     output_size = given.pop("output_size", None)
-    # Guidance goes to super_resolution where it is a UNet and the only one.
+    # Without an upsampler, guidance applies to a super_resolution UNet. An upscaler takes no guidance.
     unguided = output_size is None or isinstance(parts.super_resolution, Upscaler)
     if parts.upsampler is not None or (denoising.clip_guidance_scale and unguided):
         check_stage(parts, "upsampler", denoising, texts)
@@ -224,7 +226,7 @@ def pop_refining(
 def make_token_request(
     parts: Parts, prompt: str, num_candidates: int = 1, *, call: str = "generate_tokens()", **settings: Any
 ) -> Request:
-    """Validate the arguments of `Dall3Pipeline.generate_tokens` (`TokenSettings`). Raises as `make_request`."""
+    """Validate the arguments of `generate_tokens` (`TokenSettings`). Raises the errors of `make_request`."""
     given = check_arguments(call, settings, TokenSettings)
     check_prompt(prompt)
     num_candidates = as_number(num_candidates)
@@ -243,8 +245,8 @@ def make_refine_request(
 ) -> Request:
     """Validate the arguments of `Dall3Pipeline.refine` (`RefineSettings`).
 
-    prompt, drawn: the prompt and the settings that drew the candidates, as in a recipe: untrusted. length: image tokens
-    of a candidate. Raises as `make_request`.
+    prompt, drawn: the prompt and the settings that the candidates were drawn with, as in a recipe. They are untrusted
+    input. length: number of image tokens of a candidate. Raises the errors of `make_request`.
     """
     given = check_arguments("refine()", settings, RefineSettings)
     found = recipe_arguments(drawn)
@@ -269,7 +271,7 @@ def make_refine_request(
 def make_upsample_request(
     parts: Parts,
     prompt: str | Weighted | None,
-    image_prompts: WeightedPictures,
+    image_prompts: WeightedImages,
     stage: Stage,
     *,
     output_size: int | None,
@@ -280,7 +282,7 @@ def make_upsample_request(
     callback: Callback | None,
     **settings: Any,
 ) -> Request:
-    """Validate the arguments of `Dall3Pipeline.upsample`. Raises as `make_request`."""
+    """Validate the arguments of `Dall3Pipeline.upsample`. Raises the errors of `make_request`."""
     given = check_arguments("upsample()", settings, DenoisingSettings)
     if isinstance(parts.part_or_loader(stage) if stage in NETWORKS else None, Upscaler):
         check_upscaling(stage, given, prompt, image_prompts, callback)
@@ -290,7 +292,7 @@ def make_upsample_request(
         if isinstance(prompt, str)
         else [(text, as_number(weight)) for text, weight in prompt or ()]
     )
-    image_prompts = [(picture, as_number(weight)) for picture, weight in image_prompts]
+    image_prompts = [(image, as_number(weight)) for image, weight in image_prompts]
     output_size, batch_size = as_number(output_size), default_refine_batch_size(as_number(batch_size), parts.device)
     check_stage(parts, stage, denoising, texts, image_prompts, output_size)
     check_counts(batch_size=batch_size)
@@ -308,9 +310,9 @@ def make_upsample_request(
 
 
 def default_guidance_scale(parts: Parts) -> float:
-    """The clip_guidance_scale of a call that sets none: that of the weights, or 1000; 0 without a CLIP or upsampler."""
-    guides = parts.clip_or_loader is not None and parts.upsampler is not None
-    return float(parts.defaults.get("clip_guidance_scale", 1000.0)) if guides else 0.0
+    """The default clip_guidance_scale of a call: that of the weights, or 1000; 0 without a CLIP or an upsampler."""
+    can_guide = parts.clip_or_loader is not None and parts.upsampler is not None
+    return float(parts.defaults.get("clip_guidance_scale", 1000.0)) if can_guide else 0.0
 
 
 def check_upscaling(stage: str, given: Mapping[str, Any], prompt: Any, image_prompts: Any, callback: Any) -> None:
@@ -322,13 +324,15 @@ def check_upscaling(stage: str, given: Mapping[str, Any], prompt: Any, image_pro
 
 
 def check_prompt(prompt: str) -> None:
+    """Raise TypeError for a prompt that is not a string."""
     if not isinstance(prompt, str):
         raise TypeError(f"prompt={prompt!r:.60}; expected a string, or a list of strings")
 
 
 def check_text(parts: Parts, prompt: str, truncate: bool) -> None:
-    """Raise ValueError for a prompt that the text encoder cannot represent, or that is too long. Warn of words that the
-    transformer's training never had.
+    """Raise ValueError for a prompt that the text encoder cannot represent, or that is too long.
+
+    Warns of words that did not occur in the training captions of the transformer.
     """
     encode = parts.require("text_encoder", "encoding the prompt")
     encode.check(prompt)
@@ -355,10 +359,10 @@ def pop_denoising(parts: Parts, given: dict[str, Any], guidance: float) -> tuple
 
     guidance: default of clip_guidance_scale.
     """
-    whole = given.pop("denoising", None)
-    if whole is None:
+    instance = given.pop("denoising", None)
+    if instance is None:
         given = given if "clip_guidance_scale" in given else given | {"clip_guidance_scale": guidance}
-    settings = pop_fields(given, Denoising, whole, parts.defaults)
+    settings = pop_fields(given, Denoising, instance, parts.defaults)
     scheduler = settings.get("scheduler", "ddim")
     name = scheduler if isinstance(scheduler, str) else type(scheduler).__name__
     return Denoising(**settings | {"scheduler": find_scheduler(scheduler)}), name
@@ -367,7 +371,7 @@ def pop_denoising(parts: Parts, given: dict[str, Any], guidance: float) -> tuple
 def pop_drawing(
     parts: Parts, given: dict[str, Any], sampling: Sampling, num_images: int, num_candidates: int
 ) -> dict[str, Any]:
-    """The fields of a `Request` that control the drawing of tokens, removed from `given`."""
+    """Remove the `DrawSettings` from `given` and return the fields of a `Request` that they determine."""
     batch_size, generator, seeds = given.pop("batch_size", None), given.pop("generator", None), None
     if isinstance(generator, list | tuple):
         require(given.get("seed") is None, "seed and a list of generators exclude each other; pass one of them")
@@ -382,9 +386,9 @@ def pop_drawing(
     negative, truncate = given.pop("negative_prompt", None) or None, given.pop("truncate", False)
     if negative is not None:
         parts.require("text_encoder", "encoding the prompt")(negative, truncate)
-    how = dict(sampling=sampling, seed=seed, seeds=seeds, batch_size=batch_size, truncate=truncate)
-    how |= dict(negative_prompt=negative, progress=given.pop("progress", True))
-    return how | {"kept": tokens_to_keep(parts, given, seed)}
+    fields = dict(sampling=sampling, seed=seed, seeds=seeds, batch_size=batch_size, truncate=truncate)
+    fields |= dict(negative_prompt=negative, progress=given.pop("progress", True))
+    return fields | {"kept": tokens_to_keep(parts, given, seed)}
 
 
 def check_stage(
@@ -392,7 +396,7 @@ def check_stage(
     stage: Stage,
     denoising: Denoising,
     texts: Weighted,
-    image_prompts: WeightedPictures = (),
+    image_prompts: WeightedImages = (),
     output_size: int | None = None,
 ) -> None:
     """Raise ValueError if the network of a stage ("upsampler" or "super_resolution") cannot do the denoising."""

@@ -1,4 +1,4 @@
-"""Typed keyword arguments of the public calls, and their conversion to `Sampling` and `Denoising`."""
+"""Types of the keyword arguments of the public calls, and their conversion to `Sampling` and `Denoising`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from dall3.diffusion.denoising import Denoising
 from dall3.diffusion.samplers import SAMPLERS
 from dall3.errors import require
-from dall3.images import OutputType, Picture
+from dall3.images import ImageInput, OutputType
 from dall3.tokens.sampling import Sampling
 from dall3.weights.limits import check_limits
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
     from dall3.pipeline import Dall3Pipeline
 
-Stage = Literal["upsampler", "super_resolution"]  # the part that refines
+Stage = Literal["upsampler", "super_resolution"]  # the part that refines the images
 Weighted = Sequence[tuple[str, float]]  # prompts and their weights
-WeightedPictures = Sequence[tuple[Picture, float]]  # images and their weights
+WeightedImages = Sequence[tuple[ImageInput, float]]  # images and their weights
 Callback = Callable[["Dall3Pipeline", int, int, dict[str, Tensor]], object]  # pipeline, step, timestep, tensors
 
 # Schedulers of diffusers by name: the class and its arguments.
@@ -47,7 +47,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class SamplingSettings(TypedDict, total=False):
-    """Fields of `Sampling`, or a `Sampling`."""
+    """Fields of `Sampling`; `sampling` sets them all."""
 
     temperature: float
     top_k: float | None
@@ -60,7 +60,7 @@ class SamplingSettings(TypedDict, total=False):
 
 
 class DenoisingSettings(TypedDict, total=False):
-    """Fields of `Denoising`, or a `Denoising`."""
+    """Fields of `Denoising`; `denoising` sets them all."""
 
     num_inference_steps: int | str
     scheduler: str | SchedulerMixin
@@ -76,10 +76,10 @@ class DenoisingSettings(TypedDict, total=False):
 
 
 class StartSettings(TypedDict, total=False):
-    """An initial image, and which of its tokens are kept."""
+    """An initial image, and the selection of the tokens that are drawn again."""
 
-    image: Picture | None  # alias of init_image
-    init_image: Picture | None
+    image: ImageInput | None  # alias of init_image
+    init_image: ImageInput | None
     keep_rows: int | None
     redraw: Sequence[int] | None
     mask_image: Image.Image | np.ndarray | Tensor | Sequence[int] | None
@@ -128,7 +128,7 @@ class CallSettings(VariationSettings, StartSettings, total=False):
 class UpsampleSettings(DenoisingSettings, total=False):
     """Keyword arguments of `Dall3Pipeline.upsample`."""
 
-    image_prompts: WeightedPictures
+    image_prompts: WeightedImages
     output_size: int | None
     stage: Stage
     seed: int | None
@@ -159,7 +159,7 @@ def check_arguments(call: str, settings: Mapping[str, Any], known: Any) -> dict[
 
 
 def as_number(value: Any) -> Any:
-    """Convert a numpy scalar or a zero-dimensional array or tensor to a Python number; keep other values."""
+    """Convert a numpy scalar or a zero-dimensional array or tensor to a Python number. Other values are unchanged."""
     single = isinstance(value, np.generic) or (isinstance(value, np.ndarray | Tensor) and value.ndim == 0)
     return value.item() if single else value
 
@@ -171,22 +171,22 @@ def with_defaults(defaults: Mapping[str, Any], kind: Any, given: Mapping[str, An
     """
     filters = {"top_k", "top_p"}
     replaced = filters if any(given.get(name) is not None for name in filters) else set()
-    used = {k: v for k, v in defaults.items() if k in kind.__dataclass_fields__ and k not in replaced}
+    used = {name: v for name, v in defaults.items() if name in kind.__dataclass_fields__ and name not in replaced}
     return used | dict(given)
 
 
-def pop_fields(given: dict[str, Any], kind: Any, whole: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Remove the fields of `kind` from `given` and return them, completed from `whole`, or from `defaults` if it is
-    None.
+def pop_fields(given: dict[str, Any], kind: Any, instance: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Remove the fields of `kind` (`Sampling` or `Denoising`) from `given` and return them.
 
-    whole: an instance of `kind`, or None. Raises TypeError for an instance of another type.
+    Missing fields come from `instance`, an instance of `kind`, or from `defaults` if it is None. Raises TypeError for
+    an instance of another type.
     """
-    one_by_one = {name: given.pop(name) for name in kind.__dataclass_fields__ if name in given}
-    if whole is None:
-        return with_defaults(defaults, kind, one_by_one)
-    if not isinstance(whole, kind):
-        raise TypeError(f"{kind.__name__.lower()} is a {type(whole).__name__}; expected a {kind.__name__}")
-    return {name: as_number(value) for name, value in vars(whole).items()} | one_by_one
+    fields = {name: given.pop(name) for name in kind.__dataclass_fields__ if name in given}
+    if instance is None:
+        return with_defaults(defaults, kind, fields)
+    if not isinstance(instance, kind):
+        raise TypeError(f"{kind.__name__.lower()} is a {type(instance).__name__}; expected a {kind.__name__}")
+    return {name: as_number(value) for name, value in vars(instance).items()} | fields
 
 
 def find_scheduler(scheduler: str | SchedulerMixin) -> str | SchedulerMixin:

@@ -1,4 +1,4 @@
-"""Initial images: which of their tokens are kept, and which are drawn."""
+"""Initial images: encode them, and select the tokens to keep and the tokens to draw."""
 
 from __future__ import annotations
 
@@ -19,35 +19,40 @@ from dall3.tokens.seeds import make_generator
 
 
 def tokens_to_keep(parts: Parts, given: Mapping[str, Any], seed: int) -> Tensor | None:
-    """The tokens to keep: int64 (image tokens,), -1 for tokens to draw; None without an initial image.
+    """The tokens of the initial image to keep: int64 (image tokens,), -1 for tokens to draw; None without an image.
 
-    given: arguments of the call, including those of `StartSettings`. Raises ValueError for invalid ones.
+    given: arguments of the call, including those of `StartSettings`. seed: selects the tokens for `change`. Raises
+    ValueError for invalid arguments.
     """
     image = given.get("init_image")
-    ways = [name for name in ("keep_rows", "redraw", "mask_image", "change") if given.get(name) is not None]
+    selectors = [name for name in ("keep_rows", "redraw", "mask_image", "change") if given.get(name) is not None]
     if image is None:
-        require(not ways, f"{' and '.join(ways)} selects tokens of an initial image; pass image too")
+        require(not selectors, f"{' and '.join(selectors)} selects tokens of an initial image; pass image too")
         return None
-    require(len(ways) < 2, f"{' and '.join(ways)} exclude each other; pass one of them")
+    require(len(selectors) < 2, f"{' and '.join(selectors)} exclude each other; pass one of them")
     side = parts.require("transformer", "drawing tokens").config.grid_size
-    picture = None
+    pixels = None  # None if `image` is tokens
     if not (isinstance(image, np.ndarray | Tensor) and image.ndim < 3):
-        picture = to_tensor(image[None] if isinstance(image, Tensor) and image.ndim == 3 else image)
-    drawn = tokens_to_draw(given, ways[0] if ways else "keep_rows", side, picture, seed)
-    if picture is None:
+        pixels = to_tensor(image[None] if isinstance(image, Tensor) and image.ndim == 3 else image)
+    drawn = tokens_to_draw(given, selectors[0] if selectors else "keep_rows", side, pixels, seed)
+    if pixels is None:
         tokens = parts.check_tokens(image)
     else:
         factor = parts.require("vqgan", "encoding images").downsampling
-        tokens = parts.encode(enlarge(center_crop(picture), side * factor))
+        tokens = parts.encode(enlarge(center_crop(pixels), side * factor))
     require(tokens.shape == (1, side**2), f"image has tokens of shape {tuple(tokens.shape)}; expected ({side**2},)")
     return torch.where(drawn.flatten().to(parts.device), -1, tokens[0])
 
 
-def tokens_to_draw(given: Mapping[str, Any], way: str, side: int, picture: Tensor | None, seed: int) -> Tensor:
-    """The tokens to draw: bool (side, side). way: name of the argument that selects them."""
+def tokens_to_draw(given: Mapping[str, Any], selector: str, side: int, pixels: Tensor | None, seed: int) -> Tensor:
+    """A mask of the tokens to draw, bool (side, side).
+
+    selector: name of the argument that selects them. pixels: the initial image, (1, 3, height, width); None if it was
+    given as tokens.
+    """
     drawn = torch.zeros(side, side, dtype=torch.bool)
-    value: Any = given.get(way)
-    if way == "redraw":
+    value: Any = given.get(selector)
+    if selector == "redraw":
         box = [as_number(number) for number in value]
         valid = len(box) == 4 and all(type(number) is int and number >= 0 for number in box)
         require(valid, f"redraw={value}; expected (top, left, height, width) in tokens")
@@ -55,9 +60,9 @@ def tokens_to_draw(given: Mapping[str, Any], way: str, side: int, picture: Tenso
         valid = height > 0 and width > 0 and top + height <= side and left + width <= side
         require(valid, f"redraw={value}; the rectangle exceeds the grid of {side}×{side} tokens")
         drawn[top : top + height, left : left + width] = True
-    elif way == "mask_image":
-        drawn = masked_tokens(value, side, picture)
-    elif way == "change":
+    elif selector == "mask_image":
+        drawn = masked_tokens(value, side, pixels)
+    elif selector == "change":
         valid = isinstance(value, int | float) and 0 < value <= 1
         require(valid, f"change={value}; expected the fraction of the tokens to draw again, in (0, 1]")
         drawn = torch.rand(side, side, generator=make_generator("cpu", seed, "change")) < value
@@ -69,16 +74,16 @@ def tokens_to_draw(given: Mapping[str, Any], way: str, side: int, picture: Tenso
     return drawn
 
 
-def masked_tokens(mask: Any, side: int, picture: Tensor | None) -> Tensor:
+def masked_tokens(mask: Any, side: int, pixels: Tensor | None) -> Tensor:
     """The tokens that the white part of a mask overlaps: bool (side, side).
 
-    mask: an image of the size of `picture`, or a box (left, top, right, bottom) in pixels.
+    mask: an image of the size of `pixels`, or a box (left, top, right, bottom) in pixels.
     """
     if isinstance(mask, Image.Image):
         mask = np.array(mask.convert("L")) / 255
     if isinstance(mask, list | tuple):
-        require(picture is not None, "mask_image is a box in pixels, but image is tokens; pass an image in pixels")
-        height, width = picture.shape[-2:]  # type: ignore[union-attr]
+        require(pixels is not None, "mask_image is a box in pixels, but image is tokens; pass an image in pixels")
+        height, width = pixels.shape[-2:]  # type: ignore[union-attr]
         box = [as_number(number) for number in mask]
         valid = len(box) == 4 and all(type(number) is int for number in box)
         valid = valid and 0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height
@@ -91,7 +96,7 @@ def masked_tokens(mask: Any, side: int, picture: Tensor | None) -> Tensor:
     require(known, f"mask_image is a {type(mask).__name__}; expected an image, or a box (left, top, right, bottom)")
     mask = torch.as_tensor(mask).float().cpu()
     size = tuple(mask.shape)
-    wanted = size if picture is None else tuple(picture.shape[-2:])
+    wanted = size if pixels is None else tuple(pixels.shape[-2:])
     require(len(size) == 2 and size == wanted, f"mask_image has shape {size}; expected the image's, {wanted}")
     drawn = F.adaptive_max_pool2d(center_crop(mask[None, None]), side)[0, 0] > 0.5
     require(bool(drawn.any()), "mask_image is black everywhere; make it white where tokens are to be drawn")

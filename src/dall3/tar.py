@@ -50,7 +50,7 @@ def read_members(path: str | Path) -> tuple[list[Member], bool]:
         for member in found:
             kind = kind_of(member)
             require(kind in ("file", "folder"), f"{path}: {member.name!r} is a {kind}; expected plain files")
-        # A tar ends in blocks of zeros; where they are missing, more files may have followed.
+        # A complete tar ends with blocks of zeros. Without them, more files may have followed.
         file.seek(end)
         ends_well &= file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
         files = [Member(member.name, member.offset_data, member.size) for member in found if member.isreg()]

@@ -1,8 +1,7 @@
-"""Wall: the candidates of a prompt as numbered images, to choose from by eye and to refine the chosen ones."""
+"""Wall: the candidates of a prompt as numbered coarse images, from which a person chooses the ones to refine."""
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import warnings
@@ -17,7 +16,7 @@ from torch import Tensor
 from dall3.errors import require
 from dall3.generate import Previews, Ranked, Record, check_finite, choose_best, draw, exhaust, refine_best
 from dall3.images import make_grid, open_image, to_pil, to_rgb
-from dall3.output import Dall3Output, File, Preview, read_tokens, write_files
+from dall3.output import Dall3Output, File, Preview, png_bytes, read_tokens, write_files
 from dall3.parts import Parts
 from dall3.request import Request, make_refine_request, make_request
 from dall3.settings import RefineSettings, TokenSettings, as_number, check_arguments
@@ -28,19 +27,21 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 MANIFEST, SHEET = "wall.json", "wall.png"
-# The settings that decide which candidates are drawn, in the order of a recipe.
-COUNTS = ("num_candidates", "seed", "batch_size", "truncate")
-DRAWN = (*COUNTS, "kept", "negative_prompt", "seeds", *Sampling.__dataclass_fields__)
-WIDTH, LEAST_SIDE = 1024, 192  # pixels: the most of a sheet, and the least of an image on it where there is room
-MOST_CANDIDATES = 4096  # on a wall that is loaded
+# Settings of a wall: those that determine its candidates, in the order of a recipe. Every wall has the first ones.
+REQUIRED = ("num_candidates", "seed", "batch_size", "truncate")
+DRAWN = (*REQUIRED, "kept", "negative_prompt", "seeds", *Sampling.__dataclass_fields__)
+MAX_WIDTH = 1024  # pixels, of a sheet
+MIN_SIDE = 192  # pixels, of an image on a sheet, if MAX_WIDTH allows it
+MAX_CANDIDATES = 4096  # of a wall that is loaded from a file
 
 
 class Wall:
     """The candidates of one prompt as coarse images, each with a number, as `Dall3Pipeline.draw` returns them.
 
     The number is the candidate's, counted from 0, the same as in `Dall3Output.candidates` and in captions ("draw 3").
-    `wall[3]` is a wall of that candidate and `wall[3, 7]` one of two, in this order; `Dall3Pipeline.refine` goes on
-    with it. Iterating yields a wall of each candidate. A notebook shows the wall as one image with the numbers on it.
+    `wall[3]` is a wall of candidate 3, and `wall[3, 7]` a wall of two candidates, in this order. `Dall3Pipeline.refine`
+    refines the candidates of a wall. Iterating yields a wall of each candidate. A notebook shows a wall as one image
+    with the numbers on it.
 
     >>> from dall3 import Dall3Pipeline
     >>> wall = Dall3Pipeline.from_pretrained().draw("a red cube", 4, seed=0, progress=False)
@@ -61,25 +62,27 @@ class Wall:
         settings: Mapping[str, Any],
         numbers: Iterable[int] | None = None,
     ) -> None:
-        """images, tokens, clip_scores: those of all candidates. settings: what drew them. numbers: those shown."""
+        """images, tokens, clip_scores: of all candidates. settings: the settings that they were drawn with. numbers:
+        the candidates that this wall shows (default: all).
+        """
         self.prompt, self.settings = prompt, dict(settings)
         self.numbers = tuple(range(len(images)) if numbers is None else numbers)
-        # All candidates, because a candidate is decoded together with the others of its batch.
+        # All candidates, because `refine` decodes a candidate together with the others of its batch.
         self._images, self._tokens, self._scores = list(images), tokens, clip_scores
 
     @property
     def images(self) -> list[Image.Image]:
-        """The coarse images, PIL."""
+        """The coarse images, as PIL images."""
         return [self._images[number] for number in self.numbers]
 
     @property
     def tokens(self) -> Tensor:
-        """Image tokens, int64 (n, image tokens)."""
+        """Image tokens of the candidates on this wall, int64 (n, image tokens)."""
         return self._tokens[list(self.numbers)]
 
     @property
     def all_tokens(self) -> Tensor:
-        """Image tokens of all candidates, also of those that this wall does not show: int64 (candidates, tokens)."""
+        """Image tokens of all candidates, including those not on this wall, int64 (candidates, image tokens)."""
         return self._tokens
 
     @property
@@ -127,7 +130,7 @@ class Wall:
         """All images on one sheet, with the number of each in its corner."""
         columns = math.ceil(math.sqrt(len(self)))
         images = self.images
-        side = min(max(images[0].width, LEAST_SIDE), max(WIDTH // columns, 1))
+        side = min(max(images[0].width, MIN_SIDE), max(MAX_WIDTH // columns, 1))
         sheet = make_grid([images[i : i + columns] for i in range(0, len(images), columns)], side)
         pen, size = ImageDraw.Draw(sheet), max(side // 9, 12)
         font = ImageFont.load_default(size)
@@ -139,15 +142,13 @@ class Wall:
         return sheet
 
     def _repr_png_(self) -> bytes:
-        buffer = io.BytesIO()
-        self.grid().save(buffer, format="PNG")
-        return buffer.getvalue()
+        return png_bytes(self.grid())
 
     def save(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Save the wall to a folder, which is created if needed, and return its path. `Wall.load` reads it.
 
-        Writes `wall.png` (the numbered sheet), `wall.json` (prompt, numbers, scores, settings) and, for all candidates,
-        `3.png` (the coarse image) and `3.npy` (tokens, int64, upstream's format).
+        Writes `wall.png` (the numbered sheet), `wall.json` (prompt, numbers, scores, settings) and, for each candidate,
+        files such as `3.png` (the coarse image) and `3.npy` (tokens, int64, upstream's format).
 
         Raises FileExistsError if one of the files exists, before it writes any, unless `overwrite`.
         """
@@ -174,14 +175,16 @@ class Wall:
             found = json.loads(read_settings_text(path / MANIFEST))
             prompt, numbers, scores, settings = (found[k] for k in ("prompt", "numbers", "clip_scores", "settings"))
             count = settings["num_candidates"]
-            require(isinstance(prompt, str), "the prompt is no text")
+            require(isinstance(prompt, str), "the prompt is not a string")
             prompt.encode()  # raises UnicodeEncodeError, a ValueError, for a lone surrogate
-            require(type(count) is int and 0 < count <= MOST_CANDIDATES, f"{count!r:.40} candidates")
-            fits = isinstance(numbers, list) and 0 < len(numbers) == len(set(numbers))
-            fits = fits and all(type(number) is int and 0 <= number < count for number in numbers)
-            require(fits, "the numbers are not those of candidates")
-            scored = None if scores is None else torch.tensor(scores, dtype=torch.float32)
-            require(scored is None or scored.shape == (count,), f"expected {count} CLIP scores")
+            valid = type(count) is int and 0 < count <= MAX_CANDIDATES
+            require(valid, f"num_candidates is {count!r:.40}; expected an integer from 1 to {MAX_CANDIDATES}")
+            valid = isinstance(numbers, list) and 0 < len(numbers) == len(set(numbers))
+            valid = valid and all(type(number) is int and 0 <= number < count for number in numbers)
+            require(valid, f"the numbers are not a list of different candidate numbers below {count}")
+            clip_scores = None if scores is None else torch.tensor(scores, dtype=torch.float32)
+            valid = clip_scores is None or clip_scores.shape == (count,)
+            require(valid, f"clip_scores are not a list of {count} numbers")
         except FileNotFoundError:
             raise FileNotFoundError(f"{path} holds no {MANIFEST}; expected a folder that a wall was saved to") from None
         except (ValueError, KeyError, TypeError, RecursionError, OverflowError, RuntimeError) as error:
@@ -190,16 +193,16 @@ class Wall:
         images = [to_rgb(open_image(path / f"{i}.png"), str(path / f"{i}.png")) for i in range(count)]
         rows = [read_tokens(path / f"{i}.npy") for i in range(count)]
         require(len({row.shape for row in rows}) == 1, f"{path}: the .npy files hold different numbers of tokens")
-        return cls(prompt, images, torch.cat(rows), scored, settings, numbers)
+        return cls(prompt, images, torch.cat(rows), clip_scores, settings, numbers)
 
 
 class WallCalls(Parts):
-    """The calls of a pipeline that draw a wall and refine the images chosen from it."""
+    """The pipeline's methods that draw a wall and refine images chosen from it."""
 
     def draw(self, prompt: str, num_candidates: int = 16, **settings: Unpack[TokenSettings]) -> Wall:
         """Draw candidates and return them as a numbered `Wall` of coarse images, with CLIP scores if there is a CLIP.
 
-        settings: those of `generate_tokens`. Call `refine` with the images that you choose.
+        num_candidates: number of candidates. settings: those of `generate_tokens`. Pass the chosen images to `refine`.
 
         >>> from dall3 import Dall3Pipeline
         >>> pipe = Dall3Pipeline.from_pretrained()
@@ -216,13 +219,13 @@ class WallCalls(Parts):
         """Refine the images of a wall, such as `wall[3, 7]`, in this order.
 
         settings: fields of `Denoising`, guidance_prompt, output_size, refine_batch_size, callback_on_step_end and
-        progress, as in the pipeline's call. The prompt, the seed and a negative prompt are those of the wall.
+        progress, as in the pipeline's call. The prompt, the seed and the negative prompt are those of the wall.
 
-        The output equals that of one call `pipe(prompt, len(wall), num_candidates, seed=…, …)` whose CLIP had chosen
-        these candidates in this order, and `repeat` makes its images again from their PNGs.
+        The output is the same as that of a call `pipe(prompt, len(wall), num_candidates, seed=…, …)` whose CLIP ranks
+        these candidates highest, in this order. `repeat` makes its images again from their PNGs.
 
-        Warns if the wall's transformer or VQGAN had other weights. Raises the same errors as the pipeline's call, and
-        ValueError for tokens that the VQGAN does not have.
+        Warns if the wall was drawn with another transformer or VQGAN. Raises the same errors as the pipeline's call,
+        and ValueError for tokens that the VQGAN does not have.
         """
         if not isinstance(wall, Wall):
             raise TypeError(f"refine() got a {type(wall).__name__}; expected a Wall, such as draw(…)[3, 7]")
@@ -230,7 +233,7 @@ class WallCalls(Parts):
 
 
 def make_draw_request(parts: Parts, prompt: str, num_candidates: int = 16, **settings: Any) -> Request:
-    """Validate the arguments of `Dall3Pipeline.draw` (`TokenSettings`)."""
+    """Validate the arguments of `Dall3Pipeline.draw` (`TokenSettings`). Raises the errors of `make_request`."""
     check_arguments("draw()", settings, TokenSettings)
     check_counts(num_candidates=as_number(num_candidates))
     return make_request(parts, prompt, num_candidates, num_candidates, call="draw()", **settings)
@@ -239,13 +242,13 @@ def make_draw_request(parts: Parts, prompt: str, num_candidates: int = 16, **set
 def draw_wall(parts: Parts, request: Request) -> Previews[Wall]:
     """Draw, decode and score all candidates of a request."""
     record = Record()
-    parts.load_clip_early()  # while the tokens are drawn
+    parts.load_clip_early()  # in the background, while tokens are drawn
     tokens = yield from draw(parts, request, record)
-    how: dict[str, Any] = dict(batch_size=request.batch_size, seamless=False, progress=request.progress)
-    best = choose_best(parts, tokens, request.prompt, len(tokens), **how)
-    check_finite(best.pictures, "coarse pictures")
-    order = best.candidates.argsort()  # best first so far; a wall is in the order of the numbers
-    images = to_pil(best.pictures[order])
+    options: dict[str, Any] = dict(batch_size=request.batch_size, seamless=False, progress=request.progress)
+    best = choose_best(parts, tokens, request.prompt, len(tokens), **options)
+    check_finite(best.images, "coarse images")
+    order = best.candidates.argsort()  # from the order of the scores to that of the candidate numbers
+    images = to_pil(best.images[order])
     yield Preview("ranking", 1, 1, lambda: images)
     recipe = request.recipe() | record.sizes
     settings = {name: recipe[name] for name in DRAWN if name in recipe}
@@ -254,11 +257,11 @@ def draw_wall(parts: Parts, request: Request) -> Previews[Wall]:
 
 
 def request_of_wall(parts: Parts, wall: Wall, **settings: Any) -> Request:
-    """Validate the arguments of `Dall3Pipeline.refine`. The wall's settings are untrusted: they may be a file's."""
+    """Validate the arguments of `Dall3Pipeline.refine`. The wall may come from a file: its settings are untrusted."""
     length, known = wall.tokens.shape[1], {*DRAWN, "weights"}
     unknown = ", ".join(map(repr, sorted(wall.settings.keys() - known)))
-    require(not unknown, f"the wall has settings that this version does not know: {unknown[:200]}")
-    missing = [name for name in COUNTS if wall.settings.get(name) is None]
+    require(not unknown, f"the wall has unknown settings: {unknown[:200]}; it may be of a later version")
+    missing = [name for name in REQUIRED if wall.settings.get(name) is None]
     require(not missing, f"the wall's settings lack {', '.join(missing)}")
     request = make_refine_request(parts, wall.prompt, len(wall), wall.settings, length, **settings)
     parts.check_tokens(wall.tokens)
@@ -267,29 +270,29 @@ def request_of_wall(parts: Parts, wall: Wall, **settings: Any) -> Request:
 
 def refine_wall(parts: Parts, wall: Wall, request: Request, every: int = 1) -> Previews[Dall3Output]:
     """Refine the images of a wall. every: number of denoising steps between previews."""
-    here, weights = parts.fingerprints(), wall.settings.get("weights", {})
+    current, recorded = parts.fingerprints(), wall.settings.get("weights", {})
     for part in ("transformer", "vqgan"):
-        if part in here and part in weights and weights[part] != here[part]:
-            held, was = here[part], str(weights[part])[:16]
-            warnings.warn(f"the {part} is another: {held!r} here, {was!r} made the wall", stacklevel=2)
-    numbers = torch.tensor(wall.numbers)
-    pictures = decode_in_batches(parts, wall, request)
-    best = Ranked(numbers.to(parts.device), wall.clip_scores, wall.tokens.to(parts.device), pictures)
-    check_finite(best.pictures, "coarse pictures")
+        if part in current and part in recorded and recorded[part] != current[part]:
+            words = f"has the hash {current[part]!r}; the wall was made with {str(recorded[part])[:16]!r}"
+            warnings.warn(f"the {part} of this pipeline {words}", stacklevel=2)
+    numbers = torch.tensor(wall.numbers).to(parts.device)
+    images = decode_in_batches(parts, wall, request)
+    best = Ranked(numbers, wall.clip_scores, wall.tokens.to(parts.device), images)
+    check_finite(best.images, "coarse images")
     out = yield from refine_best(parts, request, Record(), best, every)
-    # The transformer that drew the tokens, and the CLIP that scored them if it is not loaded here.
-    drew = {name: weights[name] for name in ("transformer", "clip") if isinstance(weights.get(name), str)}
-    used = drew | out.settings["weights"] | {name: drew[name] for name in drew if name == "transformer"}
+    # The recipe records the transformer that drew the tokens, and the CLIP that scored them if this pipeline has none.
+    original = {name: recorded[name] for name in ("transformer", "clip") if isinstance(recorded.get(name), str)}
+    used = original | out.settings["weights"] | {name: original[name] for name in original if name == "transformer"}
     out.settings["weights"] = {name: used[name] for name in PARTS if name in used}
     return out
 
 
 def decode_in_batches(parts: Parts, wall: Wall, request: Request) -> Tensor:
-    """Decode the wall's tokens, each in the batch that the pipeline's call decodes it in, so that rounding is equal."""
-    everyone, size, found = wall.all_tokens, request.batch_size, dict[int, Tensor]()
-    with parts.on_device("making pictures of tokens", "vqgan"):
+    """Decode the wall's tokens in the batches of the pipeline's call, so that results are rounded in the same way."""
+    tokens, size, found = wall.all_tokens, request.batch_size, dict[int, Tensor]()
+    with parts.on_device("decoding tokens", "vqgan"):
         for start in sorted({number // size * size for number in wall.numbers}):
-            batch = everyone[start : start + size]
+            batch = tokens[start : start + size]
             decoded = parts.decode_tokens(batch, len(batch), request.denoising.seamless)
             found |= {number: decoded[number - start] for number in wall.numbers if start <= number < start + size}
     return torch.stack([found[number] for number in wall.numbers])

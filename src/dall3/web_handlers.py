@@ -16,7 +16,7 @@ from PIL import Image
 from dall3.diffusion.denoising import Denoising
 from dall3.diffusion.schedule import space_timesteps
 from dall3.errors import require
-from dall3.images import make_grid, open_image, read_picture
+from dall3.images import make_grid, open_image, read_rgb
 from dall3.output import Dall3Output, Preview
 from dall3.pipeline import Dall3Pipeline
 from dall3.request import default_guidance_scale
@@ -41,7 +41,7 @@ class Limits:
 def open_picture(path: str, limits: Limits) -> Image.Image:
     """Read an uploaded image. Raises ValueError for a file that is not an image or exceeds `limits`."""
     try:
-        return read_picture(path, Path(path).name, limits.pixels)
+        return read_rgb(path, Path(path).name, limits.pixels)
     except OSError as error:
         raise ValueError(f"{Path(path).name}: {error.strerror}; upload it again") from None
 

@@ -136,12 +136,12 @@ def open_image(path: str) -> Image:
     """Read an image from a file or an http(s) address. Raises ValueError for a file that is not an image."""
     import urllib.request
 
-    from dall3.images import read_picture
+    from dall3.images import read_rgb
 
     if path.startswith(("http://", "https://")):
         with urllib.request.urlopen(path, timeout=60) as response:
-            return read_picture(response.read(), path)
-    return read_picture(path)
+            return read_rgb(response.read(), path)
+    return read_rgb(path)
 
 
 def with_dashes(add: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,7 +1,7 @@
-"""The UNet as the samplers call it: `predict(x, i)`, on CUDA as CUDA graphs that are kept with the UNet.
+"""The function `predict(x, i)` that runs the UNet for the samplers. On CUDA it replays CUDA graphs.
 
-A step of a UNet is up to a thousand kernels. For small images or networks a GPU takes less time to run them than Python
-takes to launch them one by one.
+A step of a UNet launches up to a thousand kernels. For small images or networks, running them takes a GPU less time
+than launching them one by one takes Python. The graphs are kept with the UNet.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dall3.models.interface import kept_bytes
 from dall3.models.unet import UNet
 from dall3.tokens.cuda_graph import CudaGraph
 
-KEPT_GRAPHS = 2  # graphs that a UNet keeps from call to call, such as a guided and an unguided step
+KEPT_GRAPHS = 2  # number of graphs that a UNet keeps between calls, such as a guided and an unguided step
 
 
 def with_circular_padding(unet: UNet) -> Callable[..., Tensor]:
@@ -46,7 +46,7 @@ def unet_predict(
 ) -> Callable[[Tensor, float | Tensor], Prediction]:
     """Wrap a UNet as `predict(x, i)`. It runs in the dtype of its weights; the diffusion statistics are float32.
 
-    i: the step, a number; or a tensor (batch,), so that the step of a CUDA graph can change.
+    i: the step, a number; or a tensor (batch,), which a CUDA graph needs to run other steps than the captured one.
     """
     dtype, run = next(unet.parameters()).dtype, with_circular_padding(unet) if seamless else unet
 
@@ -70,8 +70,8 @@ def captured_on_cuda(
 ) -> Iterator[Predict]:
     """On CUDA: `predict` as a `CapturedPredict`, whose graphs the UNet keeps afterwards. Elsewhere: `predict` itself.
 
-    predict: `unguided`, or with guidance from `guided`; one that wraps it otherwise is not captured. unguided: from
-    `unet_predict`, whose arguments the others are.
+    predict: `unguided`, or the result of `guided` for it; other wrappers are not captured. unguided: the result of
+    `unet_predict`. unet, diffusion, conditioning, seamless: the arguments of `unet_predict`.
     """
     guide = predict if isinstance(predict, GuidedPredict) and isinstance(predict.loss, GuidanceLoss) else None
     inner = predict if guide is None else guide.predict
@@ -102,7 +102,7 @@ class CapturedPredict:
         seamless: bool,
         device: torch.device,
     ) -> None:
-        self.plain, self.guide = predict, guide  # guide: `predict` if it is guided
+        self.predict, self.guide = predict, guide  # without graphs; guide: `predict` if it is guided
         self.unet, self.diffusion, self.conditioning, self.seamless = unet, diffusion, conditioning, seamless
         self.device = device
         self.graphs: dict[Any, CudaGraph] = {}
@@ -123,7 +123,7 @@ class CapturedPredict:
                 del graph
                 graph = self.capture(inputs, loss, modules)
             self.graphs[key] = graph
-        # Copies, since the next step overwrites the outputs.
+        # Copies, because the next step overwrites the outputs.
         found = {name: tensor.clone() for name, tensor in self.graphs[key](*inputs.values()).items()}
         return Prediction(self.diffusion, x, i, **found)
 
@@ -131,21 +131,22 @@ class CapturedPredict:
         """What a graph depends on besides the weights and the values of `inputs`."""
         shapes = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in inputs.items())
         settings = None if loss is None else (id(loss.clip), loss.scale, loss.cutn, loss.tv_scale, loss.range_scale)
-        how = self.unet.gradient_checkpointing, torch.is_autocast_enabled("cuda")
-        return shapes, self.seamless, settings, how
+        modes = self.unet.gradient_checkpointing, torch.is_autocast_enabled("cuda")
+        return shapes, self.seamless, settings, modes
 
     def capture(self, inputs: dict[str, Tensor], loss: GuidanceLoss | None, modules: list[nn.Module]) -> CudaGraph:
+        """Capture a step. If memory runs out, free the graphs that the UNet keeps and capture again."""
         tables = GaussianDiffusion(self.unet.config.diffusion)
         function = make_step(self.unet, tables, list(inputs), self.seamless, loss)
-        how: dict[str, Any] = dict(device=self.device, modules=modules, keep=tables)
+        options: dict[str, Any] = dict(device=self.device, modules=modules, keep=tables)
         try:
-            return CudaGraph(function, *inputs.values(), **how)
+            return CudaGraph(function, *inputs.values(), **options)
         except torch.cuda.OutOfMemoryError:
             if not self.unet.graphs:
                 raise
-        self.unet.free_graphs()  # those of other shapes
+        self.unet.free_graphs()
         torch.cuda.empty_cache()
-        return CudaGraph(function, *inputs.values(), **how)
+        return CudaGraph(function, *inputs.values(), **options)
 
     def release(self) -> None:
         """Return the graphs to the UNet for the next call. Graphs above `kept_bytes` are freed instead."""
@@ -157,10 +158,10 @@ class CapturedPredict:
 def make_step(
     unet: UNet, diffusion: GaussianDiffusion, names: list[str], seamless: bool, loss: GuidanceLoss | None
 ) -> Callable[..., dict[str, Tensor]]:
-    """A denoising step as a function of tensors, called `names`, which returns the tensors of a `Prediction` by name.
+    """A denoising step as a function of tensors. It returns the tensors of a `Prediction` by name.
 
-    diffusion: the tables of all training steps. names: "x", "step" (float32 (batch,), an index of the tables), the
-    UNet's conditioning, and the inputs of the loss.
+    diffusion: with all training steps. names: the names of its arguments: "x", "step" (float32 (batch,), an index of
+    the tables), the UNet's conditioning, and the inputs of the loss.
     """
 
     def step(*tensors: Tensor) -> dict[str, Tensor]:

@@ -27,11 +27,9 @@ from dall3.models.unet import UNet
 from dall3.tokens.sampling import check_counts
 
 Guide = Callable[[Predict, GaussianDiffusion, float], Predict]  # the float is the lowest step that is guided
-Generators = list[torch.Generator]  # one for each picture
 
-
-IMAGE_BYTES = 9 * 2**29  # memory of one image of 256 px with guidance by a UNet of upstream's size, in half precision
-MOST_REFINED_AT_ONCE, LEAST_REFINED_AT_ONCE = 16, 4
+IMAGE_BYTES = 9 * 2**29  # memory to denoise an image of 256 px with upstream's UNet and guidance, in half precision
+MAX_BATCH_SIZE, MIN_BATCH_SIZE = 16, 4  # bounds of the default on CUDA
 
 
 def default_refine_batch_size(given: int | None, device: torch.device | str) -> int:
@@ -44,24 +42,24 @@ def default_refine_batch_size(given: int | None, device: torch.device | str) -> 
         return given
     device = torch.device(device)
     if device.type != "cuda" or not torch.cuda.is_available():
-        return 1 if device.type == "cpu" else LEAST_REFINED_AT_ONCE
+        return 1 if device.type == "cpu" else MIN_BATCH_SIZE
     room = int(torch.cuda.mem_get_info(device)[1]) // IMAGE_BYTES
-    return int(min(max(2 ** (max(room, 1).bit_length() - 1), LEAST_REFINED_AT_ONCE), MOST_REFINED_AT_ONCE))
+    return int(min(max(2 ** (max(room, 1).bit_length() - 1), MIN_BATCH_SIZE), MAX_BATCH_SIZE))
 
 
 @dataclass(frozen=True)
 class Denoising:
-    """Settings for refining pictures by diffusion, for `Dall3Pipeline.upsample` and the pipeline call.
+    """Settings for refining images by diffusion, for `Dall3Pipeline.upsample` and the pipeline call.
 
     num_inference_steps: a number, or guided-diffusion's respacing ("10,10,5", "ddim25"). scheduler: "ddim", "ddpm"
     (ancestral sampling), "dpm-solver++", or a diffusers scheduler. strength: in (0, 1], the fraction of the noise that
-    is added to the initial image (the upsampled coarse picture, for a UNet conditioned on codes). None: 0.5 for an
+    is added to the initial image (the enlarged coarse image, for a UNet conditioned on codes). None: 0.5 for an
     unconditional UNet; pure noise for a conditional one, as upstream. stop_at: stop after this many steps.
 
     clip_guidance_scale: scale of CLIP guidance towards the prompt; 0 skips CLIP. cutn: cut-outs per step that CLIP
     embeds. tv_scale, range_scale: weights of the total variation loss and of the loss for colours out of range.
     guidance_share: in [0, 1], the fraction of the steps that are guided, from the first (noisiest) step. seamless: make
-    the picture tileable, with edges that continue on the opposite side; takes about 1.5 times as long.
+    the images tileable, with edges that continue on the opposite side; takes about 1.5 times as long.
 
     Raises ValueError for a value out of range and for an unknown scheduler.
 
@@ -116,18 +114,19 @@ def denoise(*args: Any, **kwargs: Any) -> Tensor:
 def denoising_steps(
     unet: UNet,
     shape: tuple[int, ...],
-    generators: Generators,
+    generators: list[torch.Generator],
     conditioning: dict[str, Tensor],
     settings: Denoising,
-    picture: Tensor | None = None,
+    image: Tensor | None = None,
     guide: Guide | None = None,
     progress: str | None = None,
 ) -> Iterator[Step]:
-    """The denoising loop; yields after every step.
+    """The denoising loop. Yields a `Step` after every step.
 
-    shape: (3, height, width) of one picture. generators: one for each picture, on the device of the UNet. conditioning:
-    keyword arguments of `UNet.forward`. picture: initial images, float (batch, 3, height, width) in [-1, 1], to which
-    `settings.strength` of the noise is added; None to start from pure noise. guide: adds guidance to `predict`.
+    shape: (3, height, width) of one image. generators: one for each image, on the device of the UNet. conditioning:
+    keyword arguments of `UNet.forward`. image: initial images, float (batch, 3, height, width) in [-1, 1], to which
+    `settings.strength` of the noise is added; None to start from pure noise. guide: wraps `predict`
+    to add guidance.
     progress: label of the progress bar; None for no bar.
     """
     device, scheduler = generators[0].device, settings.scheduler
@@ -143,15 +142,15 @@ def denoising_steps(
         # A second-order scheduler runs the UNet twice per step, and once in the last step.
         steps, order = scheduler.timesteps.tolist(), scheduler.order
     x, first = start if by_name else start * scheduler.init_noise_sigma, 0
-    if picture is not None:
+    if image is not None:
         count = -(-len(steps) // order)
         first = order * (count - max(round(count * (settings.strength or 0.5)), 1))
         if by_name:
-            x = diffusion.add_noise(picture, steps[first], start)
+            x = diffusion.add_noise(image, steps[first], start)
         else:
             if hasattr(scheduler, "set_begin_index"):
                 scheduler.set_begin_index(first)
-            x = scheduler.add_noise(picture, start, scheduler.timesteps[first : first + 1])
+            x = scheduler.add_noise(image, start, scheduler.timesteps[first : first + 1])
     steps = steps[first:]
 
     unguided: Predict = unet_predict(unet, diffusion, conditioning, settings.seamless)
@@ -159,8 +158,8 @@ def denoising_steps(
     set_memory_layout(unet)
     predict = guide(unguided, diffusion, steps[guided_steps - 1]) if guide is not None and guided_steps else unguided
     total = min(len(steps), settings.stop_at or len(steps))
-    how = (unet, diffusion, conditioning, settings.seamless)
-    with captured_on_cuda(predict, unguided, *how, device) as predict:
+    captured = captured_on_cuda(predict, unguided, unet, diffusion, conditioning, settings.seamless, device)
+    with captured as predict:
         if by_name:
             walk = SAMPLERS[scheduler](predict, diffusion, x, steps, noise)
         else:

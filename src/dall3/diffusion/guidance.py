@@ -1,4 +1,4 @@
-"""CLIP guidance of the denoising loop (Crowson, 2021), as in Jack000/guided-diffusion."""
+"""CLIP-guided diffusion (Crowson, 2021), as in Jack000/guided-diffusion."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]  # loss(blend, x_start): see `guided`;
 
 @dataclass(frozen=True, eq=False)
 class GuidanceLoss:
-    """The loss of CLIP guidance with penalties: `loss(blend, x_start)`.
+    """The loss of CLIP guidance: `loss(blend, x_start)`, with the arguments of `guided`.
 
     clip: None for the penalties alone. targets: embeddings, float (targets, embed_dim). weights: (targets,), with a sum
     of 1 or -1. scale: factor of the CLIP loss. cutn: cut-outs per call. generator: samples new cut-outs at every call,
@@ -99,7 +99,7 @@ class GuidanceLoss:
     range_scale: float = 0.0
 
     def sample_inputs(self, side: int) -> dict[str, Tensor]:
-        """Inputs of the CLIP loss besides images of `side` pixels: new cut-outs and the targets; {} without a CLIP."""
+        """Inputs of the CLIP loss besides images of `side` pixels: new cut-outs, and the targets. {} without a CLIP."""
         if self.clip is None:
             return {}
         assert self.targets is not None and self.weights is not None and self.generator is not None
@@ -110,7 +110,7 @@ class GuidanceLoss:
         return self.of(blend, x_start, **self.sample_inputs(blend.shape[-1]))
 
     def of(self, blend: Tensor, x_start: Tensor, **inputs: Tensor) -> Tensor:
-        """The loss for the given `sample_inputs`: a function of tensors, which a CUDA graph can capture."""
+        """The loss for given `sample_inputs`. A function of tensors only, so that a CUDA graph can capture it."""
         result = self.clip_loss(blend, **inputs) if inputs else blend.new_zeros(())
         if self.tv_scale:
             result = result + total_variation(blend).sum() * self.tv_scale
@@ -134,13 +134,13 @@ def clip_loss(
 
 
 def with_penalties(loss: GuidanceLoss | None, tv_scale: float, range_scale: float) -> GuidanceLoss:
-    """`loss`, or no CLIP loss, with the penalties of `GuidanceLoss`."""
+    """Add the penalties of `GuidanceLoss` to a CLIP loss; None for the penalties alone."""
     return replace(loss or GuidanceLoss(), tv_scale=tv_scale, range_scale=range_scale)
 
 
 @dataclass(frozen=True, eq=False)
 class GuidedPredict:
-    """`predict` with the guidance gradient in its predictions, from `guided`."""
+    """`predict` with the guidance gradient in its predictions. Created by `guided`, which describes the fields."""
 
     predict: Predict
     diffusion: GaussianDiffusion
@@ -154,7 +154,7 @@ class GuidedPredict:
 
 
 def guided(predict: Predict, diffusion: GaussianDiffusion, guide_from: float, loss: Loss) -> GuidedPredict:
-    """Wrap `predict` so that its predictions hold the guidance gradient; the step and the gradient share a UNet run.
+    """Wrap `predict` so that its predictions contain the guidance gradient. Both need only one run of the UNet.
 
     The arguments of the loss are the blend fac · x_0 + (1 - fac) · x_t with fac = sqrt(1 - ᾱ_t), and the predicted x_0,
     both (batch, 3, height, width). Steps below `guide_from` are not guided.

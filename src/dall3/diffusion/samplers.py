@@ -1,7 +1,8 @@
 """Diffusion samplers.
 
 Every sampler has the signature `(predict, diffusion, x, steps, noise)` and yields (x, predicted x_0) after each step.
-`predict(x, i)` runs the UNet at step i; guidance wraps this function. Coefficients of the schedule are Python floats.
+`predict(x, i)` runs the UNet at step i; guidance wraps this function. steps: indices into the steps of `diffusion`,
+descending. `noise()` draws noise of the shape of x. Coefficients of the schedule are Python floats.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from dall3.diffusion.schedule import GaussianDiffusion, Prediction
 
-Predict = Callable[[Tensor, float], Prediction]  # the step is an int, or fractional for some diffusers schedulers
-Walk = Iterator[tuple[Tensor, Tensor]]
+Predict = Callable[[Tensor, float], Prediction]  # of x and the step, which some diffusers schedulers make fractional
+Walk = Iterator[tuple[Tensor, Tensor]]  # x and the predicted x_0 after each step
 Sampler = Callable[[Predict, GaussianDiffusion, Tensor, list[int], Callable[[], Tensor]], Walk]
 
 
@@ -105,7 +106,7 @@ def sample_with_scheduler(
     """Run the last `len(steps)` steps of a diffusers scheduler made by `scheduler_for`.
 
     diffusion: with all training steps. x: initial sample, scaled by the scheduler's `init_noise_sigma` or noised by its
-    `add_noise`. steps: the timesteps as Python numbers. noise: one generator for each picture.
+    `add_noise`. steps: the timesteps as Python numbers. noise: one generator for each image.
     """
     extra = {"generator": noise} if "generator" in inspect.signature(scheduler.step).parameters else {}
     learned = str(scheduler.config.get("variance_type", "")).startswith("learned") and diffusion.config.learn_sigma

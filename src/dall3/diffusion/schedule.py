@@ -39,7 +39,7 @@ def space_timesteps(total: int, spacing: int | str) -> list[int]:
         for stride in range(1, total):
             if len(range(0, total, stride)) == int(text[4:]):
                 return list(range(0, total, stride))
-        raise ValueError(f"no whole stride takes exactly {text[4:]} of {total} steps; try '{text[4:]}' without 'ddim'")
+        raise ValueError(f"no integer stride takes {text[4:]} of {total} steps; try '{text[4:]}' without 'ddim'")
     try:
         counts = [int(part) for part in text.split(",")]
     except ValueError:
@@ -68,7 +68,7 @@ class Prediction:
 
     diffusion: GaussianDiffusion
     x: Tensor  # x_t
-    t: float | Tensor  # the step, or a tensor (batch,), one for each picture
+    t: float | Tensor  # the step, or a tensor (batch,), one for each image
     pred_xstart: Tensor  # the predicted x_0
     variance_share: Tensor | None = None  # learned log-variance between that of the posterior (0) and beta (1)
     gradient: Tensor | None = None  # guidance: gradient of the log-probability with respect to x_t
@@ -99,7 +99,7 @@ class GaussianDiffusion:
     """The noise schedule of a subset of the training steps. Step 0 is the least noisy.
 
     spacing: the subset, as in `space_timesteps`; None for all training steps. Methods take a step t, which is an index
-    into the subset: a number for the whole batch, or a tensor (batch,), int64 or float32, one for each picture.
+    into the subset: a number for the whole batch, or a tensor (batch,), int64 or float32, one for each image.
     Coefficients are a float for a number and a float32 tensor for a tensor. Fractional steps, which some diffusers
     schedulers use, interpolate the tables.
 
@@ -172,8 +172,8 @@ class GaussianDiffusion:
         """Convert the UNet's output (batch, 6 or 3, height, width) for x at step t to a prediction."""
         share = None
         if self.config.learn_sigma:
-            output, place = output.chunk(2, dim=1)
-            share = (place + 1) / 2
+            output, variance = output.chunk(2, dim=1)
+            share = (variance + 1) / 2
         x_start = output if self.config.predict_xstart else self.x_start_from_noise(x, t, output)
         return Prediction(self, x, t, x_start, share)
 
@@ -182,9 +182,11 @@ class GaussianDiffusion:
         return self.at("mean_of_xstart", t, x) * x_start + self.at("mean_of_x", t, x) * x
 
     def x_start_from_noise(self, x: Tensor, t: float | Tensor, noise: Tensor) -> Tensor:
+        """Convert the noise in x at step t to the predicted x_0."""
         return self.at("sqrt_recip_bar", t, x) * x - self.at("sqrt_recip_bar_minus_one", t, x) * noise
 
     def noise_from_x_start(self, x: Tensor, t: float | Tensor, x_start: Tensor) -> Tensor:
+        """Convert the predicted x_0 to the noise in x at step t."""
         return (self.at("sqrt_recip_bar", t, x) * x - x_start) / self.at("sqrt_recip_bar_minus_one", t, x)
 
     def guided_mean(self, prediction: Prediction) -> Tensor:

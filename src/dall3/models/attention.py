@@ -1,7 +1,7 @@
-"""The attention layer of the DALL·E transformer, its attention patterns and its key/value cache.
+"""The attention layer of the DALL·E transformer, with its attention patterns and its key/value cache.
 
-The sparse attention types of DALL·E (arXiv 2102.12092, appendix B.1) are computed as full attention under a mask, which
-gives the same numbers as the original's kernels.
+The sparse attention types of DALL·E (arXiv 2102.12092, appendix B.1) are computed as full attention under a mask. The
+results are the same as those of the original kernels.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def attention_pattern(kind: str, text_length: int, grid_size: int) -> Tensor:
     kind: "full"; "axial_row" and "axial_col" (the same row or column of the image); "conv_like" (a 5 × 5 window around
     the position) and "conv_like_causal" (a 5 × 5 window that ends at it, as in DALLE-pytorch from 1.5 on).
     """
-    # On the CPU even under the meta device. 16 bits suffice, and the differences below are as large as the mask.
+    # On the CPU even under the meta device. 16 bits suffice and save memory: `up` and `back` have the size of the mask.
     positions = torch.arange(text_length + grid_size**2, device="cpu", dtype=torch.int16)
     row, column = (positions - text_length) // grid_size, (positions - text_length) % grid_size
     up, back = row[:, None] - row[None, :], column[:, None] - column[None, :]
@@ -43,7 +43,7 @@ def attention_pattern(kind: str, text_length: int, grid_size: int) -> Tensor:
 def sparse_layout(seq_len: int, heads: int) -> Tensor:
     """Block layout of DeepSpeed's variable sparsity as DALLE-pytorch sets it, bool (heads, blocks, blocks).
 
-    A block has 16 positions. Each attends to its local window of four blocks and to the first 256 positions. The random
+    A block has 16 positions. Each attends to its local window of four blocks and to the first 256 positions. Random
     blocks are not included: DeepSpeed draws `seq_len // 64` of them per row when a model is made, and stores the
     complete layout in the checkpoint.
     """
@@ -60,9 +60,9 @@ def sparse_pattern(layout: Tensor, seq_len: int) -> Tensor:
 
 @dataclass
 class Positions:
-    """The positions of the tokens of one forward pass, with everything that the layers derive from them.
+    """The positions of the tokens of one forward pass, with masks and tables for them.
 
-    Computed once per forward pass and read by every layer.
+    Computed once per forward pass and used by every layer.
     """
 
     index: Tensor  # int64 (n,), positions of the tokens in the caches
@@ -96,9 +96,9 @@ class LayerCache:
         return self.states.index_copy_(2, at.index, new).narrow(2, 0, at.visible)
 
     def copy_text(self, source: LayerCache, prompts: int, rows: int, shared: bool) -> None:
-        """Write the text that `source` holds, one row for each of `prompts`, for `rows` rows each; clear the rest.
+        """Copy the text of `source`, which has one row per prompt, to a cache with `rows` rows per prompt.
 
-        shared: write it once per prompt, to `text`.
+        The image positions are set to 0. shared: store the text once per prompt, in `text`.
         """
         assert source.states is not None
         k, sequences, length, width = source.states.shape
@@ -134,7 +134,7 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 def prefers_matmul(x: Tensor) -> bool:
     """Whether attention of single queries is faster by matrix products than by PyTorch's fused kernel.
 
-    This is so in float32 on a CPU, where it takes 0.6 of the time.
+    In float32 on a CPU, matrix products take 0.6 of the fused kernel's time.
     """
     return x.device.type == "cpu" and x.dtype == torch.float32
 
@@ -147,10 +147,10 @@ def matmul_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Te
 
 
 def shared_text_attention(q: Tensor, k: Tensor, v: Tensor, text: Tensor, mask: Tensor | None, heads: int) -> Tensor:
-    """`matmul_attention` to a text that all rows of a prompt share, and to k and v after it.
+    """`matmul_attention` to the keys and values of a text that all rows of a prompt share, followed by k and v.
 
     q: (prompts · rows · heads, n, d). k, v: (prompts · rows · heads, m, d). text: (2, prompts · heads, t, d), keys and
-    values. The text is read once per prompt, by one product for all rows.
+    values. The text is read once per prompt, in one matrix product for all rows.
     """
     text_keys, text_values = text.unbind()
     prompts, n = len(text_keys) // heads, q.shape[1]
@@ -206,7 +206,7 @@ class Attention(nn.Module):
             out = matmul_attention(q, k, v, mask)
         else:
             q, k, v = (part.unflatten(0, (-1, self.heads)) for part in (q, k, v))
-            # Without a mask in memory, and with half of the arithmetic.
+            # is_causal needs no mask in memory and half of the arithmetic.
             causal = cache is None and self.kind == "full"
             out = F.scaled_dot_product_attention(q, k, v, None if causal else mask, is_causal=causal)
         if n > 1:

@@ -41,29 +41,26 @@ class CLIPConfig:
 
 
 class PromptTokenizer:
-    """Encode texts for open_clip's text transformer: start token, ids, end token; truncated and padded with 0."""
+    """Encode texts for open_clip's text transformer: start token, ids, end token; truncated and padded with 0.
+
+    The start and end tokens follow the ids of the tokenizer. The end token has the highest id, because open_clip reads
+    the text feature at the highest id of a row.
+    """
 
     def __init__(self, tokenizer: Tokenizer, context_length: int) -> None:
         self.tokenizer, self.context_length = tokenizer, context_length
 
     def __call__(self, texts: list[str]) -> Tensor:
-        """Return ids, int64 (texts, context_length).
-
-        The end token has the highest id, because open_clip reads the text feature at the highest id of a row.
-        """
-        start, end = self.tokenizer.vocab_size, self.tokenizer.vocab_size + 1
-        rows = torch.zeros(len(texts), self.context_length, dtype=torch.int64)
-        for row, text in zip(rows, texts, strict=True):
-            ids = [start, *self.tokenizer.encode(text.lower())[: self.context_length - 2], end]
-            row[: len(ids)] = torch.tensor(ids)
-        return rows
+        """Return ids, int64 (texts, context_length)."""
+        start = self.tokenizer.vocab_size
+        return encode_between(self.tokenizer, texts, start, start + 1, self.context_length)
 
 
 class RuclipTokenizer:
     """Encode texts as ruCLIP's `RuCLIPProcessor` does: 2, ids of the lower-cased text, 3; truncated and padded with 0.
 
-    end: id of the end token, above all others, because open_clip reads the text feature at the highest id of a row. The
-    embedding has a copy of row 3 there.
+    end: id of the end token, the highest id, because open_clip reads the text feature at the highest id of a row. The
+    embedding has a copy of row 3 at this id.
     """
 
     def __init__(self, tokenizer: Tokenizer, context_length: int, end: int) -> None:
@@ -71,11 +68,16 @@ class RuclipTokenizer:
 
     def __call__(self, texts: list[str]) -> Tensor:
         """Return ids, int64 (texts, context_length)."""
-        rows = torch.zeros(len(texts), self.context_length, dtype=torch.int64)
-        for row, text in zip(rows, texts, strict=True):
-            ids = [RUCLIP_START, *self.tokenizer.encode(text.lower())[: self.context_length - 2], self.end]
-            row[: len(ids)] = torch.tensor(ids)
-        return rows
+        return encode_between(self.tokenizer, texts, RUCLIP_START, self.end, self.context_length)
+
+
+def encode_between(tokenizer: Tokenizer, texts: list[str], start: int, end: int, length: int) -> Tensor:
+    """Ids of lower-cased texts between a start and an end token, truncated and padded with 0: int64 (texts, length)."""
+    rows = torch.zeros(len(texts), length, dtype=torch.int64)
+    for row, text in zip(rows, texts, strict=True):
+        ids = [start, *tokenizer.encode(text.lower())[: length - 2], end]
+        row[: len(ids)] = torch.tensor(ids)
+    return rows
 
 
 class CLIP(nn.Module):
@@ -108,7 +110,7 @@ class CLIP(nn.Module):
         self.model: Any = model.requires_grad_(False)
         self.tokenize, self.image_size, self.interpolation = tokenize, image_size, interpolation or "bicubic"
         for name, values in (("mean", mean or OPENAI_DATASET_MEAN), ("std", std or OPENAI_DATASET_STD)):
-            channels = torch.tensor(values, device="cpu")[:, None, None]  # real even under the meta device
+            channels = torch.tensor(values, device="cpu")[:, None, None]  # on the CPU even under the meta device
             self.register_buffer(name, channels, persistent=False)
         self.eval()
 
@@ -140,11 +142,11 @@ class CLIP(nn.Module):
         elif tokenizer is None:
             raise ValueError("a CLIP needs the tokenizer that it was trained with")
         else:
-            own = config.tokenizer == "ruclip"
-            wanted = tokenizer.vocab_size + (1 if own else 2)
+            is_ruclip = config.tokenizer == "ruclip"
+            wanted = tokenizer.vocab_size + (1 if is_ruclip else 2)
             if text.vocab_size < wanted:
                 raise ValueError(f"CLIP's vocab_size is {text.vocab_size}; the tokenizer needs {wanted}")
-            if own:
+            if is_ruclip:
                 tokenize = RuclipTokenizer(tokenizer, text.context_length, text.vocab_size - 1)
             else:
                 tokenize = PromptTokenizer(tokenizer, text.context_length)

@@ -105,6 +105,8 @@ class GLU(nn.Module):
 
 
 class EncoderLayer(nn.Module):
+    """Self-attention and a gated feed-forward, each in a residual branch."""
+
     def __init__(self, dim: int, ff_dim: int) -> None:
         super().__init__()
         self.pre_self_attn_layer_norm, self.self_attn_layer_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
@@ -126,8 +128,8 @@ class DecoderLayer(EncoderLayer):
         self.encoder_attn = Attention(dim)
 
 
-class Half(nn.Module):
-    """The common structure of the encoder and the decoder: embeddings, layers, final layer norm."""
+class Stack(nn.Module):
+    """The common structure of the text encoder and the image decoder: embeddings, layers, final layer norm."""
 
     def __init__(self, tokens: int, positions: int, layers: list[nn.Module], dim: int) -> None:
         super().__init__()
@@ -160,8 +162,8 @@ class DalleMini(ImageTokenTransformer[DalleMiniCache]):
         self.config = c = config
         encoder: list[nn.Module] = [EncoderLayer(c.dim, c.ff_dim) for _ in range(c.encoder_depth)]
         decoder: list[nn.Module] = [DecoderLayer(c.dim, c.ff_dim) for _ in range(c.decoder_depth)]
-        self.text_encoder = Half(c.num_text_tokens, c.text_seq_len, encoder, c.dim)
-        self.image_decoder = Half(c.num_image_tokens + 1, c.image_seq_len, decoder, c.dim)
+        self.text_encoder = Stack(c.num_text_tokens, c.text_seq_len, encoder, c.dim)
+        self.image_decoder = Stack(c.num_image_tokens + 1, c.image_seq_len, decoder, c.dim)
         self.lm_head = nn.Linear(c.dim, c.num_image_tokens, bias=False)
         mask = torch.ones(c.image_seq_len, c.image_seq_len, dtype=torch.bool, device="cpu").tril()
         self.register_buffer("causal_mask", mask, persistent=False)
@@ -212,7 +214,7 @@ class DalleMini(ImageTokenTransformer[DalleMiniCache]):
     def image_token_logits(self, text_ids: Tensor, image_ids: Tensor) -> Tensor:
         c, n = self.config, min(image_ids.shape[1] + 1, self.config.image_seq_len)
         cache = self.new_cache(len(text_ids), 1)
-        if torch.is_grad_enabled():  # a layer's tensors are views of one, and autograd needs them to be its own
+        if torch.is_grad_enabled():  # autograd forbids writing in place to views of a tensor that layers share
             for name in ("keys", "values", "text_keys", "text_values"):
                 setattr(cache, name, [layer.clone() for layer in getattr(cache, name)])
         self.write_text(text_ids, cache)
@@ -221,15 +223,16 @@ class DalleMini(ImageTokenTransformer[DalleMiniCache]):
 
     def new_cache(self, prompts: int, rows: int) -> DalleMiniCache:
         c, weight = self.config, self.image_decoder.final_ln.weight  # has the dtype of the arithmetic
-        heads, image = c.dim // HEAD_WIDTH, (c.decoder_depth, prompts * rows)
+        heads = c.dim // HEAD_WIDTH
         text = weight.new_zeros(2, c.decoder_depth, prompts, heads, c.text_seq_len, HEAD_WIDTH)
-        keys, values = weight.new_zeros(2, *image, heads, c.image_seq_len, HEAD_WIDTH)
+        keys, values = weight.new_zeros(2, c.decoder_depth, prompts * rows, heads, c.image_seq_len, HEAD_WIDTH)
         mask = torch.zeros(prompts, 1, 1, c.text_seq_len, dtype=torch.bool, device=weight.device)
         cache = DalleMiniCache(prompts, rows, keys, values, text[0], text[1], mask)
         cache.first_logits = weight.new_zeros(prompts, c.num_image_tokens)
         return cache
 
     def write_text(self, text_ids: Tensor, cache: DalleMiniCache) -> None:
+        """Encode the texts, and write their mask and the keys and values of the cross-attention to the cache."""
         encoded, mask = self.encode_text(text_ids)
         cache.text_mask.copy_(mask)
         for i, layer in enumerate(self.image_decoder.layers):

@@ -30,6 +30,8 @@ class DiscreteVAEConfig:
 
 
 class ResBlock(nn.Module):
+    """A residual block of three convolutions."""
+
     def __init__(self, c: int) -> None:
         super().__init__()
         wide = nn.Conv2d(c, c, 3, padding=1), nn.ReLU(), nn.Conv2d(c, c, 3, padding=1), nn.ReLU()
@@ -42,7 +44,7 @@ class ResBlock(nn.Module):
 class DiscreteVAE(nn.Module):
     """DALLE-pytorch's DiscreteVAE (`dalle_pytorch.py`): strided convolutions and a codebook.
 
-    One code stands for a square of 2^num_layers pixels a side.
+    One code represents a square with sides of 2^num_layers pixels.
     """
 
     def __init__(self, config: DiscreteVAEConfig) -> None:
@@ -77,7 +79,7 @@ class DiscreteVAE(nn.Module):
         """
         channels, size = self.config.channels, self.config.image_size
         if tuple(images.shape[1:]) != (channels, size, size):
-            raise ValueError(f"pictures have shape {tuple(images.shape)}; expected (batch, {channels}, {size}, {size})")
+            raise ValueError(f"images have shape {tuple(images.shape)}; expected (batch, {channels}, {size}, {size})")
         mean, std = self._statistics(images)
         return self.encoder((images - mean) / std).argmax(dim=1).flatten(1)
 
@@ -136,7 +138,7 @@ def openai_groups(
 
 
 class OpenAIDiscreteVAE(nn.Module):
-    """OpenAI's dVAE (package `dall_e`): one of 8,192 codes for a square of 8 pixels a side.
+    """OpenAI's dVAE (package `dall_e`): one of 8,192 codes represents a square of 8 × 8 pixels.
 
     The decoder takes one-hot codes; there is no codebook of embeddings.
     """
@@ -165,7 +167,7 @@ class OpenAIDiscreteVAE(nn.Module):
         step, shape = self.downsampling, tuple(images.shape)
         if len(shape) != 4 or shape[1] != 3 or shape[2] % step or shape[3] % step:
             raise ValueError(
-                f"pictures have shape {shape}; expected (batch, 3, height, width), sides divisible by {step}"
+                f"images have shape {shape}; expected (batch, 3, height, width), sides divisible by {step}"
             )
         return self.encoder(images * (1 - 2 * self.epsilon) + self.epsilon).argmax(dim=1).flatten(1)
 

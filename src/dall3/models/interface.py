@@ -4,57 +4,38 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-KEPT_CACHES = 2  # idle caches that a transformer keeps: one for full batches and one for a smaller last batch
-KEPT_BYTES = 2**30  # largest cache that is kept on a CPU; a larger one is freed after use
-KEPT_SHARE = 16  # on CUDA the largest one is this fraction of the device's memory
+KEPT_CACHES = 2  # number of idle caches that a transformer keeps: one for full batches, one for a smaller last batch
+KEPT_BYTES = 2**30  # size of the largest cache that is kept on a CPU; larger ones are freed after use
+KEPT_SHARE = 16  # on CUDA, the largest cache that is kept has 1 / KEPT_SHARE of the device's memory
 
 
 def kept_bytes(device: torch.device) -> int:
-    """Size in bytes up to which a cache, or the memory of a CUDA graph, is kept from call to call on a device."""
+    """Maximum size in bytes of a cache, or of the memory of a CUDA graph, that is kept between calls on a device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1]) // KEPT_SHARE
     return KEPT_BYTES
 
 
-RECOMPILE_LIMIT = 64  # batch sizes, image sizes and sampling settings that torch.compile may see; its default is 8
+# Number of batch sizes, image sizes and sampling settings that torch.compile may compile for; its default is 8.
+RECOMPILE_LIMIT = 64
 
 
 def step_compile_options(options: dict[str, Any]) -> dict[str, Any]:
     """Options of torch.compile for a step of a loop: one graph with static shapes, by default.
 
-    A mode that captures CUDA graphs is replaced by the same one without: the loops capture the compiled step
-    themselves, and torch.compile would leave a step that writes to its inputs uncaptured.
+    A mode that uses CUDA graphs is replaced by the same mode without them. torch.compile does not capture a step that
+    writes to its inputs, so the loops capture the compiled step themselves.
     """
     # Beyond the limit, a function with fullgraph=True raises an error.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     modes = {"reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
     changed = {"mode": modes.get(options["mode"], options["mode"])} if "mode" in options else {}
     return {"fullgraph": True, "dynamic": False} | options | changed
-
-
-class TokenConfig(Protocol):
-    """The settings of a transformer that the decoding loop reads. Fields and properties both satisfy it."""
-
-    @property
-    def num_image_tokens(self) -> int:
-        """Size of the image vocabulary: ids are 0 … num_image_tokens - 1."""
-
-    @property
-    def grid_size(self) -> int:
-        """Side of the square grid of image tokens."""
-
-    @property
-    def image_seq_len(self) -> int:
-        """Image tokens per picture: grid_size²."""
-
-    @property
-    def text_seq_len(self) -> int:
-        """Length of an encoded text, padding included."""
 
 
 @dataclass(eq=False)
@@ -91,9 +72,12 @@ class ImageTokenTransformer(nn.Module, ABC, Generic[C]):
             tokens = choose(logits)
             logits = transformer.step(tokens[:, None], torch.tensor([place]), cache)[:, 0]
         transformer.release(cache)
+
+    The configuration has at least the fields num_image_tokens (size of the image vocabulary), grid_size (side of the
+    square grid of image tokens), image_seq_len (grid_size²) and text_seq_len (length of an encoded text with padding).
     """
 
-    config: Any  # a TokenConfig
+    config: Any
     image_head: nn.Module | None  # replacement of the output head in a copy made by `packed.prepare`
     compile_options: dict[str, Any] | None  # options of torch.compile for the decode step; None before `compile`
     compiled_step: Any  # the compiled decode step, or None before its first use
@@ -167,9 +151,8 @@ class ImageTokenTransformer(nn.Module, ABC, Generic[C]):
     def prefill(self, text_ids: Tensor, rows: int, like: C | None = None) -> C:
         """Run the texts, int64 (prompts, text_seq_len), once and return a cache with `rows` rows for each.
 
-        like: a cache of the same texts, for another number of rows. Its texts are copied where the family can.
-
-        The caller owns the cache until it calls `release`, which keeps the cache for a later call of the same shape.
+        like: a cache of the same texts with any number of rows. Its text entries are copied if the family supports it.
+        The caller owns the returned cache until it calls `release`.
         """
         cache = self._idle_caches.pop((len(text_ids), rows), None)
         if cache is None:
@@ -182,17 +165,17 @@ class ImageTokenTransformer(nn.Module, ABC, Generic[C]):
         return cache
 
     def copy_text(self, text_ids: Tensor, like: C, cache: C) -> None:
-        """Fill a cache with the texts of another one. A family that cannot copy them runs them again."""
+        """Fill a cache with the texts of the cache `like`. Families that cannot copy them run the texts again."""
         self.fill_cache(text_ids, cache)
 
     def release(self, cache: C) -> None:
-        """Return a cache for reuse by the next `prefill` of the same shape. One above `kept_bytes` is freed instead."""
+        """Keep a cache for the next `prefill` of the same shape, or free it if it is larger than `kept_bytes`."""
         if self.cache_bytes(cache.prompts, cache.rows) <= kept_bytes(self.head[0].device):
             kept = [*self._idle_caches.items()][-(KEPT_CACHES - 1) :]
             self._idle_caches = dict(kept) | {(cache.prompts, cache.rows): cache}
 
     def keeps_cache(self, prompts: int, rows: int) -> bool:
-        """Whether `prefill` of this shape finds an idle cache, and allocates none."""
+        """Whether an idle cache of this shape exists, so that `prefill` allocates none."""
         return (prompts, rows) in self._idle_caches
 
     def free_caches(self) -> None:
@@ -206,18 +189,18 @@ class ImageTokenTransformer(nn.Module, ABC, Generic[C]):
     def compile(self, **options: Any) -> None:  # type: ignore[override]
         """Compile the decode step with torch.compile at its first use: the network and the sampling are one graph each.
 
-        The same graphs serve all tokens. The options are those of `torch.compile`; `fullgraph=True` and `dynamic=False`
-        are the defaults here. On a GPU the decoding loop captures the compiled step as a CUDA graph, so modes that do
-        so are not needed.
+        The same graphs are used for all tokens. The options are those of `torch.compile`; `fullgraph=True` and
+        `dynamic=False` are the defaults here. On a GPU the decoding loop captures the compiled step as a CUDA graph, so
+        modes that do so are not needed.
         """
         self.compile_options = step_compile_options(options)
         self.compiled_step = None
-        self.free_caches()  # their graphs hold the step as it was
+        self.free_caches()  # their graphs contain the previous step
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.free_caches()  # they have the previous device and dtype
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy must not share caches, and what `compile` did holds for this module.
+        # A copy must not share caches, and the compiled step refers to this module.
         return self.__dict__ | {"_idle_caches": {}, "compile_options": None, "compiled_step": None}

@@ -9,8 +9,8 @@ from torch import nn
 def set_memory_layout(model: nn.Module) -> None:
     """Convert a network's convolution weights to channels-last, the fastest layout for convolutions, in place.
 
-    On a CPU, tensors are also aligned to 64 bytes. PyTorch allocates them so, but tensors mapped from a file may not
-    be: AVX-512 kernels can round differently on unaligned data, and the same weights must give the same pictures.
+    On a CPU, tensors are also aligned to 64 bytes. PyTorch allocates aligned memory, but tensors mapped from a file may
+    be unaligned. AVX-512 kernels can round differently for them, and the same weights must give the same images.
     """
     last = torch.channels_last
     for parameter in model.parameters():

@@ -1,8 +1,8 @@
-"""Linear layers in memory layouts that are fast for decoding on a CPU, where a step is bound by reading the weights.
+"""Linear layers with memory layouts that are fast for decoding on a CPU, where reading the weights takes most time.
 
 `prepare` makes a copy of a transformer with such layers; all other tensors are shared with the original. The copy is
-cached for as long as the original exists. There is one copy per transformer: a draw that needs another layout replaces
-it, so that the weights are in memory twice at most.
+kept for as long as the original exists. There is one copy per transformer: a draw that needs another layout replaces
+it, so that the weights are in memory at most twice.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from dall3.models.interface import ImageTokenTransformer
 
 QUANTIZATIONS = ("float16", "int8")
 # Largest batch for which float16 weights are faster than oneDNN's layout on a CPU with AVX-512. There the linear layers
-# of a step (dim 512) took 0.37 of oneDNN's time for one row, 0.71 for 8, 0.96 for 16; a whole draw took 1.06 for 32.
-# With AVX2 they took 0.4 for one row, 0.65 for 32, 0.9 for 128, so there is no limit.
+# of a step (dim 512) took 0.37 of oneDNN's time for 1 row, 0.71 for 8 and 0.96 for 16; a whole draw of 32 rows took
+# 1.06 of it. With AVX2 they took 0.4 for 1 row, 0.65 for 32 and 0.9 for 128, so there is no limit.
 FLOAT16_ROWS = 16
-MADV_PAGEOUT = 21  # Linux 5.4: reclaim pages; those of a mapped file are dropped, others keep their content in swap
-MOST_FLOAT16 = 65504.0  # the largest number that float16 holds
+MADV_PAGEOUT = 21  # Linux 5.4: reclaim pages; pages of a mapped file are dropped, others are swapped out
+FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
 class PreparedLayer(nn.Module):
@@ -91,8 +91,8 @@ class Float16Linear(PreparedLayer):
         super().__init__()
         weight = weight.detach().float()
         largest = max(abs(float(end)) for end in weight.aminmax())
-        if not largest <= MOST_FLOAT16:
-            raise ValueError(f"a weight of {largest:g} does not fit float16, which ends at {MOST_FLOAT16:g}")
+        if not largest <= FLOAT16_MAX:
+            raise ValueError(f"a weight of {largest:g} does not fit float16, whose maximum is {FLOAT16_MAX:g}")
         bias = None if bias is None else bias.detach().float()
         self.packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
 
@@ -104,7 +104,7 @@ class Float16Linear(PreparedLayer):
 
 
 class CastLinear(PreparedLayer):
-    """A linear layer of float16 weights that are converted to float32 at every call, and are not read in between."""
+    """A linear layer that converts its float16 weights to float32 at every call, and pages them out afterwards."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class CastEmbedding(PreparedLayer):
 class Int8Linear(PreparedLayer):
     """A linear layer with int8 weights and one scale per row (arXiv 2208.07339, section 2.1, rows only).
 
-    Inputs are rounded to bfloat16. It is faster for small batches, where reading the weights takes most of the time.
+    Inputs are rounded to bfloat16. The layer is faster for small batches, where reading the weights dominates.
     """
 
     weight: Tensor
@@ -162,22 +162,22 @@ class Prepared(NamedTuple):
 
 
 PREPARED: WeakKeyDictionary[Any, Prepared] = WeakKeyDictionary()
-OF_A_CALL = ("_idle_caches", "compiled_step")  # attributes that do not change the results
+UNRELATED = ("_idle_caches", "compiled_step")  # attributes that do not affect the prepared copy
 T = TypeVar("T", bound=ImageTokenTransformer[Any])
 
 
 def signature(transformer: ImageTokenTransformer[Any]) -> tuple[Any, ...]:
-    """A value that changes when a tensor of the transformer is replaced or written to.
+    """A value that changes if a tensor of the transformer is replaced or written to.
 
-    Writes that autograd counts change a tensor's version. Writes to `weight.data` change the product of the matrix with
-    a fixed random vector, unless rounding hides them. The product takes a tenth of the time of making a copy. It is not
-    computed for float16 weights: writes to their `data` are not detected.
+    Writes that autograd tracks change a tensor's version counter. Writes to `weight.data` change the product of the
+    matrix with a fixed random vector, unless rounding hides them. Computing the product takes a tenth of the time of
+    making a copy. For float16 weights it is not computed, and writes to their `data` are not detected.
     """
-    held: list[Any] = [id(value) for name, value in vars(transformer).items() if name not in OF_A_CALL]
+    held: list[Any] = [id(value) for name, value in vars(transformer).items() if name not in UNRELATED]
     for tensor in chain(transformer.parameters(), transformer.buffers()):
         held += id(tensor), tensor.data_ptr(), None if tensor.is_inference() else tensor._version
     for weight in linear_weights(transformer):
-        if weight.dtype != torch.float16:  # the product would read all of a mapped file
+        if weight.dtype != torch.float16:  # of a mapped file the product would read every page
             vector = random_vector(weight.shape[1]).to(weight.dtype)
             held.append((weight @ vector).float().numpy().tobytes())
     return tuple(held)
@@ -185,6 +185,7 @@ def signature(transformer: ImageTokenTransformer[Any]) -> tuple[Any, ...]:
 
 @cache
 def random_vector(length: int) -> Tensor:
+    """A fixed random vector for `signature`."""
     with torch.inference_mode(False):
         return torch.randn(length, generator=torch.Generator().manual_seed(0))
 
@@ -201,7 +202,7 @@ def has_fbgemm() -> bool:
 
 
 def page_out(tensor: Tensor) -> None:
-    """Tell Linux that the memory of a tensor is not needed for a while; a mapped file is then read again when it is."""
+    """Tell Linux to reclaim the memory of a tensor. The next access reads a mapped file again."""
     if hasattr(mmap, "MADV_DONTNEED") and sys.platform == "linux":
         start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
         first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -220,17 +221,17 @@ def linear_weights(transformer: ImageTokenTransformer[Any]) -> list[Tensor]:
     return [weight.detach() for weight in (*layers, transformer.head[0])]
 
 
-def layout(quantize: str | None, exact: bool, rows: int | None) -> type[nn.Module]:
+def linear_class(quantize: str | None, exact: bool, rows: int | None) -> type[nn.Module]:
     """The class of linear layer for a draw: the fastest one with the requested precision."""
     if quantize is not None:
         return Float16Linear if quantize == "float16" else Int8Linear
     avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
     if exact and has_fbgemm() and not (avx512 and rows is not None and rows > FLOAT16_ROWS):
         return Float16Linear
-    # RowLinear uses one core, so oneDNN's layout may be faster with more than two. With AVX-512 it is faster on one
-    # already: a draw took 0.75 of the time, and 0.54 on two.
-    alone = rows == 1 and torch.get_num_threads() <= 2 and not avx512
-    return RowLinear if alone else PackedLinear
+    # RowLinear uses one core, so oneDNN's layout may be faster with more than two. With AVX-512, oneDNN's layout is
+    # faster even on one core: a draw took 0.75 of the time, and 0.54 on two cores.
+    use_rows = rows == 1 and torch.get_num_threads() <= 2 and not avx512
+    return RowLinear if use_rows else PackedLinear
 
 
 def convert_to_float32(transformer: ImageTokenTransformer[Any]) -> None:
@@ -248,11 +249,11 @@ def prepare(transformer: T, quantize: str | None = None, rows: int | None = None
     """Return the transformer to decode with: `transformer` itself, or a copy whose linear layers have a faster layout.
 
     quantize: "int8" for int8 weights, "float16" for weights rounded to float16; both change the results a little. None
-    for the weights as they are; these are stored in float16 too if it represents them exactly and is faster. rows: the
-    batch size, if it is known; the layout depends on it. A transformer in float16 on a CPU computes in float32: only
+    for the exact weights, which are stored in float16 too if float16 represents them exactly and is faster. rows: the
+    batch size, if known; the layout depends on it. A transformer in float16 on a CPU computes in float32: only
     the weights of the copy's linear layers and embeddings are float16.
 
-    Raises ValueError for a quantization elsewhere than on a CPU, and for float16 without FBGEMM.
+    Raises ValueError for a quantization on another device than a CPU, and for float16 without FBGEMM.
     """
     weight, bias = transformer.head
     if quantize is not None and weight.device.type != "cpu":
@@ -266,7 +267,7 @@ def prepare(transformer: T, quantize: str | None = None, rows: int | None = None
     if kept is not None and kept.signature != found:
         kept = None
     exact = half or (all(map(float16_holds, linear_weights(transformer))) if kept is None else kept.exact)
-    kind = Float16Linear if half else layout(quantize, exact, rows)
+    kind = Float16Linear if half else linear_class(quantize, exact, rows)
     if kept is not None and kept.kind is kind:
         ready: T = kept.transformer
         return ready

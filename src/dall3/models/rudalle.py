@@ -25,7 +25,7 @@ class RudalleConfig:
     """Configuration of a `Rudalle`.
 
     version: ru-dalle's `hf_version`. "v2" (the first Malevich files, Emojich) prepends a second start token to the
-    text, which its masks do not count, and its convolutional window wraps around at the border. "v3" (the later
+    text. Its masks do not count this token, and its convolutional window wraps around at the border. "v3" (the later
     Malevich file, Surrealist) does neither. loss_img_weight: weight of the image loss relative to the text loss.
 
     Raises ValueError for another version, and if `dim` is not divisible by `heads`.
@@ -96,6 +96,7 @@ def attention_mask(kind: str, config: RudalleConfig) -> Tensor:
 
 
 def mask_kind(layer: int, depth: int) -> str:
+    """The kind of the attention mask of a layer."""
     return "column" if layer % 4 == 1 else "conv" if layer == depth - 1 else "row"
 
 

@@ -1,7 +1,7 @@
-"""The DALL·E transformer (arXiv 2102.12092) as DALLE-pytorch built it, releases 1.0 to 1.6 and upstream's fork.
+"""The transformer of DALLE-pytorch (after DALL·E, arXiv 2102.12092), for releases 1.0 to 1.6 and upstream's fork.
 
-Sequence: <bos>, `text_seq_len` text tokens, `grid_size`² image tokens. Logits: the text vocabulary (words, then one
-padding id a position), then the image vocabulary.
+A sequence is <bos>, `text_seq_len` text tokens and `grid_size`² image tokens. The vocabulary of the logits is the text
+vocabulary (the tokenizer's ids, then one padding id for each text position), followed by the image vocabulary.
 """
 
 from __future__ import annotations
@@ -28,15 +28,19 @@ from dall3.models.interface import Cache, ImageTokenTransformer
 
 ATTENTION_TYPES = ("full", "axial_row", "axial_col", "conv_like", "conv_like_causal", "sparse", "mlp")
 FEED_FORWARD_MULT = 4
-# Rows of a prompt from which a CPU reads the keys and values of its text once for all of them, in products of matrices.
+# Smallest number of rows per prompt for which a CPU stores the keys and values of the text once for all rows. Attention
+# to the text is then a product of matrices.
 SHARING_ROWS = 8
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """What a DalleTransformer is, by DALLE-pytorch's names for its hyper-parameters."""
+    """Configuration of a `DalleTransformer`, with DALLE-pytorch's names.
 
-    num_text_tokens: int  # words of the tokenizer; the text vocabulary is `text_seq_len` wider
+    Raises ValueError for an unknown attention type and for settings that contradict each other.
+    """
+
+    num_text_tokens: int  # size of the tokenizer's vocabulary; each text position adds a padding id of its own
     num_image_tokens: int
     text_seq_len: int
     dim: int
@@ -50,10 +54,10 @@ class TransformerConfig:
     reversible: bool = False
     stable: bool = False
     sandwich_norm: bool = False
-    shared_attn_ids: tuple[int, ...] | None = None  # layers with the same id share weights; cycled
-    shared_ff_ids: tuple[int, ...] | None = None
+    shared_attn_ids: tuple[int, ...] | None = None  # layers with the same id share weights; cycled over the layers
+    shared_ff_ids: tuple[int, ...] | None = None  # the same for the feed-forwards
     share_input_output_emb: bool = False
-    loss_img_weight: float = 7.0
+    loss_img_weight: float = 7.0  # weight of the image loss relative to the text loss
 
     def __post_init__(self) -> None:
         unknown = set(self.attn_types) - set(ATTENTION_TYPES)
@@ -70,7 +74,7 @@ class TransformerConfig:
 
     @property
     def text_length(self) -> int:
-        """Positions before the image: <bos> and the text."""
+        """Number of positions before the image: <bos> and the text."""
         return self.text_seq_len + 1
 
     @property
@@ -79,7 +83,7 @@ class TransformerConfig:
 
     @property
     def seq_len(self) -> int:
-        """Positions that are ever fed: the last image token predicts nothing."""
+        """Number of input positions. The last image token is never an input."""
         return self.text_seq_len + self.image_seq_len
 
     @property
@@ -88,10 +92,10 @@ class TransformerConfig:
 
 
 def rotary_angles(config: TransformerConfig) -> Tensor:
-    """Rotary angles of DALLE-pytorch, float (text_length + image_seq_len, channels): text position, row and column.
+    """Rotary angles of DALLE-pytorch, float (text_length + image_seq_len, channels).
 
-    Each has a third of the channels. Image tokens have the text position 8192. Text tokens have the row and column -10;
-    those of the image run from -1 to 1.
+    The text position, the row and the column each have a third of the channels. Rows and columns of the image run from
+    -1 to 1. Image tokens have the text position 8192; text tokens have the row and column -10.
     """
     from rotary_embedding_torch import RotaryEmbedding
 
@@ -109,8 +113,8 @@ def rotary_angles(config: TransformerConfig) -> Tensor:
 def rotary_table(angles: Tensor, config: TransformerConfig) -> Tensor:
     """Cosine and sine, float (text_length + image_seq_len, dim_head / 2, 2), of angles (…, positions, channels).
 
-    Neighbouring channels have the same angle. Missing channels are not rotated. The table of upstream lacks the last
-    position, which is never an input.
+    The two channels of a pair have the same angle. Channels without an angle are not rotated. The table of upstream
+    lacks the last position, which is never an input.
     """
     by_pair = angles.reshape(angles.shape[-2:])[:, ::2]
     positions = config.text_length + config.image_seq_len
@@ -132,7 +136,7 @@ class FeedForward(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """gMLP (arXiv 2105.08050): positions mix through a learned causal matrix instead of attention."""
+    """gMLP (arXiv 2105.08050): a learned causal matrix mixes the positions, in place of attention."""
 
     def __init__(self, dim: int, seq_len: int) -> None:
         super().__init__()
@@ -172,7 +176,9 @@ class Sublayer(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor, at: Positions, shift: Shift | None, cache: LayerCache | None = None
     ) -> Tensor:
-        """x: (batch, n, dim), the input of the branch. residual: what the branch is added to, x if not reversible."""
+        """x: (batch, n, dim), the input of the branch. residual: the tensor that the branch is added to; x itself,
+        unless the network is reversible. Returns (batch, n, dim).
+        """
         x = self.norm(x)
         if shift is not None:
             x = shift(x)
@@ -186,11 +192,11 @@ Shift = Callable[[Tensor], Tensor]  # the token shift of one sublayer: (batch, n
 
 
 def shift_sequence(x: Tensor, at: Positions) -> Tensor:
-    """Token shift of a whole sequence: two quarters of the channels of x (batch, n, dim) come from neighbours.
+    """Token shift of a whole sequence x (batch, n, dim): half of the channels are replaced by those of neighbours.
 
-    In the image the first quarter comes from the token above and the second from the token to the left; in the text
-    both come from the token before. Where there is none, they are 0. This uses slices instead of the indices in `at`:
-    the gradient of a look-up is slow.
+    In the image the first quarter comes from the token above and the second quarter from the token to the left; in the
+    text both come from the previous token. Channels of missing neighbours are 0. This uses slices instead of the
+    indices in `at`, because the backward pass of indexing is slow.
     """
     quarter, text = x.shape[-1] // 4, at.text_length
     has_left = torch.arange(x.shape[1] - text, device=x.device)[:, None] % at.grid_size > 0
@@ -201,7 +207,7 @@ def shift_sequence(x: Tensor, at: Positions) -> Tensor:
 
 
 def delay(x: Tensor, steps: int) -> Tensor:
-    """Shift x (batch, n, width) by `steps` positions towards the end; zeros come in at the start."""
+    """Shift x (batch, n, width) by `steps` positions towards the end, and fill the start with zeros."""
     return F.pad(x, (0, 0, steps, 0))[:, : x.shape[1]]
 
 
@@ -218,7 +224,7 @@ def shift_token(x: Tensor, neighbours: Tensor, shifted: list[Tensor]) -> Tensor:
 def shift_tokens(x: Tensor, cache: Tensor, index: Tensor, at: Positions) -> Tensor:
     """Token shift of several positions `index` (n,), x (batch, n, dim), which may be neighbours of each other.
 
-    cache: (positions + 1, batch, dim / 2) of this sublayer, is written.
+    cache: (positions + 1, batch, dim / 2), the cache of this sublayer, which is written.
     """
     own, rest = x.chunk(2, dim=-1)
     cache.index_copy_(0, index, own.transpose(0, 1))
@@ -236,17 +242,19 @@ class TransformerState:
     """Static cache of all sublayers: keys and values, and the channels that the token shift moves.
 
     layers: a LayerCache per sublayer. shifted: float (positions + 1, sublayers, batch, dim / 2). Its last row is never
-    written and stays 0: it stands for neighbours that do not exist. All sublayers share this tensor, so that a step
-    reads and writes it once.
+    written and is always 0: missing neighbours have this index. All sublayers share the tensor, so that a step reads
+    and writes it once.
     """
 
     def __init__(self, sublayers: int, positions: int, cached: int) -> None:
-        """positions: of the whole sequence. cached: positions of the layer caches, fewer if they hold no text."""
+        """positions: number of positions of the sequence. cached: number of positions of the layer caches, which is
+        smaller if they do not hold the text.
+        """
         self.layers, self.positions = [LayerCache(cached) for _ in range(sublayers)], positions
         self.shifted: Tensor | None = None
 
     def shift_cache(self, like: Tensor, batch: int, width: int) -> Tensor:
-        """`shifted`, allocated on first use with the dtype and device of `like`."""
+        """`shifted`, which is allocated on first use with the dtype and device of `like`."""
         if self.shifted is None:
             with torch.inference_mode(False):  # an inference tensor could not be written outside of inference mode
                 self.shifted = like.new_zeros(self.positions + 1, len(self.layers), batch, width)
@@ -255,8 +263,8 @@ class TransformerState:
     def shifts(self, x: Tensor, index: Tensor, at: Positions, shifted: list[Tensor]) -> list[Shift]:
         """The token shift of each sublayer for tokens x (batch, n, dim) at the positions `index` (n,).
 
-        For a single token, the channels of all sublayers are read here, and `write_shifted` writes those that the
-        sublayers appended to `shifted`. With several tokens, each sublayer reads and writes the cache itself.
+        For a single token, the cache is read once for all sublayers. They append their new channels to `shifted`, which
+        `write_shifted` then writes. For several tokens, each sublayer reads and writes the cache itself.
         """
         cache = self.shift_cache(x, len(x), x.shape[-1] // 2)
         if len(index) > 1:
@@ -265,30 +273,41 @@ class TransformerState:
         return [partial(shift_token, neighbours=half, shifted=shifted) for half in neighbours.unbind()]
 
     def write_shifted(self, shifted: list[Tensor], index: Tensor) -> None:
-        """Write the shifted channels of a single token: a (batch, 1, dim / 2) for each sublayer."""
+        """Write the channels of a single token, one tensor (batch, 1, dim / 2) for each sublayer."""
         if shifted and self.shifted is not None:
             self.shifted.index_copy_(0, index, torch.stack(shifted).permute(2, 0, 1, 3))
 
     def copy_text(self, source: TransformerState, prompts: int, rows: int, shared: bool) -> None:
-        """Write the texts that `source` holds, one row for each of `prompts`, for `rows` rows each."""
+        """Copy the texts of `source`, which has one row per prompt, to a cache with `rows` rows per prompt.
+
+        shared: as in `LayerCache.copy_text`.
+        """
         for layer, found in zip(self.layers, source.layers, strict=True):
             if found.states is not None:  # a feed-forward has none
                 layer.copy_text(found, prompts, rows, shared)
-        if source.shifted is not None:  # no image token has a neighbour in the text
+        if source.shifted is not None:  # not copied, as no image token has a neighbour in the text
             self.shift_cache(source.shifted, prompts * rows, source.shifted.shape[-1]).zero_()
 
 
 @dataclass(eq=False)
 class DalleCache(Cache):
+    """The state of all sublayers."""
+
     state: TransformerState
     shared: bool  # whether all rows of a prompt share the keys and values of its text
     text: TransformerState | None = None  # state after the texts, one row per prompt
 
 
 class DalleTransformer(ImageTokenTransformer[DalleCache]):
-    """The DALL·E transformer. `forward` gives the original's logits; `prefill` and `step` draw tokens one by one.
+    """The DALL·E transformer of DALLE-pytorch.
 
-    Raises ValueError for a configuration that contradicts itself.
+    `forward` returns the logits of the original program. `prefill` and `step` draw tokens one by one. Raises ValueError
+    for shared weights between layers of different attention types.
+
+    >>> config = TransformerConfig(100, 16, 8, dim=32, depth=2, heads=2, dim_head=16, grid_size=4)
+    >>> transformer = DalleTransformer(config)
+    >>> transformer.image_token_logits(torch.ones(1, 8, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int64)).shape
+    torch.Size([1, 4, 16])
     """
 
     config: TransformerConfig
@@ -324,7 +343,7 @@ class DalleTransformer(ImageTokenTransformer[DalleCache]):
         above = torch.where(in_image, place - c.grid_size, place - 1)
         left = torch.where(in_image & (in_row == 0), -1, place - 1)
         has_above = (above >= 0) & ~(in_image & (above < c.text_length))
-        # Position seq_len stands for a neighbour that does not exist; its cache row stays 0.
+        # Missing neighbours have the index seq_len, whose row of the cache is always 0.
         above, left = torch.where(has_above, above, c.seq_len), torch.where(left >= 0, left, c.seq_len)
         self.register_buffer("neighbours", torch.stack((above, left)), persistent=False)
 
@@ -334,7 +353,7 @@ class DalleTransformer(ImageTokenTransformer[DalleCache]):
         If the checkpoint's rotary table is the one computed from the configuration, it is removed from `state`. A
         different one, such as a table rounded to float16, is kept: the model then saves it too.
         """
-        cos, sin = state.get(f"{prefix}rotary_cos"), state.get(f"{prefix}rotary_sin")  # of older files
+        cos, sin = state.get(f"{prefix}rotary_cos"), state.get(f"{prefix}rotary_sin")  # names in older files
         if cos is not None and sin is not None and cos.shape == sin.shape:
             state[f"{prefix}rotary_table"] = torch.stack((cos, sin), dim=-1)
             del state[f"{prefix}rotary_cos"], state[f"{prefix}rotary_sin"]
@@ -352,10 +371,11 @@ class DalleTransformer(ImageTokenTransformer[DalleCache]):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, text_ids: Tensor, image_ids: Tensor | None = None) -> Tensor:
-        """Logits (batch, positions, text + image vocabulary); what cannot follow has the dtype's lowest value.
+        """Logits of the next token at each input position, (batch, positions, text + image vocabulary).
 
-        text_ids: int64 (batch, text_seq_len), padded with 0. image_ids: int64 (batch, up to grid_size²) or None.
-        There is a position for <bos>, each text and each image token, except the very last one, which nothing follows.
+        text_ids: int64 (batch, text_seq_len), padded with 0. image_ids: int64 (batch, n), n ≤ grid_size², or None.
+        The positions are <bos>, the text tokens and the image tokens except the last one of a full grid. Ids that
+        cannot follow a position have the lowest value of the dtype.
         """
         text, image = self.logits(text_ids, image_ids)
         lowest = torch.finfo(text.dtype).min
@@ -363,9 +383,10 @@ class DalleTransformer(ImageTokenTransformer[DalleCache]):
         return torch.cat((text, F.pad(image, (self.config.text_vocabulary, 0), value=lowest)), dim=1)
 
     def loss(self, text_ids: Tensor, image_ids: Tensor, seen_ids: Tensor | None = None) -> Tensor:
-        """The next token's mean cross-entropy in nats, text and image weighted 1 : loss_img_weight. Shapes as above.
+        """Mean cross-entropy of the next token in nats; text and image are weighted 1 : loss_img_weight.
 
-        seen_ids: shown to the transformer in place of image_ids, of which it is to find the next one all the same.
+        text_ids: int64 (batch, text_seq_len). image_ids: int64 (batch, grid_size²), the targets. seen_ids: image tokens
+        that are the input instead of `image_ids`.
         """
         text, image = self.logits(text_ids, image_ids if seen_ids is None else seen_ids)
         text_loss = F.cross_entropy(text.transpose(1, 2), self.pad_text(text_ids))
@@ -374,7 +395,7 @@ class DalleTransformer(ImageTokenTransformer[DalleCache]):
         return (text_loss + weight * image_loss) / (weight + 1)
 
     def logits(self, text_ids: Tensor, image_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Text logits of the positions that a text token follows, image logits of the others."""
+        """Text logits of the positions before a text token, and image logits of the positions before an image token."""
         c = self.config
         x = self.embed_text(text_ids)
         if image_ids is not None:
@@ -386,37 +407,40 @@ class DalleTransformer(ImageTokenTransformer[DalleCache]):
         return self.text_logits(x[:, : c.text_seq_len]), self.image_logits(x[:, c.text_seq_len :])
 
     def image_logits(self, x: Tensor) -> Tensor:
-        """Hidden states (batch, n, dim) from `run` to logits (batch, n, num_image_tokens): half of the head only."""
+        """Map hidden states (batch, n, dim) to image logits (batch, n, num_image_tokens)."""
         if self.image_head is not None:
             logits: Tensor = self.image_head(x)
             return logits
         return F.linear(x, *self.head)
 
     def text_logits(self, x: Tensor) -> Tensor:
-        """Hidden states (batch, n, dim) from `run` to logits (batch, n, text vocabulary)."""
+        """Map hidden states (batch, n, dim) to text logits (batch, n, text_vocabulary)."""
         end = self.config.text_vocabulary
         return F.linear(x, self.to_logits.weight[:end], self.to_logits.bias[:end])
 
     def pad_text(self, text_ids: Tensor) -> Tensor:
-        """Every 0 becomes the padding id of its own position."""
+        """Replace each padding 0 at position i by the id `num_text_tokens + i`."""
         padding = torch.arange(self.config.text_seq_len, device=text_ids.device) + self.config.num_text_tokens
         return torch.where(text_ids == 0, padding, text_ids)
 
     def embed_text(self, text_ids: Tensor) -> Tensor:
-        """Text ids (batch, text_seq_len), 0 for padding, to embeddings (batch, text_seq_len + 1, dim); <bos> first."""
+        """Embed text ids, int64 (batch, text_seq_len), padded with 0, after <bos>: (batch, text_seq_len + 1, dim).
+
+        Raises ValueError for another length.
+        """
         if text_ids.shape[-1] != self.config.text_seq_len:
             raise ValueError(f"text has {text_ids.shape[-1]} tokens; this transformer takes {self.config.text_seq_len}")
         return self.embed_words(F.pad(self.pad_text(text_ids), (1, 0)), slice(None))
 
     def embed_words(self, ids: Tensor, part: slice) -> Tensor:
-        """A part of the text's ids (batch, n), <bos> = 0 first, as they are, to embeddings (batch, part, dim)."""
+        """Embed the positions `part` of ids (batch, n), which begin with <bos> = 0, without replacing padding."""
         c = self.config
         table = self.to_logits.weight[: c.text_vocabulary] if c.share_input_output_emb else self.text_emb.weight
         x = F.embedding(ids[:, part], table).to(self.norm_out.weight.dtype)
         return x if c.rotary_emb else x + self.text_pos_emb.weight[part]
 
     def embed_image(self, image_ids: Tensor, places: Tensor) -> Tensor:
-        """Image ids (batch, n) at `places` (n,) of the image's grid, 0 first, to embeddings (batch, n, dim)."""
+        """Embed image ids (batch, n) at grid indices `places` (n,), counted from 0: (batch, n, dim)."""
         c = self.config
         table = self.to_logits.weight[c.text_vocabulary :] if c.share_input_output_emb else self.image_emb.weight
         x = F.embedding(image_ids, table).to(self.norm_out.weight.dtype)
@@ -473,11 +497,11 @@ class DalleTransformer(ImageTokenTransformer[DalleCache]):
 
     @property
     def top_k_vocabulary(self) -> int:
-        """Text and image ids together, as DALLE-pytorch counts them."""
+        """Size of the text and image vocabularies together, as in DALLE-pytorch."""
         return self.config.text_vocabulary + self.config.num_image_tokens
 
-    def make_caches(self) -> TransformerState:
-        """An empty cache for `run`. Its batch size is that of the first tokens."""
+    def new_state(self) -> TransformerState:
+        """An empty cache for `run`. The first call of `run` determines its batch size."""
         return TransformerState(2 * self.config.depth, self.config.seq_len, self.config.seq_len)
 
     def run(
@@ -488,12 +512,12 @@ class DalleTransformer(ImageTokenTransformer[DalleCache]):
         state: TransformerState | None = None,
         image_index: Tensor | None = None,
     ) -> Tensor:
-        """Run all layers on embeddings (batch, n, dim) at positions `index` (n,): hidden states (batch, n, dim).
+        """Run all layers on embeddings x (batch, n, dim) at positions `index` (n,): hidden states (batch, n, dim).
 
-        Without a cache, x holds all positions before `end`. With one, x holds the last positions before `end`, and
-        their cache entries are written. If `end` is None, all positions of the cache are read under a mask, so that the
-        shapes are the same for every token. image_index: int64 (n,), positions in the image's grid; given if the layer
-        caches hold image positions only.
+        Without a cache, x must hold all positions before `end`. With a cache, `state`, x holds the last positions
+        before `end`, and the cache entries of x are written. If `end` is None, all positions of the cache are read
+        under a mask, so that the shapes are the same for every token. image_index: int64 (n,), grid indices of image
+        tokens; must be given if the layer caches hold image positions only.
         """
         c, at = self.config, self.positions(index, end, image_index)
         sublayers = [sublayer for pair in self.layers for sublayer in pair.children()]
@@ -520,11 +544,11 @@ class DalleTransformer(ImageTokenTransformer[DalleCache]):
         return self.norm_out(x)
 
     def positions(self, index: Tensor, end: int | None, image_index: Tensor | None) -> Positions:
-        """What the layers need to know of the positions of a forward pass. Arguments as for `run`."""
+        """The positions of a forward pass, as the layers need them. Arguments as in `run`."""
         c, visible = self.config, self.config.seq_len if end is None else end
         masks: dict[str, Tensor | None] = {"full": None}
         for kind in {"full", *c.attn_types} - {"mlp"}:
-            if kind != "full" or end is None or len(index) > 1:  # the last position attends to all positions
+            if kind != "full" or end is None or len(index) > 1:  # a single last position attends to all keys
                 masks[kind] = self.get_buffer(f"{kind}_pattern")[..., index, :visible]
         rotation = None
         if c.rotary_emb:
@@ -537,7 +561,7 @@ class DalleTransformer(ImageTokenTransformer[DalleCache]):
 
 
 def layer_functions(config: TransformerConfig) -> list[tuple[nn.Module, nn.Module]]:
-    """Attention (or gMLP) and feed-forward of each layer; layers that share weights get the same modules."""
+    """The attention (or gMLP) and the feed-forward of each layer. Layers that share weights have the same modules."""
     c = config
     attentions: dict[int, tuple[str, nn.Module]] = {}
     feed_forwards: dict[int, nn.Module] = {}
@@ -550,7 +574,9 @@ def layer_functions(config: TransformerConfig) -> list[tuple[nn.Module, nn.Modul
             mixer = GatedMLP(c.dim, c.seq_len) if kind == "mlp" else Attention(c.dim, c.heads, c.dim_head, kind)
             attentions[attn_id] = (kind, mixer)
         if attentions[attn_id][0] != kind:
-            raise ValueError(f"shared_attn_ids: layer {i} is '{kind}', but another type has its weights")
+            raise ValueError(
+                f"shared_attn_ids: layer {i} is '{kind}', but shares the weights of a '{attentions[attn_id][0]}' layer"
+            )
         if ff_id not in feed_forwards:
             feed_forwards[ff_id] = FeedForward(c.dim)
         functions.append((attentions[attn_id][1], feed_forwards[ff_id]))

@@ -125,8 +125,8 @@ class AttentionBlock(nn.Module):
         super().__init__()
         num_heads = channels // c.num_head_channels if c.num_head_channels else num_heads
         if num_heads < 1 or channels % num_heads or channels % (c.num_head_channels or 1):
-            wish = f"num_head_channels={c.num_head_channels}" if c.num_head_channels else f"num_heads={num_heads}"
-            raise ValueError(f"{channels} channels cannot be split into heads with {wish}")
+            setting = f"num_head_channels={c.num_head_channels}" if c.num_head_channels else f"num_heads={num_heads}"
+            raise ValueError(f"{channels} channels cannot be split into heads with {setting}")
         self.num_heads, self.new_order = num_heads, c.use_new_attention_order
         self.norm = GroupNorm(32, channels)
         self.qkv = nn.Conv1d(channels, channels * 3, 1)
@@ -233,7 +233,7 @@ class UNet(nn.Module):
                     )
                 self.output_blocks.append(Block(*layers))
         self.gradient_checkpointing = False
-        self.graphs: dict[Any, Any] = {}  # captured denoising steps that no call uses now
+        self.graphs: dict[Any, Any] = {}  # captured denoising steps that no call is using
         out_channels = 6 if c.diffusion.learn_sigma else 3
         self.out = nn.Sequential(GroupNorm(32, width), nn.SiLU(), nn.Conv2d(width, out_channels, 3, padding=1))
         for module in self.modules():
@@ -254,7 +254,7 @@ class UNet(nn.Module):
         the denoising loop captures the compiled step as a CUDA graph, so modes that do so are not needed.
         """
         super().compile(**step_compile_options(options))
-        self.free_graphs()  # they hold the step as it was
+        self.free_graphs()  # they contain the previous step
 
     def free_graphs(self) -> None:
         """Free the captured denoising steps, and the memory that they hold."""

@@ -99,6 +99,6 @@ class Upscaler(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
         dtype, found = next(self.network.parameters()).dtype, self.descriptor
-        # Some transformers claim bfloat16 only, and fail on images of another size than those of their training.
+        # Some transformers declare only bfloat16, and fail for other image sizes than those of their training.
         in_half = found.supports_half and (found.supports_bfloat16 or dtype == torch.float16)
         return self if in_half or dtype not in (torch.float16, torch.bfloat16) else self.float()

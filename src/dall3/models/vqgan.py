@@ -1,4 +1,4 @@
-"""VQGAN (arXiv 2012.09841) of taming-transformers: GumbelVQ and VQModel, with the parameter names of its checkpoints.
+"""VQGAN (arXiv 2012.09841) of taming-transformers: VQModel and GumbelVQ, with the parameter names of its checkpoints.
 
 The VQGANs of DALL·E Mini and ruDALL-E are the same networks; the configuration holds the differences.
 """
@@ -55,6 +55,8 @@ def silu(x: Tensor) -> Tensor:
 
 
 class ResnetBlock(nn.Module):
+    """A residual block of two convolutions."""
+
     def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__()
         self.norm1 = normalization(channels)
@@ -122,6 +124,8 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Images (batch, 3, height, width) to features (batch, z_channels, height / downsampling, width / downsampling)."""
+
     def __init__(self, c: VQGANConfig) -> None:
         super().__init__()
         widths = [c.ch * mult for mult in (1, *c.ch_mult)]
@@ -142,6 +146,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Features of the `Encoder` to images."""
+
     def __init__(self, c: VQGANConfig) -> None:
         super().__init__()
         widths = [c.ch * mult for mult in (*c.ch_mult, c.ch_mult[-1])]
@@ -216,13 +222,13 @@ class VQModel(nn.Module):
         """
         if not self.config.has_encoder:
             raise ValueError(
-                "this VQGAN has no encoder, so that pictures cannot be turned into tokens; its file holds a decoder "
-                "alone, as DALL·E Mini's detoker.pt does; give taming's checkpoint of the same codes as vqgan"
+                "this VQGAN has no encoder, so it cannot convert images to tokens; its file has only a decoder, as "
+                "DALL·E Mini's detoker.pt; give taming's checkpoint of the same codes as vqgan"
             )
         step, shape = self.downsampling, tuple(images.shape)
         if len(shape) != 4 or shape[1] != 3 or shape[2] % step or shape[3] % step:
             raise ValueError(
-                f"pictures have shape {shape}; expected (batch, 3, height, width), sides divisible by {step}"
+                f"images have shape {shape}; expected (batch, 3, height, width), sides divisible by {step}"
             )
         return self.choose(self.quant_conv(self.encoder(images if self.config.unit_range else images * 2 - 1))).flatten(
             1
@@ -238,8 +244,8 @@ class VQModel(nn.Module):
         Returns float (batch, 3, side · downsampling, side · downsampling); with `dwt`, the sides are twice as long.
         Raises ValueError if the ids do not form a square grid.
         """
-        pictures = self.decoder(self.post_quant_conv(self.embed(ids)))
-        return pictures.clamp(0, 1) if self.config.unit_range else (pictures.clamp(-1, 1) + 1) / 2
+        images = self.decoder(self.post_quant_conv(self.embed(ids)))
+        return images.clamp(0, 1) if self.config.unit_range else (images.clamp(-1, 1) + 1) / 2
 
 
 class GumbelVQ(VQModel):
@@ -279,11 +285,11 @@ def check_codes(transformer_config: Any, vqgan: Any) -> None:
         raise ValueError(f"the transformer draws {codes} codes, the vqgan has {vqgan.num_tokens}")
     if unit_range and not getattr(vqgan.config, "unit_range", False):
         raise ValueError(
-            "the vqgan's pixels are in [-1, 1], but DALL·E Mini's codes are of one with pixels in [0, 1]; give its "
+            "the vqgan's pixels are in [-1, 1], but DALL·E Mini's codes need a VQGAN with pixels in [0, 1]; give its "
             "detoker.pt, or load taming's checkpoint of the same codes with load_vqgan(…, unit_range=True)"
         )
     if not unit_range and getattr(vqgan.config, "unit_range", False):
         raise ValueError(
-            "the vqgan is DALL·E Mini's (detoker.pt), and its codes are not those that this transformer draws; give "
-            "the VQGAN that the transformer was trained with"
+            "the vqgan is DALL·E Mini's (detoker.pt), but this transformer draws other codes; give the VQGAN that the "
+            "transformer was trained with"
         )

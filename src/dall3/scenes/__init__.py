@@ -1,4 +1,4 @@
-"""Rendered training images with captions: one solid object on a ground plane in front of a plain background."""
+"""Rendered training images with captions: one solid object on the ground in front of a plain background."""
 
 from dall3.scenes.captions import caption, describe
 from dall3.scenes.render import render

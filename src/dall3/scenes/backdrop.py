@@ -40,6 +40,7 @@ def mix(a: tuple[int, int, int], b: tuple[int, int, int], t: Tensor) -> Tensor:
 
 
 def smooth_step(low: float, high: float, x: Tensor) -> Tensor:
+    """A smooth step from 0 at `low` to 1 at `high` (GLSL's smoothstep). With low > high it falls."""
     t = ((x - low) * (1 / (high - low))).clamp_(0, 1)
     return t * t * (3 - 2 * t)
 
@@ -94,6 +95,6 @@ def draw_backdrops(scenes: Sequence[Scene], groups: Sequence[tuple[str, slice]],
     lit = 1 - torch.where(dot(p, p) < 30, 1 - lit, 0) * ground
     vignette = 1.03 - 0.16 * ((x - 0.5) ** 2 + (y - 0.45) ** 2)
     lights = (wall_light + (floor_light - wall_light) * ground) * (lit * vignette)
-    pictures = lights.transpose(0, 1).reshape(-1, 3, half, half)
-    wide = functional.interpolate(pictures, scale_factor=2, mode="bilinear", align_corners=False)
+    images = lights.transpose(0, 1).reshape(-1, 3, half, half)
+    wide = functional.interpolate(images, scale_factor=2, mode="bilinear", align_corners=False)
     return wide[..., :size, :size].contiguous()

@@ -33,6 +33,7 @@ def draw_clouds(
 
 
 def march(shape: str, camera: Cameras, rays: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """March rays (3, b, k) through the cloud of a shape. Returns premultiplied light (3, b, k) and coverage (b, k)."""
     distance, height = DISTANCES[shape], 0.2 * delicacy(shape)
 
     def depth_inside(p: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Composite emoji on plain backgrounds in batches on any device, with the results of `draw_emoji`."""
+"""Composite emoji on plain backgrounds, in batches on any device. The results equal those of `draw_emoji`."""
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ class Drawings:
             self.load(range(len(emoji)))
 
     def load(self, numbers: Iterable[int]) -> None:
+        """Decode the drawings with these numbers that have not been decoded yet."""
         missing = sorted({number for number in numbers if not self.loaded[number]})
         parts = [missing[k : k + 32] for k in range(0, len(missing), 32)]
 
@@ -89,13 +90,13 @@ def resampling(start: Tensor, width: Tensor, side: int) -> Tensor:
     return torch.where((place > 0) & (place < width), weight, 0)
 
 
-def lay(drawings: Drawings, pictures: Sequence[Sequence[Layer]], backgrounds: Sequence[str], side: int) -> Tensor:
-    """Composite layers, the lowest first, on background colours: images, uint8 (n, 3, side, side)."""
+def lay(drawings: Drawings, images: Sequence[Sequence[Layer]], backgrounds: Sequence[str], side: int) -> Tensor:
+    """Composite the layers of each image, the lowest first, on background colours: uint8 (n, 3, side, side)."""
     colours = put([BACKGROUNDS[name] for name in backgrounds], drawings.device, torch.float32)
     canvas = colours[..., None, None].expand(-1, -1, side, side).contiguous()
-    for level in range(max(map(len, pictures))):
-        having = [k for k, layers in enumerate(pictures) if len(layers) > level]
-        layer = drawings.draw([pictures[k][level] for k in having], side)
-        which = put(having, drawings.device)
+    for level in range(max(map(len, images))):
+        numbers = [k for k, layers in enumerate(images) if len(layers) > level]
+        layer = drawings.draw([images[k][level] for k in numbers], side)
+        which = put(numbers, drawings.device)
         canvas[which] = canvas[which] * (1 - layer[:, 3:] / 255) + layer[:, :3]
     return canvas.add_(0.5).clamp_(0, 255).to(torch.uint8)

@@ -26,7 +26,7 @@ PACKAGES = ("@lobehub/fluent-emoji-3d@1.1.0", "emojibase-data@17.0.0")
 GRID = 16
 SIZE = (256, 256)  # pixels of a drawing
 WIDTHS = {"small": 8, "medium": 10, "large": 14}
-HOW_OFTEN = {"small": 0.08, "medium": 0.12, "large": 0.8}  # mostly large, which is learned fastest
+SIZE_SHARES = {"small": 0.08, "medium": 0.12, "large": 0.8}  # probabilities; large emoji are learned fastest
 FLAGS = 9  # emojibase's group number
 
 
@@ -69,7 +69,7 @@ NAMES = "names.json"  # in an archive: one object per drawing, in emojibase's or
 def pack_emoji(folder: str | Path, archive: str | Path) -> Path:
     """Pack the files of `fetch_emoji` into a zip file, about 20 MB, that `list_emoji` reads. Returns its path.
 
-    Raises FileNotFoundError where `folder` has no emoji.
+    Raises FileNotFoundError if `folder` has no emoji.
     """
     emoji = list_emoji(folder, toned=True)
     keys = ("hexcode", "name", "tags", "group", "toned")
@@ -111,6 +111,7 @@ def list_emoji(place: str | Path, toned: bool = False) -> list[Emoji]:
 
 
 def read_names(archive: Path) -> list[Emoji]:
+    """The emoji of an archive that `pack_emoji` wrote. Raises ValueError for another file."""
     try:
         with zipfile.ZipFile(archive) as file:
             names = json.loads(file.read(NAMES))
@@ -133,16 +134,16 @@ def read_drawings(emoji: Iterable[Emoji]) -> Iterable[Image.Image]:
                 if drawing.archive not in opened:
                     opened[drawing.archive] = zipfile.ZipFile(drawing.archive)
                 data = opened[drawing.archive].read(drawing.path.as_posix())
-            picture = open_image(data, str(drawing.path)).convert("RGBa")
+            image = open_image(data, str(drawing.path)).convert("RGBa")
             # Two of the drawings are 264 pixels high.
-            yield picture if picture.size == SIZE else picture.resize(SIZE, Image.Resampling.LANCZOS)
+            yield image if image.size == SIZE else image.resize(SIZE, Image.Resampling.LANCZOS)
     finally:
         for file in opened.values():
             file.close()
 
 
 def training_pool(emoji: Sequence[Emoji]) -> list[Emoji]:
-    """The drawings, repeated by how often training should draw them. Flags and skin tones are many and similar."""
+    """The drawings, repeated to weight them in training. Flags and skin tone variants, many and similar, weigh less."""
     return [drawing for drawing in emoji for _ in range(1 if drawing.toned else 2 if drawing.group == FLAGS else 8)]
 
 
@@ -165,19 +166,19 @@ def draw_emoji(
 
 def random_placement(rng: np.random.Generator) -> tuple[str, tuple[int, int]]:
     """A random size, and a random shift within half of the margin, as in `draw_emoji`."""
-    size = str(rng.choice(SIZES, p=[HOW_OFTEN[size] for size in SIZES]))
+    size = str(rng.choice(SIZES, p=[SIZE_SHARES[size] for size in SIZES]))
     reach = (GRID - WIDTHS[size]) // 4
     right, down = rng.integers(-reach, reach + 1, 2).tolist()
     return size, (right, down)
 
 
 def random_background(emoji: Emoji, rng: np.random.Generator, held_out: bool | None = False) -> str | None:
-    """A random background for a drawing, or None if it has none. held_out: as in `random_emoji_picture`."""
+    """A random background for a drawing, or None if it has none. held_out: as in `random_emoji_image`."""
     backgrounds = [b for b in BACKGROUNDS if held_out is None or is_held_out(emoji.hexcode, b) == held_out]
     return backgrounds[rng.integers(len(backgrounds))] if backgrounds else None
 
 
-def random_emoji_picture(
+def random_emoji_image(
     emoji: Emoji, rng: np.random.Generator, side: int = 256, held_out: bool | None = False
 ) -> tuple[np.ndarray, str]:
     """Draw an emoji with random background, size and position, and a caption: uint8 (side, side, 3), str.

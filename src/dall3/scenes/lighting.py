@@ -18,7 +18,7 @@ class Surface:
     """A material's input: surface points in object coordinates, in b blocks of k points.
 
     runs: shapes with their slices of blocks. p, n, view: points, unit normals and unit directions from the camera,
-    (3, b, k). which: image numbers of the blocks, (b,). camera: their cameras. pictures: the scenes without objects,
+    (3, b, k). which: image numbers of the blocks, (b,). camera: their cameras. backdrops: the scenes without objects,
     linear light (n, 3, size, size). details: random numbers of the scenes, (numbers, b, 1), as `details` draws them.
     """
 
@@ -28,7 +28,7 @@ class Surface:
     view: Tensor
     which: Tensor
     camera: Cameras
-    pictures: Tensor
+    backdrops: Tensor
     details: Tensor
 
     def shifted(self) -> Tensor:
@@ -52,11 +52,11 @@ class Surface:
         return self.by_shape(through)
 
     def seen_behind(self, points: Tensor) -> Tensor:
-        """The background's light (3, b, k) at the projections of points (3, b, k)."""
-        size = self.pictures.shape[-1]
+        """The light (3, b, k) of the backdrops at the projections of points (3, b, k)."""
+        size = self.backdrops.shape[-1]
         across, down, _ = (self.camera.project(points) * size).nan_to_num_(0).clamp_(0, size - 1).long()
         place = (self.which[:, None] * (3 * size) + down) * size + across
-        flat = self.pictures.reshape(-1)
+        flat = self.backdrops.reshape(-1)
         return torch.stack([flat.take(place + channel * size * size) for channel in range(3)])
 
 
@@ -91,6 +91,7 @@ def fresnel(n: Tensor, view: Tensor) -> Tensor:
 
 
 def reflect(view: Tensor, n: Tensor) -> Tensor:
+    """The direction of `view`, (3, ...), after reflection at a surface with the unit normals n, (3, ...)."""
     return view - n * (2 * dot(view, n))
 
 

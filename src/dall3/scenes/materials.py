@@ -19,6 +19,8 @@ from dall3.scenes.shapes import courses, dot, nearest_square, spaced_points, uni
 
 
 def plain(name: str) -> Callable[[Surface], Look]:
+    """The material of a plain colour."""
+
     def look(surface: Surface) -> Look:
         return Look(light(COLOURS[name], surface.p.device), specular=0.25, gloss=40, mirror=0.5)
 
@@ -27,6 +29,7 @@ def plain(name: str) -> Callable[[Surface], Look]:
 
 @cache
 def water_absorbs(device: torch.device) -> Tensor:
+    """Absorption of light in water per unit of length, (3, 1, 1)."""
     return torch.tensor([2.8, 0.9, 0.35], device=device).reshape(3, 1, 1)
 
 
@@ -207,7 +210,7 @@ LOOKS: dict[str, Callable[[Surface], Look]] = {
     **{name: plain(name) for name in COLOURS},
 }
 
-NUMBERS = 10
+NUMBERS = 10  # random numbers of a scene
 
 
 def details(scene: Scene) -> list[float]:

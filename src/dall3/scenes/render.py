@@ -23,7 +23,7 @@ from dall3.scenes.trace import BLOCK, Blocks, find_blocks, trace
 SAMPLES = 2  # per pixel and axis
 CLOUD_REACH = 0.25  # maximum distance of a cloud from its solid
 CHUNK = {"cpu": 2, "cuda": 1024}  # images of 256 pixels rendered at a time
-PIECE = 256  # blocks processed at a time on a CPU
+PIECE = 256  # number of blocks processed at a time on a CPU
 
 
 def runs_of(names: Sequence[str], counts: Sequence[int]) -> list[tuple[str, slice]]:
@@ -37,6 +37,7 @@ def runs_of(names: Sequence[str], counts: Sequence[int]) -> list[tuple[str, slic
 
 
 def reach(scene: Scene) -> float:
+    """How far the strands of a scene extend from its solid, approximately."""
     strands = STRANDS.get(scene.material)
     return 0.8 * strands.length * delicacy(scene.shape) if strands else 0.0
 
@@ -65,12 +66,12 @@ def lay_out(pixels: Tensor, across: int, size: int) -> Tensor:
     return grid.reshape(-1, channels, across * wide, across * wide)[..., :size, :size]
 
 
-def draw_solids(scenes: Sequence[Scene], cameras: Cameras, numbers: Tensor, pictures: Tensor) -> Tensor:
+def draw_solids(scenes: Sequence[Scene], cameras: Cameras, numbers: Tensor, backdrops: Tensor) -> Tensor:
     """Render solids: premultiplied light and coverage (n, 4, size, size) of scenes sorted by shape.
 
-    numbers: the scenes' random numbers, (k, n). pictures: the scenes without objects, linear light (n, 3, size, size).
+    numbers: the scenes' random numbers, (k, n). backdrops: the scenes without objects, linear light (n, 3, size, size).
     """
-    size, device, n = pictures.shape[-1], pictures.device, len(scenes)
+    size, device, n = backdrops.shape[-1], backdrops.device, len(scenes)
     samples = size * SAMPLES
     shapes = [scene.shape for scene in scenes]
     blocks = find_blocks(runs_of(shapes, [1] * n), cameras, samples)
@@ -91,17 +92,17 @@ def draw_solids(scenes: Sequence[Scene], cameras: Cameras, numbers: Tensor, pict
     for material, chosen, runs in by_material(scenes, blocks):
         p, normal, view, (openness,) = points[:, chosen].split((3, 3, 3, 1))
         which = blocks.which[chosen]
-        surface = Surface(runs, p, normal, view, which, cameras.take(which), pictures, numbers[:, which, None])
+        surface = Surface(runs, p, normal, view, which, cameras.take(which), backdrops, numbers[:, which, None])
         hit = depth[chosen] < torch.inf
         layer[:3, chosen] = torch.where(hit, shade(surface, LOOKS[material](surface), openness), 0)
         layer[3, chosen] = hit.float()
 
     each = blocks.across**2
     pixels = torch.zeros(4, n * each, (BLOCK // SAMPLES) ** 2, device=device)
-    grown = grow(scenes, cameras, blocks, depth, layer, samples)
+    with_strands = grow(scenes, cameras, blocks, depth, layer, samples)
     layer[:3] = expose(layer[:3])
     pixels[:, blocks.index] = shrink(layer)
-    for which, covered in grown:
+    for which, covered in with_strands:
         pixels.unflatten(1, (n, each))[:, which] = covered.unflatten(1, (-1, each))
     return lay_out(pixels, blocks.across, size)
 
@@ -169,7 +170,7 @@ def draw_sorted(scenes: Sequence[Scene], size: int, device: torch.device) -> Ten
     """Render scenes sorted by `sorting`: uint8 (n, 3, size, size)."""
     cameras = aim(scenes, [reach(scene) for scene in scenes], device)
     numbers = put([details(scene) for scene in scenes], device, torch.float32).T
-    pictures = draw_backdrops(scenes, runs_of([scene.shape for scene in scenes], [1] * len(scenes)), cameras, size)
+    backdrops = draw_backdrops(scenes, runs_of([scene.shape for scene in scenes], [1] * len(scenes)), cameras, size)
     cloudy = sum(scene.material == "cloud" for scene in scenes)
     layers = []
     for part in (slice(0, cloudy), slice(cloudy, len(scenes))):
@@ -178,10 +179,10 @@ def draw_sorted(scenes: Sequence[Scene], size: int, device: torch.device) -> Ten
             if part.start == 0 and cloudy:
                 layers.append(draw_cloudy(mine, own, numbers[:, part], size))
             else:
-                layers.append(draw_solids(mine, own, numbers[:, part], pictures[part]))
+                layers.append(draw_solids(mine, own, numbers[:, part], backdrops[part]))
     layer = torch.cat(layers)
-    pictures = pictures * (1 - layer[:, 3:]) + layer[:, :3]
-    return (pictures.clamp_(0, 1).sqrt_() * 255 + 0.5).to(torch.uint8)
+    images = backdrops * (1 - layer[:, 3:]) + layer[:, :3]
+    return (images.clamp_(0, 1).sqrt_() * 255 + 0.5).to(torch.uint8)
 
 
 def chunk_length(size: int, device: torch.device) -> int:
@@ -202,12 +203,12 @@ def render_many(scenes: Sequence[Scene], size: int = 256, device: str | torch.de
     if size < 16:
         raise ValueError(f"size={size}; expected at least 16 pixels")
     device = torch.device(device)
-    pictures = torch.empty(len(scenes), 3, size, size, dtype=torch.uint8, device=device)
+    images = torch.empty(len(scenes), 3, size, size, dtype=torch.uint8, device=device)
     length = chunk_length(size, device)
     for start in range(0, len(scenes), length):
         order = sorted(range(start, min(start + length, len(scenes))), key=lambda k: sorting(scenes[k]))
-        pictures[put(order, device)] = draw_sorted([scenes[k] for k in order], size, device)
-    return pictures
+        images[put(order, device)] = draw_sorted([scenes[k] for k in order], size, device)
+    return images
 
 
 def sorting(scene: Scene) -> tuple[bool, int, int]:

@@ -44,6 +44,7 @@ def smooth_min(a: Tensor, b: Tensor, k: float) -> Tensor:
 
 
 def length(x: Tensor, y: Tensor) -> Tensor:
+    """The length of vectors (x, y)."""
     return (x * x).addcmul_(y, y).sqrt_()
 
 
@@ -52,6 +53,7 @@ def length3(p: Tensor) -> Tensor:
 
 
 def radial(p: Tensor) -> Tensor:
+    """The distance of points (3, ...) from the vertical axis."""
     return length(p[0], p[2])
 
 
@@ -223,7 +225,7 @@ def nearest_square(centres: Tensor, p: Tensor) -> Tensor:
     return dot(p, p) - 2 * closeness
 
 
-LOWEST = 2.0  # more than any solid extends below its centre
+LOWEST = 2.0  # upper bound of the extent of a solid below its centre
 
 
 @cache

@@ -71,7 +71,7 @@ STRANDS = {
     "wool": Strands(700, length=0.10, width=0.010, taper=0.5, stray=0.8, sweep=0.0, rise=0.0, curl=0.03, colours=fibre),
 }
 TURNS = 2  # per coil
-NARROWEST = 1.3  # lower bound of a solid's larger visible side
+NARROWEST = 1.3  # lower bound of the larger visible side of a solid, in object units
 
 
 def random_numbers(scenes: Sequence[Scene], strands: Strands, device: torch.device) -> Tensor:

@@ -15,8 +15,10 @@ from dall3.scenes.scene import is_held_out
 
 @dataclass(frozen=True)
 class Head:
-    """The geometry of a face: heights of the eyes and of the brow on which a hat sits, relative to the drawing's
-    height, and widths of glasses and hats, relative to its width.
+    """The geometry of a face.
+
+    eyes, brow: heights of the eyes and of the lower edge of a hat, relative to the drawing's height, from the top.
+    glasses, hat: widths of glasses and hats, relative to the drawing's width.
     """
 
     eyes: float
@@ -63,8 +65,11 @@ HEADS = {
 
 @dataclass(frozen=True)
 class Thing:
-    """Something to wear: its emoji, its names in captions, its width relative to the drawing, and the relative height
-    of its middle (glasses) or lower edge (hats).
+    """Something to wear.
+
+    emoji: name of its drawing. words: its names in captions. across: its width relative to the drawing. down: height of
+    its middle (glasses) or lower edge (hats) relative to the drawing, from the top. hat: whether it is a hat. forms:
+    captions, with {f} for the face and {t} for the thing.
     """
 
     emoji: str

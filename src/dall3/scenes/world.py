@@ -35,9 +35,9 @@ class Plan:
 
 @dataclass
 class Batch:
-    """pictures: uint8 (n, 3, side, side) on the world's device. captions: one per image."""
+    """Images, uint8 (n, 3, side, side) on the world's device, with one caption each."""
 
-    pictures: Tensor
+    images: Tensor
     captions: list[str]
 
 
@@ -49,7 +49,7 @@ class World:
     all. Raises ValueError for an invalid side, and FileNotFoundError if the emoji are missing.
 
     >>> batch = World("cpu", side=64).draw(range(4), seed=0, kinds={"scenes": 1})
-    >>> batch.pictures.shape, len(batch.captions)
+    >>> batch.images.shape, len(batch.captions)
     (torch.Size([4, 3, 64, 64]), 4)
     """
 
@@ -78,7 +78,7 @@ class World:
         return self.render(self.plan(numbers, seed, kinds or {"scenes": 1}))
 
     def plan(self, numbers: Sequence[int], seed: int, kinds: Mapping[str, float]) -> Plan:
-        """Plan the content of `draw`, on the CPU."""
+        """Choose the content of the images of `draw`. Uses the CPU only."""
         unknown = [kind for kind in kinds if kind not in KINDS]
         if unknown:
             raise ValueError(f"unknown kind {unknown[0]!r}; expected {', '.join(KINDS)}")
@@ -86,7 +86,7 @@ class World:
         if not (weights >= 0).all() or not 0 < weights.sum() < np.inf:
             raise ValueError(f"kinds={dict(kinds)}: expected weights of 0 and more, not all of them 0")
         if weights[1:].any() and self.drawings is None:
-            raise ValueError("the kinds emoji and wearing need a World with emoji=, a folder or an archive of them")
+            raise ValueError("the kinds emoji and wearing need a World with emoji=, a folder or an archive of emoji")
         ends = np.cumsum(weights / weights.sum()).tolist()
         plan = Plan()
         for place, number in enumerate(numbers):
@@ -98,7 +98,10 @@ class World:
                 plan.scene_places.append(place)
                 plan.captions.append(caption(scene, rng))
                 continue
-            layers, background, words = self.choose_emoji(rng) if draw < ends[1] else self.dress(rng)
+            if draw < ends[1]:
+                layers, background, words = self.choose_emoji(rng)
+            else:
+                layers, background, words = self.wardrobe.dress(rng, self.held_out)
             plan.layers.append(layers)
             plan.backgrounds.append(background)
             plan.layer_places.append(place)
@@ -106,6 +109,7 @@ class World:
         return plan
 
     def choose_emoji(self, rng: np.random.Generator) -> tuple[list[Layer], str, str]:
+        """A random emoji: its layer, its background and a caption."""
         number, background = -1, None
         while background is None:
             number = self.pool[rng.integers(len(self.pool))]
@@ -113,9 +117,6 @@ class World:
         size, shift = random_placement(rng)
         words = emoji_caption(self.emoji[number], background, size, rng)
         return [placed(number, size, shift)], background, words
-
-    def dress(self, rng: np.random.Generator) -> tuple[list[Layer], str, str]:
-        return self.wardrobe.dress(rng, self.held_out)
 
     @torch.no_grad()
     def render(self, plan: Plan) -> Batch:
@@ -125,18 +126,14 @@ class World:
 
     def _render(self, plan: Plan) -> Batch:
         n = len(plan.captions)
-        pictures = torch.empty(n, 3, self.side, self.side, dtype=torch.uint8, device=self.device)
+        images = torch.empty(n, 3, self.side, self.side, dtype=torch.uint8, device=self.device)
         if plan.scenes:
             which = put(plan.scene_places, self.device)
-            pictures[which] = render_many(plan.scenes, self.side, self.device)
+            images[which] = render_many(plan.scenes, self.side, self.device)
         length = chunk_length(self.side, self.device)
         for start in range(0, len(plan.layers), length):
             part = slice(start, start + length)
             assert self.drawings is not None
             which = put(plan.layer_places[part], self.device)
-            pictures[which] = lay(self.drawings, plan.layers[part], plan.backgrounds[part], self.side)
-        return Batch(pictures, plan.captions)
-
-    def plan_scenes(self, scenes: Sequence[Scene], captions: Sequence[str]) -> Plan:
-        """A plan of the given scenes and captions."""
-        return Plan(list(captions), list(scenes), list(range(len(scenes))))
+            images[which] = lay(self.drawings, plan.layers[part], plan.backgrounds[part], self.side)
+        return Batch(images, plan.captions)

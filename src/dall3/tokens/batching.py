@@ -1,7 +1,8 @@
-"""Batch sizes that fit the memory of the device."""
+"""Free memory, and batch sizes that fit it."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -11,32 +12,48 @@ import torch
 from dall3.models.interface import ImageTokenTransformer
 from dall3.tokens.sampling import Sampling
 
-MOST_AT_ONCE = {"cpu": 32}  # maximum batch size by device type, 256 elsewhere; larger batches are not faster
+MAX_BATCH_SIZES = {"cpu": 32}  # by device type, 256 elsewhere; larger batches are not faster
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Free memory of a device in bytes, None if unknown.
+
+    On CUDA, memory that the allocator has reserved and does not use counts as free.
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    if device.type != "cpu":
+        return None
+    with suppress(OSError, KeyError, ValueError), open("/proc/meminfo", encoding="ascii") as file:
+        found = dict(line.split(":", 1) for line in file)
+        return int(found["MemAvailable"].split()[0]) * 1024
+    with suppress(OSError, ValueError, AttributeError):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
 
 
 def memory_for_caches(transformer: ImageTokenTransformer[Any], device: torch.device) -> int:
     """Memory budget for key/value caches on a device, in bytes.
 
-    On CUDA: half of what the weights leave of the device's total memory. This value does not depend on what the
-    allocator has reserved, so it is the same at every call. On a CPU: half of the available memory.
+    On CUDA: half of the device's total memory without the weights. It does not depend on what the allocator has
+    reserved, so it is the same at every call. On a CPU: half of the free memory, or 2 GiB if that is unknown.
     """
     if device.type == "cuda":
         weights = sum(parameter.numel() * parameter.element_size() for parameter in transformer.parameters())
         return (int(torch.cuda.mem_get_info(device)[1]) - weights) // 2
-    with suppress(OSError), open("/proc/meminfo", encoding="ascii") as file:
-        found = dict(line.split(":", 1) for line in file)
-        return int(found["MemAvailable"].split()[0]) * 1024 // 2
-    return 2 * 2**30
+    free = free_memory(torch.device("cpu"))
+    return 2 * 2**30 if free is None else free // 2
 
 
 def fitting_batch_size(transformer: ImageTokenTransformer[Any], settings: Sampling, device: torch.device) -> int:
-    """Candidates per batch: the largest power of two whose caches fit `memory_for_caches`, up to `MOST_AT_ONCE`.
+    """Candidates per batch: the largest power of two whose caches fit `memory_for_caches`, up to `MAX_BATCH_SIZES`.
 
-    device: where the tokens are drawn. An offloaded transformer is still on the CPU.
+    device: the device on which tokens are drawn, which is not the device of a transformer that is offloaded now.
     """
     room = memory_for_caches(transformer, device) // transformer.cache_bytes(1 if settings.cond_scale == 1 else 2, 1)
-    most = min(max(room, 1), MOST_AT_ONCE.get(device.type, 256))
-    return int(2 ** (most.bit_length() - 1))
+    largest = min(max(room, 1), MAX_BATCH_SIZES.get(device.type, 256))
+    return int(2 ** (largest.bit_length() - 1))
 
 
 T = TypeVar("T")

@@ -19,8 +19,8 @@ from dall3.tokens.cuda_graph import CudaGraph
 from dall3.tokens.sampling import Sampling
 
 # Largest number of rows for which a step is captured as a CUDA graph; with classifier-free guidance a candidate has two
-# rows. With few rows, launching kernels from Python dominates: on an H100, 256 tokens (dim 512, depth 12) of 1 and 8
-# candidates take 1.42 and 1.45 s without a graph, 0.38 and 0.49 s with one.
+# rows. With few rows, launching kernels from Python takes most of the time: on an H100, drawing 256 tokens (dim 512,
+# depth 12) for 1 and 8 candidates takes 1.42 and 1.45 s without a graph, and 0.38 and 0.49 s with one.
 GRAPHED_ROWS = 256
 GRAPHS_PER_CACHE = 2  # captured steps that a cache keeps, for different sampling settings
 
@@ -50,7 +50,7 @@ class DecodeState:
 def next_logits(
     transformer: ImageTokenTransformer[Any], cache: Cache, state: DecodeState, end: int | None = None
 ) -> Tensor:
-    """Run the last token: logits of the next one, (prompts · rows, num_image_tokens). Advances `state.place` to it."""
+    """Logits of the token after the last one, (prompts · rows, num_image_tokens). Advances `state.place` to it."""
     previous = state.tokens.index_select(1, state.place)
     logits = transformer.step(previous, state.place, cache, end)[:, 0]
     state.place.add_(1)
@@ -58,7 +58,7 @@ def next_logits(
 
 
 def sample_token(state: DecodeState, settings: Sampling, logits: Tensor, vocabulary: int) -> None:
-    """Sample the token at `state.place` from logits (prompts · rows, num_image_tokens), unless it is fixed."""
+    """Write the token at `state.place`: its fixed value, or a sample from logits (prompts · rows, num_image_tokens)."""
     uniforms = state.uniforms.index_select(1, state.place)[:, 0]
     sampled = settings.choose(settings.guide(logits.float()), uniforms, vocabulary)
     kept = state.kept.index_select(0, state.place)
@@ -78,15 +78,15 @@ def decode_step(
 
     Everything that changes from token to token is in the tensors of `state`, so that one CUDA graph serves all tokens.
     end: as in `ImageTokenTransformer.step`; `state.place + 1`, or None for static shapes. run, sample: `next_logits`
-    and `sample_token`, or these compiled.
+    and `sample_token`, or compiled versions of them.
     """
     sample(state, settings, run(transformer, cache, state, end), transformer.top_k_vocabulary)
 
 
 def compiled_step(transformer: ImageTokenTransformer[Any]) -> Callable[..., None] | None:
-    """`decode_step` as the transformer's `compile` asked for it; None if it did not.
+    """`decode_step`, compiled with the options of the transformer's `compile`; None if that was not called.
 
-    The sampling is compiled apart, so that other settings do not compile the transformer again.
+    Sampling is compiled separately, so that a change of its settings does not compile the transformer again.
     """
     options = transformer.compile_options
     if options is not None and transformer.compiled_step is None:
@@ -128,11 +128,11 @@ def captured_step(
     state: DecodeState,
     settings: Sampling,
 ) -> CapturedStep:
-    """The captured step of a cache for these settings, with the values of `state`: a kept one, or a new one."""
+    """The captured step of a cache for these settings, loaded with `state`: one kept with the cache, or a new one."""
     captured: CapturedStep | None = cache.graphs.pop(settings, None)
     if captured is None or not captured.graph.reads([transformer]):
         captured = CapturedStep(step, transformer, cache, state, settings)
-    captured.load(state)  # the warm-up runs have advanced it
+    captured.load(state)  # needed for a new one too, because its warm-up runs changed the tensors
     cache.graphs = dict([*cache.graphs.items()][-(GRAPHS_PER_CACHE - 1) :]) | {settings: captured}
     return captured
 
@@ -167,7 +167,7 @@ def image_token_steps(
         drawn = torch.zeros(uniforms.shape, dtype=torch.int64, device=device)
         kept = torch.full((length,), -1, device=device) if kept is None else kept
 
-    caches: dict[int, Any] = {}  # of this draw, by their rows
+    caches: dict[int, Any] = {}  # the caches of this call, by their number of rows
 
     def cache_of(rows: int) -> Any:
         if rows in caches:
@@ -193,7 +193,7 @@ def image_token_steps(
             elif compiled is not None:
                 compiled(transformer, cache, state, settings)
             else:
-                decode_step(transformer, cache, state, settings, i)  # reads only the keys that are written
+                decode_step(transformer, cache, state, settings, i)  # reads only the keys written so far
             yield i + 1
 
     def draw_or_free(batch: range) -> Iterator[int]:
@@ -235,10 +235,10 @@ def draw_text_tokens(transformer: DalleTransformer, given: Tensor, uniforms: Ten
     config = transformer.config
     start = int((given != 0).sum())
     ids = F.pad(given, (1, 0))[None]  # <bos> first
-    caches, index = transformer.make_caches(), torch.arange(config.text_length, device=given.device)
+    state, index = transformer.new_state(), torch.arange(config.text_length, device=given.device)
     for i in range(start, config.text_seq_len):
         new = slice(0 if i == start else i, i + 1)
-        hidden = transformer.run(transformer.embed_words(ids, new), index[new], i + 1, caches)
+        hidden = transformer.run(transformer.embed_words(ids, new), index[new], i + 1, state)
         logits = transformer.text_logits(hidden[:, -1]).float()
         ids[:, i + 1] = settings.choose(logits, uniforms[:, i], config.text_vocabulary + config.num_image_tokens)
     text = ids[0, 1:]

@@ -38,7 +38,7 @@ def filter_top_k(logits: Tensor, threshold: float, vocabulary: int | None = None
 
 
 def filter_count(logits: Tensor, count: int) -> Tensor:
-    """Keep the `count` largest of logits (batch, n) and those equal to the last of them; the others become -inf."""
+    """Keep the `count` largest of logits (batch, n), and ties with the smallest of these; set the others to -inf."""
     if count >= logits.shape[-1]:
         return logits
     smallest = logits.topk(count, sorted=False).values.amin(dim=-1, keepdim=True)
@@ -93,13 +93,14 @@ class Sampling:
     """Settings for sampling image tokens, for `Dall3Pipeline.generate_tokens` and the pipeline call.
 
     temperature: above 0; divides the logits after filtering, as in DALLE-pytorch. top_k: in [0, 1), the fraction of the
-    vocabulary that is dropped; or a whole number from 1, the codes that are kept, as DALL·E Mini and ruDALL-E have it:
-    equal ones all stay, the temperature divides first, and top_p may further choose among them. top_p: in (0, 1], the
-    probability that is kept (nucleus sampling). cond_scale: scale of classifier-free guidance, as in DALLE-pytorch 1.6;
-    1 for none. quantize: "int8" for int8 weights on a CPU: faster for a few candidates at a time, with nearly the same
-    distribution; "float16" for weights rounded to float16 (weights that float16 represents exactly are stored so by
-    default). jacobi_window: tokens per step of speculative Jacobi decoding (`dall3.tokens.speculative`), one candidate
-    after the other: faster for a few candidates, with different tokens for a seed but the same distribution.
+    vocabulary that is dropped; or an integer from 1, the number of codes that are kept, as in DALL·E Mini and ruDALL-E.
+    With an integer, codes equal to the last one are kept too, the temperature divides before filtering, and top_p may
+    filter further. top_p: in (0, 1], the probability that is kept (nucleus sampling). cond_scale: scale of
+    classifier-free guidance, as in DALLE-pytorch 1.6; 1 for none. quantize: "int8" for int8 weights on a CPU: faster
+    for a few candidates at a time, with nearly the same distribution; "float16" for weights rounded to float16 (weights
+    that float16 represents exactly are stored in it by default). jacobi_window: tokens per step of speculative Jacobi
+    decoding (`dall3.tokens.speculative`), which draws one candidate after the other: faster for a few candidates, with
+    the same distribution but other tokens for a seed.
 
     Raises ValueError for a value out of range, and if both `top_k` as a fraction and `top_p` are given.
 
@@ -117,18 +118,17 @@ class Sampling:
     def __post_init__(self) -> None:
         top_k, top_p = self.top_k, self.top_p
         require(0 < self.temperature < math.inf, f"temperature={self.temperature}; expected a number above 0")
-        require(math.isfinite(self.cond_scale), f"cond_scale={self.cond_scale}; expected a number")
+        require(math.isfinite(self.cond_scale), f"cond_scale={self.cond_scale}; expected a finite number")
         fits = top_k is None or self.counts_codes or 0 <= top_k < 1
-        expected = "expected a share of the words to drop, in [0, 1), or how many codes to keep, a whole number from 1"
+        expected = "expected the fraction of the vocabulary to drop, in [0, 1), or the number of codes to keep, from 1"
         require(fits, f"top_k={top_k}; {expected}")
         require(top_p is None or 0 < top_p <= 1, f"top_p={top_p}; expected a probability to keep, in (0, 1]")
         require(
             top_k is None or top_p is None or self.counts_codes,
             "both top_k and top_p are given; choose one, or give top_k as a number of codes",
         )
-        kinds = ", ".join(QUANTIZATIONS)
         known = self.quantize is None or self.quantize in QUANTIZATIONS
-        require(known, f"quantize={self.quantize!r} is not known; expected {kinds} or None")
+        require(known, f"quantize={self.quantize!r} is not known; expected {', '.join(QUANTIZATIONS)} or None")
         check_counts(jacobi_window=1 if self.jacobi_window is None else self.jacobi_window)
 
     @property
@@ -147,7 +147,7 @@ class Sampling:
         return without_text + (with_text - without_text) * self.cond_scale
 
     def filter(self, logits: Tensor, vocabulary: int) -> Tensor:
-        """Logits (batch, n) as they are drawn from; `vocabulary` as in `filter_top_k`."""
+        """Apply temperature, top_k and top_p to logits (batch, n). vocabulary: as in `filter_top_k`."""
         if self.counts_codes:
             logits = filter_count(logits / self.temperature, int(self.top_k or 0))
             return logits if self.top_p is None or self.top_p == 1 else filter_top_p(logits, self.top_p)

@@ -1,4 +1,4 @@
-"""Random number generators that depend only on the seed, the stream and the index of the picture."""
+"""Random number generators that depend only on the seed, the stream and the index of the image."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dall3.errors import require
 
-STREAMS = ("tokens", "noise", "cutouts", "speculation", "change")  # independent streams of one seed; order matters
+# Independent streams of a seed. A stream's number is its position, so the order must not change.
+STREAMS = ("tokens", "noise", "cutouts", "speculation", "change")
 
 
 def choose_seed(seed: int | None, generator: torch.Generator | None = None) -> int:
@@ -28,9 +29,9 @@ def choose_seed(seed: int | None, generator: torch.Generator | None = None) -> i
 
 
 def make_generator(device: torch.device | str, seed: int, stream: str, k: int = 0) -> torch.Generator:
-    """Create a generator for a seed, a stream (a name in STREAMS) and the index k of a picture.
+    """Create a generator for a seed, a stream (a name in STREAMS) and the index k of an image or candidate.
 
-    The noise of picture 0 uses the seed itself, so that it is the noise of upstream's sample.py on the same device
+    The noise of image 0 uses the seed itself, so that it is the noise of upstream's sample.py on the same device
     type.
     """
     if stream == "noise" and k == 0:

@@ -20,7 +20,7 @@ from dall3.tokens.decoding import texts_of_rows
 from dall3.tokens.sampling import Sampling
 
 
-def draw(weights: Tensor, generator: torch.Generator) -> Tensor:
+def sample(weights: Tensor, generator: torch.Generator) -> Tensor:
     """Sample one id per row, int64 (n,), from weights (n, ids), which need not sum to 1."""
     return torch.multinomial(weights, 1, generator=generator)[:, 0]
 
@@ -32,7 +32,6 @@ def speculative_token_steps(
     generators: list[torch.Generator],
     settings: Sampling,
     kept: Tensor | None = None,
-    empty_ids: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, range, int]]:
     """Sample image tokens for one text, one candidate after the other; yields after every step.
 
@@ -40,8 +39,8 @@ def speculative_token_steps(
     candidate, on the CPU. settings: `jacobi_window` tokens are run per step. kept: int64 (grid_size²,), fixed tokens,
     -1 where tokens are sampled. Yields the same tuples as `image_token_steps`.
 
-    Tokens are sampled on the CPU, and every step synchronises with the device. This pays for few candidates, where the
-    overhead of a step dominates.
+    Tokens are sampled on the CPU, and every step synchronises with the device. This is faster for few candidates, for
+    which the fixed cost of a step dominates.
     """
     config, width = transformer.config, settings.jacobi_window or 1
     transformer, length = prepare(transformer, settings.quantize), config.image_seq_len
@@ -56,7 +55,7 @@ def speculative_token_steps(
         guided = settings.guide(logits.float())[0]
         return settings.filter(guided, vocabulary).softmax(dim=-1).cpu()
 
-    with_text: list[Any] = []  # a cache that holds the texts, once there is one
+    with_text: list[Any] = []  # the last cache, whose texts the next one copies
     for k, generator in enumerate(generators):
         cache = transformer.prefill(texts, 1, *with_text)
         with_text = [cache]
@@ -64,7 +63,7 @@ def speculative_token_steps(
         q = torch.full((length, codes), 1 / codes)  # and so is q
         if kept is not None:
             tokens = torch.where(fixed, kept.cpu(), tokens)
-        tokens[:1] = torch.where(fixed[:1], tokens[:1], draw(probabilities(cache.first_logits[:, None]), generator))
+        tokens[:1] = torch.where(fixed[:1], tokens[:1], sample(probabilities(cache.first_logits[:, None]), generator))
         start = 1
         while start < length:
             end = min(start + width, length)
@@ -77,8 +76,9 @@ def speculative_token_steps(
             if rejected < end:
                 weights = p[rejected - start :].clone()
                 residual = (weights[0] - q[rejected]).clamp_min(0)
-                weights[0] = torch.where(residual.sum() > 0, residual, weights[0])  # rounding can make all of it 0
-                sampled = draw(weights, generator)
+                # Rounding can make the whole residual 0.
+                weights[0] = torch.where(residual.sum() > 0, residual, weights[0])
+                sampled = sample(weights, generator)
                 tokens[rejected:end] = torch.where(fixed[rejected:end], tokens[rejected:end], sampled)
                 q[rejected:end] = p[rejected - start :]
             start = min(rejected + 1, end)

@@ -17,8 +17,10 @@ from dall3.training.part import Part
 
 @dataclass
 class State:
-    """The numbers of a checkpoint. progress: of the training, in [0, 1]. seen: items that all processes have trained
-    on. drawn: as in `Data`.
+    """The state of a run.
+
+    step: number of completed steps. progress: of the training, in [0, 1]. seen: number of items that all processes have
+    trained on. drawn: as in `Data`.
     """
 
     step: int = 0
@@ -38,7 +40,7 @@ def save_checkpoint(run: Path, state: State, part: Part, average: Average, optim
 
 
 def load_checkpoint(run: Path, part: Part, average: Average, optimizers: Optimizers) -> State:
-    """Load the run's checkpoint, if there is one, and remove later lines from the log: they will be repeated."""
+    """Load the run's checkpoint, if there is one, and remove the log lines of later steps, which run again."""
     if not (run / "checkpoint.pt").exists():
         return State()
     found = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
@@ -57,7 +59,7 @@ def load_checkpoint(run: Path, part: Part, average: Average, optimizers: Optimiz
 def replace_folder(part: Part, average: Average, target: Path) -> None:
     """Export to a temporary folder and rename it, so that readers always find a complete one."""
     new, old = (target.with_name(f".{target.name}.{kind}") for kind in ("new", "old"))
-    for left in (new, old):  # by a run that was killed here
+    for left in (new, old):  # left by a run that was killed in this function
         shutil.rmtree(left, ignore_errors=True)
     with torch.no_grad():
         part.export(average.current(), new)

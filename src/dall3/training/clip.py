@@ -70,6 +70,8 @@ def swap_word(text: str, groups: Sequence[Sequence[str]], chance: random.Random)
 
 
 class CLIPPart(Part):
+    """Trains a `CLIP`. If the VQGAN exists, some of the images are replaced by its reconstructions."""
+
     model: CLIP
 
     def __init__(
@@ -89,36 +91,36 @@ class CLIPPart(Part):
         for number, caption in zip(numbers, batch.captions, strict=True):
             chance = random.Random(seed_of("swap", number))
             wrong += [swap_word(caption, s.swaps, chance) or "" for _ in range(s.negatives)]
-        tokens = self.model.tokenize([*batch.captions, *wrong]).to(batch.pictures.device)
+        tokens = self.model.tokenize([*batch.captions, *wrong]).to(batch.images.device)
         tokens = compact(tokens, self.model.model.vocab_size)
         text, negatives = tokens.split((len(batch.captions), len(wrong)))
         swapped = torch.tensor([bool(text) for text in wrong[:: s.negatives]], device=tokens.device)
         negatives = negatives.unflatten(0, (-1, s.negatives))
-        return {"pictures": batch.pictures, "text": text, "negatives": negatives, "swapped": swapped}
+        return {"images": batch.images, "text": text, "negatives": negatives, "swapped": swapped}
 
     def forward(self, rows: Rows, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         processes, network, device = self.processes, self.model.model, self.processes.device
-        images = self.augment(rows["pictures"].float() / 255)
+        images = self.augment(rows["images"].float() / 255)
         tokens, negatives = rows["text"].long(), rows["negatives"].long()
         # On a CPU the backward pass of fused attention takes twice as long for such short sequences.
         with sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext():
-            picture = F.normalize(network.encode_image((images - self.model.mean) / self.model.std).float(), dim=-1)
+            image = F.normalize(network.encode_image((images - self.model.mean) / self.model.std).float(), dim=-1)
             texts = F.normalize(network.encode_text(torch.cat((tokens, negatives.flatten(0, 1)))).float(), dim=-1)
         with torch.autocast(device.type, enabled=False):
             text, wrong = texts.split((len(tokens), negatives.shape[0] * negatives.shape[1]))
             scale = network.logit_scale.exp()
-            pictures, captions = (processes.gather_with_gradients(rows) for rows in (picture, text))
-            words, answers = processes.gather(tokens), torch.arange(len(pictures), device=device)
+            all_images, all_texts = (processes.gather_with_gradients(embeds) for embeds in (image, text))
+            all_tokens, answers = processes.gather(tokens), torch.arange(len(all_images), device=device)
             # Images with the same caption are not negatives of each other.
-            alike = (words[:, None] == words[None]).all(dim=-1) & (answers[:, None] != answers)
-            logits = (scale * pictures @ captions.T).masked_fill(alike, -1e4)
+            alike = (all_tokens[:, None] == all_tokens[None]).all(dim=-1) & (answers[:, None] != answers)
+            logits = (scale * all_images @ all_texts.T).masked_fill(alike, -1e4)
             loss = (F.cross_entropy(logits, answers) + F.cross_entropy(logits.T, answers)) / 2
             right = (logits.argmax(dim=1) == answers).float().mean()
             choices = torch.cat((text[:, None], wrong.unflatten(0, negatives.shape[:2])), dim=1)
-            told = scale * (choices @ picture[:, :, None])[..., 0]
-            swapped, first = rows["swapped"].float(), torch.zeros(len(told), dtype=torch.int64, device=device)
-            loss = loss + (F.cross_entropy(told, first, reduction="none") * swapped).mean()
-            apart = ((told.argmax(dim=1) == 0) * swapped).sum() / swapped.sum().clamp(min=1)
+            scores = scale * (choices @ image[:, :, None])[..., 0]
+            swapped, first = rows["swapped"].float(), torch.zeros(len(scores), dtype=torch.int64, device=device)
+            loss = loss + (F.cross_entropy(scores, first, reduction="none") * swapped).mean()
+            apart = ((scores.argmax(dim=1) == 0) * swapped).sum() / swapped.sum().clamp(min=1)
         return loss, {"accuracy": right, "told_apart": apart}
 
     @torch.no_grad()
@@ -148,9 +150,9 @@ class CLIPPart(Part):
     def sheet(self, model: nn.Module, rows: Rows) -> Image:
         """Each image, followed by the three images with the highest similarity to its caption."""
         assert isinstance(model, CLIP)
-        images = F.interpolate(rows["pictures"].float() / 255, model.image_size, mode="bilinear", antialias=True)
-        picture = F.normalize(model.embed_images(images), dim=-1)
+        images = F.interpolate(rows["images"].float() / 255, model.image_size, mode="bilinear", antialias=True)
+        image = F.normalize(model.embed_images(images), dim=-1)
         text = F.normalize(model.model.encode_text(rows["text"].long()).float(), dim=-1)
-        best = (text @ picture.T).topk(3).indices
+        best = (text @ image.T).topk(3).indices
         lines = [to_pil(torch.cat((images[i : i + 1], images[best[i]]))) for i in range(len(images))]
         return make_grid([a + b for a, b in zip(lines[0::2], lines[1::2], strict=True)], 96)

@@ -20,9 +20,10 @@ class TrainingConfig:
     fraction of the training, at the end, over which it falls to 0. clip_grad_norm: maximum norm of the gradient.
     ema_decay: decay of the averaged weights, which are exported.
     precision: "no", "bf16" or "fp16" (autocast). compile: use torch.compile on a GPU.
-    data: sources as in `Mixture`. workers: processes that read images. seed: of the weights, the data and the steps.
+    data: sources as in `Mixture`. workers: processes that read images. seed: random seed of the initial weights, the
+    data and the steps.
     every: steps between checkpoints and samples; 0 writes a checkpoint every two minutes, and samples at the end.
-    share: fraction of the time that the part computes; it sleeps otherwise, to leave the device to other parts.
+    share: fraction of the time in which the part trains; it sleeps for the rest, to leave the device to other parts.
     """
 
     steps: int = 10_000

@@ -24,7 +24,7 @@ from dall3.scenes.emoji import (
     fetch_emoji,
     list_emoji,
     random_background,
-    random_emoji_picture,
+    random_emoji_image,
     random_placement,
     training_pool,
 )
@@ -59,17 +59,17 @@ class Scenes:
         return caption(random_scene(rng), rng)
 
     def look(self) -> list[str]:
-        return ["scenes: rendered as they are needed"]
+        return ["scenes: rendered during training"]
 
 
-class EmojiPictures:
+class EmojiImages:
     """Fluent emoji on plain backgrounds without the held-out pairs, downloaded to `folder` if needed."""
 
     def __init__(self, folder: str | Path) -> None:
         self.pool = training_pool(list_emoji(fetch_emoji(folder), toned=True))
 
     def draw(self, index: int, rng: np.random.Generator, side: int) -> tuple[np.ndarray, str]:
-        return random_emoji_picture(self.pool[shuffled(index, len(self.pool))], rng, side)
+        return random_emoji_image(self.pool[shuffled(index, len(self.pool))], rng, side)
 
     def describe(self, index: int, rng: np.random.Generator) -> str:
         emoji = self.pool[shuffled(index, len(self.pool))]
@@ -88,7 +88,7 @@ def open_source(name: str) -> Source:
     if kind == "scenes":
         return Scenes()
     if kind == "emoji":
-        return EmojiPictures(place or kind)
+        return EmojiImages(place or kind)
     if kind == "folder" and place:
         return Folder(place)
     if kind == "webdataset" and place:
@@ -136,7 +136,7 @@ class Mixture(Dataset[tuple[Tensor, str]]):
         return [line for source in self.sources for line in source.look()]
 
     def choose(self, index: int) -> tuple[Source, np.random.Generator]:
-        """The source of an item, and the generator of its other choices."""
+        """The source of an item, and the random generator for the item's remaining choices."""
         rng = np.random.default_rng((self.seed, index))
         return self.sources[rng.choice(len(self.sources), p=self.shares)], rng
 
@@ -147,8 +147,8 @@ class Mixture(Dataset[tuple[Tensor, str]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, str]:
         source, rng = self.choose(index)
-        picture, text = source.draw(index, rng, self.side)
-        return torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1))), text
+        image, text = source.draw(index, rng, self.side)
+        return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), text
 
 
 class StepSampler(Sampler[list[int]]):
@@ -163,7 +163,7 @@ class StepSampler(Sampler[list[int]]):
 
 
 class Stream:
-    """Batches of a `Mixture` for a part, in order. A run that resumes continues with the items that follow."""
+    """Batches of a `Mixture` for a part, in order. A resumed run continues with the next items."""
 
     shares_device = False
 
@@ -185,9 +185,9 @@ class Stream:
         return self.rows(images, captions, next(self.items))
 
     def sample(self) -> Rows:
-        """The rows of a fixed batch of other random choices."""
-        shown = Mixture(self.config.data, self.config.side, self.config.seed + 1)
-        images, captions = zip(*(shown[i] for i in range(SHOWN)), strict=True)
+        """The rows of a fixed batch, chosen with another seed than the training batches."""
+        mixture = Mixture(self.config.data, self.config.side, self.config.seed + 1)
+        images, captions = zip(*(mixture[i] for i in range(SHOWN)), strict=True)
         return self.rows(torch.stack(images), captions, range(SHOWN))
 
     @torch.no_grad()

@@ -1,8 +1,8 @@
 """`dall3 train family`: train all parts from nothing, from one recipe and within a given time.
 
-Each part trains in its own process, on one device or several, within its window of the time (`[family.windows]`), and
-waits for the parts that it needs. If a part fails, the others continue. Images are rendered on the training device. The
-state of a run is in `runs/<part>`; the result is a pipeline folder.
+Each part trains in its own process, within its window of the total time (`[family.windows]`), and waits for the parts
+that it needs. The processes share one device, or are distributed over several. If a part fails, the others continue.
+Images are rendered on the training device. The state of a run is in `runs/<part>`; the result is a pipeline folder.
 
 `python -m dall3.training.family JOB` trains one part in this process.
 """
@@ -39,8 +39,8 @@ from dall3.training.recipe import PARTS, make_part, read_recipe
 from dall3.training.tokenizer import TokenizerConfig, write_tokenizer
 from dall3.weights.folder import DEFAULTS, TOKENIZER, Origin, from_json, load_part, model_card
 
-NEEDS_CODES = ("transformer", "upsampler")
-WHOLE = (0.0, 1.0)
+NEEDS_CODES = ("transformer", "upsampler")  # parts that need the trained VQGAN
+WHOLE = (0.0, 1.0)  # the window of a part that the recipe gives none
 # Time that a part may take after its window, to write its files: a fraction of the whole time, and seconds. On a CPU
 # the parts start slowly and compete for the cores.
 LATE, LATE_SECONDS, LATE_SECONDS_ON_CPU = 0.05, 10, 120
@@ -48,10 +48,10 @@ LATE, LATE_SECONDS, LATE_SECONDS_ON_CPU = 0.05, 10, 120
 
 @dataclass(frozen=True)
 class Job:
-    """The arguments of the process of one part. until: end of its window, as `time.time()`. late: seconds that it may
-    take after that.
+    """The arguments of the process that trains one part.
 
-    parent: process id of `train_family`; the part stops when that process is gone. 0 for none.
+    until: end of the part's window, as `time.time()`. late: number of seconds that it may exceed its window by. parent:
+    process id of `train_family`; the part stops when that process has ended. 0 for none.
     """
 
     part: str
@@ -77,6 +77,7 @@ def wait_for(out: Path, part: str, until: float, meanwhile: Callable[[], None] =
 
 
 def mark(out: Path, part: str, what: str) -> None:
+    """Create the file "finished" or "failed" in the folder of a part's run, for processes that wait for it."""
     run = out / "runs" / part
     run.mkdir(parents=True, exist_ok=True)
     (run / what).write_text("")
@@ -143,7 +144,7 @@ def train_part(job: Job) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-        CHUNK["cuda"] = 512  # several parts draw on the same device
+        CHUNK["cuda"] = 512  # less memory, as several parts render on the same device
     seed, tables = recipe["family"]["seed"], recipe[job.part]
     config: TrainingConfig = replace(from_json(TrainingConfig, tables["train"]), seed=seed, every=0)
     pooled: PoolConfig = from_json(PoolConfig, tables["pool"])
@@ -235,7 +236,7 @@ def train_family(
 
 @contextmanager
 def end_together(running: dict[str, subprocess.Popen[bytes]]) -> Iterator[None]:
-    """Context manager that ends the processes when this one is ended by SIGINT or SIGTERM. They write their files."""
+    """Context manager that terminates the processes, which then write their files, if this one is interrupted."""
 
     def end(number: int, frame: Any) -> None:
         raise KeyboardInterrupt

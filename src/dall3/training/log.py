@@ -24,11 +24,11 @@ LOG_SECONDS, LOG_STEPS = 15.0, 50
 class Log:
     """The log of a run, written by its first process.
 
-    state: the numbers of the run, which the loop keeps up to date. name: of the part. show: "bar", "lines" or nothing.
-    steps: steps of the training, if known.
+    state: the state of the run, which the loop updates. name: name of the part. show: "bar", "lines" or "". steps:
+    number of steps of the training, if known.
 
-    A line is due every 50 steps, or as often as samples if that is more often. Without samples in between it is due
-    every 15 seconds.
+    A line is due every 50 steps, or with each sheet of samples if these are more frequent. If `config.every` is 0, a
+    line is due every 15 seconds.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class Log:
         self.bar.update()
 
     def is_due(self) -> bool:
+        """Whether `write` should be called after this step."""
         if self.config.every:
             return self.state.step % min(self.config.every, LOG_STEPS) == 0
         return time.time() - self.last > LOG_SECONDS or self.state.step in (self.first + 1, self.first + 20)
@@ -82,7 +83,7 @@ class Log:
             print(f"[{self.name}] " + " ".join(f"{key}={value:.4g}" for key, value in line.items()), flush=True)
 
     def close(self) -> None:
-        """Write what is left after an interruption, the means of this process alone."""
+        """Write the remaining metrics after an interruption, averaged over this process only."""
         if self.pending:
             self.write(Processes(self.processes.device, self.processes.rank))
         self.bar.close()

@@ -1,9 +1,10 @@
-"""The training loop of all parts: schedules, resuming, interruption, several processes.
+"""The training loop of all parts, with schedules, resuming, interruption and several processes.
 
 Schedules follow the progress of the training, from 0 to 1, which is a number of steps or a time. The run's folder holds
 `log.jsonl`, `loss.png`, `samples/` and `checkpoint.pt`. The model is exported with each checkpoint.
 
-Random numbers belong to a step and an item, not to a process: two processes train like one with twice the batch size.
+Random numbers depend on the step and the item, not on the process. Two processes therefore train like one process with
+twice the batch size.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ from dall3.training.optimizers import Average, Optimizers
 from dall3.training.part import Data, Part, seed_of
 
 CHECKPOINT_SECONDS = 120.0
-MOST_FAILURES = 40  # steps without enough memory before a training ends
+MAX_FAILURES = 40  # number of steps that may run out of memory before training stops
 
 
 @contextmanager
 def stop_on_signal() -> Iterator[list[float]]:
     """Context manager that yields a list which is non-empty after SIGINT (Ctrl-C) or SIGTERM.
 
-    A second SIGINT raises KeyboardInterrupt. Within a second it is ignored: launchers forward the first one to
-    processes that already received it.
+    A second SIGINT raises KeyboardInterrupt, unless it follows within a second: launchers forward the first SIGINT to
+    processes that have received it already.
     """
     pressed: list[float] = []
 
@@ -55,7 +56,7 @@ def stop_on_signal() -> Iterator[list[float]]:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """The context of a precision. A CPU without bfloat16 instructions, where emulation is slow, uses float32."""
+    """The autocast context of a precision. A CPU without bfloat16 instructions uses float32, as emulation is slow."""
     has_units = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if precision == "bf16" and device.type == "cpu" and not has_units:
         precision = "no"
@@ -85,7 +86,7 @@ def fit(
     state = load_checkpoint(run, part, average, optimizers)
     wrapped, halves = processes.wrap(part), autocast(config.precision, device)
     generators = torch.random.fork_rng([device] if device.type == "cuda" else [])
-    # Several parts on one device, which train by time, leave too little memory for cudnn's benchmark.
+    # Parts that train by time share the device, so that too little memory is left for cudnn's benchmark.
     quick = torch.backends.cudnn.flags(enabled=True, benchmark=until is None)
 
     def keep() -> None:
@@ -106,9 +107,9 @@ def fit(
                 figures = backward(wrapped, config, data, state, optimizers, halves, now - begun)
             except torch.OutOfMemoryError:
                 failures += 1
-                if not data.shares_device or failures > MOST_FAILURES:
+                if not data.shares_device or failures > MAX_FAILURES:
                     raise
-                part.zero_grad(set_to_none=True)  # other parts share the device; try again
+                part.zero_grad(set_to_none=True)  # other parts use the device too; try again
                 torch.cuda.empty_cache()
                 data.batch_size = data.batch_size if failures % 4 else max(data.batch_size // 2, 1)
                 print(f"[{name}] out of memory, {failures} times; batches of {data.batch_size}", flush=True)
@@ -158,7 +159,7 @@ def backward(
     halves: AbstractContextManager[Any],
     elapsed: float,
 ) -> dict[str, Tensor]:
-    """Compute the gradients of a step. Returns the metrics of its last batch."""
+    """Compute the gradients of a step. Returns the metrics of its last batch. halves: the autocast context."""
     figures: dict[str, Tensor] = {}
     for k in range(config.gradient_accumulation):
         torch.manual_seed(seed_of(config.seed, "step", state.step, k))

@@ -1,4 +1,4 @@
-"""Losses that several parts use: a patch discriminator, and a perceptual distance.
+"""Losses that several parts use: a patch discriminator and a perceptual distance.
 
 The distance uses the features of EfficientNet-lite2, trained on ImageNet (Apache-2.0, from PyPI).
 """
@@ -60,6 +60,7 @@ def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
 
 
 def run(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Run a convolution from `fold`, with its padding."""
     size = conv.kernel_size[0]
     if conv.stride[0] == 2:  # pad right and bottom
         x = F.pad(x, ((size - 2) // 2, (size - 1) // 2, (size - 2) // 2, (size - 1) // 2))

@@ -11,7 +11,7 @@ from dall3.training.config import TrainingConfig
 
 
 class Average:
-    """An exponential moving average of a model's parameters. Its decay rises, so that early values fade fast."""
+    """An exponential moving average of a model's parameters. Its decay rises, so that initial values fade quickly."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model, self.decay, self.count = deepcopy(model).requires_grad_(False), decay, 0
@@ -58,6 +58,7 @@ class Optimizers:
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
 
     def step(self, share: float, clip_grad_norm: float) -> None:
+        """Update the parameters and clear the gradients. share: factor of the learning rates."""
         for optimizer, _ in self.parts:
             self.scaler.unscale_(optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]

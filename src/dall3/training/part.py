@@ -1,6 +1,6 @@
 """The interface between the training loop, the parts and the data.
 
-A `Part` is a network with its loss. `Data` gives it batches of rows: the tensors that it made of images and captions.
+A `Part` is a network with its loss. It converts images and captions to rows of tensors. `Data` yields batches of rows.
 """
 
 from __future__ import annotations
@@ -35,11 +35,13 @@ class Part(nn.Module, ABC):
 
     @abstractmethod
     def rows(self, batch: Batch, numbers: Sequence[int]) -> Rows:
-        """Convert images and captions to training rows: tensors (n, …) by name. numbers: of the items."""
+        """Convert images and captions to training rows: tensors (n, …) by name. numbers: the item numbers."""
 
     @abstractmethod
     def forward(self, rows: Rows, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch of rows, and metrics for the log. progress: of the training, in [0, 1]."""
+        """The loss of a batch of rows, and metrics for the log. progress: of the training, in [0, 1], which
+        schedules parts of the loss.
+        """
 
     @abstractmethod
     def sheet(self, model: nn.Module, rows: Rows) -> Image:
@@ -54,7 +56,7 @@ class Part(nn.Module, ABC):
         return self.processes.own(whole)
 
     def finished(self, model: nn.Module) -> nn.Module:
-        """The model with what training keeps outside of it."""
+        """The model, completed with weights that training keeps outside of it."""
         return model
 
     def export(self, model: nn.Module, folder: Path) -> None:
@@ -75,7 +77,7 @@ class Part(nn.Module, ABC):
         """Undo `compile_parts`."""
 
     def look_for(self, out: Path) -> None:
-        """Load what other parts have finished since. Does nothing by default."""
+        """Load parts that have finished training to the pipeline folder `out`. Does nothing by default."""
 
 
 class Data(Protocol):
@@ -83,7 +85,7 @@ class Data(Protocol):
 
     batch_size: int
     drawn: int  # items that all processes have read, in this run and before
-    shares_device: bool  # with other trainings, so that memory may be short for a while
+    shares_device: bool  # whether other parts train on the device, so that memory can run out temporarily
 
     def fill(self, seen: int, drawn: int) -> None:
         """Prepare the batches of a run that has trained on `seen` items, when `drawn` was as given."""
@@ -96,10 +98,10 @@ class Data(Protocol):
 
 
 def seed_of(*what: object) -> int:
-    """A generator's seed, derived from its purpose."""
+    """The seed of a random generator: a hash of values that name its purpose."""
     return int.from_bytes(sha256(repr(what).encode()).digest()[:8], "little") >> 1
 
 
 def compact(ids: Tensor, count: int) -> Tensor:
-    """Ids in [0, count) in the smallest of int16 and int32 that holds them."""
+    """Convert ids in [0, count) to int16 if it can represent them, else to int32."""
     return ids.to(torch.int16 if count <= 2**15 else torch.int32)

@@ -22,7 +22,7 @@ class PoolConfig:
     """Settings of a pool: the table [pool].
 
     kinds: weights of "scenes", "emoji" and "wearing", as in `World.draw`. capacity: number of rows kept. first: rows
-    drawn before the first step. chunk: rows drawn at a time. draw_share: maximum fraction of the time spent drawing.
+    drawn before the first step. chunk: rows drawn at a time. draw_share: maximum fraction of the time for drawing.
     """
 
     kinds: Mapping[str, float] = field(default_factory=lambda: {"scenes": 1.0})
@@ -79,7 +79,7 @@ class Pool:
         while self.drawn - self.start < min(self.config.first, self.config.capacity):
             try:
                 self.draw()
-            except torch.OutOfMemoryError:  # other parts share the device; try again
+            except torch.OutOfMemoryError:  # other parts use the device too; try again
                 torch.cuda.empty_cache()
                 time.sleep(2)
         self.seconds, self.used = 0.0, 0

@@ -83,7 +83,7 @@ def read_recipe(path: str | Path, tiny: bool = False) -> dict[str, Any]:
 
 
 def read_settings(path: str | Path | None) -> dict[str, Any]:
-    """Read settings for training on own data. What the file leaves out is as in the recipe of the bundled weights.
+    """Read settings for training on your own data. Missing settings come from the recipe of the bundled weights.
 
     Raises ValueError for unknown tables and settings.
     """
@@ -131,7 +131,7 @@ def make_part(
 ) -> Part:
     """Create a part with untrained weights on the device. tokenizer, vqgan: called by the parts that need them.
 
-    Raises ValueError for settings that make no network.
+    Raises ValueError for settings from which no network can be built.
     """
     model, loss = recipe[name]["model"], from_json(LOSSES[name], recipe[name].get("loss", {}))
     try:

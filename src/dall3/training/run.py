@@ -1,4 +1,4 @@
-"""`dall3 train`: train one part of a pipeline folder on own images and captions.
+"""`dall3 train`: train one part of a pipeline folder on your own images and captions.
 
 The parts are tokenizer, vqgan, transformer, clip and upsampler, in this order. Settings come from a TOML file, earlier
 parts from the folder. The state of a run is in `runs/<part>`.
@@ -32,14 +32,16 @@ TRAINABLE = ("tokenizer", *PARTS)
 
 
 def need_vqgan(folder: Path) -> VQModel:
+    """Load the VQGAN of a pipeline folder. Raises ValueError if there is none."""
     if not (folder / "vqgan").is_dir():
-        raise ValueError(f"{folder} holds no vqgan, which this part needs; run `dall3 train vqgan` first")
+        raise ValueError(f"{folder} has no vqgan, which this part needs; run `dall3 train vqgan` first")
     return load_part(folder / "vqgan")
 
 
 def need_tokenizer(folder: Path) -> Tokenizer:
+    """Load the tokenizer of a pipeline folder. Raises ValueError if there is none."""
     if not (folder / TOKENIZER).exists():
-        raise ValueError(f"{folder} holds no {TOKENIZER}; run `dall3 train tokenizer` on the same data first")
+        raise ValueError(f"{folder} has no {TOKENIZER}; run `dall3 train tokenizer` on the same data first")
     return load_tokenizer(folder / TOKENIZER)
 
 
@@ -67,8 +69,8 @@ def train_model(
 
     model: "tokenizer", "vqgan", "transformer", "clip" or "upsampler".
     folder: the pipeline folder; earlier parts are read from it.
-    config: a TOML file; what it leaves out is as in the recipe of the bundled weights.
-    data: sources as in `Mixture`, in place of those of the settings; the tokenizer's are the transformer's.
+    config: a TOML file; missing settings come from the recipe of the bundled weights.
+    data: sources as in `Mixture`, in place of those of the settings. The tokenizer uses those of the transformer.
     resume: continue from the checkpoint in the folder.
     initial: folder of a trained part of the same configuration, whose weights initialize the model.
     minutes: train for this time, in place of a number of steps; on one process only.
@@ -85,7 +87,7 @@ def train_model(
     run, target = folder / "runs" / model, folder / (TOKENIZER if model == "tokenizer" else model)
     if not resume:
         if (run / "checkpoint.pt").exists():
-            raise FileExistsError(f"{run} holds a run already; resume it, or give another folder")
+            raise FileExistsError(f"{run} has a run already; resume it, or give another folder")
         if target.exists():
             raise FileExistsError(f"{target} exists already, and later parts depend on it; give another folder")
     recipe = read_settings(config)
@@ -123,7 +125,7 @@ def train_model(
 
 
 def look_at(config: TrainingConfig, progress: bool) -> Mixture:
-    """Print what the data contains and anything unusual. Raises ValueError if there is none, or it cannot be read."""
+    """Print the contents of the data and anything unusual. Raises ValueError for missing or unreadable data."""
     if not config.data:
         raise ValueError("no data; expected --data with scenes, emoji, folder:PATH or webdataset:PATTERN")
     data = Mixture(config.data, config.side, config.seed)
@@ -134,7 +136,7 @@ def look_at(config: TrainingConfig, progress: bool) -> Mixture:
 
 
 def make_tokenizer(folder: Path, config: TokenizerConfig, training: TrainingConfig, progress: bool) -> None:
-    """Train the tokenizer on the captions of own data, and write it with the list of their words."""
+    """Train the tokenizer on the captions of the data, and write it with the list of their words."""
     train_tokenizer([], config.vocab_size, config.replacements)  # raises ValueError before captions are drawn
     data = look_at(replace(training, side=16), progress)
     captions = [data.caption(i) for i in tqdm(range(config.captions), desc="captions", disable=not progress)]

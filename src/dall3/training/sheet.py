@@ -29,7 +29,7 @@ def draw_sheet(folder: str | Path, path: str | Path, device: str, prompts: tuple
         tokens = pipe.generate_tokens(prompt, 2, seed=0, progress=False)
         coarse = F.interpolate(pipe.decode_tokens(tokens), scale_factor=2.0, mode="bicubic").clamp(0, 1)
         fine = pipe.upsample(tokens, prompt=prompt, seed=0, progress=False)
-        rows.append([picture for pair in zip(to_pil(coarse), to_pil(fine), strict=True) for picture in pair])
+        rows.append([image for pair in zip(to_pil(coarse), to_pil(fine), strict=True) for image in pair])
         make_grid(rows, 192).save(path, quality=90)
 
 

@@ -58,7 +58,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, replacements: Mapp
 def write_tokenizer(folder: Path, captions: Sequence[str], config: TokenizerConfig, more: Iterable[str] = ()) -> None:
     """Train the tokenizer and write it to a pipeline folder, with the list of the captions' words.
 
-    more: further texts whose words occur in the training's captions.
+    more: further texts, whose words are listed as known because training captions contain them.
     """
     text = train_tokenizer(captions, config.vocab_size, config.replacements)
     folder.mkdir(parents=True, exist_ok=True)

@@ -29,8 +29,8 @@ class TransformerLoss:
     """Settings of the loss.
 
     null_text: fraction of captions that are replaced by the empty text, for classifier-free guidance. wrong_codes:
-    maximum fraction of an image's input codes that are replaced by another image's. When sampling, the input contains
-    errors too, and the text should outweigh them.
+    maximum fraction of an image's input codes that are replaced by those of another image. In sampling, the input
+    contains errors too, and the text should outweigh them.
     """
 
     null_text: float = 0.1
@@ -38,6 +38,8 @@ class TransformerLoss:
 
 
 class TransformerPart(Part):
+    """Trains a `DalleTransformer` on the codes of a trained VQGAN."""
+
     model: DalleTransformer
 
     def __init__(
@@ -60,11 +62,11 @@ class TransformerPart(Part):
         self.loss = self.model.loss
 
     def rows(self, batch: Batch, numbers: Sequence[int]) -> Rows:
-        config, device = self.model.config, batch.pictures.device
+        config, device = self.model.config, batch.images.device
         empty = torch.zeros(config.text_seq_len, dtype=torch.int64)
         text = [self.encoder(caption, truncate=True) if caption.strip() else empty for caption in batch.captions]
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            parts = [encode(self.frozen[0], part.float() / 255) for part in batch.pictures.split(ENCODED_AT_ONCE)]
+            parts = [encode(self.frozen[0], part.float() / 255) for part in batch.images.split(ENCODED_AT_ONCE)]
         return {
             "codes": compact(torch.cat(parts), config.num_image_tokens),
             "text": compact(torch.stack(text).to(device), config.num_text_tokens),

@@ -57,6 +57,8 @@ def end_branches_at_zero(unet: UNet) -> None:
 
 
 class UpsamplerPart(Part):
+    """Trains a `UNet` on the codes of a trained VQGAN."""
+
     model: UNet
 
     def __init__(self, config: UNetConfig, loss: UpsamplerLoss, vqgan: VQModel, processes: Processes) -> None:
@@ -85,7 +87,7 @@ class UpsamplerPart(Part):
         self.run = self.model.forward
 
     def rows(self, batch: Batch, numbers: Sequence[int]) -> Rows:
-        return {"pictures": batch.pictures}
+        return {"images": batch.images}
 
     @torch.no_grad()
     def condition(self, images: Tensor) -> dict[str, Tensor]:
@@ -97,13 +99,13 @@ class UpsamplerPart(Part):
 
     def forward(self, rows: Rows, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         s, diffusion = self.settings, self.diffusion
-        images = rows["pictures"].to(memory_format=self.processes.layout).float() / 255
+        images = rows["images"].to(memory_format=self.processes.layout).float() / 255
         side = images.shape[-1]
-        told = self.condition(images)
+        conditioning = self.condition(images)
         x_start = images * 2 - 1
         t = (self.random(torch.rand, len(images)) * len(diffusion)).long()
         x = diffusion.add_noise(x_start, t, self.random(torch.randn, *x_start.shape))
-        found = self.run(x, diffusion.at("timestep", t), **told).float()
+        found = self.run(x, diffusion.at("timestep", t), **conditioning).float()
         snr = torch.exp(2 * diffusion.at("half_log_snr", t)).clamp(*s.snr_limits)
         error = found - x_start
         squared = error.square().mean(dim=(1, 2, 3))
@@ -117,10 +119,10 @@ class UpsamplerPart(Part):
             loss = loss + s.perceptual_weight * distance
             figures["perceptual"] = distance.detach()
         if progress >= s.discriminator_from:
-            coarse = F.interpolate(told["low_res"], side, mode="bicubic", antialias=True)[cut]
-            # The discriminator sees the difference to the enlarged coarse image, times 8 because it is small, and that
-            # image, so that it can penalize grain on smooth surfaces.
-            pair = [torch.cat((8 * (picture[cut] - coarse), coarse), dim=1) for picture in (found, x_start)]
+            coarse = F.interpolate(conditioning["low_res"], side, mode="bicubic", antialias=True)[cut]
+            # The discriminator sees the enlarged coarse image and the difference from it, times 8 because the
+            # difference is small. It can then penalize grain on smooth surfaces.
+            pair = [torch.cat((8 * (image[cut] - coarse), coarse), dim=1) for image in (found, x_start)]
             fooled, hinge = adversarial_losses(self.discriminator, *pair)
             loss = loss + s.discriminator_weight * ramp(progress, s.discriminator_from) * fooled + hinge
             figures["hinge"] = hinge.detach()
@@ -129,10 +131,10 @@ class UpsamplerPart(Part):
     def sheet(self, model: nn.Module, rows: Rows) -> Image:
         """The images, their enlarged coarse images, and the results of denoising."""
         assert isinstance(model, UNet)
-        images = rows["pictures"][:6].float() / 255
-        told, side = self.condition(images), images.shape[-1]
+        images = rows["images"][:6].float() / 255
+        conditioning, side = self.condition(images), images.shape[-1]
         generators = [torch.Generator(images.device).manual_seed(k) for k in range(len(images))]
         settings = Denoising(num_inference_steps=self.settings.steps)
-        fine = denoise(model, (3, side, side), generators, told, settings)
-        lines = [images, enlarge((told["low_res"] + 1) / 2, side), (fine + 1) / 2]
+        fine = denoise(model, (3, side, side), generators, conditioning, settings)
+        lines = [images, enlarge((conditioning["low_res"] + 1) / 2, side), (fine + 1) / 2]
         return make_grid([to_pil(line) for line in lines], side)

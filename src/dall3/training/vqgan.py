@@ -22,7 +22,7 @@ from dall3.training.processes import Processes
 
 @dataclass(frozen=True)
 class VQGANLoss:
-    """Settings of the loss, which adds the mean absolute error of the pixels.
+    """Settings of the loss. It is the sum of these terms and the mean absolute error of the pixels.
 
     perceptual_weight: weight of the perceptual distance. discriminator_weight, discriminator_channels: weight and width
     of the patch discriminator. commitment_weight: weight of the distance of the features to their codes.
@@ -49,8 +49,10 @@ def encode(vqgan: VQModel, images: Tensor) -> Tensor:
 
 
 def rotate_to(features: Tensor, entries: Tensor) -> Tensor:
-    """The rotation trick (arXiv 2410.06424, section 4.2): the codebook entries (…, width), with the gradient to the
-    features of a constant rotation and scaling that maps each feature to its entry.
+    """The rotation trick (arXiv 2410.06424, section 4.2).
+
+    Returns the codebook entries (…, width). The gradient to the features is that of a constant rotation and scaling
+    that maps each feature to its entry.
     """
     here, there = F.normalize(features.detach(), dim=-1), F.normalize(entries, dim=-1)
     middle = F.normalize(here + there, dim=-1)
@@ -117,6 +119,8 @@ class Codebook(nn.Module):
 
 
 class VQGANPart(Part):
+    """Trains a `GumbelVQ`, whose codes come from a `Codebook`."""
+
     model: GumbelVQ
 
     def __init__(self, config: VQGANConfig, loss: VQGANLoss, processes: Processes) -> None:
@@ -129,7 +133,7 @@ class VQGANPart(Part):
         self.perceptual = [Perceptual().to(processes.device)] if loss.perceptual_weight else []
 
     def rows(self, batch: Batch, numbers: Sequence[int]) -> Rows:
-        return {"pictures": batch.pictures}
+        return {"images": batch.images}
 
     def start_from(self, model: nn.Module) -> None:
         super().start_from(model)
@@ -139,24 +143,24 @@ class VQGANPart(Part):
         self.codebook.start(self.model.codebook)
 
     def forward(self, rows: Rows, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        s, model, pictures = self.settings, self.model, rows["pictures"]
-        images = pictures.to(memory_format=self.processes.layout).float() / 127.5 - 1
+        s, model = self.settings, self.model
+        images = rows["images"].to(memory_format=self.processes.layout).float() / 127.5 - 1
         features = model.quant_conv(model.encoder(images)).float()
         loss = images.new_zeros(())
         figures: dict[str, Tensor] = {}
         with torch.autocast(images.device.type, enabled=False):
             flat = F.normalize(features.permute(0, 2, 3, 1).flatten(0, 2), dim=1)
             if progress >= s.codes_from or self.codebook.started:
-                everyone = self.processes.gather(flat.detach())
+                gathered = self.processes.gather(flat.detach())
                 if not self.codebook.started:
-                    self.codebook.start(self.codebook.some(everyone))
-                ids = self.codebook(everyone)
+                    self.codebook.start(self.codebook.some(gathered))
+                ids = self.codebook(gathered)
                 codes = self.codebook.codes[self.processes.own(ids)]
-                self.codebook.update(everyone, ids, replace=progress < 0.8)
-                miss = (flat - codes).square().sum(dim=1).mean()
-                loss = loss + s.commitment_weight * miss
+                self.codebook.update(gathered, ids, replace=progress < 0.8)
+                commitment = (flat - codes).square().sum(dim=1).mean()
+                loss = loss + s.commitment_weight * commitment
                 used = torch.zeros_like(self.codebook.counts).index_fill_(0, ids, 1).sum()
-                figures |= {"codes": used, "miss": miss.detach()}
+                figures |= {"codes": used, "miss": commitment.detach()}
                 flat = rotate_to(flat, codes)
             quantized = flat.view(len(images), *features.shape[2:], -1).permute(0, 3, 1, 2)
         decoded = model.decoder(model.post_quant_conv(quantized)).float()
@@ -183,7 +187,7 @@ class VQGANPart(Part):
 
     def sheet(self, model: nn.Module, rows: Rows) -> Image:
         """The images, and below them their reconstructions."""
-        vqgan, images = self.finished(model), rows["pictures"].float() / 255
+        vqgan, images = self.finished(model), rows["images"].float() / 255
         decoded = to_pil(vqgan.decode(vqgan.encode(images)))
         lines = [pair[i : i + 8] for i in range(0, len(images), 8) for pair in (to_pil(images), decoded)]
         return make_grid(lines, images.shape[-1])
