@@ -596,7 +596,7 @@ def test_killed_at_twenty_moments_and_run_again(serve: Callable[..., Server], tm
         assert not wanted.target.exists() or wanted.target.read_bytes() == DATA
         again = fetch_in_a_process(wanted)
         again.join()
-        assert wanted.target.read_bytes() == DATA and server.sent < 2 * len(DATA)
+        assert wanted.target.read_bytes() == DATA and server.sent <= 2 * len(DATA)
         resumed += any(wish for _, wish in server.requests)
         remove_set(wanted.weights)
     assert resumed > 5

@@ -929,7 +929,7 @@ def test_eight_threads_get_what_one_gets(pipe):
         return pipe(call[0], seed=call[1], num_inference_steps=2, top_p=0.9, progress=False).images
 
     prompts = [PROMPT, "a cloud", "a cube"]
-    calls = [(prompts[k % 3], k % 5) for k in range(40)]
+    calls = [(prompts[k % 3], k % 2) for k in range(16)]
     expected = {call: draw(call) for call in set(calls)}
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(draw, calls)) == [expected[call] for call in calls]
@@ -1105,10 +1105,10 @@ def test_seamless_pictures_go_on_at_the_opposite_edge():
     coarse = [small.decode_tokens(tokens, seamless=seamless) for seamless in (False, True)]
     assert coarse[1].shape == coarse[0].shape
     assert seams(coarse[0]) > 3 and seams(coarse[1]) < 1.5
-    how = dict(num_inference_steps=10, strength=0.3, seed=0, progress=False)
+    how = dict(num_inference_steps=10, strength=0.2, seed=0, progress=False)
     fine = [small.upsample(tokens, image=coarse[1], seamless=seamless, **how) for seamless in (False, True)]
     assert seams(fine[0]) > 3 and seams(fine[1]) < 1.5
-    out = small(PROMPT, seamless=True, num_inference_steps=2, seed=0, progress=False)
+    out = small(PROMPT, seamless=True, num_inference_steps=2, clip_guidance_scale=0, seed=0, progress=False)
     assert out.settings["seamless"] and small.repeat(out, progress=False).images == out.images
 
 
