@@ -50,7 +50,7 @@ class FlakyDraw(stages.Draw):
         if chance < 0.03:
             os._exit(1)
         if chance < 0.1:
-            raise OSError("an actor that raises at random")
+            raise OSError("a random error of an actor")
         return super().work(row)
 stages.ATTEMPTS = 20
 ray_engine.STAGES = (FlakyDraw, *ray_engine.STAGES[1:])
@@ -121,7 +121,7 @@ parser.add_argument("--sections", nargs="+", default=["same", "failures", "speed
 parser.add_argument("--prompts", type=int, default=40)
 parser.add_argument("--candidates", type=int, default=32)
 parser.add_argument("--images", type=int, default=8)
-parser.add_argument("--cond_scale", type=float, help="of the draws (default: the weights')")
+parser.add_argument("--cond_scale", type=float, help="scale of classifier-free guidance (default: that of the weights)")
 parser.add_argument("--driver_prompts", type=int, default=10_000)
 parser.add_argument("--memory_prompts", type=int, nargs="+", default=[100, 1000])
 args = parser.parse_args()
@@ -193,8 +193,11 @@ class Nodes:
 def same_and_failures() -> None:
     small = ("--prompts_per_shard", str(PER_SHARD))
     plain = run("plain", *small)
-    print(f"{args.prompts} prompts, the best {args.images} of {args.candidates}")
-    print("| run | rows | prompts lost | rows twice | same order | same tokens | scores apart | same shards |")
+    print(f"{args.prompts} prompts, the best {args.images} of {args.candidates} candidates")
+    print(
+        "| run | rows | prompts lost | duplicate rows | same order | same tokens "
+        "| largest score difference | same shards |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     compare("plain", plain, plain)
     if "same" in args.sections:
@@ -235,7 +238,7 @@ def speed() -> None:
     }
     seconds = {}
     skip = min(4, args.prompts // 2)  # exclude the start of the actors from the measurement
-    print("\n| run | s a prompt, at its pace | s, whole |\n|---|---|---|")
+    print("\n| run | s per prompt, after the start | s in total |\n|---|---|---|")
     for i, (name, (options, cores)) in enumerate(runs.items()):
         file = home / f"times-{i}.json"
         assert start(f"speed-{i}", *options, script=TIMED, before=(str(file),), cores=cores).wait() == 0
@@ -243,8 +246,8 @@ def speed() -> None:
         seconds[name] = (done[-1] - done[skip - 1]) / (len(done) - skip)
         print(f"| {name} | {seconds[name]:.2f} | {end - begin:.1f} |", flush=True)
     one, two = seconds["Ray, 1 worker, 1 core"], seconds["Ray, 2 workers, 2 cores"]
-    print(f"\ntwo workers on two cores against one on one: {one / two:.2f} times the pace")
-    print(f"Ray against the loop on the same one core: {one / seconds['the loop, 1 core']:.3f} times the time")
+    print(f"\ntwo workers on two cores, relative to one on one: {one / two:.2f} times the throughput")
+    print(f"Ray, relative to the loop on the same core: {one / seconds['the loop, 1 core']:.3f} times the time")
 
 
 def nothing(count: int, sleep: float) -> float:
@@ -257,7 +260,7 @@ def nothing(count: int, sleep: float) -> float:
 
 @contextmanager
 def object_store():
-    """A list whose only number, at the end, is the most bytes that were in the object store."""
+    """Measure the peak of the object store: yields a list whose only number is the peak in bytes, at the end."""
     used = lambda: (found := os.statvfs("/dev/shm")).f_frsize * (found.f_blocks - found.f_bfree)  # noqa: E731
     base, most, ended = used(), [0], threading.Event()
 
@@ -275,7 +278,7 @@ def object_store():
 
 
 def memory() -> None:
-    print("\n| prompts of 1,024 candidates | passed through, MB | most in the object store, MB |\n|---|---|---|")
+    print("\n| prompts of 1,024 candidates | passed through, MB | peak of the object store, MB |\n|---|---|---|")
     for count in args.memory_prompts:
         with object_store() as most:
             nothing(count, 0.05)  # slower than drawing, so that drawn prompts have to wait
@@ -288,7 +291,7 @@ def driver() -> None:
     with object_store() as most:
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     row = {"prompts": args.driver_prompts} | json.loads(done.stdout.splitlines()[-1])
-    row["most in the object store, MB"] = most[0] / 1e6
+    row["peak of the object store, MB"] = most[0] / 1e6
     print(f"\n{row}", flush=True)
     results = Path(__file__).with_name("results") / "batch.json"
     results.write_text(json.dumps({"driver": row}, indent=2) + "\n", encoding="utf-8")

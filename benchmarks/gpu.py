@@ -150,7 +150,7 @@ class Bench:
         return time.perf_counter() - start
 
     def measure(self, name: str, work: Callable[[], object], each: int = 1, **more: Any) -> None:
-        """Measure `work`, which does something `each` times, and write a row. more: further columns."""
+        """Measure `work`, which repeats its task `each` times, and write a row. more: further columns."""
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
         first = self.seconds(work)
@@ -181,11 +181,11 @@ class Bench:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         new = self.out.with_suffix(".new")
         new.write_text(json.dumps({"settings": about, "rows": [*rows, row]}, indent=2) + "\n", encoding="utf-8")
-        new.replace(self.out)  # never half written
+        new.replace(self.out)  # the file is always complete
 
     @contextmanager
     def row(self, name: str) -> Iterator[None]:
-        """Write an error inside as the row's result, and go on."""
+        """Write an exception in the `with` block as the result of the row, and continue."""
         try:
             yield
         except Exception as error:
@@ -207,7 +207,7 @@ class Letters:
 
 
 def bounds(bench: Bench) -> None:
-    """What the hardware reaches: a product of two matrices of 8192 rows, and a sum of a large tensor."""
+    """Throughput of the hardware: a product of two matrices of 8192 rows, and a copy of a large tensor."""
     side, dtype = (256 if bench.tiny else 8192), bench.dtype
     with bench.row("arithmetic"):
         a, b = torch.randn(2, side, side, device=bench.device).to(dtype)
@@ -439,7 +439,9 @@ def bundled(bench: Bench) -> None:
         import dall3
 
         if not (Path(dall3.__file__).parent / "mini").exists():
-            bench.write({"row": name, "error": "left out: src/dall3/mini, the bundled weights, is not here"})
+            bench.write(
+                {"row": name, "error": "skipped: src/dall3/mini, the folder of the bundled weights, does not exist"}
+            )
             return
         pipe = Dall3Pipeline.from_pretrained(device=bench.device, dtype=bench.dtype)
         how: dict[str, Any] = dict(num_inference_steps=1, clip_guidance_scale=0) if bench.tiny else {}
@@ -454,11 +456,13 @@ def mega_best(bench: Bench) -> None:
         pipe = bench.pipeline(bench.mega(), mega=True, refine=False)
         how: dict[str, Any] = dict(seed=0, progress=False, truncate=True, top_k=16, cond_scale=10.0)
         candidates = 16 if bench.tiny else 1024
-        taken = bench.seconds(lambda: pipe("a cube made of cloud", 8, candidates, **how))  # one run: it is long
+        taken = bench.seconds(
+            lambda: pipe("a cube made of cloud", 8, candidates, **how)
+        )  # a single run, because it takes long
         bench.write({"row": name, "seconds": taken, "goal": None if bench.tiny else GOALS[name], "runs": [taken]})
 
 
-# In the order of their worth, with the seconds that each may take.
+# In order of importance, with the most seconds that each may take.
 GROUPS: dict[Callable[[Bench], None], int] = {
     bounds: 40,
     dalle: 60,
@@ -500,14 +504,14 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", help="default: bfloat16, on a CPU float32")
     parser.add_argument("--tiny", action="store_true", help="tiny networks")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="end after this time")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop after this many seconds")
     parser.add_argument("--out", default=str(Path(__file__).with_name("results") / "gpu.json"))
-    parser.add_argument("--here", action="store_true", help="in this process, not in one for each group")
+    parser.add_argument("--here", action="store_true", help="run in this process, instead of one process per group")
     args = parser.parse_args()
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
     names = args.groups.split(",") if args.groups else [*by_name]
     if unknown := sorted({*names} - {*by_name}):
-        parser.error(f"no group {', '.join(unknown)}; there are {', '.join(by_name)}")
+        parser.error(f"no group {', '.join(unknown)}; expected {', '.join(by_name)}")
     bench, begun = Bench(args), time.monotonic()
     options = ["--device", args.device, "--dtype", args.dtype, "--out", args.out, "--here", *["--tiny"] * args.tiny]
     for name in names:
@@ -518,7 +522,7 @@ def main() -> None:
         left = args.seconds - (time.monotonic() - begun)
         limit = min(left, GROUPS[by_name[name]])
         if limit < 10:
-            bench.write({"row": name, "error": "left out: no time left"})
+            bench.write({"row": name, "error": "skipped: no time left"})
             continue
         try:
             code = subprocess.run([sys.executable, __file__, "--groups", name, *options], timeout=limit).returncode

@@ -232,7 +232,7 @@ def main() -> None:
     train(judge, *examples, args.epochs, args.seed, args.bf16).half().float()  # rounded to the precision of the file
     judge.accuracy = evaluate(judge, *draw_examples(emoji, args.fresh, 1, 2 * SIDE, args.seed + 1, args.workers))
     save_judge(judge, args.out)
-    print("right on fresh pictures: " + ", ".join(f"{name} {share:.2%}" for name, share in judge.accuracy.items()))
+    print("accuracy on test images: " + ", ".join(f"{name} {share:.2%}" for name, share in judge.accuracy.items()))
     print(f"{args.out}: {time.perf_counter() - start:.0f} s")
 
 

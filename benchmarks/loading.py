@@ -1,11 +1,11 @@
-"""Measure time and memory of loading a large UNet: as upstream does, from a checkpoint, and from a pipeline folder.
+"""Measure time and memory of loading a large UNet: as in 2021, from a checkpoint, and from a pipeline folder.
 
 python benchmarks/loading.py
 
 Creates a UNet of guided-diffusion's 256 px configuration with half the channels (138 M parameters, 0.55 GB) in a
-temporary folder. "As in 2021" builds the network, calls torch.load and copies. The figures are medians of three
-processes with files in the page cache: the seconds of loading alone, and the peak memory relative to the weights' size
-in float32.
+temporary folder. "As in 2021" builds the network, calls torch.load and copies the weights. The figures are
+medians of three processes with the files in the page cache: the seconds of loading, without imports, and the peak
+memory relative to the weights' size in float32.
 """
 
 import statistics
@@ -25,13 +25,13 @@ import sys, time, torch
 from dall3.weights import load_unet
 from dall3.models.unet import UNet, UNetConfig
 from dall3.weights.folder import BUNDLED, load_part
-load_part(BUNDLED / "vqgan")  # the libraries
+load_part(BUNDLED / "vqgan")  # imports the libraries
 
-def most():
+def peak_memory():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
 
-open("/proc/self/clear_refs", "w").write("5")  # count the most from here on
-path, before, start = sys.argv[1], most(), time.perf_counter()
+open("/proc/self/clear_refs", "w").write("5")  # reset the peak
+path, before, start = sys.argv[1], peak_memory(), time.perf_counter()
 """
 WAYS = {
     "as in 2021": f"model = UNet({CONFIG}); model.load_state_dict(torch.load(path, map_location='cpu'))",
@@ -41,8 +41,8 @@ WAYS = {
 }
 REPORT = """
 seconds = time.perf_counter() - start
-sum(float(p.detach().sum()) for p in model.parameters())  # what is mapped is in memory once it is read
-print(seconds, (most() - before) / sum(4 * p.numel() for p in model.parameters()))
+sum(float(p.detach().sum()) for p in model.parameters())  # reads memory-mapped weights
+print(seconds, (peak_memory() - before) / sum(4 * p.numel() for p in model.parameters()))
 """
 
 with tempfile.TemporaryDirectory() as folder:
@@ -62,7 +62,7 @@ with tempfile.TemporaryDirectory() as folder:
                 check=True,
             )
             found[name].append([float(word) for word in line.stdout.split()])
-print("| way | seconds | of 2021's | peak memory / weights |\n|---|---|---|---|")
+print("| way | seconds | relative to 2021 | peak memory / weights |\n|---|---|---|---|")
 first = statistics.median(seconds for seconds, _ in found["as in 2021"])
 for name, runs in found.items():
     seconds, memory = (statistics.median(column) for column in zip(*runs, strict=True))

@@ -1,4 +1,4 @@
-"""Measure the seconds of each stage of a call, and of the whole process: python benchmarks/one_call.py FOLDER
+"""Measure the time of each stage of a call, and of the whole process: python benchmarks/one_call.py FOLDER
 
 FOLDER holds upstream's checkpoints, or those of examples/make_small_checkpoints.py. The figures are medians of three
 runs.
@@ -52,10 +52,10 @@ for _ in range(RUNS):
         subprocess.run(command, cwd=outputs, check=True, capture_output=True)
         seconds["examples/load_2021_checkpoints.py, whole process"].append(time.perf_counter() - start)
 
-print(f"{CANDIDATES} candidates, 1 picture, {STEPS} steps, {torch.get_num_threads()} threads, float32, CPU")
+print(f"{CANDIDATES} candidates, 1 image, {STEPS} steps, {torch.get_num_threads()} threads, float32, CPU")
 for name, runs in seconds.items():
     each = {"draw": (256, "token step"), "refine, unguided": (STEPS, "step"), "refine, guided": (STEPS, "step")}.get(
         name
     )
     median = statistics.median(runs)
-    print(f"{name:36} {median:8.3f} s" + (f"  {median / each[0] * 1000:8.1f} ms a {each[1]}" if each else ""))
+    print(f"{name:36} {median:8.3f} s" + (f"  {median / each[0] * 1000:8.1f} ms per {each[1]}" if each else ""))

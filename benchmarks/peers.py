@@ -1,6 +1,6 @@
-"""Programs of others that speed.py measures: min-dalle's networks and diffusers' UNet2DModel, with random weights.
+"""Other programs that speed.py measures: min-dalle's networks and diffusers' UNet2DModel, with random weights.
 
-As a program it draws once and prints its peak memory in MB: python benchmarks/peers.py FOLDER PROGRAM DEPTH PICTURES
+Run as a program, it draws once and prints its peak memory in MB: python benchmarks/peers.py FOLDER PROGRAM DEPTH IMAGES
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dall3.weights.convert.dalle_mini import load_dalle_mini
 
 WORDS, CODES, TEXT, DIM, HEADS, HIDDEN, PLACES = 50264, 16384, 64, 1024, 16, 2730, 256  # DALL·E Mini
 GUIDANCE, TOP_K = 10, 256
-Draw = Callable[[int], Tensor]  # the number of pictures -> their tokens
+Draw = Callable[[int], Tensor]  # the number of images -> their tokens
 
 
 def text_ids() -> Tensor:
@@ -33,7 +33,7 @@ def text_ids() -> Tensor:
 
 
 def make_min_dalle(folder: Path, depth: int) -> tuple[Any, Any]:
-    """min-dalle's encoder and decoder with random weights that float16 holds."""
+    """min-dalle's encoder and decoder with random weights that float16 represents exactly."""
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
     models = importlib.import_module("min_dalle.models")
@@ -63,7 +63,7 @@ def draw_min_dalle(encoder: Any, decoder: Any, depth: int, pictures: int) -> Ten
 
 
 def load_ours(encoder: Any, decoder: Any) -> Any:
-    """Our transformer with the weights of min-dalle's, by way of its files."""
+    """Our transformer with min-dalle's weights, loaded from files in its format."""
     with tempfile.TemporaryDirectory() as folder:
         paths = Path(folder) / "encoder.pt", Path(folder) / "decoder.pt"
         for model, path in zip((encoder, decoder), paths, strict=True):
@@ -77,7 +77,7 @@ def draw_ours(transformer: Any, pictures: int) -> Tensor:
 
 
 def mini_pair(folder: Path, depth: int) -> dict[str, Draw]:
-    """Both programs on the same weights."""
+    """Functions of both programs that draw with the same weights."""
     encoder, decoder = make_min_dalle(folder, depth)
     ours = load_ours(encoder, decoder)
     return {

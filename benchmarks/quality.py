@@ -466,7 +466,7 @@ def main() -> None:
     args, benches = read_arguments()
     bench, several = benches[0], len(benches) > 1
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    print("the judge on fresh pictures: " + ", ".join(f"{k} {v:.2%}" for k, v in bench.judge.accuracy.items()))
+    print("accuracy of the judge on test images: " + ", ".join(f"{k} {v:.2%}" for k, v in bench.judge.accuracy.items()))
     for name in args.sections:
         start, count = time.perf_counter(), args.prompts or COUNTS[name]
         rows = []

@@ -17,21 +17,21 @@ from dall3 import Dall3Pipeline
 from dall3.web import serve
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-PATIENCE = 600_000  # ms, for a machine that does other things too
+TIMEOUT = 600_000  # ms
 
 
 def use_page(browser: Browser, address: str, width: int, height: int, scale: int = 1) -> Page:
-    """A page of a size on which images were drawn, and two chosen on a wall."""
+    """Open the page in a window of this size, draw images, lay out a wall and select two images on it."""
     page = browser.new_page(viewport={"width": width, "height": height}, device_scale_factor=scale)
-    page.set_default_timeout(PATIENCE)
+    page.set_default_timeout(TIMEOUT)
     page.goto(address)
     page.locator("#draw").click()
-    expect(page.locator("#status")).to_contain_text("done", timeout=PATIENCE)
+    expect(page.locator("#status")).to_contain_text("done", timeout=TIMEOUT)
     page.locator("#lay").click()
-    expect(page.locator("#wall img")).to_have_count(8, timeout=PATIENCE)
+    expect(page.locator("#wall img")).to_have_count(8, timeout=TIMEOUT)
     for number in (0, 3):
         page.locator("#wall button").nth(number).click()
-        expect(page.locator("#chosen input").nth(number)).to_be_checked(timeout=PATIENCE)
+        expect(page.locator("#chosen input").nth(number)).to_be_checked(timeout=TIMEOUT)
     page.mouse.move(0, 0)
     page.wait_for_timeout(1000)  # the end of animations
     return page

@@ -5,7 +5,7 @@ installed: dalle-pytorch 1.6.6 (`pip install --no-deps dalle-pytorch==1.6.6`; mi
 lost cache argument is fixed), and clones of upstream's two repositories, given by --upstream-dalle and
 --upstream-diffusion. Programs without a cache run every 16th token only, and the time of the others is interpolated.
 
-The other peers, each left out where it is not installed: for the section mini, min-dalle (`pip install --no-deps
+Other programs, each skipped if it is not installed: for the section mini, min-dalle (`pip install --no-deps
 --target FOLDER min-dalle==0.4.11`, named by --min-dalle FOLDER); for the section diffusion, diffusers' UNet2DModel.
 
 Sections: tokens, mini, diffusion, prompt, growth, steps, start, memory. Each writes its rows to results/speed.json;
@@ -109,7 +109,7 @@ def in_turn(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, fl
 
 
 def fill_in(name: str, **names: Any) -> None:
-    """Register a stub module with the names that an original imports from a missing package."""
+    """Register a stub module with the names that an original imports from a package that is not installed."""
     try:
         importlib.import_module(name)
     except ImportError:
@@ -145,7 +145,7 @@ def load_dalle_pytorch(folder: Path | None = None) -> Any:
 
 
 def make_dalle(module: Any, depth: int) -> Any:
-    """An original transformer with random weights that float16 holds."""
+    """An original transformer with random weights that float16 represents exactly."""
     torch.manual_seed(0)
     vae = module.DiscreteVAE(image_size=8 * GRID, num_tokens=CODES, codebook_dim=64, num_layers=3, hidden_dim=16)
     sizes = dict(dim=512, depth=depth, heads=8, dim_head=64, num_text_tokens=WORDS, text_seq_len=TEXT)
@@ -168,7 +168,7 @@ def load_ours(original: Any, depth: int, device: str = "cpu") -> DalleTransforme
         return load_transformer(path).to(device)
 
 
-def mended(self: Any, text: Tensor, image: Tensor, cond_scale: float = 1, cache: Any = None) -> Tensor:
+def with_repaired_cache(self: Any, text: Tensor, image: Tensor, cond_scale: float = 1, cache: Any = None) -> Tensor:
     """`forward_with_cond_scale` of 1.6.6 for a cond_scale of 1, fixed to pass on the cache."""
     logits: Tensor = self.forward(text, image, cache=cache)
     return logits
@@ -189,7 +189,7 @@ def bandwidth(device: str) -> tuple[float, float]:
     block = torch.ones(64 * 2**20, device=device)
     read = block.numel() * 4 / min(seconds(block.sum) for _ in range(5))
     transformer = load_ours(None, 12, device)
-    # The copy that draws has its linear layers in the same places.
+    # The packed copy, which draws, has its linear layers under the same names.
     drawing = dict(prepare(transformer, rows=1).named_modules())
     layers = [(drawing[n], m.weight) for n, m in transformer.named_modules() if n[:6] == "layers" and is_linear(m)]
     inputs = {n: torch.randn(1, 1, n, device=device) for n in {weight.shape[1] for _, weight in layers}}
@@ -204,7 +204,7 @@ def is_linear(module: torch.nn.Module) -> bool:
 
 
 def weight_bytes(transformer: DalleTransformer, quantize: str | None = None, rows: int = 1) -> int:
-    """Bytes a number of the linear layers' weights, as they are drawn with."""
+    """Bytes per weight of the linear layers while drawing."""
     head = prepare(transformer, quantize, rows).image_head
     return {Float16Linear: 2, Int8Linear: 1}.get(type(head), 4)
 
@@ -227,7 +227,7 @@ def tokens(args: argparse.Namespace) -> list[Row]:
     for depth in args.depths:
         original = make_dalle(module, depth).to(args.device) if module is not None else None
         if module is not None:
-            module.DALLE.forward_with_cond_scale = mended
+            module.DALLE.forward_with_cond_scale = with_repaired_cache
         ours = load_ours(original, depth, args.device)
         weights = sum(m.weight.numel() for m in ours.layers.modules() if isinstance(m, torch.nn.Linear))
         weights += CODES * 512
@@ -246,7 +246,7 @@ def tokens(args: argparse.Namespace) -> list[Row]:
                 works["ours, compiled"] = lambda draw=draw, ours=compiled: draw(None, ours=ours)  # type: ignore[misc]
             if original is not None and batch <= 8:
                 prompts = text.expand(batch, -1)
-                works["dalle-pytorch 1.6.6, cache mended"] = lambda prompts=prompts, original=original: (  # type: ignore[misc]
+                works["dalle-pytorch 1.6.6, cache repaired"] = lambda prompts=prompts, original=original: (  # type: ignore[misc]
                     original.generate_images(prompts, filter_thres=TOP_K, use_cache=True)
                 )
             found = in_turn(works, args.rounds)
@@ -350,7 +350,7 @@ def diffusion(args: argparse.Namespace) -> list[Row]:
     target, rows = pipe.clip.embed_text([PROMPT]), []
     peer = make_unet2d(args.device)
     if peer is None:
-        print("diffusers is not installed: its UNet2DModel is left out")
+        print("diffusers is not installed: its UNet2DModel is skipped")
     for kind, clip in (("unguided", None), ("guided", pipe.clip)):
         works: dict[str, Callable[[], object]] = {
             "ours": lambda clip=clip: our_steps(unet, clip, target, x, embeds)  # type: ignore[misc]
@@ -359,7 +359,7 @@ def diffusion(args: argparse.Namespace) -> list[Row]:
             works["upstream"] = lambda clip=clip: (  # type: ignore[misc]
                 original_step(model, schedule, clip, target, x, embeds)
             )
-        if peer is not None and clip is None:  # guidance is not diffusers'
+        if peer is not None and clip is None:  # UNet2DModel has no guidance
             works["diffusers' UNet2DModel"] = lambda: peer(x, 500)
         found = in_turn(works, 2 * args.rounds + 1)
         for name, taken in found.items():
@@ -375,7 +375,7 @@ def prompt(args: argparse.Namespace) -> list[Row]:
     number of steps.
     """
     if args.upstream_dalle is None or args.upstream_diffusion is None:
-        print("left out: name both clones, --upstream-dalle and --upstream-diffusion")
+        print("skipped: pass the paths of both clones, --upstream-dalle and --upstream-diffusion")
         return []
     upstream = make_dalle(load_dalle_pytorch(args.upstream_dalle), 12)
     transformer, text = load_ours(upstream, 12), torch.arange(TEXT)
@@ -405,11 +405,12 @@ def prompt(args: argparse.Namespace) -> list[Row]:
 
 
 def mini(args: argparse.Namespace) -> list[Row]:
-    """256 image tokens of DALL·E Mini's shape with random weights that float16 holds, guidance 10, the best 256 codes:
-    ours beside min-dalle on the same weights, in seconds and in peak memory of a process that draws once.
+    """256 image tokens of a transformer with DALL·E Mini's sizes and random weights that float16 represents exactly;
+    cond_scale 10, top_k 256. Compares ours and min-dalle with the same weights: seconds, and peak memory of a process
+    that draws once.
     """
     if args.min_dalle is None:
-        print("left out: min-dalle is not installed; name its folder, --min-dalle")
+        print("skipped: pass the folder of min-dalle, --min-dalle")
         return []
     rows: list[Row] = []
     programs = mini_pair(args.min_dalle, args.mini_depth)
@@ -430,10 +431,10 @@ def mini(args: argparse.Namespace) -> list[Row]:
 
 
 def growth(args: argparse.Namespace) -> list[Row]:
-    """How the cost of a draw and of a denoising step grows with one size, the others kept: 67 M transformer (dim 512,
-    depth 12, grid 16), UNet of the section diffusion. exponent: of the time, from one row to the next. Sizes of the
-    caches are computed, and so is the number of candidates whose caches fit half of the available memory. Rows that
-    would take more than `LONGEST` seconds are not run.
+    """How the cost of a draw and of a denoising step grows with one size while the others stay the same, with a
+    transformer of 67 M parameters (dim 512, depth 12, grid 16) and the UNet of the section diffusion. exponent: that of
+    the size in the time, from one row to the next. The sizes of the caches, and the number of candidates whose caches
+    fit in half of the available memory, are computed. Rows that would take more than `LONGEST` seconds are not run.
     """
     text, rows = torch.zeros(TEXT, dtype=torch.int64), list[Row]()
 
@@ -482,7 +483,7 @@ def growth(args: argparse.Namespace) -> list[Row]:
     for side in (256, 512, 1024):
         x, embeds = torch.randn(1, 3, side, side), torch.randn(1, 32, side // 16, side // 16)
         work = lambda x=x, e=embeds: our_steps(unet, None, e, x, e)  # type: ignore[misc]  # noqa: E731
-        add("side of the picture, one step", side, 2, work, {})
+        add("side of the image, one step", side, 2, work, {})
     return rows
 
 
@@ -543,10 +544,11 @@ def memory(args: argparse.Namespace) -> list[Row]:
 
 def gpu(args: argparse.Namespace) -> list[Row]:
     """The bundled weights on the GPU: a call for one image, best of 8, with 50 guided steps, and the peak GPU memory
-    for 8 of 32 and 8 of 1,024 candidates. tokens, largest difference: compared with the CPU, out of 255.
+    for 8 of 32 and 8 of 1,024 candidates. equal tokens: the fraction equal to those of the CPU. largest difference: of
+    a pixel value from that of the CPU, out of 255.
     """
     if args.device == "cpu":
-        print("left out: name a --device")
+        print("skipped: pass --device cuda")
         return []
     quiet: dict[str, Any] = dict(seed=0, progress=False)
     how, rows = dict(num_candidates=8) | quiet, []
@@ -557,7 +559,7 @@ def gpu(args: argparse.Namespace) -> list[Row]:
         same = (out.tokens.cpu() == expected.tokens).float().mean().item()
         pairs = zip(out.coarse_images + out.images, expected.coarse_images + expected.images, strict=True)
         apart = max(np.abs(np.array(a, float) - np.array(b, float)).max() for a, b in pairs)
-        row = {"dtype": str(dtype), "tokens alike": same, "largest difference": apart}
+        row = {"dtype": str(dtype), "equal tokens": same, "largest difference": apart}
         row["seconds a call"] = in_turn({"call": lambda pipe=pipe: pipe(PROMPT, **how)}, args.rounds)["call"]  # type: ignore[misc]
         pipe.upsampler = None
         for candidates in (32, 1024):
@@ -595,7 +597,9 @@ ON_A_DEVICE = ("tokens", "diffusion", "gpu")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sections", help=f"default: {','.join(SECTIONS)}, or with a device {','.join(ON_A_DEVICE)}")
+    parser.add_argument(
+        "--sections", help=f"default: {','.join(SECTIONS)}; with a GPU as --device: {','.join(ON_A_DEVICE)}"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8, 32])
@@ -610,9 +614,8 @@ def main() -> None:
     on_cpu = args.device == "cpu"
     sections = args.sections.split(",") if args.sections else SECTIONS if on_cpu else ON_A_DEVICE
     if unknown := set(sections) - set(SECTIONS if on_cpu else ON_A_DEVICE):
-        parser.error(
-            f"no section {', '.join(unknown)} there; there are {', '.join(SECTIONS if on_cpu else ON_A_DEVICE)}"
-        )
+        known = ", ".join(SECTIONS if on_cpu else ON_A_DEVICE)
+        parser.error(f"no section {', '.join(unknown)} for {args.device}; expected {known}")
     args.out = args.out or Path(__file__).with_name("results") / (
         "speed.json" if on_cpu else f"speed_{args.device}.json"
     )

@@ -1,6 +1,7 @@
 """DALL·E Mega, refined by CLIP-guided diffusion: python examples/dalle_mega.py [PROMPT]
 
-Fetches 7.9 GB once ("dalle-mini" in place of "dalle-mega": 3.6 GB). `dall3 weights list` tells what else there is.
+Downloads about 8.2 GB once (about 3.9 GB with "dalle-mini" in place of "dalle-mega"). `dall3 weights list` shows all
+sets.
 """
 
 import sys
@@ -16,7 +17,7 @@ pipe = Dall3Pipeline.from_pretrained(
     "dalle-mega", device="cuda" if on_gpu else "cpu", dtype=torch.float16 if on_gpu else torch.float32
 )
 
-# Eight candidates, the best by CLIP, refined. What is not said here is as weights.toml has it for these weights.
+# Draws eight candidates and refines the one with the highest CLIP score. The other settings are those of the weights.
 out = pipe(prompt, num_images=1, num_candidates=8, seed=0)
 
 print(f"saved {out.images[0].size} to {out.save('outputs/' + prompt.replace(' ', '_'), overwrite=True)}")

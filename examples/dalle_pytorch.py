@@ -13,7 +13,7 @@ pipe = Dall3Pipeline.from_pretrained(
     "dalle-pytorch-cc", device="cuda" if on_gpu else "cpu", dtype=torch.float16 if on_gpu else torch.float32
 )
 
-# It draws coarsely: many candidates, of which CLIP keeps the best, help it most.
+# Few of its draws are good, so draw many candidates; CLIP keeps the best.
 out = pipe(prompt, num_images=1, num_candidates=16, seed=0)
 
 print(f"saved {out.images[0].size} to {out.save('outputs/' + prompt.replace(' ', '_'), overwrite=True)}")

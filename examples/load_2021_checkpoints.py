@@ -1,4 +1,4 @@
-"""Prompt to picture on a folder of the seed's files: python examples/load_2021_checkpoints.py FOLDER [PROMPT]"""
+"""Draw with a folder of upstream's files of 2021: python examples/load_2021_checkpoints.py FOLDER [PROMPT]"""
 
 import sys
 from pathlib import Path
@@ -18,7 +18,7 @@ pipe = Dall3Pipeline.from_checkpoints(
     clip=folder / "ViT-B-16.pt",
 )
 
-# Four candidates, the best by CLIP, refined in 25 steps that CLIP guides towards the prompt.
+# Draws four candidates and refines the one with the highest CLIP score in 25 steps of CLIP-guided diffusion.
 out = pipe(prompt, num_images=1, num_candidates=4, top_p=0.85, num_inference_steps=25, seed=0)
 
 print(f"saved {out.images[0].size} to {out.save('outputs/' + prompt.replace(' ', '_'), overwrite=True)}")

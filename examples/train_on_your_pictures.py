@@ -1,8 +1,7 @@
-"""Weights of your own from a folder of pictures: python examples/train_on_your_pictures.py PICTURES [WEIGHTS [STEPS]]
+"""Train weights on a folder of images: python examples/train_on_your_pictures.py IMAGES [WEIGHTS [STEPS]]
 
-Each picture needs a .txt of the same name with one caption a line. 200 steps of each part show that everything fits
-together (on a CPU, 2 are enough); `dall3 train` with many more steps makes useful weights. docs/training.md has the
-settings.
+Each image needs a .txt of the same name with one caption per line. The default of 200 steps per part only shows that
+the training runs (on a CPU, 2 are enough). Useful weights need many more. docs/training.md describes the settings.
 """
 
 import sys
@@ -10,10 +9,10 @@ import sys
 from dall3 import Dall3Pipeline
 from dall3.training.run import TRAINABLE, train_model
 
-pictures, weights, steps = (*sys.argv[1:], *("my-weights", 200)[len(sys.argv) - 2 :])
+images, weights, steps = (*sys.argv[1:], *("my-weights", 200)[len(sys.argv) - 2 :])
 
-for model in TRAINABLE:  # tokenizer, vqgan, transformer, clip, upsampler: each part may need those before it
+for model in TRAINABLE:  # tokenizer, vqgan, transformer, clip, upsampler: a part may need the earlier ones
     how = {"steps": int(steps)} if model == "tokenizer" else {"steps": int(steps), "batch_size": 8, "every": 100}
-    train_model(model, weights, data=[f"folder:{pictures}=3", "scenes=1"], **how)
+    train_model(model, weights, data=[f"folder:{images}=3", "scenes=1"], **how)
 
 Dall3Pipeline.from_pretrained(weights)("a red cube", seed=0).save("outputs/mine", overwrite=True)

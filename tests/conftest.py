@@ -5,15 +5,15 @@ import torch
 
 from dall3 import Dall3Pipeline
 
-from originals import GOLDEN, Golden, close, save_dalle, save_seedset, save_vqgan  # noqa: F401
+from originals import GOLDEN, Golden, close, save_dalle, save_upstream_files, save_vqgan  # noqa: F401
 
 
 def pytest_configure(config):
-    """Workers share the cores: threads that wait for each other's cores take many times as long."""
+    """Divide the cores among the workers: with more threads than cores, tests take many times as long."""
     if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
         threads = max((os.cpu_count() or 1) // int(workers), 1)
         torch.set_num_threads(threads)
-        os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # of programs that a test starts
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # for processes that a test starts
 
 
 @pytest.fixture(scope="session")
@@ -22,13 +22,13 @@ def golden():
 
 
 @pytest.fixture(scope="session")
-def seedset(tmp_path_factory):
-    """A folder of the seed's files, small."""
-    return save_seedset(tmp_path_factory.mktemp("seedset"))
+def upstream_files(tmp_path_factory):
+    """A folder with upstream's files, as small networks."""
+    return save_upstream_files(tmp_path_factory.mktemp("upstream_files"))
 
 
-def load_seedset(folder, **changes) -> Dall3Pipeline:
-    """The pipeline of such a folder, with some of its files changed."""
+def load_upstream_files(folder, **changes) -> Dall3Pipeline:
+    """Load the pipeline of such a folder. changes: other arguments of `from_checkpoints`."""
     files = dict(
         dalle=folder / "dalle-latest.pt",
         bpe=folder / "bpe.model",

@@ -1,9 +1,9 @@
-"""Feeds the readers broken and hostile files for as long as it is told to: `python tests/fuzz.py MINUTES [SEED]`.
+"""Feed damaged and hostile files to the readers for the given time: `python tests/fuzz.py MINUTES [SEED]`.
 
-Checkpoints, tokenizers, folders of parts, settings, pictures' recipes, weights.toml and taming's YAML: every file must
-be read or be refused by one error, in little time and memory, without a process, a socket or a file written. A file
-that does otherwise is kept in the folder `fuzz-found`, to become a test; the last one tried is there too, should the
-process die of it.
+Checkpoints, tokenizers, folders of parts, settings, recipes of images, weights.toml and taming's YAML: every file must
+be read or refused with an expected error, quickly and with little memory. Readers must not start a process, open a
+socket or write a file. Any file with another outcome is kept in the folder `fuzz-found`, to become a test. So is the
+last file, in case the process dies.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ SECONDS, MEMORY = 5, 256 << 20
 
 
 class Forbidden(BaseException):
-    """The reader did what it must not do."""
+    """A reader did something that is not allowed."""
 
 
 watching = False
@@ -75,7 +75,7 @@ def watch(event: str, args: tuple[Any, ...]) -> None:
 
 
 def pickles() -> list[bytes]:
-    """Pickles to start from: what checkpoints hold, of every protocol, and attacks."""
+    """Pickles to mutate: contents of checkpoints in every protocol, and attacks."""
     value = {"a": [1, (2.5, None, True)], "b": {"c": 2**70, 3: {4}}, "d": collections.OrderedDict(x=b"y"), "s": "ü" * 9}
     plain = [pickle.dumps(value, protocol)[: -1 if protocol < 2 else None] for protocol in range(6)]
     plain = [body[2:-1] if body[:1] == b"\x80" else body for body in plain]
@@ -84,7 +84,7 @@ def pickles() -> list[bytes]:
 
 
 def files(folder: Path) -> list[bytes]:
-    """Files to start from, of every container."""
+    """Files to mutate, in every container format."""
     base = torch.arange(12.0).reshape(3, 4)
     value = {"a": base, "b": base.t(), "c": torch.ones(3, dtype=torch.bool), "o": Unknown(), "d": {"e": [1, (2, {3})]}}
     paths = [
@@ -143,7 +143,7 @@ def read_tokenizer(path: Path) -> None:
 
 
 def read_part(path: Path) -> None:
-    """The file as the config.json of a part, or as its model.safetensors."""
+    """Read the file as the config.json of a part, or as its model.safetensors."""
     folder = path.parent / "part"
     shutil.copytree(BUNDLED / "vqgan", folder, dirs_exist_ok=True)
     shutil.copy(path, folder / ("config.json" if path.read_bytes()[:1] in (b"{", b"[") else "model.safetensors"))
@@ -151,7 +151,7 @@ def read_part(path: Path) -> None:
 
 
 def read_settings(path: Path) -> None:
-    """The file as the settings that suit a folder's weights."""
+    """Read the file as the generation_config.json of a folder."""
     folder = path.parent / "settings"
     folder.mkdir(exist_ok=True)
     shutil.copy(path, folder / DEFAULTS)
@@ -164,7 +164,7 @@ def pipeline() -> Dall3Pipeline:
 
 
 def read_recipe(path: Path) -> None:
-    """The file as the recipe in a picture, up to the work that it asks for."""
+    """Read the file as the recipe of an image, without drawing it."""
     about, picture = PngInfo(), path.parent / "picture.png"
     about.add_itxt(RECIPE, path.read_text(encoding="utf-8", errors="replace"))
     Image.new("RGB", (4, 4)).save(picture, pnginfo=about)
@@ -174,7 +174,7 @@ def read_recipe(path: Path) -> None:
 
 
 def recipes() -> list[bytes]:
-    """Recipes to start from, of pictures that were made in some ways."""
+    """Recipes to mutate, of images that were made with different settings."""
     pipe, found = pipeline(), []
     for settings in ({"top_k": 0.5}, {"seamless": True, "guidance_prompt": "a cube:2|a cone:-1", "scheduler": "ddpm"}):
         about = make_request(pipe, "a cube", num_images=1, seed=3, **settings).recipe() | {
@@ -188,7 +188,7 @@ def recipes() -> list[bytes]:
 
 
 def text_readers() -> list[tuple[Callable[[Path], Any], list[bytes]]]:
-    """Readers of files that are text, and files to start from."""
+    """Readers of text files, and files to mutate."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2, "ü": 3, "üa": 4}, "merges": [["a", "b"], ["ü", "a"]]}
     plain = {"version": "1.0", "added_tokens": [], "pre_tokenizer": byte_level, "decoder": byte_level, "model": model}
@@ -209,7 +209,7 @@ def text_readers() -> list[tuple[Callable[[Path], Any], list[bytes]]]:
 
 
 def change_number(data: bytes, draw: random.Random) -> bytes:
-    """A text in which a number, if it has one, is another."""
+    """Replace a number in a text, if it has one."""
     numbers = list(re.finditer(rb"\d+", data))
     if not numbers:
         return data
@@ -218,9 +218,9 @@ def change_number(data: bytes, draw: random.Random) -> bytes:
 
 
 def try_file(path: Path, read: Callable[[Path], Any] = read_checkpoint) -> str:
-    """Read a file and everything in it: "read" or "refused". Raises what must not be."""
+    """Read a file and everything in it. Returns "read" or "refused"; raises any exception that is not allowed."""
     global watching
-    watching = read is read_checkpoint  # the others import libraries, and write what they read
+    watching = read is read_checkpoint  # the others import libraries and write files
     signal.alarm(SECONDS)
     try:
         read(path)
@@ -241,7 +241,7 @@ def too_long(number: int, frame: Any) -> None:
 
 
 def fuzz(minutes: float, seed: int, report: Callable[[str], None] = print) -> int:
-    """How many files did what they must not."""
+    """Returns the number of files for which a reader did something that is not allowed."""
     draw, counts, bad = random.Random(seed), collections.Counter[str](), 0
     sys.addaudithook(watch)
     signal.signal(signal.SIGALRM, too_long)
@@ -252,7 +252,7 @@ def fuzz(minutes: float, seed: int, report: Callable[[str], None] = print) -> in
     for read, starts in readers:
         for start in starts:
             path.write_bytes(start)
-            with suppress(CheckpointError):  # settings without their weights
+            with suppress(CheckpointError):  # settings without weights
                 read(path)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))

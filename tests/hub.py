@@ -1,4 +1,4 @@
-"""A server on loopback that stands for the Hugging Face hub and for plain hosts, as far as fetching weights needs."""
+"""A local server with the behaviour of the Hugging Face Hub and of plain hosts that downloads of weights need."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import hashlib
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-LARGE = 10_000  # bytes, from which on the hub keeps a file in its LFS storage and redirects to it
+LARGE = 10_000  # bytes from which the hub stores a file in LFS and redirects to it
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(ThreadingHTTPServer):
     """Files by path: "/owner/name/resolve/main/file" as the hub has them, "/host/path" as a plain host has them.
 
-    break_off: paths whose first answer ends in the middle. log: what was asked for, and from which byte on.
+    break_off: paths whose first response is truncated. log: method, path and Range header of each request.
     """
 
     daemon_threads = True
@@ -40,7 +40,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(None)
 
     def answer(self, body: bytes | None) -> None:
-        """body: what is sent in place of the file; the headers are the file's."""
+        """Send a file. body: sent instead of the file, with the headers of the file."""
         hub, path = self.server, self.path
         hub.log.append((self.command, path, self.headers.get("Range")))
         data = hub.hashes.get(path.removeprefix("/lfs/")) if path.startswith("/lfs/") else hub.files.get(path)
@@ -52,7 +52,7 @@ class Handler(BaseHTTPRequestHandler):
             headers["X-Repo-Commit"] = COMMIT
             if len(data) >= LARGE:
                 headers |= {"X-Linked-Etag": f'"{sha256}"', "X-Linked-Size": str(len(data)), "ETag": f'"{sha256[:40]}"'}
-                storage = f"http://localhost:{hub.server_port}"  # another host, as the hub's storage is
+                storage = f"http://localhost:{hub.server_port}"  # another host name, as that of the hub's storage
                 return self.send(302, b"", headers | {"Location": f"{storage}/lfs/{sha256}"})
         wanted, tag = self.headers.get("Range"), self.headers.get("If-Range")
         start = int(wanted.removeprefix("bytes=").partition("-")[0]) if wanted and tag in (None, headers["ETag"]) else 0

@@ -1,7 +1,7 @@
-"""A CUDA device that is not there: tensors on it compute on the CPU, and mixing the two fails as on a GPU.
+"""A pretended CUDA device: its tensors compute on the CPU, and mixing devices fails as on a GPU.
 
-What a GPU would refuse is found without one: a tensor left on the CPU, a NumPy array made of a tensor of the GPU, a
-generator of the other device.
+It finds errors that only a GPU would raise: a tensor left on the CPU, a NumPy array made from a GPU tensor, a generator
+of another device.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ aten = torch.ops.aten
 
 
 class OnGPU(torch.Tensor):
-    """A tensor of the pretended device. What C++ sees has no data ("meta"), so that it asks no driver for anything."""
+    """A tensor on the pretended device. C++ sees a meta tensor without data, so no driver is called."""
 
     here: torch.Tensor
 
     @staticmethod
     def __new__(cls, here: torch.Tensor) -> OnGPU:
         about = dict(strides=here.stride(), storage_offset=here.storage_offset(), dtype=here.dtype, device="meta")
-        with torch.inference_mode(False):  # what is made in that mode could not be indexed outside of it
+        with torch.inference_mode(False):  # tensors created in inference mode could not be indexed outside of it
             self = torch.Tensor._make_wrapper_subclass(cls, here.shape, **about)
         self.here = here
         return self
@@ -51,7 +51,7 @@ class OnGPU(torch.Tensor):
 
 
 class Generator(torch.Generator):
-    """A generator that says it is of the device that it was asked for."""
+    """A generator on the CPU that reports the requested device."""
 
     def __new__(cls, device: torch.device | str = "cpu") -> Generator:
         self = super().__new__(cls)
@@ -73,7 +73,7 @@ def run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     elif function is aten.copy_.default:
         stays = on_gpu[0]
     elif function not in (aten._to_copy.default, aten.index.Tensor):
-        # As on a GPU, a number of the CPU may take part, and a tensor of it may be an index.
+        # As on a GPU, scalars on the CPU are allowed in operations, and tensors on the CPU as an index.
         left = [tuple(t.shape) for t, there in zip(tensors, on_gpu, strict=True) if not there and t.ndim]
         assert not stays or not left, f"{function} got tensors of both devices; on the CPU lay {left}"
 
@@ -89,15 +89,15 @@ def run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return tree_map(lambda x: OnGPU(x) if isinstance(x, torch.Tensor) else x, out)
 
 
-class Everywhere(TorchDispatchMode):
-    """Brings what is made on "cuda", or moved there, to the pretended device."""
+class OnPretendedDevice(TorchDispatchMode):
+    """Puts tensors that are created on "cuda" or moved there on the pretended device."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return run(function, args, kwargs or {})
 
 
 class PretendGraph:
-    """A CUDA graph as `CudaGraph`, without a driver: a replay runs the function on the static inputs again.
+    """Replaces `CudaGraph`, without a driver: a replay calls the function again with the static inputs.
 
     As on a GPU, every replay writes to the same output tensors. captures, replays: counts of all graphs.
     """
@@ -129,7 +129,7 @@ class PretendGraph:
 
 @contextmanager
 def pretend_gpu(monkeypatch: Any, memory: int = 8 * 2**30, reserved: int = 0) -> Any:
-    """While it lasts, `device="cuda"` is to be had, with so many bytes of memory, some of which may be reserved."""
+    """Context in which `device="cuda"` is the pretended device. memory, reserved: bytes of its memory."""
     torch._C._ensureCUDADeviceGuardSet()
     real_tensor = torch.tensor
 
@@ -137,20 +137,20 @@ def pretend_gpu(monkeypatch: Any, memory: int = 8 * 2**30, reserved: int = 0) ->
         made = real_tensor(*args, **kwargs)
         return made if device is None else made.to(device)
 
-    monkeypatch.setattr(torch, "tensor", tensor)  # this one does not come by the mode
+    monkeypatch.setattr(torch, "tensor", tensor)  # the dispatch mode does not see this function
     monkeypatch.setattr(torch, "Generator", Generator)
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
     monkeypatch.setattr(PretendGraph, "captures", 0)
     monkeypatch.setattr(PretendGraph, "replays", 0)
-    for module in (decoding, captured):  # no driver would record anything
+    for module in (decoding, captured):  # there is no driver that could capture
         monkeypatch.setattr(module, "CudaGraph", PretendGraph)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (memory - reserved, memory))
-    with Everywhere():
+    with OnPretendedDevice():
         yield pretend_nothing
 
 
 @contextmanager
 def pretend_nothing() -> Any:
-    """Without what `pretend_gpu` brings to the pretended device: for computing on the CPU meanwhile."""
+    """Context inside `pretend_gpu` in which tensors stay on the CPU."""
     with _disable_current_modes():
         yield

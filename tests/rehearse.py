@@ -1,6 +1,7 @@
-"""What a user does with the sets of weights, in a process of its own: python rehearse.py FOLDER SET …
+"""Load, draw with and refine with sets of weights, in a separate process: python rehearse.py FOLDER SET …
 
-Prints one line of JSON a set: what was loaded, drawn and refined. The environment says where the weights are.
+Prints one line of JSON per set: what was loaded, drawn and refined. The environment variables name the registry and the
+cache.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ def rehearse(name: str, folder: Path) -> dict[str, object]:
             found |= {"refined": tuple(fine.shape[:1:-1])}
         elif getattr(pipe, stage) is not None:
             blue = Image.new("RGB", (256, 256), "blue")
-            smaller = {} if pipe.vqgan is not None else {"output_size": 128}  # one on codes has a size of its own
+            smaller = (
+                {} if pipe.vqgan is not None else {"output_size": 128}
+            )  # a UNet on code embeddings has a fixed size
             fine = pipe.upsample(image=blue, stage=stage, strength=0.4, **smaller, **QUICK)
             found |= {"refined": tuple(fine.shape[:1:-1])}
     files = files_of(find_set(name))
@@ -65,10 +68,10 @@ def rehearse(name: str, folder: Path) -> dict[str, object]:
 
 
 def try_places(one: CachedFile) -> int:
-    """Fetch a file from each of its places alone, and read it. Returns how many there are."""
+    """Download a file from each of its places separately, and read it. Returns the number of places."""
     places = [place for place in one.file.places if place.path is None]
     for i, place in enumerate(places):
-        # As the first of a cache that is empty, so that what has no SHA-256 is looked at.
+        # In an empty folder of the cache, so that a file without a SHA-256 is checked by content.
         part = replace(one.part, cache_folder=f"{one.part.cache_folder}/place{i}")
         path = fetch_file(replace(one, part=part, file=replace(one.file, places=(place,))), progress=False)
         if part.name == "clip" and not part.beside:
@@ -77,7 +80,7 @@ def try_places(one: CachedFile) -> int:
 
 
 def rehearse_open_clip(name: str) -> dict[str, object]:
-    """Load a CLIP by open_clip's name, as a network of the size of the small files; then again without a network."""
+    """Load a CLIP by its open_clip name, with the sizes of the small files; then load it again offline."""
     size: dict[str, dict[str, int]] = {
         "vision_cfg": {"image_size": 64, "layers": 2, "width": 64, "patch_size": 16},
         "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2},

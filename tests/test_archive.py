@@ -1,4 +1,4 @@
-"""Files read as data: what torch saved comes back, and a hostile or broken file is one error that runs nothing."""
+"""Reading checkpoints as data: files of torch.save are read back, and hostile or damaged files raise one error."""
 
 import collections
 import contextlib
@@ -30,7 +30,7 @@ class Unknown:
 
 
 class Trap:
-    """A class that leaves a file behind when it is made or given a state."""
+    """A class that writes a file when it is created or given a state."""
 
     def __new__(cls, target, *unused):
         Path(target).touch()
@@ -63,7 +63,7 @@ def script(path, module):
     return path
 
 
-# Opcodes by hand: a text, a name, any plain value, a storage, a tensor.
+# Functions that write opcodes: a text, a name, any plain value, a storage, a tensor.
 
 
 def text(value):
@@ -89,7 +89,7 @@ def tensor(size=(4,), stride=(1,), offset=0, **more):
 
 
 def contain(path, body, form, record=bytes(16)):
-    """A file whose pickle is `body` and whose one storage, "0", is `record`."""
+    """Write a file with the pickle `body` and one storage "0" with the bytes `record`."""
     body = b"\x80\x04" + body + b"."
     if form == "legacy":
         header = (pickle.dumps(value, 2) for value in (LEGACY_MAGIC, 1001, {"little_endian": True}))
@@ -118,7 +118,7 @@ def bounded_memory(extra=1 << 30):
 
 
 def refused(path, match=None):
-    """Reading `path` ends in one short line that names it, without much memory; the line."""
+    """Check that reading fails with a short one-line message that names the file, with little memory; return it."""
     with bounded_memory(), pytest.raises(CheckpointError, match=match) as caught:
         read_archive(path)
     line = str(caught.value)
@@ -128,7 +128,7 @@ def refused(path, match=None):
 
 
 def touch(found, seen=None):
-    """Read every number that `found` holds."""
+    """Read every number in `found`."""
     seen = set() if seen is None else seen
     if isinstance(found, torch.Tensor):
         found.clone().sum()
@@ -138,7 +138,7 @@ def touch(found, seen=None):
             touch(part, seen)
 
 
-# What torch wrote.
+# Files written by torch.
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -166,7 +166,7 @@ def test_tensors_come_back(tmp_path, form):
     for key, wanted in value.items():
         assert found[key].dtype == wanted.dtype and torch.equal(found[key], wanted), key
     found["base"][2, 0] = 99
-    assert found["row"][0] == found["turned"][0, 2] == 99  # still one storage
+    assert found["row"][0] == found["turned"][0, 2] == 99  # still one shared storage
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -207,7 +207,7 @@ def test_unknown_classes_are_placeholders(tmp_path, form, protocol):
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_whole_module(tmp_path, form):
+def test_a_pickled_module_is_read(tmp_path, form):
     wanted = Net().state_dict()
     net = Net()
     net.load_state_dict(wanted)
@@ -230,7 +230,7 @@ def test_safetensors(tmp_path):
     assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
-# Pickles that run something.
+# Pickles that try to run code.
 
 TRAP = (Trap.__module__, "Trap")
 ATTACKS = {
@@ -262,10 +262,10 @@ def canary(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("form", CONTAINERS)
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_nothing_is_run(tmp_path, canary, form, attack):
+def test_no_code_is_run(tmp_path, canary, form, attack):
     body = ATTACKS[attack](str(canary))
     pickle.loads(b"\x80\x04" + body + b".")
-    assert canary.exists()  # the trap works
+    assert canary.exists()  # the trap itself works
     canary.unlink()
     inside = b"}" + text("x") + tensor() + b"s" + text("epoch") + body + b"s"
     for number, stream in enumerate((body, inside)):
@@ -291,13 +291,13 @@ def test_nothing_is_run(tmp_path, canary, form, attack):
         b"N",
     ),
 )
-def test_a_state_changes_no_name(tmp_path, target, state):
+def test_setstate_data_changes_no_name(tmp_path, target, state):
     before = read_archive(contain(tmp_path / "a.pt", target, "zip"))
     after = read_archive(contain(tmp_path / "b.pt", target + plain(state) + b"b", "zip"))
     assert repr(after) == repr(before) and type(after) is type(before)
 
 
-# Pickles that want memory, time or a crash. What is harmless is read; the rest is refused.
+# Pickles that try to use memory or time, or to crash. Those without effect are read; the others are refused.
 
 MANY = 100_000
 TWICE = b"2\x86"  # (x, x)
@@ -395,14 +395,14 @@ def test_hostile_pickles_are_refused(tmp_path, form, case):
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("case", HARMLESS)
-def test_hostile_pickles_that_do_no_harm(tmp_path, form, case):
+def test_hostile_pickles_without_effect_are_read(tmp_path, form, case):
     with bounded_memory():
         found = read_archive(contain(tmp_path / "a.pt", HARMLESS[case], form))
         assert module_tensors(found) == {} or case == "deep objects"
         del found
 
 
-def test_a_list_is_not_copied_again_and_again(tmp_path):
+def test_a_list_cannot_be_copied_many_times(tmp_path):
     numbers = b"".join(plain(number) for number in range(256, 4096))
     calls = b"h\x01h\x00\x85R" * 20_000
     body = b"(" + numbers + b"lq\x00" + name("builtins", "set") + b"q\x01(" + calls + b"t"
@@ -412,13 +412,13 @@ def test_a_list_is_not_copied_again_and_again(tmp_path):
 
 
 def module_of(items):
-    """A placeholder's opcodes whose `_modules` are these."""
+    """Opcodes of a placeholder with these `_modules`."""
     inside = b"".join(text(key) + value for key, value in items.items())
     return name("a", "Module") + b")\x81}" + text("_modules") + b"}(" + inside + b"usb"
 
 
 @pytest.mark.parametrize("case", ("fan-out", "deep", "itself", "long names", "many tensors"))
-def test_traps_of_modules(tmp_path, case):
+def test_hostile_module_trees(tmp_path, case):
     many = 2000
     if case == "fan-out":
         body = module_of({"x": tensor()})
@@ -440,7 +440,7 @@ def test_traps_of_modules(tmp_path, case):
         module_tensors(found)
 
 
-# Containers that lie.
+# Containers with wrong metadata.
 
 
 @pytest.mark.parametrize("name", ("archive/data.pkl", "archive/data/0", "archive/byteorder"))
@@ -475,8 +475,8 @@ def test_zip_names(tmp_path, names, match):
 
 @pytest.mark.parametrize("offset", (0, 40, 2**31, 2**32 - 2))
 @pytest.mark.parametrize("size", (0, 15, 2**31))
-def test_zip_entries_elsewhere(tmp_path, offset, size):
-    """The directory's offset and size of the storage are made up."""
+def test_zip_entries_that_point_elsewhere(tmp_path, offset, size):
+    """The central directory has a wrong offset or size of the storage."""
     path = contain(tmp_path / "a.pt", tensor(), "zip")
     data = bytearray(path.read_bytes())
     at = data.rindex(b"PK\x01\x02")
@@ -523,13 +523,13 @@ def test_legacy_lists_of_storages(tmp_path, keys):
         {"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}, "b": {"dtype": "F32", "shape": [4]}},
     ),
 )
-def test_safetensors_that_lie(tmp_path, header):
+def test_safetensors_headers_that_contradict_the_data(tmp_path, header):
     text = json.dumps(header).encode()
     (tmp_path / "a.pt").write_bytes(struct.pack("<Q", len(text)) + text + bytes(16))
     refused(tmp_path / "a.pt", "damaged")
 
 
-def test_safetensors_whose_header_has_no_end(tmp_path):
+def test_safetensors_with_an_endless_header(tmp_path):
     (tmp_path / "a.pt").write_bytes(struct.pack("<Q", 2**62) + b"{" + bytes(16))
     refused(tmp_path / "a.pt", "damaged")
 
@@ -547,7 +547,7 @@ def test_safetensors_whose_header_has_no_end(tmp_path):
         (b"\x80\x02(lp0\n." + bytes(9), "that PyTorch did not write"),
     ),
 )
-def test_other_files(tmp_path, data, match):
+def test_files_of_other_kinds(tmp_path, data, match):
     path = tmp_path / "a.pt"
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=match) as caught:
@@ -555,14 +555,14 @@ def test_other_files(tmp_path, data, match):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_no_file(tmp_path):
+def test_missing_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="missing.pt does not exist"):
         read_archive(tmp_path / "missing.pt")
     with pytest.raises(IsADirectoryError, match="is a folder"):
         read_archive(tmp_path)
 
 
-# Damage by chance.
+# Random damage.
 
 
 @pytest.fixture(scope="module")

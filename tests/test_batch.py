@@ -1,4 +1,4 @@
-"""`dall3 batch`: the same index from a loop, one worker and a cluster, whatever is killed meanwhile."""
+"""`dall3 batch`: a loop, one worker and a cluster write the same index, also if processes are killed."""
 
 import contextlib
 import io
@@ -25,14 +25,14 @@ from dall3.batch.stages import first_row, pack
 from dall3.cli import main
 from dall3.training.files import Shards
 
-from conftest import load_seedset
+from conftest import load_upstream_files
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 store = pytest.importorskip("dall3.batch.store")
 
 BOOK = [f"a {shape} made of {stuff}" for shape in ("cube", "cone", "ring") for stuff in ("cloud", "wood")]
-BOOK[3:3] = ["", "word " * 300]  # neither can be drawn
+BOOK[3:3] = ["", "word " * 300]  # neither prompt can be drawn
 BAD = {3, 4}
 PER_SHARD = 3
 HOW = dict(num_images=2, num_candidates=5, batch_size=3, prompts_per_shard=PER_SHARD, progress=False)
@@ -40,8 +40,8 @@ HOW |= dict(refine=False)
 
 
 @pytest.fixture(scope="module")
-def weights(seedset, tmp_path_factory):
-    return load_seedset(seedset).save_pretrained(tmp_path_factory.mktemp("batch") / "weights")
+def weights(upstream_files, tmp_path_factory):
+    return load_upstream_files(upstream_files).save_pretrained(tmp_path_factory.mktemp("batch") / "weights")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def pipe(weights):
 
 @pytest.fixture(scope="module")
 def plain(weights, tmp_path_factory):
-    """The folder of a run from beginning to end in this process."""
+    """The folder of an uninterrupted run in this process."""
     out = tmp_path_factory.mktemp("plain") / "out"
     report = generate(BOOK, out, weights=weights, **HOW)
     assert report.failed.keys() == BAD and report.prompts == len(BOOK)
@@ -59,7 +59,7 @@ def plain(weights, tmp_path_factory):
 
 
 def contents(folder):
-    """All that a run came to: the index's rows and the shards' bytes."""
+    """The result of a run: the rows of the index and the bytes of the shards."""
     shards = {path.name: path.read_bytes() for path in folder.glob("*.tar")}
     return pq.read_table(folder / "index.parquet").to_pylist(), shards
 
@@ -72,7 +72,7 @@ def assert_same(folder, expected):
     assert not list(folder.rglob("*.tmp")) and not list((folder / "prompts").iterdir())
 
 
-def test_the_index_holds_every_prompt_in_order_with_its_best_draws(plain, weights):
+def test_the_index_holds_every_prompt_in_order_with_its_best_candidates(plain, weights):
     rows, shards = contents(plain)
     assert [row["number"] for row in rows] == [0, 0, 1, 1, 2, 2, 3, 4, 5, 5, 6, 6, 7, 7]
     assert sorted(shards) == [f"pictures-{i:06}.tar" for i in range(3)]
@@ -100,7 +100,7 @@ def member(shard, name):
         return tar.extractfile(name).read()
 
 
-def test_what_cannot_be_drawn_is_recorded_with_the_reason(plain):
+def test_a_prompt_that_cannot_be_drawn_is_recorded_with_the_reason(plain):
     rows = {row["number"]: row for row in contents(plain)[0]}
     assert "is empty" in rows[3]["error"] and "tokens" in rows[4]["error"]
     assert rows[3]["prompt"] == "" and rows[3]["place"] is None and not rows[3]["retry"]
@@ -121,7 +121,7 @@ def test_a_refined_picture_carries_its_recipe_and_repeats(weights, pipe, tmp_pat
     assert json.loads(row["recipe"])["settings"]["num_candidates"] == 4
 
 
-def test_shards_are_read_by_webdataset_and_by_the_training(plain):
+def test_shards_are_read_by_webdataset_and_by_training(plain):
     wds = pytest.importorskip("webdataset")
     urls = sorted(map(str, plain.glob("*.tar")))
     samples = list(wds.WebDataset(urls, shardshuffle=False).decode("pil"))
@@ -133,7 +133,7 @@ def test_shards_are_read_by_webdataset_and_by_the_training(plain):
     assert picture.shape == (64, 64, 3) and text in BOOK
 
 
-def test_between_the_stages_a_candidate_is_its_tokens_and_a_score(weights, pipe):
+def test_stages_pass_tokens_and_scores_only(weights, pipe):
     job = make_job(pipe, weights)
     row = first_row(prompts.Prompt(0, "a cube", 1))
     drawn = stages.Draw(job, pipe)(row)
@@ -158,7 +158,7 @@ def make_job(pipe, weights):
     return make_job(pipe, weights, "float32", devices, 2, 5, 3, None, 4, False, 1, {})
 
 
-def test_seeds_follow_from_the_runs_seed_and_the_prompts_number():
+def test_a_prompts_seed_follows_from_the_runs_seed_and_its_number():
     seeds = [prompt_seed(seed, number) for seed in (0, 1, 2**62) for number in range(1000)]
     assert len(set(seeds)) == 3000 and all(0 <= seed < 2**63 for seed in seeds)
     assert seeds[0] == 4334430513956379144 and prompt_seed(0, 999) == seeds[999]
@@ -170,7 +170,7 @@ def test_a_prompts_pictures_do_not_depend_on_the_others(weights, plain, tmp_path
 
 
 @pytest.mark.parametrize("kind", ["txt", "csv", "jsonl", "parquet"])
-def test_books_are_read_from_files_of_four_kinds(kind, tmp_path):
+def test_prompts_are_read_from_four_kinds_of_files(kind, tmp_path):
     path = tmp_path / f"book.{kind}"
     texts = ['a "cube", red', "", "a cône"]
     if kind == "txt":
@@ -207,7 +207,7 @@ def test_books_are_read_from_files_of_four_kinds(kind, tmp_path):
         ("book.txt", b"\xff\xfe", "not a .txt"),
     ],
 )
-def test_a_book_that_cannot_be_read_is_an_error_before_any_work(name, content, message, weights, tmp_path):
+def test_prompts_that_cannot_be_read_are_an_error_before_any_work(name, content, message, weights, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         generate(tmp_path / name, tmp_path / "out", weights=weights, **HOW)
@@ -235,7 +235,7 @@ def test_settings_out_of_range_are_errors(change, message, weights, tmp_path):
         generate(BOOK, tmp_path / "out", weights=weights, **HOW | change)
 
 
-def test_numbers_are_given_for_all_stages_or_each(weights, tmp_path, capsys):
+def test_options_take_one_number_or_one_per_stage(weights, tmp_path, capsys):
     pytest.importorskip("ray")
     from dall3.batch.ray_engine import per_stage
 
@@ -249,15 +249,15 @@ def test_numbers_are_given_for_all_stages_or_each(weights, tmp_path, capsys):
     assert "--workers draw=x; expected a number, or draw=N rank=N refine=N" in capsys.readouterr().err
 
 
-def test_a_library_that_is_missing_is_named(weights, tmp_path, monkeypatch):
+def test_a_missing_library_is_named(weights, tmp_path, monkeypatch):
     monkeypatch.setattr("dall3.batch.find_spec", lambda name: None if name == "ray" else name)
     with pytest.raises(ValueError, match=r"dall3 batch --ray needs ray; run pip install 'dall3\[ray\]'"):
         generate(BOOK, tmp_path / "out", weights=weights, ray="local", **HOW)
 
 
-def test_a_run_goes_on_only_with_the_same_settings_and_alone(weights, plain, tmp_path):
+def test_a_run_resumes_only_with_the_same_settings_and_one_at_a_time(weights, plain, tmp_path):
     before = contents(plain)
-    generate(BOOK, plain, weights=weights, **HOW)  # nothing is left to do
+    generate(BOOK, plain, weights=weights, **HOW)  # the run is finished
     assert contents(plain) == before
     with pytest.raises(ValueError, match="num_candidates was 5, now 6"):
         generate(BOOK, plain, weights=weights, **HOW | {"num_candidates": 6})
@@ -278,7 +278,7 @@ def test_a_run_goes_on_only_with_the_same_settings_and_alone(weights, plain, tmp
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "index"])
-def test_a_shard_that_is_gone_or_cut_after_the_run_is_made_again(damage, weights, plain, tmp_path, caplog):
+def test_a_missing_or_truncated_shard_is_made_again(damage, weights, plain, tmp_path, caplog):
     out = shutil.copytree(plain, tmp_path / "out")
     shard = out / "pictures-000001.tar"
     if damage == "gone":
@@ -292,7 +292,7 @@ def test_a_shard_that_is_gone_or_cut_after_the_run_is_made_again(damage, weights
     assert [r.message for r in caplog.records if "000001" in r.message and "again" in r.message]
 
 
-def test_files_of_others_are_kept_or_named(tmp_path):
+def test_files_of_other_programs_are_kept_or_named(tmp_path):
     book, rows = (
         read_prompts(["a cube", "a cone"]),
         [{"files": fake_files(i), "error": "", "retry": False} for i in range(2)],
@@ -320,7 +320,7 @@ def test_files_of_others_are_kept_or_named(tmp_path):
         assert run() == []
     for name in ("prompts/mine.tar", "prompts/00000009.tar", "index/mine.parquet"):
         (tmp_path / name).write_bytes(whole)
-        with pytest.raises(ValueError, match=f"{name} is not of this run; move it away"):
+        with pytest.raises(ValueError, match=f"{name} is not a file of this run; move it away"):
             run()
         (tmp_path / name).unlink()
     for damaged in ("", "[]", "{", "[" * 100_000):
@@ -329,8 +329,8 @@ def test_files_of_others_are_kept_or_named(tmp_path):
             run()
 
 
-def test_a_run_killed_at_any_moment_goes_on_where_it_was(weights, plain, tmp_path):
-    """SIGKILL, which leaves no time for anything, at moments that differ from test to test."""
+def test_a_run_killed_at_any_moment_resumes(weights, plain, tmp_path):
+    """The process gets SIGKILL at moments that differ from run to run."""
     out, book = tmp_path / "out", tmp_path / "book.txt"
     book.write_text("\n".join(BOOK))
     options = ["--num-images", "2", "--num-candidates", "5", "--batch-size", "3", "--prompts_per_shard", str(PER_SHARD)]
@@ -356,18 +356,18 @@ def test_a_run_killed_at_any_moment_goes_on_where_it_was(weights, plain, tmp_pat
 
 
 def finished(out):
-    """How many prompts of BOOK a folder holds: those of whole shards, and those beside."""
+    """The number of finished prompts in a folder: in complete shards, and in files of their own."""
     shards = {int(path.stem) for path in out.glob("index/*.parquet")}
     beside = {int(path.stem) for path in out.glob("prompts/*.tar")}
     return len(beside | {number for number in set(range(len(BOOK))) - BAD if number // PER_SHARD in shards})
 
 
 class Crash(BaseException):
-    """The moment at which the process is gone."""
+    """Raised in place of a crash of the process."""
 
 
-def test_no_step_of_writing_is_one_at_which_a_prompt_is_lost_or_written_twice(tmp_path, monkeypatch):
-    """The folder as it is before each single rename and removal is gone on with to the same end."""
+def test_a_crash_at_any_file_operation_neither_loses_nor_repeats_a_prompt(tmp_path, monkeypatch):
+    """A run that is resumed from the folder before any single rename or removal has the same result."""
     book = read_prompts([f"prompt {i}" for i in range(5)])
     rows = [{"number": i, "files": fake_files(i), "error": "", "retry": False} for i in range(5)]
     rows[2] |= {"files": b"", "error": "OSError: away", "retry": True}
@@ -426,7 +426,7 @@ def fake_files(number):
     return pack(Dall3Output("a cube", image, image, one, None, torch.arange(1), {"seed": number}), number)
 
 
-def test_a_failure_that_may_pass_is_tried_again_by_itself_and_by_the_next_run(weights, plain, tmp_path, monkeypatch):
+def test_a_temporary_failure_is_retried_at_once_and_by_the_next_run(weights, plain, tmp_path, monkeypatch):
     attempts, rank = [], stages.Rank.work
 
     def work(self, row):
@@ -452,7 +452,7 @@ def test_a_machine_with_other_weights_is_refused(pipe, weights):
 
 @pytest.fixture(scope="module")
 def cluster():
-    """A Ray cluster of three nodes on this machine, which notices soon that one is gone."""
+    """A Ray cluster of three nodes on this machine that quickly detects a lost node."""
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
@@ -468,15 +468,15 @@ def cluster():
         found.shutdown()
 
 
-def test_one_worker_on_ray_gives_the_loops_index(cluster, weights, plain, tmp_path):
+def test_one_worker_on_ray_gives_the_same_index_as_the_loop(cluster, weights, plain, tmp_path):
     how = dict(weights=weights, ray=cluster.address, workers=1, num_cpus=1)
     assert generate(BOOK, tmp_path / "out", **how, **HOW).failed.keys() == BAD
     assert_same(tmp_path / "out", plain)
 
 
-def test_nodes_and_actors_may_fail_on_a_cluster(cluster, weights, plain, tmp_path, monkeypatch):
-    """Two workers, of which the drawing actors raise or die at random, and a node that is killed; the first half of
-    the run was the loop's.
+def test_a_run_survives_failing_nodes_and_actors(cluster, weights, plain, tmp_path, monkeypatch):
+    """Two workers whose drawing actors raise or die at random, and a node that is killed. The first half of the run was
+    made by the loop.
     """
     from dall3.batch import ray_engine
 

@@ -1,4 +1,4 @@
-"""Files to models: each loader names what a file is, what does not fit, and never fails in another way."""
+"""Loaders of checkpoints: errors name the kind of a file and the tensors that do not match."""
 
 import json
 import shutil
@@ -45,7 +45,7 @@ LOADERS = {
 
 
 def make(folder):
-    """One file of each kind, and one of something else."""
+    """Write one file of each kind, and one of another kind."""
     folder.mkdir(exist_ok=True)
     torch.save({"hello": torch.ones(1)}, folder / "something else")
     save_dalle(folder / DALLE, Golden("dalle_default"))
@@ -65,7 +65,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def changed(files, tmp_path):
-    """The file of a kind with its tensors changed."""
+    """A function that writes the file of a kind with its tensors changed."""
 
     def change(kind, edit):
         found = (
@@ -116,7 +116,7 @@ def test_broken_files(files, tmp_path, kind):
         LOADERS[kind](tmp_path / "none.pt")
 
 
-SOME = {  # a tensor of each kind that its architecture is not read off, and how the error names it
+SOME = {  # per kind: a tensor that does not determine the architecture, and its name in the error
     DALLE: ("to_logits.1.bias", "to_logits.bias"),
     VQGAN: ("decoder.conv_out.bias", "decoder.conv_out.bias"),
     UNET: ("out.2.bias", "out.2.bias"),
@@ -127,7 +127,7 @@ SOME = {  # a tensor of each kind that its architecture is not read off, and how
 
 @pytest.mark.parametrize("kind", SOME)
 @pytest.mark.parametrize("change", ("missing", "unexpected", "reshaped"))
-def test_a_tensor_that_does_not_fit_is_named(changed, kind, change):
+def test_a_tensor_of_the_wrong_shape_is_named(changed, kind, change):
     original, named = SOME[kind]
     if change == "unexpected":
         original = named = "encoder.strange.weight"
@@ -144,7 +144,7 @@ def test_a_tensor_that_does_not_fit_is_named(changed, kind, change):
 
 @pytest.mark.parametrize("kind", SOME)
 def test_any_one_tensor_missing_or_of_another_shape(changed, kind):
-    """Whichever it is, also where the architecture is read off it."""
+    """For every tensor, also those that determine the architecture."""
     names = []
     changed(kind, lambda state: names.extend(name for name in state if name not in SIZES))
     for name in names[:: max(1, len(names) // 8)]:
@@ -165,7 +165,7 @@ def test_any_one_tensor_missing_or_of_another_shape(changed, kind):
     "name", ("time_embed.0.weight", "input_blocks.0.0.weight", "input_blocks.1.0.out_layers.3.weight", "out.2.weight")
 )
 @pytest.mark.parametrize("value", (torch.tensor(1.0), torch.ones(0, 0), torch.ones(3, 0, 1, 1), torch.ones(2)))
-def test_unet_tensors_that_tell_its_architecture(changed, name, value):
+def test_wrong_tensors_that_determine_a_unets_architecture(changed, name, value):
     with pytest.raises(CheckpointError, match="changed.pt"):
         LOADERS[UNET](changed(UNET, lambda state: state.update({name: value})))
 
@@ -181,21 +181,21 @@ def test_unet_tensors_that_tell_its_architecture(changed, name, value):
     ),
 )
 @pytest.mark.parametrize("value", (torch.tensor(1.0), torch.ones(0, 0), torch.ones(0, 3, 1, 1), torch.ones(2)))
-def test_vqgan_tensors_that_tell_its_architecture(changed, name, value):
+def test_wrong_tensors_that_determine_a_vqgans_architecture(changed, name, value):
     with pytest.raises(CheckpointError, match="changed.pt"):
         LOADERS[VQGAN](changed(VQGAN, lambda state: state.update({name: value})))
 
 
 @pytest.mark.parametrize("name", ("codebook.weight", "encoder.0.0.weight"))
 @pytest.mark.parametrize("value", (torch.tensor(1.0), torch.ones(0, 0), torch.ones(0, 3, 1, 1), torch.ones(2), 7))
-def test_dvae_tensors_that_tell_its_architecture(changed, name, value):
+def test_wrong_tensors_that_determine_a_dvaes_architecture(changed, name, value):
     with pytest.raises(CheckpointError, match="changed.pt"):
         LOADERS[DVAE](changed(DVAE, lambda state: state.update({name: value})))
 
 
 @pytest.mark.parametrize("name", ("positional_embedding", "visual.conv1.weight", "text_projection", "visual.proj"))
 @pytest.mark.parametrize("value", (torch.tensor(1.0), torch.ones(0, 0), torch.ones(0, 3, 1, 1), torch.ones(2)))
-def test_clip_tensors_that_tell_its_architecture(changed, name, value):
+def test_wrong_tensors_that_determine_a_clips_architecture(changed, name, value):
     with pytest.raises(CheckpointError, match="changed.pt"):
         LOADERS[CLIP](changed(CLIP, lambda state: state.update({name: value})))
 
@@ -254,7 +254,7 @@ def test_hparams_that_contradict_the_tensors(tmp_path, wrong):
         {"normalization": "xy"},
     ),
 )
-def test_hparams_that_make_no_dvae(tmp_path, wrong):
+def test_invalid_hparams_of_a_dvae(tmp_path, wrong):
     golden = Golden("discrete_vae")
     torch.save({"hparams": golden.about | wrong, "weights": golden.weights()}, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match="a.pt"):
@@ -262,7 +262,7 @@ def test_hparams_that_make_no_dvae(tmp_path, wrong):
 
 
 @pytest.mark.parametrize("depth", ("num_layers", "num_resnet_blocks"))
-def test_a_dvae_without_end_is_not_built(tmp_path, monkeypatch, depth):
+def test_a_dvae_of_excessive_depth_is_not_built(tmp_path, monkeypatch, depth):
     def build(config):
         pytest.fail(f"would build {config}")
 
@@ -285,7 +285,7 @@ def test_a_dvae_without_end_is_not_built(tmp_path, monkeypatch, depth):
         {"num_heads": 0, "num_head_channels": -1},
     ),
 )
-def test_flags_that_make_no_unet(files, flags):
+def test_invalid_flags_of_a_unet(files, flags):
     with pytest.raises(ValueError, match="config|UNet|heads|channels|schedule|not"):
         load_unet(files / UNET, flags_of("unet_embedding") | flags)
 
@@ -299,7 +299,7 @@ def test_configs_of_another_kind(files, tmp_path, content):
         load_vqgan(files / VQGAN, tmp_path / "config")
 
 
-def test_a_vqgan_config_that_says_something_else(files, tmp_path):
+def test_a_vqgan_config_that_contradicts_the_tensors(files, tmp_path):
     text = (GOLDEN / "vqgan" / "model.yaml").read_text()
     assert isinstance(load_vqgan(files / VQGAN, GOLDEN / "vqgan" / "model.yaml"), VQModel)
     (tmp_path / "model.yaml").write_text(text.replace("n_embed:", "n_embed: 9").replace("n_embed: 9 ", "n_embed: 9"))
@@ -307,7 +307,7 @@ def test_a_vqgan_config_that_says_something_else(files, tmp_path):
         load_vqgan(files / VQGAN, tmp_path / "model.yaml")
 
 
-def test_load_vae_takes_the_right_loader(files, tmp_path):
+def test_load_vae_chooses_the_loader(files, tmp_path):
     assert type(load_vae(files / VQGAN)) is VQModel
     assert type(load_vae(save_vqgan(tmp_path / "gumbel.ckpt", Golden("gumbel_vq")))) is GumbelVQ
     assert type(load_vae(files / DVAE)) is DiscreteVAE
@@ -330,7 +330,7 @@ def test_load_vae_of_another_kind(files, kind):
 
 @pytest.mark.parametrize("kind", (CLIP, HALF, "something else", UNET))
 def test_load_vae_inside_a_file_of_another_kind(files, kind):
-    """None, for there is no VAE inside, or an error that says what the file is."""
+    """None if there is no VAE in the file, or an error that names the kind of the file."""
     try:
         assert load_vae(None, dalle=files / kind) is None
     except CheckpointError as error:
@@ -341,7 +341,7 @@ def test_load_vae_inside_a_file_of_another_kind(files, kind):
 
 
 def tree(weights):
-    """A module that holds parameters under these dotted names."""
+    """A module with parameters of these dotted names."""
     root = nn.Module()
     for name, value in weights.items():
         *path, leaf = name.split(".")
@@ -392,12 +392,12 @@ def test_clip(clip_files, name):
 
 
 @pytest.mark.parametrize("name", ("ViT-Z-99/openai", "ViT-B-16/nobody", "nothing", "ViT-B-16", ""))
-def test_clip_names_that_are_not_known(name):
+def test_unknown_clip_names(name):
     with pytest.raises((ValueError, OSError), match="neither a file nor a model of open_clip|is a folder"):
         load_clip(name)
 
 
-def test_guidance_is_golden():
+def test_guidance_losses_equal_the_originals():
     expected = Golden("clip_vit").expected
     distance = spherical_distance(expected["image_features"][:, None], expected["text_features"][None])
     assert close(distance, expected["spherical_distance"], 1e-5)

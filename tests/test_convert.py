@@ -1,4 +1,4 @@
-"""Which network a file holds, whatever it is wrapped in, and what its tensors cannot tell."""
+"""Finding the network in a checkpoint, and settings that the tensors do not determine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dall3.models.vqgan import GumbelVQ
 from dall3.weights import load_clip, load_discrete_vae, load_transformer, load_unet
 from dall3.weights.archive import CheckpointError
 from dall3.weights.cache import CachedFile, files_of
-from dall3.weights.convert.clip import recognise
+from dall3.weights.convert.clip import find_matching_model
 from dall3.weights.convert.vae import load_vae, read_taming_config
 from dall3.weights.download import fetch_file
 from dall3.weights.folder import load_part, save_part
@@ -71,7 +71,7 @@ def test_a_network_is_found_in_every_wrapper(save: Any, wrapper: Any) -> None:
     assert same(load_unet(save(wrap(weights, wrapper)), FLAGS), weights, "out.2.weight")
 
 
-def test_averaged_weights_win_and_a_line_says_so(save: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_averaged_weights_are_preferred_and_logged(save: Any, caplog: pytest.LogCaptureFixture) -> None:
     raw = UNET.weights()
     averaged = {name: value * 0.5 for name, value in raw.items()}
     inside = {f"online_model.{name}": value for name, value in raw.items()}
@@ -85,7 +85,9 @@ def test_averaged_weights_win_and_a_line_says_so(save: Any, caplog: pytest.LogCa
 
 
 @pytest.mark.parametrize("prefix, named", [("model.diffusion_model.", "diffusion_model."), ("", "")])
-def test_averages_of_latent_diffusion_win(save: Any, caplog: pytest.LogCaptureFixture, prefix: str, named: str) -> None:
+def test_averaged_weights_of_latent_diffusion_are_preferred(
+    save: Any, caplog: pytest.LogCaptureFixture, prefix: str, named: str
+) -> None:
     raw = UNET.weights()
     found = {prefix + name: value for name, value in raw.items()} | {"model_ema.num_updates": torch.tensor(9)}
     found |= {f"model_ema.{(named + name).replace('.', '')}": value * 0.5 for name, value in raw.items()}
@@ -95,13 +97,13 @@ def test_averages_of_latent_diffusion_win(save: Any, caplog: pytest.LogCaptureFi
     assert "averaged weights" in caplog.text
 
 
-def test_several_networks_are_named(save: Any) -> None:
+def test_several_networks_in_a_file_are_named(save: Any) -> None:
     weights = UNET.weights()
     with pytest.raises(CheckpointError, match="holds 2 networks of this kind .'model', 'teacher'.; save the one"):
         load_unet(save({"model": weights, "teacher": dict(weights)}), FLAGS)
 
 
-def test_the_keys_are_listed_where_nothing_fits(save: Any) -> None:
+def test_the_keys_are_listed_if_no_network_is_found(save: Any) -> None:
     found = {"epoch": 3, "net": {"first.weight": torch.ones(1), "b": 1}}
     with pytest.raises(
         CheckpointError, match=r"contains something else; .*; its keys are epoch, net \(first.weight, b"
@@ -133,7 +135,7 @@ def test_a_deepspeed_folder(save: Any, tmp_path: Path) -> None:
         load_transformer(tmp_path / "cp")
 
 
-def test_hparams_are_asked_for_and_can_be_given(save: Any, tmp_path: Path) -> None:
+def test_missing_hparams_are_named_and_can_be_passed(save: Any, tmp_path: Path) -> None:
     wanted = load_transformer(save_dalle(tmp_path / "whole.pt", DALLE))
     path, hparams = save(DALLE.weights()), DALLE.about["hparams"]
     with pytest.raises(CheckpointError, match="has no 'hparams'.*pass hparams"):
@@ -196,12 +198,12 @@ def make_unet(levels: tuple[int, ...], mult: tuple[float, ...], **more: Any) -> 
     return UNet(UNetConfig(32, mult, more.pop("num_res_blocks", 2), levels, 64, **settings))
 
 
-def test_a_unet_that_is_no_published_one_asks_for_its_flags(save: Any) -> None:
-    sizes = (1, 2, 3, 4)  # of the published network of 64 pixels, which has 3 blocks and attends at 3 levels
+def test_an_unpublished_unet_needs_its_flags(save: Any) -> None:
+    sizes = (1, 2, 3, 4)  # like the published network of 64 pixels, which has 3 blocks and attention at 3 levels
     for levels, blocks in (((2, 3), 3), ((1, 2, 3), 2)):
         config = UNetConfig(32, sizes, blocks, levels, 64, num_heads=4, use_scale_shift_norm=True, resblock_updown=True)
         path = save(UNet(config).state_dict())
-        with pytest.raises(CheckpointError, match="do not determine its attention heads; give the flags"):
+        with pytest.raises(CheckpointError, match="do not determine its attention heads; pass the flags"):
             load_unet(path)
         assert load_unet(path, {"image_size": 64, "num_heads": 4}).config.num_heads == 4
 
@@ -228,16 +230,16 @@ def features_are_golden(clip: Any) -> bool:
     return pictures and close(clip.embed_text(golden.about["texts"]), golden.expected["text_features"], 2e-3)
 
 
-def test_a_clip_that_is_not_openais_file_is_asked_what_it_is(save: Any, tmp_path: Path) -> None:
+def test_a_clip_other_than_openais_file_needs_a_config(save: Any, tmp_path: Path) -> None:
     path = save({"epoch": 1, "model_state_dict": Golden("clip_vit").weights()})
-    with pytest.raises(CheckpointError, match="do not determine its activation.*give config.*ruCLIP"):
+    with pytest.raises(CheckpointError, match="do not determine its activation.*pass config.*ruCLIP"):
         load_clip(path)
     form = {"embed_dim": 32, "vision_cfg": {"image_size": 64, "layers": 2, "width": 64, "patch_size": 16}}
     form |= {"text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": form | QUICK, "preprocess_cfg": {}}))
     for config in (QUICK, form | QUICK, tmp_path / "open_clip_config.json"):
         assert features_are_golden(load_clip(path, config))
-    assert not features_are_golden(load_clip(path, form))  # GELU, where open_clip's form does not say otherwise
+    assert not features_are_golden(load_clip(path, form))  # GELU, the default of open_clip's format
     for config, words in (
         ("ViT-B-16-quickgelu", "says image_size=224, but .* has 64|says patch_size|says width|says layers"),
         ("ViT-Z", "neither a file of settings nor a model of open_clip"),
@@ -249,7 +251,7 @@ def test_a_clip_that_is_not_openais_file_is_asked_what_it_is(save: Any, tmp_path
             load_clip(path, config)
 
 
-def test_the_activation_and_the_heads_that_a_config_tells(save: Any) -> None:
+def test_a_config_determines_the_activation_and_the_heads(save: Any) -> None:
     from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
     pictures = torch.rand(2, 3, 32, 32)
@@ -267,7 +269,7 @@ def test_the_activation_and_the_heads_that_a_config_tells(save: Any) -> None:
 
 
 def shapes(name: str) -> dict[str, torch.Tensor]:
-    """The tensors of a model of open_clip's, without memory."""
+    """The tensors of an open_clip model, on the meta device."""
     with torch.device("meta"):
         model = open_clip.model.CLIP(**open_clip.get_model_config(name))
     return {f"model.{key}": value for key, value in model.state_dict().items()}
@@ -275,17 +277,17 @@ def shapes(name: str) -> dict[str, torch.Tensor]:
 
 def test_sizes_of_open_clips_table() -> None:
     for name in ("ViT-B-32-256", "ViT-L-16", "ViT-g-14"):
-        assert recognise(shapes(name), "", "x.pt") == open_clip.get_model_config(name)
+        assert find_matching_model(shapes(name), "", "x.pt") == open_clip.get_model_config(name)
     for name in ("ViT-B-16", "RN50"):
         with pytest.raises(CheckpointError, match=f"matches {name} and {name}-quickgelu, which differ.*ruCLIP"):
-            recognise(shapes(name), "", "x.pt")
+            find_matching_model(shapes(name), "", "x.pt")
         training = f"2023_01_01-12_00_00-model_{name}-lr_0.0005-b_64"
-        assert recognise(shapes(name), training, "x.pt") == open_clip.get_model_config(name)
+        assert find_matching_model(shapes(name), training, "x.pt") == open_clip.get_model_config(name)
 
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    """A model that open_clip knows by name, of which it has the file: as OpenAI's, with QuickGELU and colours."""
+    """The name of a small model in open_clip's table with a local file, QuickGELU and its own normalisation."""
     about = Golden("clip_vit").about["architecture"]
     vision = {"image_size": 64, "layers": 2, "width": 64, "patch_size": 16}
     text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2}
@@ -310,7 +312,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
 
 
 @pytest.mark.filterwarnings("error:QuickGELU")
-def test_a_name_of_open_clips_is_the_network_that_it_was_trained_as(tiny: str, tmp_path: Path) -> None:
+def test_an_open_clip_name_loads_the_settings_of_its_training(tiny: str, tmp_path: Path) -> None:
     clip = load_clip("tiny/openai")
     assert features_are_golden(clip) and clip.config.quick_gelu
     save_part(clip, tmp_path / "part", None)
@@ -324,7 +326,7 @@ def test_a_name_of_open_clips_is_the_network_that_it_was_trained_as(tiny: str, t
     assert features_are_golden(load_clip(tmp_path / "tiny.pt", "tiny/openai"))
 
 
-def test_a_name_that_cannot_be_fetched(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_open_clip_name_that_cannot_be_downloaded(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(**settings: Any) -> None:
         raise ConnectionError("no route to host")
 
@@ -335,22 +337,22 @@ def test_a_name_that_cannot_be_fetched(tiny: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("DALL3_OFFLINE", "1")
     with pytest.raises(FetchError, match="DALL3_OFFLINE is set.*--clip_path FILE"):
         load_clip("tiny/gone")
-    assert features_are_golden(load_clip("tiny/openai"))  # whose file is here
+    assert features_are_golden(load_clip("tiny/openai"))  # its file is in the cache
 
 
-# Settings and places.
+# Settings and folders.
 
 
 @pytest.mark.parametrize(
     ("params", "words"),
     (
-        (f"{{embed_dim: {':'.join(['1', *['59'] * 9000])}.5}}", None),  # in base 60, for YAML 1.1
+        (f"{{embed_dim: {':'.join(['1', *['59'] * 9000])}.5}}", None),  # a base-60 number in YAML 1.1
         ("\n" + "".join(f"    ? {k * (2**61 - 1)}\n    : 0\n" for k in range(1, 3001)), "expected at most"),
         ("[1, 2]", "not a mapping"),
         ("*a", "aliases|undefined"),
     ),
 )
-def test_taming_configs_that_take_time(tmp_path: Path, params: str, words: str | None) -> None:
+def test_taming_configs_that_would_take_long_to_parse(tmp_path: Path, params: str, words: str | None) -> None:
     (tmp_path / "model.yaml").write_text(f"model:\n  params: {params}\n")
     if words is None:
         assert isinstance(read_taming_config(tmp_path / "model.yaml")["embed_dim"], str)
@@ -359,7 +361,7 @@ def test_taming_configs_that_take_time(tmp_path: Path, params: str, words: str |
         read_taming_config(tmp_path / "model.yaml")
 
 
-def test_a_home_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_created(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("DALL3_HOME", str(tmp_path / "file/home"))
     monkeypatch.delenv("DALL3_OFFLINE", raising=False)

@@ -1,6 +1,6 @@
-"""What only a real GPU shows: captured graphs beside other threads, offloading, half precision, compilation.
+"""Tests that need a real GPU: captured graphs with other threads, offloading, half precision, compilation.
 
-Networks are small and have random weights. Nothing is read but the package.
+The networks are small and have random weights. Only the package is needed.
 """
 
 import copy
@@ -51,7 +51,7 @@ def random_unet():
 
 
 class FlatCLIP(torch.nn.Module):
-    """A CLIP as guidance sees it."""
+    """A minimal CLIP for guidance."""
 
     image_size = 16
 
@@ -64,7 +64,7 @@ class FlatCLIP(torch.nn.Module):
 
 
 def without_graphs(monkeypatch):
-    """No step is captured any more."""
+    """Disable CUDA graphs."""
     monkeypatch.setattr(decoding, "GRAPHED_ROWS", 0)
     monkeypatch.setattr(captured.CapturedPredict, "__call__", lambda self, x, i: self.predict(x, i))
 
@@ -78,7 +78,7 @@ def draw(transformer, settings, count=5, batch_size=2, text=3):
 @pytest.mark.parametrize(
     "settings", [Sampling(top_k=0.5), Sampling(top_p=0.9, cond_scale=3.0)], ids=["top_k", "guided"]
 )
-def test_captured_tokens_are_those_of_single_launches(kind, settings, monkeypatch):
+def test_captured_tokens_equal_those_without_graphs(kind, settings, monkeypatch):
     transformer = random_transformer(kind).double().cuda()
     first, other = draw(transformer, settings), draw(transformer, settings, text=4)
     again = draw(transformer, settings)
@@ -106,7 +106,7 @@ def test_graphs_are_captured_while_other_threads_use_the_gpu():
     failed, stop = [], threading.Event()
 
     def load():
-        """What the thread does that loads a CLIP: memory is allocated, weights are copied, kernels run."""
+        """Do what a thread that loads a CLIP does: allocate memory, copy weights, run kernels."""
         try:
             while not stop.is_set():
                 there = torch.randn(512, 512).cuda()
@@ -149,7 +149,7 @@ def refine(unet, clip, share=0.5, count=2, target=0.5, steps=4, scheduler="dpm-s
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-def test_captured_denoising_steps_are_those_of_single_launches(checkpointing, monkeypatch):
+def test_captured_denoising_steps_equal_those_without_graphs(checkpointing, monkeypatch):
     unet, clip = random_unet().cuda(), FlatCLIP().cuda()
     unet.enable_gradient_checkpointing(checkpointing)
     cases = [dict(), dict(target=-0.5), dict(steps=6, scheduler="ddim"), dict(count=1, scheduler="ddpm")]
@@ -170,7 +170,7 @@ def test_a_change_of_the_image_between_steps_takes_effect():
     assert not torch.allclose(*found)
 
 
-def test_offloaded_parts_come_and_go():
+def test_offloaded_parts_are_moved_there_and_back():
     parts = Parts(transformer=random_transformer("dalle"), upsampler=random_unet()).enable_model_offload("cuda")
     torch.cuda.empty_cache()
     before, drawn = torch.cuda.memory_allocated(), []
@@ -182,7 +182,7 @@ def test_offloaded_parts_come_and_go():
             refine(unet, FlatCLIP().cuda())
         assert not parts.transformer.head[0].is_cuda and not next(parts.upsampler.parameters()).is_cuda
     assert torch.equal(*drawn)
-    assert torch.cuda.memory_allocated() - before < 2**20  # the graphs are gone with their memory
+    assert torch.cuda.memory_allocated() - before < 2**20  # the graphs and their memory are freed
 
 
 @pytest.mark.parametrize("kind", KINDS)

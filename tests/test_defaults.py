@@ -19,11 +19,11 @@ PROMPT = "a red cube"
 
 @pytest.mark.parametrize("with_defaults", [True, False])
 def test_python_the_command_and_the_page_give_the_same_images(with_defaults, tmp_path):
-    """with_defaults: weights with settings of their own for sampling, steps and guidance; or without any."""
+    """with_defaults: whether the weights have default settings of sampling, steps and guidance."""
     pipe = Dall3Pipeline.from_pretrained()
     pipe.defaults = pipe.defaults | {"num_inference_steps": 3} if with_defaults else {}
     weights = pipe.save_pretrained(tmp_path / "weights")
-    steps = {} if with_defaults else {"num_inference_steps": 3}  # by default they would be too many for a test
+    steps = {} if with_defaults else {"num_inference_steps": 3}  # the defaults would take too long
     expected = pipe(PROMPT, 1, 2, seed=7, progress=False, **steps)
 
     options = ["--num_images", "1", "--num_candidates", "2", "--seed", "7", "--device", "cpu"]
@@ -46,7 +46,7 @@ def test_python_the_command_and_the_page_give_the_same_images(with_defaults, tmp
 
 
 def defaults_in_help(command):
-    """The numbers that the help of a command's options gives as their defaults, by the option's name."""
+    """The default values in the help of a command, by the option's name."""
     (commands,) = (a for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction))
     actions = commands.choices[command]._actions
     found = {

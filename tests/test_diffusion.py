@@ -1,4 +1,4 @@
-"""The denoising process: the original's numbers, samplers that find a known answer, and the schedulers of diffusers."""
+"""The denoising process: the original's numbers, samplers on a problem with a known answer, diffusers' schedulers."""
 
 import inspect
 import math
@@ -48,17 +48,17 @@ def case(request, tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["unet_class_conv", "unet_predict_xstart"])
 def fixed_variance(request, tmp_path_factory):
-    """UNets that learned no variance; of it, the original's one number a picture is stored."""
+    """UNets with a fixed variance; the original's variance is stored as one number per image."""
     return load_case(request.param, tmp_path_factory.mktemp("unet") / "unet.pt")
 
 
 def clipped(prediction: Prediction) -> Prediction:
-    """What the original has with clip_denoised."""
+    """The original's prediction with clip_denoised."""
     return replace(prediction, pred_xstart=prediction.pred_xstart.clamp(-1, 1))
 
 
 def near(actual: Tensor, expected: Tensor, tolerance: float = 1e-4) -> bool:
-    """Equal in shape and within a tolerance relative to the largest value."""
+    """Whether two tensors have the same shape and differ by at most `tolerance` of the largest value."""
     return close(actual, expected, tolerance * float(expected.abs().max()))
 
 
@@ -74,7 +74,7 @@ def test_statistics_of_a_step(case, name):
 
 
 def test_clipped_picture(case):
-    # Where little but noise is left, the picture is the small difference of large numbers, up to 478.
+    # At nearly pure noise, the predicted image is the small difference of values up to 478.
     assert close(clipped(case.prediction).pred_xstart, case.expected["pred_xstart_clipped"], 1e-3)
 
 
@@ -157,7 +157,7 @@ def test_statistics_at_the_first_and_last_step(tmp_path):
         ("ddim0", "no integer stride takes 0"),
     ],
 )
-def test_steps_that_cannot_be_taken_are_refused(spacing, words):
+def test_invalid_steps_are_refused(spacing, words):
     with pytest.raises(ValueError, match=words):
         GaussianDiffusion(DiffusionConfig(), spacing)
 
@@ -168,15 +168,16 @@ def test_respacing():
     assert space_timesteps(10, "2,3") == [0, 4, 5, 7, 9]
 
 
-def test_the_unet_hears_times_on_the_scale_of_1000():
+def test_the_unet_gets_timesteps_on_the_scale_of_1000():
     for rescale, times in ((True, [0, 90, 180]), (False, [0, 9, 18])):
         diffusion = GaussianDiffusion(DiffusionConfig(diffusion_steps=100, rescale_timesteps=rescale), "ddim12")
         assert diffusion.at("timestep", torch.arange(3)).tolist() == times
 
 
 class Toy(nn.Module):
-    """The exact noise prediction for pictures whose every value is drawn from N(0.3, spread²): what a sampler has to
-    arrive at is known. It does not rescale the time, so that a time is a step's number."""
+    """The exact noise prediction for images of independent values from N(0.3, spread²), so the right result of a
+    sampler is known. Timesteps are not rescaled: they are the numbers of the steps.
+    """
 
     mean = 0.3
 
@@ -218,13 +219,13 @@ def refine(toy: Toy, picture: Tensor | None = None, shape: tuple[int, ...] = SHA
 
 
 def start(seed: int = 0) -> Tensor:
-    """The noise that `refine` begins with."""
+    """The noise that `refine` starts from."""
     return torch.randn(SHAPE, generator=generators(seed)[0])[None]
 
 
 @pytest.mark.parametrize("noise_schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("scheduler", ["ddim", "dpm-solver++"])
-def test_many_steps_find_the_answer(scheduler, noise_schedule):
+def test_many_steps_converge_to_the_exact_answer(scheduler, noise_schedule):
     toy = Toy(noise_schedule)
     found = refine(toy, num_inference_steps=1000, scheduler=scheduler)
     assert close(found, toy.answer(start(), 999), 1e-2)
@@ -251,7 +252,7 @@ def test_ancestral_sampling_finds_the_distribution():
 
 
 @pytest.mark.parametrize("strength", [0.2, 0.5, 1.0])
-def test_strength_tells_how_far_a_picture_is_noised(strength):
+def test_strength_is_the_fraction_of_noise(strength):
     toy = Toy()
     picture = torch.linspace(-1, 1, 192).view(1, *SHAPE)
     found = refine(toy, picture, num_inference_steps=100, scheduler="ddim", strength=strength)
@@ -303,7 +304,7 @@ OWN = {"num_inference_steps": "ddim25"}
 @pytest.mark.parametrize("noise_schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 def test_ddim_of_diffusers_is_ours(diffusers, noise_schedule, prediction_type):
-    # Its own noise schedule is another one: the UNet's has to replace it.
+    # Its own noise schedule differs and has to be replaced by that of the UNet.
     scheduler = diffusers.DDIMScheduler(
         beta_end=0.5, clip_sample=False, prediction_type=prediction_type, timestep_spacing="leading"
     )
@@ -324,7 +325,7 @@ def test_ddpm_of_diffusers_is_ours(diffusers, variance_type, learn_sigma):
     assert close(found, own, 1e-3)
 
 
-def test_dpm_solver_of_diffusers_finds_the_same(diffusers):
+def test_dpm_solver_of_diffusers_converges_to_the_same(diffusers):
     scheduler, toy = diffusers.DPMSolverMultistepScheduler(timestep_spacing="trailing"), Toy()
     answer = toy.answer(start(), 999)
     assert close(refine(toy, scheduler=scheduler, num_inference_steps=100), answer, 0.03)
@@ -336,7 +337,7 @@ def test_dpm_solver_of_diffusers_on_our_steps_is_ours(diffusers):
         def set_timesteps(self, count: int, device=None) -> None:
             super().set_timesteps(timesteps=space_timesteps(1000, count)[::-1], device=device)
 
-    # The end is another: ours leaps to the picture from step 0, that of diffusers from wherever it is.
+    # The last step differs: ours predicts the image at step 0, diffusers' at its last timestep.
     settings = {"num_inference_steps": 20, "stop_at": 19}
     found, own = refine(Toy(), scheduler=Scheduler(), **settings), refine(Toy(), scheduler="dpm-solver++", **settings)
     assert close(found, own, 1e-3)
@@ -379,7 +380,7 @@ def test_a_scheduler_of_diffusers_takes_a_number_of_steps(diffusers):
 
 
 def test_a_scheduler_takes_the_training_steps_of_the_unet(monkeypatch):
-    """4,000 training steps: five of a diffusers scheduler begin at the noisy end, which the UNet calls about 1000."""
+    """With 4,000 training steps, a scheduler of diffusers begins at the noisy end, timestep 1000 of the UNet."""
     from diffusers import DDIMScheduler
 
     torch.manual_seed(0)
@@ -406,7 +407,7 @@ STOCHASTIC += ("KDPM2AncestralDiscreteScheduler",)
 
 
 def made_schedulers():
-    """Every scheduler class of diffusers that can be made here, by its name."""
+    """Every scheduler class of diffusers that can be created here, by its name."""
     import diffusers
 
     for name in dir(diffusers):
@@ -415,14 +416,14 @@ def made_schedulers():
             known = inspect.signature(kind.__init__).parameters
             settings = {"clip_sample": False, "timestep_spacing": "linspace"}
             yield name, kind(**{key: value for key, value in settings.items() if key in known})
-        except (ImportError, TypeError, AttributeError):  # it needs another package, or arguments
+        except (ImportError, TypeError, AttributeError):  # needs another package, or arguments
             continue
 
 
-def test_every_scheduler_of_diffusers_finds_the_answer_or_is_refused_by_name():
+def test_every_scheduler_of_diffusers_converges_or_is_refused_by_name():
     made = dict(made_schedulers())
     missing = {name for name in DIFFUSERS if name not in made}
-    assert missing <= {"LMSDiscreteScheduler"}  # which needs scipy
+    assert missing <= {"LMSDiscreteScheduler"}  # needs scipy
     picture, noise = torch.linspace(-1, 1, 192).view(1, *SHAPE), start()
     for name, scheduler in made.items():
         if name not in DIFFUSERS:

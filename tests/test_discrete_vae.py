@@ -1,4 +1,4 @@
-"""DALLE-pytorch's DiscreteVAE and OpenAI's dVAE: ids and pictures are the originals'."""
+"""DALLE-pytorch's DiscreteVAE and OpenAI's dVAE give the ids and images of the originals."""
 
 import pytest
 import torch
@@ -99,7 +99,7 @@ def test_openai_refuses_pictures_of_another_shape(openai, shape):
         openai.encode(torch.zeros(shape))
 
 
-def test_openai_halves_the_wrong_way_round_are_refused():
+def test_openai_encoder_and_decoder_in_the_wrong_order_are_refused():
     folder = GOLDEN / "openai_dvae" / "zip"
     with pytest.raises(CheckpointError, match="encoder.pkl"):
         load_openai_dvae(folder / "decoder.pkl", folder / "encoder.pkl")

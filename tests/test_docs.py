@@ -1,4 +1,4 @@
-"""Every example in a docstring of the public names runs, offline, and says what it says."""
+"""Every docstring example of the public names runs offline and prints what the docstring shows."""
 
 import doctest
 import inspect
@@ -17,7 +17,7 @@ from dall3.tokens import sampling
 from dall3.weights import registry
 
 PUBLIC = [getattr(dall3, name) for name in dall3.__all__ if name[0] != "_"] + [Preview]
-FROM_ELSEWHERE = {"from_checkpoints", "push_to_hub"}  # need files of 2021, or a network
+FROM_ELSEWHERE = {"from_checkpoints", "push_to_hub"}  # these need files of 2021, or the internet
 
 
 def public_functions(owner):
@@ -40,7 +40,7 @@ EXAMPLES = {
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_the_example_says_what_it_says(name, tmp_path, monkeypatch):
+def test_the_example_prints_what_its_docstring_shows(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(socket.socket, "connect", lambda *args: pytest.fail("went to the network"))
     failed = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(EXAMPLES[name], out=print).failed

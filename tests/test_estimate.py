@@ -1,4 +1,4 @@
-"""Memory and time said beforehand: what cannot fit is refused before any work, what fits never is."""
+"""Estimates of memory and time: calls that cannot fit are refused before any work, calls that fit never are."""
 
 import logging
 
@@ -85,8 +85,8 @@ def test_a_call_that_cannot_fit_is_refused_before_any_work(pipe, monkeypatch, se
         assert f"={batch // 2}" in str(caught.value)
 
 
-def test_what_the_call_allocates_is_never_less_than_what_is_asked_for(pipe):
-    """The bound that refuses calls counts tensors that do exist at the same time."""
+def test_the_required_memory_is_never_more_than_the_call_allocates(pipe):
+    """The bound that refuses a call counts only tensors that exist at the same time."""
     from torch.profiler import ProfilerActivity, profile
 
     request = make_request(pipe, "a cube", 1, 2, batch_size=2, num_inference_steps=1, **QUICK)
@@ -100,7 +100,7 @@ def test_what_the_call_allocates_is_never_less_than_what_is_asked_for(pipe):
 
 
 def peak_bytes(profiled):
-    """The most bytes that were allocated at a time."""
+    """Peak of the allocated bytes."""
     now = most = 0
     for event in profiled.profiler.kineto_results.events():
         if event.name() == "[memory]":
@@ -118,12 +118,12 @@ def test_free_memory_is_that_of_the_device(monkeypatch):
     assert free_memory(torch.device("cuda")) == 13
 
 
-def test_a_device_of_unknown_memory_refuses_nothing(pipe, monkeypatch):
+def test_nothing_is_refused_on_a_device_of_unknown_memory(pipe, monkeypatch):
     monkeypatch.setattr("dall3.memory.free_memory", lambda device: None)
     assert make_request(pipe, "a cube", 4096, 4096, batch_size=4096, refine_batch_size=4096, **QUICK).batch_size == 4096
 
 
-def test_a_call_says_at_its_start_what_it_does_and_how_long_it_takes(pipe, caplog):
+def test_a_call_shows_at_its_start_what_it_does_and_how_long_it_takes(pipe, caplog):
     with caplog.at_level(logging.INFO, logger="dall3"):
         pipe("a red cube", 1, 2, seed=0, num_inference_steps=2, strength=1.0, **QUICK)
     said = [record.message for record in caplog.records if record.name == "dall3"]

@@ -1,4 +1,4 @@
-"""The notebooks run from nothing and show their pictures; the web example answers, refuses, and queues."""
+"""The notebooks run without stored outputs and show their images; the web example draws, refuses and queues."""
 
 import base64
 import io
@@ -17,7 +17,10 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def run_notebook(name, folder, settings=""):
-    """Run a notebook from nothing. Returns the sizes of its pictures and all its text. settings: of the tagged cell."""
+    """Run a notebook without its stored outputs. Returns the sizes of its images and all its text.
+
+    settings: replaces the cell with the tag "settings".
+    """
     notebook = nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code":
@@ -39,7 +42,7 @@ def outputs_of(notebook):
     return sizes, "\n".join(texts)
 
 
-def test_the_quickstart_runs_whole_and_its_pictures_are_there(tmp_path):
+def test_the_quickstart_notebook_runs_and_shows_its_images(tmp_path):
     sizes, text = run_notebook("quickstart", tmp_path)
     assert len(sizes) == 6 and all(min(size) >= 128 for size in sizes)
     assert "True" in text, "the repeated image was another"
@@ -68,7 +71,7 @@ def test_a_notebook_is_kept_with_its_outputs_and_small(path):
     assert path.stat().st_size < 500_000
 
 
-def test_the_web_example_draws_in_turn_and_refuses_what_is_no_prompt(monkeypatch):
+def test_the_web_example_draws_in_order_and_refuses_an_empty_prompt(monkeypatch):
     testclient = pytest.importorskip("fastapi.testclient")
     monkeypatch.syspath_prepend(str(EXAMPLES))
     sys.modules.pop("embed_in_fastapi", None)

@@ -1,4 +1,4 @@
-"""The pipeline with DALL·E Mini and ruDALL-E, from their files: what it draws, and what it refuses before any work."""
+"""The pipeline with DALL·E Mini and ruDALL-E, loaded from their files: draws, and errors before any work."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def mini(files: SimpleNamespace) -> Dall3Pipeline:
-    """Its 128 rows do not tell how many are codes; the VQGAN does."""
+    """Its 128 embeddings do not determine the number of codes; the VQGAN does."""
     bpe = (TOKENIZER / "vocab.json", TOKENIZER / "merges.txt")
     return Dall3Pipeline.from_checkpoints(dalle=files.halves, bpe=bpe, vqgan=files.folder / "detoker.pt")
 
@@ -46,8 +46,8 @@ def rudalle(files: SimpleNamespace) -> Dall3Pipeline:
     )
 
 
-def test_mini_draws_what_is_likeliest(mini: Dall3Pipeline) -> None:
-    """With one code kept, whatever the seed: the tokens that the original chose."""
+def test_mini_with_top_k_1_draws_the_originals_greedy_tokens(mini: Dall3Pipeline) -> None:
+    """With any seed, because only one code is kept."""
     stored, about = Golden("dalle_mini").expected, Golden("dalle_mini").about
     tokens = mini.generate_tokens(about["texts"][1], top_k=1, cond_scale=10.0, **QUICK)
     assert torch.equal(tokens[0, :32], stored["greedy_10"][1])
@@ -56,7 +56,7 @@ def test_mini_draws_what_is_likeliest(mini: Dall3Pipeline) -> None:
     assert torch.equal(mini.repeat(out, progress=False).tokens, out.tokens)
 
 
-def test_rudalle_draws_at_twice_the_side_that_it_encodes(rudalle: Dall3Pipeline) -> None:
+def test_rudalle_decodes_to_twice_the_size_that_it_encodes(rudalle: Dall3Pipeline) -> None:
     stored, about = Golden("rudalle_v3").expected, Golden("rudalle_v3").about
     tokens = rudalle.generate_tokens(about["texts"][0], top_k=1, top_p=0.995, **QUICK)
     assert torch.equal(tokens[0], stored["greedy"][0])
@@ -64,7 +64,7 @@ def test_rudalle_draws_at_twice_the_side_that_it_encodes(rudalle: Dall3Pipeline)
     assert out.images[0].size == (256, 256)
 
 
-def test_what_a_family_cannot_do_is_said_before_any_work(mini: Dall3Pipeline, rudalle: Dall3Pipeline) -> None:
+def test_what_a_family_cannot_do_is_an_error_before_any_work(mini: Dall3Pipeline, rudalle: Dall3Pipeline) -> None:
     with pytest.raises(ValueError, match="DALL·E Mini cannot read the prompt 'рыжий кот': it reads English"):
         mini("рыжий кот", **QUICK)
     with pytest.raises(ValueError, match="ruDALL-E cannot read the prompt 'a red cube': it reads Russian"):
@@ -115,8 +115,8 @@ def test_a_family_is_saved_and_loaded_again(mini: Dall3Pipeline, tmp_path: Path)
     mini.defaults = {}
 
 
-def test_eight_bits_take_rows_of_any_width() -> None:
-    """Mini's feed-forward is 2,730 wide, no multiple of 8."""
+def test_int8_weights_of_any_width() -> None:
+    """Mini's feed-forward width is 2,730, which is not a multiple of 8."""
     torch.manual_seed(0)
     weight, rows = torch.randn(16, 2730), torch.randn(3, 2730)
     expected = rows @ weight.T

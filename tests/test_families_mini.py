@@ -1,4 +1,4 @@
-"""DALL·E Mini and Mega compute what min-dalle 0.4.11 did, from files in its format."""
+"""DALL·E Mini and Mega, loaded from files in min-dalle's format, give the numbers of min-dalle 0.4.11."""
 
 import json
 from dataclasses import replace
@@ -29,7 +29,7 @@ def state(half: str) -> dict[str, torch.Tensor]:
 
 
 def save_halves(folder, dtype=torch.float32, **changes):
-    """As the true files: each matrix of all layers is one stored tensor, a layer's a transposed view of its slice."""
+    """Save as in the published files: one tensor holds a matrix of all layers, and a layer has a transposed slice."""
     for half in ("encoder", "decoder"):
         tensors = {name: tensor.to(dtype) for name, tensor in changes.get(half, state(half)).items()}
         for name in [name for name in tensors if name.startswith("layers.0.") and tensors[name].dim() == 2]:
@@ -70,7 +70,7 @@ def test_logits_and_guided_logits(model, expected):
         assert close(without + scale * (logits - without), expected[f"guided_{scale}"], 1e-4)
 
 
-def test_logits_of_a_begun_image(model, expected):
+def test_logits_of_a_partial_image(model, expected):
     logits = model.image_token_logits(expected["text"], expected["image"][:, :37])
     assert logits.shape == (3, 38, 96)
     at = expected["positions"] <= 37
@@ -94,7 +94,7 @@ def test_gradients_reach_every_weight(files, expected):
 @pytest.mark.parametrize("static", [False, True])
 def test_decoding_with_the_cache(model, expected, static):
     texts = torch.cat((expected["text"], expected["text_uncond"]))
-    for row in range(2):  # the second call finds the first one's cache
+    for row in range(2):  # the second call reuses the cache of the first
         image = expected["image"][row]
         cache = model.prefill(torch.stack((texts[row], texts[3])), rows=2)
         logits = [cache.first_logits.repeat_interleave(2, dim=0)]
@@ -107,7 +107,7 @@ def test_decoding_with_the_cache(model, expected, static):
         model.release(cache)
 
 
-def test_several_tokens_a_step_are_the_same(model, expected):
+def test_several_tokens_per_step_give_the_same_logits(model, expected):
     cache = model.prefill(expected["text"][:1], rows=1)
     image, at_once = expected["image"][:1], model.image_token_logits(expected["text"][:1], expected["image"][:1])
     parts = [model.step(image[:, i : i + 5], torch.arange(i, i + 5), cache, i + 5) for i in range(0, 20, 5)]
@@ -115,7 +115,7 @@ def test_several_tokens_a_step_are_the_same(model, expected):
 
 
 def test_greedy_tokens_under_guidance(model, expected):
-    """From the start token of the training, the first row behind the codes."""
+    """Drawing begins with the start token, the first row after the codes."""
     for row in range(3):
         cache, drawn = model.prefill(torch.stack((expected["text"][row], model.empty_text())), rows=1), []
         logits = cache.first_logits
@@ -126,7 +126,7 @@ def test_greedy_tokens_under_guidance(model, expected):
         assert torch.equal(torch.stack(drawn), expected["greedy_10"][row])
 
 
-def test_the_empty_text_is_the_text_encoders(model, expected):
+def test_the_empty_text_equals_the_encoded_empty_prompt(model, expected):
     encode = load_text_encoder(GOLDEN / "tokenizer_mini", kind="dalle-mini", text_seq_len=64)
     assert torch.equal(model.empty_text(), expected["text_uncond"][0])
     assert torch.equal(encode(""), expected["text_uncond"][0])
@@ -146,7 +146,7 @@ def test_half_precision_is_mapped_and_not_copied(tmp_path, expected):
 
 
 @pytest.mark.parametrize("size", ["mega", "mini"])
-def test_every_tensor_of_the_true_files_finds_its_place(size, monkeypatch):
+def test_every_tensor_of_the_published_files_is_loaded(size, monkeypatch):
     suffix = "_mini" if size == "mini" else ""
     files = {
         half: {
@@ -156,7 +156,9 @@ def test_every_tensor_of_the_true_files_finds_its_place(size, monkeypatch):
         for half in ("encoder", "decoder")
     }
     monkeypatch.setattr("dall3.weights.convert.state.read_archive", lambda path: files[path.stem])
-    model = convert.load_dalle_mini("encoder", "decoder", dtype=torch.float16)  # fill names what is missing or too much
+    model = convert.load_dalle_mini(
+        "encoder", "decoder", dtype=torch.float16
+    )  # an error names missing and unexpected tensors
     sizes = NAMES["sizes"][size]
     assert model.config == DalleMiniConfig(
         num_text_tokens=sizes["text_vocabulary"],
@@ -216,7 +218,7 @@ def test_pictures(detoker):
     assert close(pictures[:, :, 112:144, 112:144], expected["decoded_crop"].clamp(0, 1), 1e-4)
 
 
-def test_detoker_says_that_it_has_no_encoder(detoker):
+def test_detoker_without_an_encoder_refuses_to_encode(detoker):
     with pytest.raises(ValueError, match="no encoder.* detoker.pt; give taming's checkpoint"):
         load_vqgan(detoker).encode(torch.zeros(1, 3, 256, 256))
 

@@ -1,4 +1,4 @@
-"""The diffusion networks of weights.toml at their full size: every tensor of the true files finds its place."""
+"""The diffusion networks of weights.toml at full size: every tensor of the published files is loaded."""
 
 from __future__ import annotations
 
@@ -37,13 +37,15 @@ PIXEL_ART: dict[str, Any] = dict(num_res_blocks=2, num_heads=1, use_scale_shift_
         ("watercolour", "pixel_art", UNetConfig(128, LEVELS[256], attention_levels=(4,), image_size=256, **PIXEL_ART)),
     ],
 )
-def test_every_tensor_finds_its_place(
+def test_every_tensor_of_the_published_files_is_loaded(
     name: str, tensors: str, config: UNetConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = {key: torch.empty(shape, device="meta") for key, shape in NAMES[tensors].items()}
     monkeypatch.setattr("dall3.weights.convert.state.read_archive", lambda path: state)
     (part,) = find_set(name).parts
-    assert load_unet(part.file.name, part.settings or None).config == config  # names what is missing or too much
+    assert (
+        load_unet(part.file.name, part.settings or None).config == config
+    )  # an error names missing and unexpected tensors
     lacking = next(key for key in state if key.startswith("output_blocks.3.0.out_layers"))
     del state[lacking]
     with pytest.raises(ValueError, match=f"missing: {lacking}"):

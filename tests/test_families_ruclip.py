@@ -1,4 +1,4 @@
-"""ruCLIP computes what ruclip 0.0.2 did, from its three files, and ranks Russian prompts."""
+"""ruCLIP, loaded from its three files, gives the numbers of ruclip 0.0.2 and ranks Russian prompts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BPE = GOLDEN / "tokenizer_ru" / "bpe.model"
 
 
 def save_ruclip(folder: Path, **changes: object) -> Path:
-    """The three files of its repository on the hub."""
+    """Write the three files of its repository on the hub."""
     folder.mkdir(exist_ok=True)
     torch.save(GOLD.weights(), folder / "pytorch_model.bin")
     (folder / "config.json").write_text(json.dumps(GOLD.about["architecture"] | changes))
@@ -44,7 +44,7 @@ def clip(folder: Path) -> CLIP:
 
 
 def ids_of(clip: CLIP) -> torch.Tensor:
-    """The ids of the texts, with the end token where the original has it."""
+    """The ids of the texts, with the end token in the original's position."""
     ids = clip.tokenize(GOLD.about["texts"])
     return torch.where(ids == ids.max(), 3, ids)
 
@@ -55,22 +55,22 @@ def test_ids_and_features(clip: CLIP) -> None:
     assert close(clip.embed_text(GOLD.about["texts"]), stored["text_features"], 1e-4)
     picture = to_tensor(Image.fromarray(stored["image"].numpy()))
     seen = (clip.preprocess(picture) - clip.mean) / clip.std
-    assert close(seen, stored["pixel_values"], 1.5 / 255 / 0.224)  # Pillow rounds after each of two passes
+    assert close(seen, stored["pixel_values"], 1.5 / 255 / 0.224)  # Pillow rounds after each of its two passes
     assert close(clip.embed_images(stored["pixel_values"] * clip.std + clip.mean), stored["image_features"], 1e-4)
     assert close(clip.score(picture, clip.embed_text(GOLD.about["texts"])), stored["cosine"], 2e-3)
 
 
-def test_its_file_finds_what_is_beside_it(folder: Path, clip: CLIP) -> None:
+def test_the_weights_file_finds_the_files_beside_it(folder: Path, clip: CLIP) -> None:
     by_file = load_clip(folder / "pytorch_model.bin")
     assert by_file.config == clip.config and by_file.reads_russian
 
 
-def test_a_file_without_its_neighbours_is_asked_for_them(folder: Path, tmp_path: Path) -> None:
+def test_a_weights_file_without_the_files_beside_it_names_them(folder: Path, tmp_path: Path) -> None:
     shutil.copy(folder / "pytorch_model.bin", tmp_path)
     shutil.copy(BPE, tmp_path)
     with pytest.raises(CheckpointError, match="ruCLIP is read from a folder with its config.json and bpe.model"):
         load_clip(tmp_path / "pytorch_model.bin")
-    torch.save(openai_clip(), tmp_path / "ViT-B-16.pt")  # OpenAI's beside a bpe.model stays OpenAI's
+    torch.save(openai_clip(), tmp_path / "ViT-B-16.pt")  # OpenAI's file is recognised even beside a bpe.model
     assert not load_clip(tmp_path / "ViT-B-16.pt").reads_russian
     with pytest.raises(CheckpointError, match="the config says width=128, but .* has 64"):
         load_clip(save_ruclip(tmp_path / "other", vision_width=128))
@@ -111,7 +111,7 @@ def test_russian_prompts_are_ranked(rudalle: Dall3Pipeline, clip: CLIP, tmp_path
     assert again("рыжий кот", seed=0, progress=False).images == rudalle("рыжий кот", seed=0, progress=False).images
 
 
-def test_mega_refuses_it(clip: CLIP) -> None:
+def test_mega_refuses_ruclip(clip: CLIP) -> None:
     mega = DalleMini(DalleMiniConfig(100, 16, 8, dim=64, ff_dim=128, encoder_depth=1, decoder_depth=1))
     with pytest.raises(
         ValueError, match="the clip is ruCLIP, which reads Russian; DALL·E Mini and Mega read English: pass a CLIP"

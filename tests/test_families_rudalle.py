@@ -1,4 +1,4 @@
-"""ruDALL-E computes what ru-dalle 1.1.3 did, from files in its format."""
+"""ruDALL-E, loaded from files in ru-dalle's format, gives the numbers of ru-dalle 1.1.3."""
 
 import json
 from hashlib import sha256
@@ -29,7 +29,7 @@ def case(request, tmp_path_factory):
     )
 
 
-def test_the_mask_tells_the_version(case, tmp_path):
+def test_the_mask_determines_the_version(case, tmp_path):
     assert case.model.config.version == case.version
     weights = case.golden.weights()
     mask = weights.pop("transformer.conv_mask")
@@ -56,7 +56,7 @@ def test_loss(case):
 @pytest.mark.parametrize("static", [False, True])
 def test_decoding_with_the_cache(case, static):
     places = case.golden.about["cached_positions"]
-    for _ in range(2):  # the second time in the first one's cache
+    for _ in range(2):  # the second time reuses the first cache
         cache = case.model.prefill(case.text[:2], rows=2)
         logits = [cache.first_logits.repeat_interleave(2, dim=0)]
         for i in range(131):
@@ -77,7 +77,7 @@ def test_greedy_tokens(case):
     assert torch.equal(torch.cat(drawn), case.greedy[2])
 
 
-def test_texts_are_encoded_as_they_were(case):
+def test_texts_are_encoded_as_by_the_original(case):
     encode = load_text_encoder(GOLDEN / "tokenizer_ru" / "bpe.model", kind="rudalle", text_seq_len=24)
     ids = torch.stack([encode(text, truncate=True) for text in case.golden.about["texts"]])
     assert torch.equal(ids, case.text)
@@ -89,7 +89,7 @@ def test_a_saved_folder_loads_again(case, tmp_path):
     assert close(load_part(tmp_path).image_token_logits(case.text, case.image), case.image_logits, 1e-4)
 
 
-def test_hparams_that_do_not_fit_are_refused(case):
+def test_hparams_that_contradict_the_tensors_are_refused(case):
     with pytest.raises(CheckpointError, match="64 channels do not determine .* pass hparams={'num_attention_heads'"):
         load_transformer(case.path)
     with pytest.raises(CheckpointError, match="the hparams say num_layers=24, but .*pytorch_model.bin has 5"):
@@ -98,14 +98,14 @@ def test_hparams_that_do_not_fit_are_refused(case):
 
 @pytest.mark.parametrize("name", ["row", "column", "conv_v2", "conv_v3"])
 def test_masks_at_full_size(name):
-    """Of the positions that are fed by v3; the last one of 1152 is never."""
+    """Of the positions that v3 uses: the last one of 1152 is never an input."""
     kind, _, version = name.partition("_")
-    config = RudalleConfig(16384, 8192, 128, 2048, 24, 16, version="v2")  # whose masks are whole
+    config = RudalleConfig(16384, 8192, 128, 2048, 24, 16, version="v2")  # with complete masks
     if version == "v3":
         last = attention_mask(kind, config)[-1:]
         mask = attention_mask(kind, RudalleConfig(16384, 8192, 128, 2048, 24, 16))
         assert mask.shape == (1151, 1151)
-        # The last place sees the end of the last six rows and itself.
+        # The last position attends to the end of the last six rows and to itself.
         places = torch.arange(1152) - 128
         row = (places < 0) | ((places // 32 >= 26) & (places % 32 >= 26))
         mask = torch.cat((torch.cat((mask, torch.zeros(1151, 1, dtype=torch.bool)), dim=1), row[None]))
@@ -118,7 +118,7 @@ def test_masks_at_full_size(name):
 
 
 @pytest.mark.parametrize("version", ["v2", "v3"])
-def test_every_tensor_of_the_true_files_finds_its_place(version, monkeypatch):
+def test_every_tensor_of_the_published_files_is_loaded(version, monkeypatch):
     tensors = {name: torch.empty(shape, dtype=torch.float16, device="meta") for name, shape in NAMES["dalle"].items()}
     wraps = torch.zeros(1152, 1152, dtype=torch.bool)
     wraps[159, 128] = version == "v2"
@@ -145,7 +145,7 @@ def test_pictures_of_the_haar_decoder(dwt):
 @pytest.mark.parametrize("name", ["vqgan", "vqgan_dwt"])
 def test_vqgans_at_full_size(name, monkeypatch):
     tensors = {key: torch.empty(shape, device="meta") for key, shape in NAMES[name].items()}
-    if name == "vqgan":  # the training's loss networks are beside it
+    if name == "vqgan":  # the file also has the loss networks of the training
         tensors["loss.discriminator.main.0.weight"] = torch.empty(64, 3, 4, 4, device="meta")
     monkeypatch.setattr("dall3.weights.convert.state.read_archive", lambda path: {"state_dict": tensors})
     found = load_vqgan("vqgan.ckpt").config

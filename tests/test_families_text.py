@@ -1,4 +1,4 @@
-"""Prompts of DALL·E Mini and ruDALL-E become the originals' ids."""
+"""The text encoders of DALL·E Mini and ruDALL-E give the ids of the originals."""
 
 import json
 
@@ -50,7 +50,7 @@ def test_the_files_of_dalle_mini_are_found(tmp_path):
         load_tokenizer(tmp_path / "vocab_mini.json")
 
 
-def test_a_last_line_of_merges_without_an_end_counts(tmp_path):
+def test_the_last_merge_needs_no_newline(tmp_path):
     (tmp_path / "vocab.json").write_text('{"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "Ġ": 4, "a": 5, "Ġa": 6}')
     (tmp_path / "merges.txt").write_text("#version: 0.2\nĠ a", encoding="utf-8")
     assert load_text_encoder(tmp_path, kind="dalle-mini", text_seq_len=4)("a b", truncate=True).tolist() == [0, 6, 4, 2]
@@ -75,7 +75,7 @@ def test_long_prompts_are_refused_or_cut():
         ("dalle-pytorch", GOLDEN / "tokenizer" / "bpe.model", "привет мир", "a cube made of wool"),
     ],
 )
-def test_a_prompt_in_a_language_that_is_not_read_says_so(kind, path, unread, read):
+def test_a_prompt_in_another_language_is_an_error(kind, path, unread, read):
     encode = load_text_encoder(path, kind=kind)
     with pytest.raises(ValueError, match=f"cannot read the prompt '{unread}': it reads"):
         encode.check(unread)

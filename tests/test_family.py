@@ -1,4 +1,4 @@
-"""A family from nothing, on the smallest networks: its recipe, its parts, its clock, its failures, its results."""
+"""Training a family of very small networks from scratch: recipe, parts, timing, failures, results."""
 
 from __future__ import annotations
 
@@ -56,21 +56,21 @@ def test_the_recipe_of_the_bundled_weights_draws_from_pure_noise_in_few_steps() 
     }
 
 
-def test_what_is_there_is_not_written_over(tmp_path: Path) -> None:
+def test_existing_weights_are_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "kept").write_text("")
     with pytest.raises(FileExistsError, match="resume"):
         train_family(RECIPE, tmp_path, "emoji")
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
-def test_tiny_settings_are_laid_over_the_recipe_and_change_nothing_else() -> None:
+def test_tiny_settings_override_the_recipe_and_change_nothing_else() -> None:
     whole, tiny = read_recipe(RECIPE), read_recipe(RECIPE, tiny=True)
     assert tiny["vqgan"]["model"]["n_embed"] == TINY["vqgan"]["model"]["n_embed"]
     assert tiny["vqgan"]["model"]["embed_dim"] == whole["vqgan"]["model"]["embed_dim"]
     assert laid_over({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}) == {"a": {"b": 3, "c": 2}}
 
 
-def test_the_rate_rises_by_steps_and_falls_to_nothing_by_progress() -> None:
+def test_the_learning_rate_warms_up_by_steps_and_decays_by_progress() -> None:
     settings = TrainingConfig(warmup=10, decay=0.5)
     assert settings.rate(0, 0.0) == pytest.approx(0.1)
     assert settings.rate(100, 0.3) == 1
@@ -78,7 +78,7 @@ def test_the_rate_rises_by_steps_and_falls_to_nothing_by_progress() -> None:
     assert settings.rate(100, 1.0) == 0
 
 
-def test_who_waits_for_a_part_that_failed_or_is_late_is_told(tmp_path: Path) -> None:
+def test_a_part_that_waits_is_told_that_the_other_failed_or_is_late(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="vqgan was not finished in time"):
         wait_for(tmp_path, "vqgan", time.time() - 1)
     (tmp_path / "runs/vqgan").mkdir(parents=True)
@@ -87,7 +87,7 @@ def test_who_waits_for_a_part_that_failed_or_is_late_is_told(tmp_path: Path) -> 
         wait_for(tmp_path, "vqgan", time.time() + 60)
 
 
-def test_codes_that_nothing_uses_move_to_what_is_there() -> None:
+def test_unused_codes_are_replaced_by_features() -> None:
     torch.manual_seed(0)
     book = Codebook(8, 4, decay=0.5, dead=0.1)
     rows = F.normalize(torch.randn(4, 4), dim=1).repeat(16, 1)
@@ -114,7 +114,7 @@ def test_the_exported_vqgan_chooses_the_codes_that_training_chose() -> None:
     assert torch.equal(model.encode(pictures.float() / 255).flatten(), chosen)
 
 
-def test_an_export_that_was_killed_half_way_does_not_stop_the_next(tmp_path: Path) -> None:
+def test_a_killed_export_does_not_block_the_next(tmp_path: Path) -> None:
     part, target = small_part(), tmp_path / "vqgan"
     average = Average(part.model, 0.9)
     replace_folder(part, average, target)
@@ -127,7 +127,7 @@ def test_an_export_that_was_killed_half_way_does_not_stop_the_next(tmp_path: Pat
 
 
 class Numbers:
-    """A world whose images are all of the value of their number."""
+    """A world in which all pixels of an image have the value of its number."""
 
     device = torch.device("cpu")
 
@@ -146,7 +146,7 @@ class Numbers:
         return self.render(range(numbers[0], numbers[-1] + 1))
 
 
-def test_a_pool_draws_what_training_uses_and_goes_on_with_the_numbers_that_follow() -> None:
+def test_a_pool_renders_what_training_uses_and_resumes_with_the_next_numbers() -> None:
     config = PoolConfig(capacity=16, first=8, chunk=4, draw_share=1.0)
     pool = Pool(Numbers(), small_part(), config, 0, batch_size=4)  # type: ignore[arg-type]
     pool.prepare()
@@ -168,7 +168,7 @@ def test_a_pool_draws_what_training_uses_and_goes_on_with_the_numbers_that_follo
 
 @pytest.fixture
 def recipe(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The smallest recipe, of scenes alone."""
+    """A very small recipe with scenes only."""
     tiny = read_recipe(RECIPE, tiny=True)
     for part in PARTS:
         tiny[part]["pool"]["kinds"] = {"scenes": 1}
@@ -181,13 +181,13 @@ def job_of(part: str, out: Path, seconds: float, parent: int = 0) -> Job:
     return Job(part, str(RECIPE), str(out), "", "cpu", time.time() + seconds, True, 0.0, parent)
 
 
-def test_a_part_trains_in_its_time_and_goes_on_from_its_checkpoint(
+def test_a_part_trains_for_its_time_and_resumes_from_its_checkpoint(
     tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(family, "World", Numbers)
     monkeypatch.setattr(loop, "show_samples", lambda *args: None)
     run = tmp_path / "runs/vqgan"
-    train_part(job_of("vqgan", tmp_path, 60, parent=1))  # the process that started it is gone
+    train_part(job_of("vqgan", tmp_path, 60, parent=1))  # the process that started it has ended
     assert not (run / "finished").exists()
     stopped = torch.load(run / "checkpoint.pt", weights_only=True)
     assert stopped["progress"] < 1 and (tmp_path / "vqgan/model.safetensors").exists()
@@ -195,11 +195,11 @@ def test_a_part_trains_in_its_time_and_goes_on_from_its_checkpoint(
     assert (run / "finished").exists()
     first = torch.load(run / "checkpoint.pt", weights_only=True)
     assert first["progress"] == 1 and first["step"] > 0 and first["drawn"] > stopped["drawn"]
-    train_part(job_of("vqgan", tmp_path, 60))  # all of its schedule is done: nothing is trained further
+    train_part(job_of("vqgan", tmp_path, 60))  # its schedule is finished, so nothing is trained further
     assert torch.load(run / "checkpoint.pt", weights_only=True)["step"] == first["step"]
 
 
-def test_all_parts_from_nothing_make_a_folder_that_draws(tmp_path: Path, recipe: dict[str, Any]) -> None:
+def test_all_parts_trained_from_scratch_make_a_folder_that_draws(tmp_path: Path, recipe: dict[str, Any]) -> None:
     for part in ("tokenizer", *PARTS):
         train_part(job_of(part, tmp_path, 0.3))
         assert (tmp_path / "runs" / part / "finished").exists()
@@ -217,7 +217,7 @@ def test_all_parts_from_nothing_make_a_folder_that_draws(tmp_path: Path, recipe:
 
 
 class Started:
-    """A process that is over at once: that of the CLIP failed, after its first export."""
+    """A process that ends at once; that of the CLIP fails after its first export."""
 
     jobs: list[Job] = []
 
@@ -253,5 +253,5 @@ def test_the_parts_that_failed_are_named_and_the_others_described(
     assert (out / "README.md").read_text() == "vqgan, transformer, clip"
     assert json.loads((out / "family.json").read_text())["commit"] == "abc"
     Started.jobs.clear()
-    assert main([*command, "--resume"]) == 2  # of those that are not finished, the upsampler is left
+    assert main([*command, "--resume"]) == 2  # of the unfinished parts, the upsampler is left
     assert [job.part for job in Started.jobs] == ["upsampler"]

@@ -1,4 +1,4 @@
-"""Weights by name: weights.toml is read, files are fetched whole or not at all, from hosts of every kind."""
+"""Weights by name: reading weights.toml, and downloads from faulty hosts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ UNET = saved(1.0)
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers as the server's next behaviour says, and well when there is none left."""
+    """Responds with the server's next behaviour, and correctly if none is left."""
 
     protocol_version = "HTTP/1.1"
     server: Server
@@ -74,7 +74,7 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(self.server.pause)
 
     def part(self) -> tuple[int, dict[str, str]]:
-        """Where to begin, as Range and If-Range say, and the headers that go with it."""
+        """The offset that Range and If-Range request, and the headers of the response."""
         wanted, tag = self.headers.get("Range"), self.headers.get("If-Range")
         size, headers = len(self.server.data), {"ETag": self.server.tag} if self.server.tag else {}
         start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and tag in (None, self.server.tag) else 0
@@ -108,12 +108,12 @@ class Handler(BaseHTTPRequestHandler):
         self.server.stop.wait(3)
 
     def short(self) -> None:
-        """Claims less than there is."""
+        """Announces fewer bytes than it sends."""
         self.head(200, 1000)
         self.body(self.server.data[:1000])
 
     def long(self) -> None:
-        """Claims more than there is."""
+        """Announces more bytes than it sends."""
         start, headers = self.part()
         self.head(206 if start else 200, len(self.server.data) - start + 99, **headers)
         self.body(self.server.data[start:])
@@ -145,7 +145,7 @@ class Handler(BaseHTTPRequestHandler):
         self.head(302, 0, Location="http://127.0.0.1:1/gone")
 
     def no_range(self) -> None:
-        """Sends all of it, whatever was asked for."""
+        """Ignores Range and sends the whole file."""
         self.head(200, len(self.server.data))
         self.body(self.server.data)
 
@@ -155,7 +155,7 @@ class Handler(BaseHTTPRequestHandler):
         self.body(self.server.data[7:])
 
     def deaf(self) -> None:
-        """Sends the rest whatever If-Range says, and tells what file it is of."""
+        """Ignores If-Range and sends the rest, with the validator of the new file."""
         wanted, size = self.headers.get("Range"), len(self.server.data)
         start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
         headers = {"ETag": self.server.tag} | ({"Content_Range": f"bytes {start}-{size - 1}/{size}"} if start else {})
@@ -163,7 +163,7 @@ class Handler(BaseHTTPRequestHandler):
         self.body(self.server.data[start:])
 
     def capped(self) -> None:
-        """Sends a part of the rest, as it says."""
+        """Sends a part of the rest, as its headers say."""
         start, headers = self.part()
         size = len(self.server.data)
         if not start:
@@ -231,7 +231,7 @@ class Server(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, *args: Any) -> None:
-        pass  # a client that goes is what these tests are about
+        pass  # clients that disconnect are expected in these tests
 
 
 @pytest.fixture
@@ -256,7 +256,7 @@ def serve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[
 
 
 def want(folder: Path, *places: str, sha256: str | None = SHA256, size: int | None = None) -> CachedFile:
-    """A file of a set with these places."""
+    """The `CachedFile` of a set with these places."""
     lines = [f'file = "model.pt"\nplaces = {json.dumps(list(places))}']
     lines += [f'sha256 = "{sha256}"'] if sha256 else []
     lines += [f"size = {size}"] if size else []
@@ -292,8 +292,10 @@ RIGHT: list[list[str]] = [
 
 @pytest.mark.parametrize("known", (True, False))
 @pytest.mark.parametrize("behaviours", RIGHT, ids="-".join)
-def test_what_ends_well(serve: Callable[..., Server], tmp_path: Path, behaviours: list[str], known: bool) -> None:
-    """Whether somebody has written the file's hash down or not."""
+def test_downloads_that_succeed(
+    serve: Callable[..., Server], tmp_path: Path, behaviours: list[str], known: bool
+) -> None:
+    """With and without a known hash of the file."""
     server = serve(DATA if known else UNET)
     server.behaviours = list(behaviours)
     wanted = want(tmp_path, server.url + "/model.pt", sha256=SHA256 if known else None)
@@ -327,9 +329,7 @@ WRONG = (
 
 
 @pytest.mark.parametrize(("behaviours", "words"), WRONG, ids=lambda value: "-".join(value[:2]))
-def test_what_ends_with_an_error(
-    serve: Callable[..., Server], tmp_path: Path, behaviours: list[str], words: str
-) -> None:
+def test_downloads_that_fail(serve: Callable[..., Server], tmp_path: Path, behaviours: list[str], words: str) -> None:
     server = serve()
     server.behaviours = list(behaviours)
     wanted = want(tmp_path, server.url + "/model.pt")
@@ -339,7 +339,7 @@ def test_what_ends_with_an_error(
     assert not wanted.target.exists()
 
 
-def test_any_mixture_ends_well_or_with_an_error(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_any_sequence_of_faults_ends_with_the_file_or_an_error(serve: Callable[..., Server], tmp_path: Path) -> None:
     kinds = [name for name in vars(Handler) if name in {kind for kinds in RIGHT for kind in kinds}]
     kinds += ["short", "wrong", "page", "not_found", "zipped"]
     kinds = [kind for kind in kinds if "stall" not in kind]  # those wait
@@ -358,11 +358,11 @@ def test_any_mixture_ends_well_or_with_an_error(serve: Callable[..., Server], tm
     assert ended == {"well", "error"}
 
 
-def test_a_host_that_turns_in_circles_is_left(
+def test_a_host_without_progress_is_abandoned(
     serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(download, "CHUNK", 1 << 14)
-    server = serve(bytes(len(DATA)))  # other bytes than those that are wanted, never in one piece
+    server = serve(bytes(len(DATA)))  # wrong bytes, and always truncated
     server.behaviours = ["truncate", "good"] * 20
     with pytest.raises(FetchError, match="5 times"):
         fetch_file(want(tmp_path, server.url + "/model.pt"), progress=False)
@@ -376,7 +376,7 @@ def test_the_next_place_is_tried(serve: Callable[..., Server], tmp_path: Path) -
     assert path.read_bytes() == DATA and bad.requests and good.requests == [("/b", None)]
 
 
-def test_more_bytes_than_there_should_be_are_not_taken(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_more_bytes_than_announced_are_refused(serve: Callable[..., Server], tmp_path: Path) -> None:
     server = serve()
     server.behaviours = ["endless"]
     with pytest.raises(FetchError, match="sends more than the announced 1,500,000 bytes"):
@@ -385,14 +385,14 @@ def test_more_bytes_than_there_should_be_are_not_taken(serve: Callable[..., Serv
         fetch_file(want(tmp_path, server.url + "/model.pt", size=7), progress=False)
 
 
-def test_a_download_goes_on_where_it_broke_off(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_a_broken_download_is_resumed(serve: Callable[..., Server], tmp_path: Path) -> None:
     server = serve()
     server.behaviours = ["truncate"]
     fetch_file(want(tmp_path, server.url + "/model.pt"), progress=False)
     assert server.requests[1] == ("/model.pt", f"bytes={len(DATA) // 3}-") and server.sent == len(DATA)
 
 
-def test_halves_of_different_files_are_never_joined(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_parts_of_different_files_are_never_joined(serve: Callable[..., Server], tmp_path: Path) -> None:
     server = serve(saved(1.0))
     server.behaviours = ["truncate", *["broken"] * 4]
     wanted = want(tmp_path, server.url + "/model.pt", sha256=None)
@@ -405,22 +405,22 @@ def test_halves_of_different_files_are_never_joined(serve: Callable[..., Server]
     server.data, server.tag, server.behaviours = saved(3.0), '"three"', ["truncate", *["broken"] * 4]
     with pytest.raises(FetchError):
         fetch_file(wanted, progress=False)
-    server.data, server.tag, server.behaviours = saved(4.0), '"four"', ["deaf"]  # a host that does not hear If-Range
+    server.data, server.tag, server.behaviours = saved(4.0), '"four"', ["deaf"]  # a host that ignores If-Range
     assert fetch_file(wanted, progress=False).read_bytes() == server.data
     remove_set(wanted.weights)
     wanted.target.with_name("model.pt.json").unlink()
-    server.tag = ""  # a host that cannot tell whether it is still the same
+    server.tag = ""  # a host without a validator
     server.behaviours = ["truncate", "good"]
     assert fetch_file(wanted, progress=False).read_bytes() == server.data
     assert server.requests[-1] == ("/model.pt", None)
 
 
-def test_a_file_without_a_known_hash_is_looked_at_and_pinned(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_a_file_without_a_known_hash_is_checked_and_pinned(serve: Callable[..., Server], tmp_path: Path) -> None:
     server = serve(saved(1.0))
     wanted = want(tmp_path, server.url + "/model.pt", sha256=None)
     for behaviour in ("page", "short"):
         server.behaviours = [behaviour]
-        with pytest.raises(FetchError, match="sends something else than the file"):
+        with pytest.raises(FetchError, match="sends another file"):
             fetch_file(wanted, progress=False)
         assert not wanted.target.exists()
     first = fetch_file(wanted, progress=False).read_bytes()
@@ -432,7 +432,7 @@ def test_a_file_without_a_known_hash_is_looked_at_and_pinned(serve: Callable[...
     assert fetch_file(wanted, progress=False).read_bytes() == first
 
 
-def test_a_file_that_was_changed_on_the_disk_is_fetched_again(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_a_file_changed_on_disk_is_downloaded_again(serve: Callable[..., Server], tmp_path: Path) -> None:
     server = serve()
     wanted = want(tmp_path, server.url + "/model.pt")
     path = fetch_file(wanted, progress=False)
@@ -441,7 +441,7 @@ def test_a_file_that_was_changed_on_the_disk_is_fetched_again(serve: Callable[..
     assert fetch_file(wanted, progress=False).read_bytes() == DATA
 
 
-def test_a_full_disk_is_said_before_anything_is_fetched(
+def test_a_full_disk_is_an_error_before_the_download(
     serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = serve()
@@ -454,7 +454,7 @@ def test_a_full_disk_is_said_before_anything_is_fetched(
     assert not list((tmp_path / "home").rglob("*.part"))
 
 
-def test_offline_nothing_is_fetched(
+def test_nothing_is_downloaded_offline(
     serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = serve()
@@ -473,7 +473,7 @@ def test_offline_nothing_is_fetched(
         fetch_set(wanted.weights)
 
 
-def test_a_set_that_draws_is_loaded_without_a_super_resolution_that_is_out_of_reach(
+def test_a_set_that_draws_is_loaded_without_an_unavailable_super_resolution(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("DALL3_OFFLINE", "1")
@@ -489,7 +489,7 @@ def test_a_set_that_draws_is_loaded_without_a_super_resolution_that_is_out_of_re
         fetch_set(find_set("alone"))
 
 
-def test_a_hash_that_is_learned_later_counts(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_a_hash_added_later_is_checked(serve: Callable[..., Server], tmp_path: Path) -> None:
     server = serve(UNET)
     fetch_file(want(tmp_path, server.url + "/model.pt", sha256=None), progress=False)
     server.data = DATA
@@ -498,7 +498,7 @@ def test_a_hash_that_is_learned_later_counts(serve: Callable[..., Server], tmp_p
     assert fetch_file(wanted, progress=False).read_bytes() == DATA
 
 
-def test_a_copy_that_is_not_whole_is_neither_used_nor_pinned(
+def test_an_incomplete_copy_is_neither_used_nor_pinned(
     serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = want(tmp_path, "http://127.0.0.1:1/gone", sha256=None)
@@ -509,12 +509,12 @@ def test_a_copy_that_is_not_whole_is_neither_used_nor_pinned(
         fetch_file(wanted)
     wanted.target.write_bytes(UNET)
     assert fetch_file(wanted) == wanted.target
-    wanted.target.write_bytes(saved(2.0))  # pinned by now
+    wanted.target.write_bytes(saved(2.0))  # it is pinned now
     with pytest.raises(FetchError, match="according to .*model.pt.json"):
         fetch_file(wanted)
 
 
-def test_a_copy_by_hand_may_be_the_one_of_the_place_without_a_hash(
+def test_a_manual_copy_may_be_the_file_of_the_place_without_a_hash(
     serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = f'[own.upsampler]\nfile = "model.pt"\nsha256 = "{SHA256}"\n'
@@ -534,7 +534,7 @@ def test_a_copy_by_hand_may_be_the_one_of_the_place_without_a_hash(
         fetch_file(wanted)
 
 
-def test_removing_what_is_being_fetched_is_an_error(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_removing_a_file_during_its_download_is_an_error(serve: Callable[..., Server], tmp_path: Path) -> None:
     server = serve()
     server.pause = 0.02
     wanted = want(tmp_path, server.url + "/model.pt")
@@ -548,7 +548,7 @@ def test_removing_what_is_being_fetched_is_an_error(serve: Callable[..., Server]
     assert remove_set(wanted.weights) == len(DATA) and not wanted.target.exists()
 
 
-def test_a_host_that_always_breaks_off_gets_there_in_the_end(
+def test_a_host_that_breaks_off_but_makes_progress_is_used_to_the_end(
     serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(download, "CHUNK", 1 << 14)
@@ -561,7 +561,7 @@ def test_a_host_that_always_breaks_off_gets_there_in_the_end(
     assert fetch_file(wanted, progress=False).read_bytes() == DATA
 
 
-def test_a_copy_on_disk_is_used_where_it_is(tmp_path: Path, serve: Callable[..., Server]) -> None:
+def test_a_copy_on_disk_is_used_in_place(tmp_path: Path, serve: Callable[..., Server]) -> None:
     (tmp_path / "copies").mkdir()
     (tmp_path / "copies/mine.pt").write_bytes(DATA)
     path = fetch_file(want(tmp_path, "http://127.0.0.1:1/gone", "copies/mine.pt"))
@@ -583,7 +583,7 @@ def fetch_in_a_process(wanted: CachedFile) -> Any:
     return process
 
 
-def test_killed_at_twenty_moments_and_run_again(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_a_download_killed_at_any_moment_can_be_repeated(serve: Callable[..., Server], tmp_path: Path) -> None:
     draw, resumed = random.Random(0), 0
     for trial in range(20):
         server = serve()
@@ -602,10 +602,10 @@ def test_killed_at_twenty_moments_and_run_again(serve: Callable[..., Server], tm
     assert resumed > 5
 
 
-def test_two_processes_fetch_a_file_once(
+def test_two_processes_download_a_file_once(
     serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(download, "TIMEOUT", (10.0, 30.0))  # a slow answer is not asked for again
+    monkeypatch.setattr(download, "TIMEOUT", (10.0, 30.0))  # a slow response is not requested again
     server = serve()
     server.pause = 0.005
     wanted = want(tmp_path, server.url + "/model.pt")
@@ -666,25 +666,25 @@ GOOD = '[own.vqgan]\nfile = "last.ckpt"\nplaces = ["https://host/x"]\n'
         (GOOD + 'licence = "a\\nb"\n', "licence is not one line of text"),
     ),
 )
-def test_a_weights_toml_that_is_wrong(tmp_path: Path, text: str, words: str) -> None:
+def test_invalid_registries_are_refused(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "weights.toml").write_text(text)
     with pytest.raises(ValueError, match=words) as error:
         read_registry(tmp_path / "weights.toml")
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_the_sets_that_come_with_it() -> None:
+def test_the_bundled_registry() -> None:
     known = read_registry()
     assert {"mini", "dall3", "dalle-mega", "dalle-mini", "rudalle-malevich", "openai-512-uncond"} <= known.keys()
     (file,) = files_of(known["openai-256-uncond"])
-    assert file.target in [one.target for one in files_of(known["dalle-mega"])]  # fetched once
+    assert file.target in [one.target for one in files_of(known["dalle-mega"])]  # downloaded once
     assert file.file.places[0].size == 2_211_383_297
     assert all(one.part.licence and one.part.source for name in known for one in files_of(known[name]))
     with pytest.raises(ValueError, match="no set of weights is called 'dalle3'; did you mean dall3"):
         find_set("dalle3")
 
 
-def test_sets_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_users_own_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "weights.toml").write_text(GOOD + GOOD.replace("own", "mini"))
     monkeypatch.setenv("DALL3_WEIGHTS", str(tmp_path / "weights.toml"))
     assert [part.name for part in find_set("mini").parts] == ["vqgan"] and "own" in read_registry()

@@ -1,6 +1,6 @@
-"""The pipeline on a GPU, pretended: nothing is left on the CPU, and the pictures are those of the CPU.
+"""The pipeline on the pretended GPU: no tensor is left on the CPU, and the images equal those of the CPU.
 
-What needs a real GPU is in test_cuda.py.
+Tests that need a real GPU are in test_cuda.py.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from dall3.tokens.sampling import Sampling
 from dall3.tokens.seeds import candidate_uniforms, make_generator
 from pretend_gpu import PretendGraph, pretend_gpu
 
-from conftest import load_seedset
+from conftest import load_upstream_files
 
 PROMPT = "a cube made of cloud"
 HOW = dict(num_inference_steps=2, seed=3, progress=False)
@@ -33,8 +33,8 @@ RED = Image.new("RGB", (128, 128), "red")
 
 
 @pytest.fixture(scope="module")
-def pipe(seedset):
-    return load_seedset(seedset)
+def pipe(upstream_files):
+    return load_upstream_files(upstream_files)
 
 
 def assert_same(out, expected):
@@ -43,11 +43,11 @@ def assert_same(out, expected):
         assert np.abs(np.array(picture, float) - np.array(same, float)).max() <= 1
 
 
-def test_the_call_gives_the_pictures_of_the_cpu(pipe, monkeypatch):
+def test_the_call_gives_the_images_of_the_cpu(pipe, monkeypatch):
     how = HOW | dict(
         num_images=2, refine_batch_size=2, num_candidates=3, top_p=0.9, cond_scale=2.0, seamless=True, tv_scale=1.0
     )
-    how |= dict(num_inference_steps=4, strength=0.5)  # x_0 seen through pure noise has 150 times what was rounded
+    how |= dict(num_inference_steps=4, strength=0.5)  # x_0 predicted from pure noise amplifies rounding by 150
     expected = pipe(PROMPT, **how)
     with pretend_gpu(monkeypatch):
         there = copy.deepcopy(pipe).to("cuda")
@@ -55,7 +55,7 @@ def test_the_call_gives_the_pictures_of_the_cpu(pipe, monkeypatch):
         assert_same(there(PROMPT, **how), expected)
 
 
-def test_offloaded_parts_come_and_go(pipe, monkeypatch):
+def test_offloaded_parts_are_moved_there_and_back(pipe, monkeypatch):
     seen = []
 
     def look(pipe, step, timestep, tensors):
@@ -71,7 +71,7 @@ def test_offloaded_parts_come_and_go(pipe, monkeypatch):
     assert seen == [["cpu", "cuda", "cuda", "cuda"]] * 2
 
 
-def test_each_stage_takes_what_lies_on_the_cpu(pipe, monkeypatch):
+def test_each_stage_accepts_tensors_on_the_cpu(pipe, monkeypatch):
     tokens, prompts = torch.arange(256)[None] % pipe.vqgan.num_tokens, dict(prompt="a cube:2|a cloud")
     prompts |= dict(image_prompts=[(RED, 1.0)], clip_guidance_scale=1000)
     scheduler = diffusers.EulerDiscreteScheduler()
@@ -133,7 +133,7 @@ def test_later_batches_and_later_draws_only_replay_the_captured_step(transformer
         return draw_image_tokens(model, text.to(device), uniforms.to(device), settings, batch_size=2).cpu()
 
     def captures(model, text, settings):
-        """The captures of a draw whose tokens are those of the CPU."""
+        """Draw, check the tokens against those of the CPU, and return the number of captures."""
         before = PretendGraph.captures
         with pretend_outside():
             expected = draw(transformer, text, settings, "cpu")
@@ -171,7 +171,7 @@ def test_a_batch_above_the_limit_is_not_captured(transformer, monkeypatch):
 
 
 class FlatCLIP(torch.nn.Module):
-    """A CLIP as guidance sees it."""
+    """A minimal CLIP for guidance."""
 
     image_size = 16
 
@@ -205,7 +205,7 @@ def test_later_refinements_only_replay_the_captured_steps(monkeypatch):
         clip_there = copy.deepcopy(clip).to("cuda")
 
         def captures(target, **settings):
-            """The captures of a refinement whose images are those of the CPU."""
+            """Refine, check the images against those of the CPU, and return the number of captures."""
             before = PretendGraph.captures
             with pretend_outside(), torch.no_grad():
                 expected = refine(unet, clip, "cpu", target, **settings)
@@ -255,7 +255,7 @@ def test_one_graph_is_captured_at_a_time_and_other_threads_may_use_the_gpu(monke
             thread = threading.Thread(target=capture_another, daemon=True)
             thread.start()
             thread.join(0.3)
-            assert second == [] and len(inside) == 1  # it waits
+            assert second == [] and len(inside) == 1  # it waits for the other capture
             threads.append(thread)
         return x + 1
 

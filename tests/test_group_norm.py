@@ -1,4 +1,4 @@
-"""Group normalisation: the gradient of the original in every layout, and weights that are trained still learn."""
+"""Group normalisation: the gradient equals that of PyTorch in every memory layout, also for trainable weights."""
 
 import pytest
 import torch
@@ -18,14 +18,14 @@ def make(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, ...]
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.06)])
 @pytest.mark.parametrize("shape, groups", [((2, 64, 16, 12), 32), ((1, 32, 8, 8), 32), ((3, 96, 4, 4), 8)])
-def test_the_gradient_in_channels_last_is_the_normalisations(shape, groups, dtype, tolerance):
+def test_the_gradient_in_channels_last_equals_group_norms(shape, groups, dtype, tolerance):
     x, weight, bias, pull = make(shape, dtype)
     out = group_norm(x, groups, weight, bias, 1e-5)
     assert type(out.grad_fn).__name__ == f"{FrozenGroupNorm.__name__}Backward"
     assert torch.equal(out, F.group_norm(x, groups, weight, bias, 1e-5))
     exact = x.detach().double().requires_grad_()
     F.group_norm(exact, groups, weight.double(), bias.double(), 1e-5).backward(pull.double())
-    for layout in (LAST, torch.contiguous_format):  # whatever comes after it
+    for layout in (LAST, torch.contiguous_format):  # any following layer
         (found,) = torch.autograd.grad(out, x, pull.contiguous(memory_format=layout), retain_graph=True)
         assert found.dtype == dtype and found.is_contiguous(memory_format=LAST)
         torch.testing.assert_close(found.double(), exact.grad, rtol=0, atol=tolerance)
@@ -39,6 +39,6 @@ def test_trained_weights_and_other_layouts_get_their_gradients():
     plain(x.detach()).backward(pull)
     torch.testing.assert_close(norm.weight.grad, plain.weight.grad)
     torch.testing.assert_close(norm.bias.grad, plain.bias.grad)
-    rows = torch.randn(2, 64, 5, requires_grad=True)  # as attention has them
+    rows = torch.randn(2, 64, 5, requires_grad=True)  # the layout of attention
     norm.requires_grad_(False)(rows).sum().backward()
     assert rows.grad is not None

@@ -26,7 +26,7 @@ def parts(tmp_path_factory):
 
 
 def test_gradient_is_the_originals(parts, monkeypatch):
-    """Two weighted prompts, eight cut-outs, both penalties: what cond_fn returns for the same x and cut-outs."""
+    """Two weighted prompts, eight cut-outs and both penalties, compared with cond_fn for the same x and cut-outs."""
     (unet, clip), golden = parts, Golden("guidance")
     expected, about = golden.expected, golden.about
     monkeypatch.setattr(dall3.diffusion.guidance, "draw_cutouts", lambda *args: expected["cutouts"])

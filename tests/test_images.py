@@ -1,4 +1,4 @@
-"""Every entry point for images: the same rules for all, and nothing but the six formats is opened."""
+"""Every entry point for images follows the same rules and opens only the six formats."""
 
 import io
 import os
@@ -38,8 +38,8 @@ def saved(image, kind="PNG", **how):
     return buffer.getvalue()
 
 
-def doors(pipe, path, folder):
-    """Every way by which an image file enters, by name, each a call that opens the file at `path`."""
+def entry_points(pipe, path, folder):
+    """Every entry point for image files by name: functions that open the file at `path`."""
     how = dict(progress=False, seed=0, num_inference_steps=1)
 
     def train(kind):
@@ -77,7 +77,7 @@ BUNDLED = Path(dall3.__file__).parent / "mini"
 
 
 @pytest.mark.parametrize("hostile", ["eps", "large"])
-def test_no_door_runs_ghostscript_or_decodes_what_is_too_large(pipe, tmp_path, monkeypatch, hostile):
+def test_no_entry_point_runs_ghostscript_or_decodes_too_large_images(pipe, tmp_path, monkeypatch, hostile):
     mark, tools = tmp_path / "ran", tmp_path / "bin"
     tools.mkdir()
     (tools / "gs").write_text(f"#!/bin/sh\ntouch {mark}\n")
@@ -98,14 +98,14 @@ def test_no_door_runs_ghostscript_or_decodes_what_is_too_large(pipe, tmp_path, m
         monkeypatch.setattr(
             ImageFile.ImageFile, "load", lambda image: load(image) if image.width < 99 else pytest.fail("decoded")
         )
-    for name, enter in doors(pipe, path, tmp_path).items():
+    for name, enter in entry_points(pipe, path, tmp_path).items():
         with pytest.raises(ValueError):
             enter()
             pytest.fail(f"{name} took it")
     assert not mark.exists()
 
 
-def test_nothing_else_opens_images():
+def test_only_images_py_opens_images():
     sources = [path for path in Path(dall3.__file__).parent.rglob("*.py") if path.name != "images.py"]
     assert [path.name for path in sources if "Image.open(" in path.read_text(encoding="utf-8")] == []
 
@@ -130,7 +130,7 @@ RAMP = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (64, 1))
         (Image.new("P", (64, 64), 0), "GIF", 0.0),
     ],
 )
-def test_depths_and_transparency_mean_the_same_at_every_door(pipe, tmp_path, image, kind, mean):
+def test_bit_depth_and_transparency_are_read_alike_at_every_entry_point(pipe, tmp_path, image, kind, mean):
     path = tmp_path / "picture.png"
     path.write_bytes(saved(image, kind, **({"lossless": True} if kind == "WEBP" else {})))
     with Image.open(path) as opened:
@@ -152,7 +152,7 @@ def test_the_transparent_value_of_a_palette_or_a_grey_picture_is_white(tmp_path)
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", UPRIGHT)
-def test_pictures_stand_upright(kind, orientation):
+def test_images_are_rotated_upright(kind, orientation):
     upright = Image.new("L", (16, 32), 0)
     upright.paste(255, (0, 0, 16, 8))  # white above
     upright.paste(128, (0, 24, 8, 32))  # grey below, on the left
@@ -171,7 +171,7 @@ def test_damaged_exif_data_does_not_hide_the_picture():
 
 
 def twelve_bits():
-    """A TIFF of 12 bits a pixel, 2×1: black and white."""
+    """A TIFF of 2×1 pixels with 12 bits each: black and white."""
     entries = [(256, 2), (257, 1), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 1), (279, 3)]
     directory = b"".join(
         tag.to_bytes(2, "little") + b"\x03\0\x01\0\0\0" + value.to_bytes(4, "little") for tag, value in entries
@@ -240,7 +240,7 @@ def test_a_list_may_mix_kinds_but_not_sizes(tmp_path):
         (saved(Image.new("RGB", (8, 8)), "PPM"), "expected a PNG, JPEG, WebP, GIF, BMP or TIFF"),
     ],
 )
-def test_everything_else_is_refused_with_what_was_found(images, words):
+def test_other_inputs_are_refused_by_their_type(images, words):
     with pytest.raises(ValueError, match=words):
         to_tensor(images)
 
@@ -288,7 +288,7 @@ def test_the_memory_that_a_large_picture_takes_is_bounded(tmp_path):
     assert int(grown[1]) < 30 and int(grown[2]) < 1700  # MiB
 
 
-def test_tokens_of_any_whole_kind_are_decoded(pipe):
+def test_tokens_of_any_integer_dtype_are_decoded(pipe):
     expected = pipe.decode_tokens(torch.arange(256))
     for kind in (np.uint8, np.uint16, np.int32, np.uint64):
         assert torch.equal(pipe.decode_tokens(np.arange(256).astype(kind)), expected)

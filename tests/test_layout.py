@@ -1,4 +1,4 @@
-"""Where weights lie: a file that is mapped puts them anywhere, and the numbers are those of any other place."""
+"""Alignment of weights: results do not depend on where a mapped file puts the tensors in memory."""
 
 import copy
 
@@ -9,13 +9,13 @@ from dall3.models.unet import UNet, UNetConfig
 
 
 def displaced(tensor: torch.Tensor) -> torch.Tensor:
-    """The same numbers, 8 bytes after a multiple of 64, as a mapped safetensors file may have them."""
+    """A copy that begins 8 bytes after a multiple of 64, as tensors of a mapped safetensors file can."""
     room = torch.empty(tensor.numel() + 32)
     start = -room.data_ptr() % 64 // 4 + 2
     return room[start : start + tensor.numel()].view(tensor.shape).copy_(tensor)
 
 
-def test_a_network_gives_the_same_numbers_wherever_its_file_was_mapped():
+def test_a_networks_results_do_not_depend_on_the_alignment_of_its_weights():
     torch.manual_seed(0)
     unet = UNet(UNetConfig(64, (1, 2), 1, (1,), 64, num_heads=2)).requires_grad_(False)
     there = copy.deepcopy(unet)

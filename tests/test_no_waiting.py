@@ -1,7 +1,7 @@
-"""What would make a GPU wait: both loops run on the meta device, where no value can be read and none is computed.
+"""Neither loop synchronises with a GPU: both run on the meta device, where no value can be read.
 
-A value that is read back there (`item`, `tolist`, `nonzero`, a branch on a tensor) is an error; a tensor that is made
-elsewhere than on the device shows up as an operation whose result lies on the CPU.
+Reading a value back (`item`, `tolist`, `nonzero`, a branch on a tensor) raises an error there. A tensor that is created
+outside of the device shows up as an operation with a result on the CPU.
 """
 
 import pytest
@@ -21,8 +21,8 @@ from dall3.tokens.decoding import image_token_steps
 from dall3.tokens.sampling import Sampling
 
 
-class Elsewhere(TorchDispatchMode):
-    """Collects the names of operations, while it is `on`, whose results do not lie on the meta device."""
+class OffDevice(TorchDispatchMode):
+    """While `on` is True, collects the names of operations whose results are not on the meta device."""
 
     def __init__(self):
         super().__init__()
@@ -40,19 +40,19 @@ class Elsewhere(TorchDispatchMode):
     [{}, {"top_p": 0.9}, {"top_k": 0.9}, {"top_p": 0.9, "cond_scale": 3.0}],
     ids=["plain", "top_p", "top_k", "cond_scale"],
 )
-def test_the_token_loop_reads_nothing_back_and_makes_nothing_elsewhere(settings):
+def test_the_token_loop_neither_reads_back_nor_leaves_the_device(settings):
     config = TransformerConfig(50, 40, 8, 32, 2, heads=2, dim_head=16, grid_size=4, attn_types=("full", "axial_row"))
     transformer = DalleTransformer(config).to("meta")
     text, uniforms = torch.zeros(8, dtype=torch.int64, device="meta"), torch.zeros(3, 16, device="meta")
     kept = torch.zeros(16, dtype=torch.int64, device="meta")
-    with Elsewhere() as elsewhere:
+    with OffDevice() as off_device:
         for _, _, count in image_token_steps(transformer, text, uniforms, Sampling(**settings), 2, kept):  # noqa: B007
-            elsewhere.on = True
-    assert count == 16 and elsewhere.found == []
+            off_device.on = True
+    assert count == 16 and off_device.found == []
 
 
-class LookingGlass(torch.nn.Module):
-    """A CLIP as guidance sees it."""
+class MetaCLIP(torch.nn.Module):
+    """A minimal CLIP for guidance."""
 
     image_size = 16
 
@@ -62,11 +62,11 @@ class LookingGlass(torch.nn.Module):
 
 @pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "dpm-solver++"])
 @pytest.mark.parametrize("is_guided", [False, True], ids=["unguided", "guided"])
-def test_the_denoising_loop_reads_nothing_back_and_makes_nothing_elsewhere(monkeypatch, scheduler, is_guided):
+def test_the_denoising_loop_neither_reads_back_nor_leaves_the_device(monkeypatch, scheduler, is_guided):
     config = UNetConfig(32, (1, 2), 1, (1,), 32, num_heads=2, embedding_dims=(6, 32))
     unet = UNet(config).to("meta").requires_grad_(False)
     real_randn, real_rand = torch.randn, torch.rand
-    # There are no random numbers on the meta device: what asks for some with a generator gets none.
+    # The meta device has no generators: functions that take one get None.
     generator = type("Generator", (), {"device": torch.device("meta")})()
     for module in (diffusion, guidance):
         assert module.torch is torch
@@ -76,7 +76,7 @@ def test_the_denoising_loop_reads_nothing_back_and_makes_nothing_elsewhere(monke
 
     def guide(predict, diffusion, lowest):
         targets, weights = torch.zeros(1, 8, device="meta"), torch.zeros(1, device="meta")
-        pull = clip_loss(LookingGlass(), targets, weights, 1000.0, 4, generator)
+        pull = clip_loss(MetaCLIP(), targets, weights, 1000.0, 4, generator)
         return guided(predict, diffusion, lowest, pull)
 
     settings = Denoising(num_inference_steps=5, scheduler=scheduler, clip_guidance_scale=1000.0 * is_guided)
@@ -84,29 +84,29 @@ def test_the_denoising_loop_reads_nothing_back_and_makes_nothing_elsewhere(monke
     steps = denoising_steps(
         unet, (3, 32, 32), [generator] * 2, conditioning, settings, None, guide if is_guided else None
     )
-    with torch.no_grad(), Elsewhere() as elsewhere:
+    with torch.no_grad(), OffDevice() as off_device:
         for step in steps:  # noqa: B007  the noise schedule goes to the device with the first
-            elsewhere.on = True
-    assert step.number == 4 and elsewhere.found == []
+            off_device.on = True
+    assert step.number == 4 and off_device.found == []
 
 
 @pytest.mark.parametrize("is_guided", [False, True], ids=["unguided", "guided"])
-def test_the_denoising_step_of_a_cuda_graph_reads_nothing_back_and_makes_nothing_elsewhere(is_guided):
+def test_the_captured_denoising_step_neither_reads_back_nor_leaves_the_device(is_guided):
     config = UNetConfig(32, (1, 2), 1, (1,), 32, num_heads=2, embedding_dims=(6, 32))
     unet = UNet(config).to("meta").requires_grad_(False)
-    loss = GuidanceLoss(LookingGlass(), scale=1000.0, cutn=4, tv_scale=1.0, range_scale=1.0)
+    loss = GuidanceLoss(MetaCLIP(), scale=1000.0, cutn=4, tv_scale=1.0, range_scale=1.0)
     inputs = {"x": torch.zeros(2, 3, 32, 32), "step": torch.zeros(2), "image_embeds": torch.zeros(2, 6, 32, 32)}
     if is_guided:
         inputs |= dict(cutouts=torch.zeros(4, 3, dtype=torch.int64), targets=torch.zeros(1, 8), weights=torch.zeros(1))
     tensors = [tensor.to("meta") for tensor in inputs.values()]
     tables = GaussianDiffusion(config.diffusion)
     step = make_step(unet, tables, list(inputs), False, loss if is_guided else None)
-    with torch.no_grad(), Elsewhere() as elsewhere:
+    with torch.no_grad(), OffDevice() as off_device:
         step(*tensors)  # the noise schedule goes to the device in the first warm-up run
-        elsewhere.on = True
+        off_device.on = True
         found = step(*tensors)
     assert found["pred_xstart"].shape == (2, 3, 32, 32) and ("gradient" in found) == is_guided
-    assert elsewhere.found == []
+    assert off_device.found == []
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What a call returns: comparing it, and files that are written whole or not at all."""
+"""Results of a call: comparison, and files that are written completely or not at all."""
 
 import dataclasses
 import io
@@ -21,7 +21,7 @@ def out():
     return Dall3Output("a cube", images, images, tokens, torch.tensor([0.5, 0.25]), torch.arange(2), {"seed": 3})
 
 
-def test_outputs_are_equal_where_all_that_they_hold_is(out):
+def test_outputs_are_equal_if_all_their_fields_are(out):
     assert out == out[:] and out[0] != out[1] and out != "a cube"
     changes = dict(prompt="a cone", images=out.images[::-1], tokens=out.tokens + 1, clip_scores=None)
     changes |= dict(candidates=out.candidates + 1, settings={"seed": 4}, coarse_images=[])
@@ -83,14 +83,14 @@ def saved(value, write=np.save):
         (b"", "not a .npy of image tokens"),
     ],
 )
-def test_what_is_no_file_of_tokens_is_said_in_one_line(tmp_path, content, words):
+def test_a_file_without_tokens_is_a_one_line_error(tmp_path, content, words):
     (tmp_path / "a.npy").write_bytes(content)
     with pytest.raises(ValueError, match=rf"a\.npy: {words}") as error:
         read_tokens(tmp_path / "a.npy")
     assert "\n" not in str(error.value)
 
 
-def test_tokens_of_any_whole_kind_are_read(out, tmp_path):
+def test_tokens_of_any_integer_dtype_are_read(out, tmp_path):
     for kind in (np.int64, np.uint16, np.uint8, ">i4"):
         write_files(tmp_path, {"a.npy": np.arange(4).astype(kind)}, overwrite=True)
         assert read_tokens(tmp_path / "a.npy").tolist() == [[0, 1, 2, 3]]

@@ -1,4 +1,4 @@
-"""What draws on a CPU: linear layers laid out anew give the transformer's numbers, eight bits nearly so."""
+"""Packed linear layers on a CPU give the logits of the transformer, int8 approximately."""
 
 import copy
 import gc
@@ -89,13 +89,13 @@ def test_a_prepared_transformer_gives_the_same_logits(
     hidden = ready.run(hidden[:, : c.seq_len], torch.arange(c.seq_len), c.seq_len)
     logits = ready.image_logits(hidden[:, c.text_seq_len :])
     assert close(logits, expected, tolerance * expected.std().item())
-    assert close(logits, expected, 1e-4 * expected.std().item()) == (quantize is None)  # rounding is seen
+    assert close(logits, expected, 1e-4 * expected.std().item()) == (quantize is None)  # so that rounding has an effect
 
 
 @needs_packing
 @needs_fbgemm
 @pytest.mark.parametrize("capability, most", [("AVX2", 1024), ("AVX512", FLOAT16_ROWS)])
-def test_weights_that_float16_holds_are_kept_in_it_and_give_the_same_tokens(capability, most, monkeypatch):
+def test_weights_that_float16_represents_are_stored_in_it_and_give_the_same_tokens(capability, most, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     model, uniforms = make_transformer().half().float(), candidate_uniforms(0, range(20), 16)
     ready = prepare(model, rows=most)
@@ -129,14 +129,14 @@ def test_float16_weights_are_multiplied_in_float32_and_stay_as_they_are(make):
 
 
 @needs_packing
-def test_weights_that_float16_rounds_stay_as_they_are_unless_asked():
+def test_weights_that_float16_would_round_stay_in_float32_by_default():
     model = make_transformer().half().float()
     model.layers[1][0].function.to_qkv.weight[0, 0] = 1 / 3
     assert not isinstance(prepare(model, rows=4).image_head, Float16Linear)
 
 
 @needs_fbgemm
-def test_a_weight_that_float16_cannot_hold_is_refused():
+def test_a_weight_outside_of_float16s_range_is_refused():
     with pytest.raises(ValueError, match=r"a weight of 70000 does not fit float16"):
         Float16Linear(torch.tensor([[1.0, 70000.0]]), None)
 
@@ -173,7 +173,7 @@ def test_a_prepared_transformer_is_kept_until_a_weight_changes_or_the_transforme
     assert prepare(model, quantize) is ready and prepare(model, "int8" if quantize is None else None) is not ready
     before = head(ready)
     weight = model.layers[0][1].function.proj_in.weight
-    weight.data *= 2  # what counts no versions
+    weight.data *= 2  # does not increase the version counter
     changed = prepare(model, quantize)
     assert changed is not ready and not torch.allclose(head(changed), before)
     weight.data /= 2
@@ -190,8 +190,8 @@ def test_a_prepared_transformer_is_kept_until_a_weight_changes_or_the_transforme
 @pytest.mark.parametrize("dim", [0, 1], ids=["rows", "columns"])
 @pytest.mark.parametrize("by_data", [True, False], ids=["data", "counted"])
 @pytest.mark.parametrize("part", ["layer", "head"])
-def test_a_prepared_transformer_sees_the_order_of_a_weights_numbers(part, by_data, dim):
-    """Rows or columns that change places leave every sum over a weight as it was."""
+def test_a_prepared_transformer_notices_reordered_weights(part, by_data, dim):
+    """Swapping rows or columns does not change any sum over a weight."""
     model = make_transformer()
     uniforms = candidate_uniforms(0, range(4), 16)
     draw_image_tokens(model, TEXT[0], uniforms, Sampling(temperature=2.0))
@@ -207,11 +207,11 @@ def test_a_prepared_transformer_sees_the_order_of_a_weights_numbers(part, by_dat
     assert torch.equal(*drawn)
 
 
-def test_eight_bits_are_within_half_a_step_of_the_weights():
+def test_int8_weights_are_within_half_a_quantization_step():
     weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 6)[:, None]
     layer = Int8Linear(weight, None)
     step = weight.abs().amax(dim=1, keepdim=True) / 127
-    # The scales are kept in bfloat16, whose eight bits are off by up to 1 in 256.
+    # The scales are stored in bfloat16, with a relative error of up to 1/256.
     restored = layer.weight.float() * layer.scale.float()[:, None]
     assert ((restored - weight).abs() <= step * 0.5 + weight.abs() / 256).all()
     x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1))
@@ -220,11 +220,11 @@ def test_eight_bits_are_within_half_a_step_of_the_weights():
     assert ((layer(x) - expected).abs() <= 0.02 * expected.abs().amax(dim=(0, 1))).all()
 
 
-def test_drawing_with_eight_bits_is_near_the_same_and_only_on_a_cpu():
+def test_drawing_with_int8_is_close_and_only_on_a_cpu():
     model, uniforms = make_transformer(), candidate_uniforms(0, range(40), 16)
     plain = draw_image_tokens(model, TEXT[0], uniforms, Sampling(temperature=2.0))
     small = draw_image_tokens(model, TEXT[0], uniforms, Sampling(temperature=2.0, quantize="int8"))
-    assert (plain[:, 0] == small[:, 0]).float().mean() > 0.8  # later ones see other tokens before them
+    assert (plain[:, 0] == small[:, 0]).float().mean() > 0.8  # later tokens depend on the ones before
     with pytest.raises(ValueError, match="quantize='int8' is for a CPU, and the transformer is on meta"):
         prepare(make_transformer().to("meta"), "int8")
     with pytest.raises(ValueError, match="quantize='int4' is not known; expected float16, int8 or None"):

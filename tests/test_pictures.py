@@ -1,4 +1,4 @@
-"""The bundled weights draw what is asked for, as a classifier that they were not trained with sees it."""
+"""The bundled weights draw the prompt, according to a classifier that was not used in their training."""
 
 import sys
 from pathlib import Path

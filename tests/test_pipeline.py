@@ -1,4 +1,4 @@
-"""The one call, on small checkpoints in the seed's formats: what it returns, repeats and refuses."""
+"""The pipeline's call on small checkpoints in upstream's formats: results, repetition and errors."""
 
 import copy
 import dataclasses
@@ -30,15 +30,15 @@ from dall3.settings import DenoisingSettings, SamplingSettings
 from dall3.tokens import batching
 from dall3.tokens.sampling import Sampling
 
-from conftest import load_seedset
-from originals import Golden, save_seedset
+from conftest import load_upstream_files
+from originals import Golden, save_upstream_files
 
 PROMPT = "a cube made of cloud"
 
 
 @pytest.fixture(scope="module")
-def pipe(seedset):
-    return load_seedset(seedset)
+def pipe(upstream_files):
+    return load_upstream_files(upstream_files)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def make_unet(**changes) -> UNet:
     return UNet(UNetConfig(**settings | changes)).eval().requires_grad_(False)
 
 
-def test_one_call_gives_ranked_pictures_and_what_made_them(pipe, out):
+def test_one_call_gives_ranked_images_and_their_settings(pipe, out):
     assert [image.size for image in out.images] == [(64, 64)] * 2
     assert [image.size for image in out.coarse_images] == [(128, 128)] * 2
     assert out.tokens.shape == (2, 256) and out.tokens.dtype == torch.int64
@@ -116,7 +116,7 @@ def test_an_unknown_output_type_is_refused_before_any_work(pipe, monkeypatch):
 
 
 def test_scores_are_those_of_the_originals_preprocessing(pipe):
-    """generate.py: 8-bit picture by truncation, Pillow's bicubic to CLIP's size, normalised."""
+    """As in generate.py: truncate to 8 bits, resize with Pillow's bicubic filter to CLIP's size, normalise."""
     pictures = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     pictures = torch.nn.functional.interpolate(pictures, size=128, mode="bicubic").clamp(0, 1)
     small = []
@@ -141,7 +141,7 @@ def test_picture_k_does_not_depend_on_the_batch(pipe):
     assert (fine[0] - fine[1]).abs().max() > 0.1
 
 
-def test_a_generator_stands_for_a_seed(pipe):
+def test_a_generator_replaces_the_seed(pipe):
     draws = [
         pipe.generate_tokens(PROMPT, 2, generator=torch.Generator().manual_seed(n), progress=False) for n in (7, 7, 8)
     ]
@@ -149,12 +149,12 @@ def test_a_generator_stands_for_a_seed(pipe):
 
 
 def test_the_first_picture_starts_from_the_noise_of_sample_py(pipe, out):
-    """torch.manual_seed(seed), then one randn for the start and one a step, as guided-diffusion draws them."""
+    """torch.manual_seed(seed), then one randn for the start and one per step, as in guided-diffusion."""
     from dall3.diffusion.denoising import unet_predict
     from dall3.diffusion.samplers import sample_ddpm
     from dall3.diffusion.schedule import GaussianDiffusion
 
-    # First, so that the weights lie alike for both: in another layout they round otherwise.
+    # First, so that both use the same memory layout of the weights, which affects rounding.
     fine = pipe.upsample(out.tokens[:1], scheduler="ddpm", num_inference_steps="6", seed=5, progress=False)
     generator = torch.Generator().manual_seed(5)
     diffusion = GaussianDiffusion(pipe.upsampler.config.diffusion, "6")
@@ -188,7 +188,7 @@ def count_calls(calls, name, function):
 
 
 def test_guidance_pulls_a_picture_towards_the_prompt(pipe, out):
-    """CLIP's spherical distance to the text falls, more so the harder it pulls; a negative weight pushes away."""
+    """CLIP's spherical distance to the text falls with a larger scale, and rises with a negative weight."""
     pipe = Dall3Pipeline(upsampler=make_unet(), clip=pipe.clip)
     start = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -215,7 +215,7 @@ def test_prompts_with_weights_and_pictures_guide_together(pipe):
 
 
 def test_the_prompt_itself_has_no_weights(pipe, monkeypatch):
-    """Only guidance_prompt is written with weights: "a score of 3:0" is a prompt, and so is "left|right"."""
+    """Only guidance_prompt has weights: "a score of 3:0" and "left|right" are plain prompts."""
     texts = []
     embed = pipe.clip.embed_text
     monkeypatch.setattr(pipe.clip, "embed_text", lambda asked: texts.append(asked) or embed(asked))
@@ -232,22 +232,22 @@ def test_the_text_is_run_once_for_all_batches(pipe, monkeypatch):
     assert calls == {"text": 1}
 
 
-def test_it_works_where_the_caller_needs_no_gradients(pipe):
+def test_the_call_works_in_inference_mode(pipe):
     with torch.inference_mode():
         inside = pipe(PROMPT, num_inference_steps=2, seed=0, progress=False)
     outside = pipe(PROMPT, num_inference_steps=2, seed=np.int64(0), progress=False)
     assert inside.images[0].tobytes() == outside.images[0].tobytes()
 
 
-def test_a_large_picture_prompt_is_seen_as_a_whole(pipe):
-    """As sample.py does, it is reduced to the picture's size before cut-outs are taken of it."""
+def test_a_large_image_prompt_is_downscaled_as_a_whole(pipe):
+    """As in sample.py, it is reduced to the image's size before cut-outs are taken."""
     image = Image.effect_noise((40, 40), 90).resize((640, 640), Image.Resampling.BICUBIC)
     large, _ = targets_of(pipe, [], image, 8)
     small, _ = targets_of(pipe, [], image.resize((64, 64), Image.Resampling.BICUBIC), 8)
     assert torch.cosine_similarity(large, small).min() > 0.99
 
 
-def test_parse_prompts_reads_what_the_seed_writes():
+def test_parse_prompts_reads_upstreams_syntax():
     assert parse_prompts("a cube:2|a cloud") == [("a cube", 2.0), ("a cloud", 1.0)]
     assert parse_prompts("note: a cube") == [("note: a cube", 1.0)]
     assert parse_prompts("a cube:-0.5|a cloud:.5| b :1e-1") == [("a cube", -0.5), ("a cloud", 0.5), ("b", 0.1)]
@@ -256,7 +256,7 @@ def test_parse_prompts_reads_what_the_seed_writes():
         parse_prompts("a cube||a cloud")
 
 
-def test_super_resolution_takes_the_fine_picture_to_the_size_asked_for(pipe):
+def test_super_resolution_enlarges_the_fine_image_to_output_size(pipe):
     bigger = make_unet(super_resolution=True, image_size=64)
     pipe = Dall3Pipeline(
         **{name: getattr(pipe, name) for name in ("text_encoder", "transformer", "vqgan", "upsampler")}
@@ -285,7 +285,7 @@ def test_super_resolution_sees_the_picture_reduced_to_a_quarter_by_area(monkeypa
 def test_an_unconditional_unet_starts_from_the_picture_noised_by_strength():
     pipe = Dall3Pipeline(upsampler=make_unet())
     for parameter in pipe.upsampler.out.parameters():
-        parameter.zero_()  # predicts no noise: what comes out is what went in, divided by its share of x_t
+        parameter.zero_()  # predicts no noise, so the output is the input divided by its share of x_t
     picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
     def distance(strength):
@@ -295,8 +295,8 @@ def test_an_unconditional_unet_starts_from_the_picture_noised_by_strength():
     assert distance(0.02) < 0.02 < distance(0.2) < distance(0.9)
 
 
-def test_a_unet_on_codes_starts_from_the_enlarged_coarse_picture_where_strength_is_given(seedset):
-    pipe = load_seedset(seedset)
+def test_a_unet_on_codes_starts_from_the_enlarged_coarse_picture_where_strength_is_given(upstream_files):
+    pipe = load_upstream_files(upstream_files)
     for parameter in pipe.upsampler.out.parameters():
         parameter.zero_()
     tokens = torch.arange(256)[None] % pipe.vqgan.num_tokens
@@ -312,11 +312,11 @@ def test_a_unet_on_codes_starts_from_the_enlarged_coarse_picture_where_strength_
     assert distance(1.0, tokens=tokens) == distance(None, tokens=tokens)
 
 
-def test_weights_have_settings_of_their_own_which_a_call_overrides(seedset, tmp_path):
-    pipe = load_seedset(seedset)
+def test_a_call_overrides_the_default_settings_of_the_weights(upstream_files, tmp_path):
+    pipe = load_upstream_files(upstream_files)
     pipe.defaults = {"top_p": 0.5, "temperature": 0.8, "num_inference_steps": 3, "clip_guidance_scale": 50.0}
     given = dict(top_p=0.5, temperature=0.8, num_inference_steps=3, clip_guidance_scale=50.0)
-    plain = load_seedset(seedset)
+    plain = load_upstream_files(upstream_files)
     pipe.save_pretrained(tmp_path / "weights")
     for own in (pipe, Dall3Pipeline.from_pretrained(tmp_path / "weights")):
         out, expected = own(PROMPT, seed=1, progress=False), plain(PROMPT, seed=1, progress=False, **given)
@@ -338,15 +338,15 @@ def test_weights_have_settings_of_their_own_which_a_call_overrides(seedset, tmp_
         ("[]", "holds list; expected a JSON object"),
     ],
 )
-def test_settings_of_weights_that_are_wrong_are_said(seedset, tmp_path, text, words):
-    load_seedset(seedset).save_pretrained(tmp_path / "weights")
+def test_invalid_default_settings_of_weights_are_an_error(upstream_files, tmp_path, text, words):
+    load_upstream_files(upstream_files).save_pretrained(tmp_path / "weights")
     (tmp_path / "weights/generation_config.json").write_text(text)
     with pytest.raises(CheckpointError, match=words):
         Dall3Pipeline.from_pretrained(tmp_path / "weights")
 
 
-def test_a_picture_can_stand_in_for_tokens(pipe, out):
-    """The middle square of a picture, reduced by area to the VQGAN's size and encoded."""
+def test_an_image_can_replace_tokens(pipe, out):
+    """The central square of the image is resized by area to the VQGAN's size and encoded."""
     tokens = pipe.vqgan.encode(torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0)))
     coarse = pipe.decode_tokens(tokens)
     wide = torch.cat((torch.zeros(1, 3, 128, 20), coarse, torch.ones(1, 3, 128, 20)), dim=3)
@@ -364,8 +364,8 @@ def test_every_scheduler_ends_in_a_picture_and_stops_early_when_asked(pipe, out,
     assert (fine - early).abs().max() > 1e-2
 
 
-def test_missing_parts_are_left_out_and_named_when_asked_for(seedset, pipe):
-    coarse_only = load_seedset(seedset, diffusion=None, clip=None)
+def test_missing_parts_are_skipped_or_named_if_they_are_needed(upstream_files, pipe):
+    coarse_only = load_upstream_files(upstream_files, diffusion=None, clip=None)
     out = coarse_only(PROMPT, seed=0, progress=False)
     assert out.images == out.coarse_images and out.clip_scores is None
     for call, part in (
@@ -375,7 +375,7 @@ def test_missing_parts_are_left_out_and_named_when_asked_for(seedset, pipe):
         (lambda: coarse_only(PROMPT, clip_guidance_scale=100), "no upsampler"),
         (lambda: Dall3Pipeline(clip=pipe.clip).upsample(image=out.images), "no upsampler"),
         (lambda: coarse_only(PROMPT, output_size=256), "no super_resolution"),
-        (lambda: load_seedset(seedset, clip=None)(PROMPT, clip_guidance_scale=100), "no clip"),
+        (lambda: load_upstream_files(upstream_files, clip=None)(PROMPT, clip_guidance_scale=100), "no clip"),
         (lambda: Dall3Pipeline().generate_tokens(PROMPT), "no transformer"),
         (lambda: Dall3Pipeline(upsampler=pipe.upsampler).upsample(out.tokens), "no vqgan"),
     ):
@@ -383,7 +383,7 @@ def test_missing_parts_are_left_out_and_named_when_asked_for(seedset, pipe):
             call()
 
 
-def test_parts_that_do_not_fit_each_other_are_refused(pipe, seedset, tmp_path):
+def test_parts_that_do_not_fit_each_other_are_refused(pipe, upstream_files, tmp_path):
     wide = make_unet(embedding_dims=(48, 32))
     with pytest.raises(ValueError, match="code embeddings of 48 channels; the vqgan's have 32"):
         Dall3Pipeline(vqgan=pipe.vqgan, upsampler=wide)
@@ -391,7 +391,7 @@ def test_parts_that_do_not_fit_each_other_are_refused(pipe, seedset, tmp_path):
         {"hparams": Golden("discrete_vae").about, "weights": Golden("discrete_vae").weights()}, tmp_path / "vae.pt"
     )
     with pytest.raises(ValueError, match="draws 256 codes, the vqgan has 96"):
-        load_seedset(seedset, vqgan=tmp_path / "vae.pt", vqgan_config=None)
+        load_upstream_files(upstream_files, vqgan=tmp_path / "vae.pt", vqgan_config=None)
 
 
 @pytest.mark.parametrize(
@@ -450,12 +450,12 @@ def test_an_unknown_setting_is_a_type_error(pipe):
 
 
 @pytest.mark.parametrize("prompt", [None, 5, b"a cube", ["a cube", None]])
-def test_a_prompt_that_is_no_text_is_said(pipe, prompt):
+def test_a_prompt_that_is_not_a_string_is_an_error(pipe, prompt):
     with pytest.raises(TypeError, match="prompt=.*; expected a string, or a list of strings"):
         pipe(prompt)
 
 
-def test_the_words_of_diffusers_mean_the_same(pipe):
+def test_the_argument_names_of_diffusers_are_accepted(pipe):
     how = dict(seed=1, num_inference_steps=2, progress=False)
     whole = pipe(PROMPT, sampling=Sampling(cond_scale=2.0, top_p=0.9), denoising=Denoising(2, cutn=4), **how)
     named = pipe(PROMPT, guidance_scale=2.0, top_p=0.9, cutn=4, clip_guidance_scale=0, **how)
@@ -491,7 +491,7 @@ def test_a_negative_prompt_pushes_tokens_and_guidance_away(pipe, monkeypatch):
     assert pipe.repeat(out, progress=False).images == out.images
 
 
-def test_a_list_of_generators_is_one_a_picture(pipe):
+def test_a_list_has_one_generator_per_image(pipe):
     def generators(*seeds):
         return [torch.Generator().manual_seed(seed) for seed in seeds]
 
@@ -506,7 +506,7 @@ def test_a_list_of_generators_is_one_a_picture(pipe):
         assert pipe.repeat(one, progress=False).images == one.images
 
 
-def test_schedulers_go_by_diffusers_names_and_repeat(pipe, monkeypatch):
+def test_schedulers_are_accepted_by_diffusers_names_and_repeat(pipe, monkeypatch):
     how = dict(num_inference_steps=3, seed=0, progress=False)
     out = pipe(PROMPT, scheduler="dpm++_2m_karras", **how)
     scheduler = diffusers.DPMSolverMultistepScheduler(use_karras_sigmas=True)
@@ -575,7 +575,7 @@ def test_pictures_of_another_shape_are_refused(pipe, image, words):
             use()
 
 
-def test_output_is_saved_as_the_seed_reads_it_and_never_over_another(out, tmp_path):
+def test_output_is_saved_in_upstreams_format_and_never_overwrites(out, tmp_path):
     folder = out.save(tmp_path / "cube")
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         ["0-coarse.png", "0.npy", "0.png", "1-coarse.png", "1.npy", "1.png", "caption.txt", "settings.json"]
@@ -597,7 +597,7 @@ def test_output_shows_itself_as_a_grid_before_and_after(out):
     assert np.array_equal(after, np.array(out.images[0]))
 
 
-def test_complete_text_goes_on_from_the_prompt(pipe):
+def test_complete_text_continues_the_prompt(pipe):
     texts = [pipe.complete_text("a cube.", seed=seed) for seed in (0, 1, 2, 3)]
     assert all(text.startswith("a cube.") for text in texts)
     assert len(set(texts)) > 2 and max(map(len, texts)) > len("a cube.")
@@ -608,16 +608,16 @@ def test_complete_text_goes_on_from_the_prompt(pipe):
             pipe.complete_text("a cube.", **setting)
 
 
-def test_texts_take_the_settings_of_the_weights(seedset):
-    own, plain = load_seedset(seedset), load_seedset(seedset)
+def test_complete_text_uses_the_default_settings_of_the_weights(upstream_files):
+    own, plain = load_upstream_files(upstream_files), load_upstream_files(upstream_files)
     own.defaults = {"top_p": 0.3, "cond_scale": 2.0}
     texts = [own.complete_text("a cube.", seed=seed) for seed in range(3)]
     assert texts == [plain.complete_text("a cube.", top_p=0.3, seed=seed) for seed in range(3)]
     assert texts != [plain.complete_text("a cube.", seed=seed) for seed in range(3)]
 
 
-def test_settings_of_the_weights_are_checked_when_they_are_set(seedset):
-    pipe = load_seedset(seedset)
+def test_settings_of_the_weights_are_checked_when_they_are_set(upstream_files):
+    pipe = load_upstream_files(upstream_files)
     for wrong, words in (({"topp": 0.9}, "unknown setting topp"), ({"top_p": 9}, "top_p=9")):
         with pytest.raises(ValueError, match=words):
             pipe.defaults = wrong
@@ -626,15 +626,15 @@ def test_settings_of_the_weights_are_checked_when_they_are_set(seedset):
     assert pipe.defaults == {} and copy.deepcopy(pipe.defaults) == {}
 
 
-def test_half_precision_draws_and_refines(seedset):
-    pipe = load_seedset(seedset).to("cpu", torch.bfloat16)
+def test_half_precision_draws_and_refines(upstream_files):
+    pipe = load_upstream_files(upstream_files).to("cpu", torch.bfloat16)
     out = pipe(PROMPT, num_candidates=2, num_inference_steps=2, seed=0, progress=False)
     assert out.tokens.shape == (1, 256) and np.array(out.images[0]).std() > 1
 
 
 @pytest.mark.parametrize("part", ["vqgan", "upsampler"])
-def test_pictures_that_are_not_finite_are_an_error_not_black(seedset, part):
-    pipe = load_seedset(seedset)
+def test_non_finite_images_are_an_error(upstream_files, part):
+    pipe = load_upstream_files(upstream_files)
     for name, parameter in getattr(pipe, part).named_parameters():
         if name.endswith("bias"):
             parameter.data.fill_(float("nan"))
@@ -642,7 +642,7 @@ def test_pictures_that_are_not_finite_are_an_error_not_black(seedset, part):
         pipe(PROMPT, num_inference_steps=1, seed=0, progress=False)
 
 
-def test_bars_name_the_pictures_that_are_refined(pipe, capfd):
+def test_progress_bars_name_the_images_being_refined(pipe, capfd):
     tokens = pipe.generate_tokens(PROMPT, 3, seed=0, progress=False)
     for batch_size, names in ((None, ("1 of 3", "2 of 3", "3 of 3")), (2, ("1 to 2 of 3", "3 of 3"))):
         pipe.upsample(tokens, batch_size=batch_size, num_inference_steps=1, seed=0)
@@ -679,8 +679,8 @@ def test_an_openai_vae_and_a_vae_inside_the_checkpoint(tmp_path):
     assert pipe(PROMPT, top_p=0.9, seed=0, progress=False).images[0].size == (128, 128)
 
 
-def test_the_files_are_the_seeds_own_formats(tmp_path):
-    names = {str(path.relative_to(tmp_path)) for path in save_seedset(tmp_path).rglob("*") if path.is_file()}
+def test_upstreams_files_have_their_published_names(tmp_path):
+    names = {str(path.relative_to(tmp_path)) for path in save_upstream_files(tmp_path).rglob("*") if path.is_file()}
     assert names >= {"bpe.model", "dalle-latest.pt", "vqgan_gumbel_f8/last.ckpt", "model-latest.pt", "ViT-B-16.pt"}
 
 
@@ -699,14 +699,14 @@ def test_a_stream_shows_the_rows_the_choice_and_the_refinement(pipe):
     assert preview.output.images == expected.images and torch.equal(preview.output.tokens, expected.tokens)
     assert seen[("ranking", 1, 1)] == expected.coarse_images
     half = np.array(seen[("drawing", 256, 768)][0])
-    assert (half[64:] == 128).all() and (half[:48] != 128).any()  # below the eight rows that are drawn
+    assert (half[64:] == 128).all() and (half[:48] != 128).any()  # below the eight drawn rows
 
 
 def test_leaving_a_stream_ends_the_work_and_the_pipeline_goes_on(pipe, monkeypatch):
     run, calls = pipe.transformer.run, []
     monkeypatch.setattr(pipe.transformer, "run", lambda *args: calls.append(1) or run(*args))
     previews = pipe.stream(PROMPT, seed=0, progress=False)
-    assert not calls  # nothing is done before the first preview is asked for
+    assert not calls  # no work is done before the first preview is requested
     for preview in previews:
         if preview.step == 32:
             break
@@ -807,9 +807,9 @@ def test_a_picture_carries_its_recipe_and_is_made_again_to_the_byte(pipe, out, t
     assert (tmp_path / "second/0.png").read_bytes() == (tmp_path / "first/1.png").read_bytes()
 
 
-def test_edits_behind_autograds_back_are_seen_in_the_fingerprints(seedset):
-    """`.data` and swapped rows, whose sums are as before; each part whose numbers change has another hash."""
-    pipe = load_seedset(seedset)
+def test_edits_that_autograd_does_not_track_change_the_fingerprints(upstream_files):
+    """Edits of `.data`, and swapped rows, which keep all sums, change the hash of their part."""
+    pipe = load_upstream_files(upstream_files)
     found = [pipe.fingerprints()]
     weight = pipe.transformer.to_logits.weight
     weight.data[-1] += 1
@@ -822,7 +822,7 @@ def test_edits_behind_autograds_back_are_seen_in_the_fingerprints(seedset):
     assert len({one["vqgan"] for one in found}) == 1
 
 
-def test_a_picture_is_made_again_from_its_batch_alone(pipe, monkeypatch):
+def test_an_image_of_a_batch_is_repeated_alone(pipe, monkeypatch):
     how = dict(num_images=3, num_candidates=7, batch_size=3, refine_batch_size=2, scheduler="ddpm", seed=5)
     out = pipe(PROMPT, top_p=0.9, num_inference_steps=3, progress=False, **how)
     rows, run = set(), pipe.transformer.run
@@ -834,9 +834,9 @@ def test_a_picture_is_made_again_from_its_batch_alone(pipe, monkeypatch):
     assert max(rows) <= 3
 
 
-def test_a_recipe_of_other_weights_names_what_differs(seedset, out, tmp_path):
+def test_a_recipe_of_other_weights_names_what_differs(upstream_files, out, tmp_path):
     out.save(tmp_path / "first")
-    other = load_seedset(seedset)
+    other = load_upstream_files(upstream_files)
     with torch.no_grad():
         other.transformer.to_logits.bias[-1] += 1.0
     with pytest.warns(
@@ -880,7 +880,7 @@ def test_a_recipe_that_does_not_fit_is_refused_before_any_work(pipe, out, monkey
     "change",
     [{"candidate": float("inf")}, {"tokens": [2**70]}, {"settings": 5}, {"clip_score": "high"}, {"place": None}],
 )
-def test_a_damaged_recipe_is_said(out, tmp_path, change):
+def test_a_damaged_recipe_is_an_error(out, tmp_path, change):
     picture, text = out.images[0].copy(), PngInfo()
     text.add_itxt("dall3", json.dumps(out.recipe(0) | change))
     picture.save(tmp_path / "a.png", pnginfo=text)
@@ -893,7 +893,7 @@ def test_rows_of_tokens_and_pictures_that_do_not_match_are_refused(pipe, out):
         pipe.upsample(out.tokens, out.coarse_images[0], strength=0.5, progress=False)
 
 
-def test_an_output_is_taken_apart_and_travels(out):
+def test_an_output_can_be_indexed_and_pickled(out):
     assert out[1].images == [out.images[1]] and torch.equal(out[1].clip_scores, out.clip_scores[1:])
     assert out[-1].coarse_images == [out.coarse_images[1]] and len(out[:5]) == 2
     assert [one.images[0] for one in out] == out.images
@@ -919,7 +919,7 @@ def test_a_fork_while_the_clip_loads_leaves_the_child_able_to_load_it():
     begun.wait()
     child = os.fork()
     if child == 0:
-        signal.alarm(20)  # ends a child that waits for ever
+        signal.alarm(20)  # ends a child that hangs
         os._exit(0 if held.clip is not None else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
@@ -935,7 +935,7 @@ def test_eight_threads_get_what_one_gets(pipe):
         assert list(pool.map(draw, calls)) == [expected[call] for call in calls]
 
 
-def test_a_picture_primes_the_first_rows_and_a_rectangle_is_drawn_anew(pipe):
+def test_an_image_gives_the_first_rows_and_a_rectangle_is_drawn_again(pipe):
     first = pipe.generate_tokens(PROMPT, seed=0, progress=False)[0]
     primed = pipe.generate_tokens(PROMPT, 2, init_image=first, seed=1, progress=False)
     assert torch.equal(primed[:, :112], first[:112].expand(2, -1))
@@ -968,13 +968,13 @@ def test_a_picture_primes_the_first_rows_and_a_rectangle_is_drawn_anew(pipe):
         (dict(init_image=5), "int is not an image; expected a path"),
     ],
 )
-def test_what_cannot_stay_is_said(pipe, monkeypatch, settings, words):
+def test_invalid_regions_to_keep_are_an_error(pipe, monkeypatch, settings, words):
     monkeypatch.setattr(pipe.transformer, "run", lambda *args, **kwargs: pytest.fail("work began"))
     with pytest.raises(ValueError, match=words):
         pipe(PROMPT, progress=False, **settings)
 
 
-def test_a_batch_that_the_memory_does_not_hold_is_halved(pipe, out, monkeypatch):
+def test_a_batch_that_exceeds_the_memory_is_halved(pipe, out, monkeypatch):
     run, forward, sizes = pipe.transformer.run, pipe.upsampler.forward, []
 
     def small(function, most):
@@ -1012,13 +1012,13 @@ def test_faster_draws_are_in_the_recipe_and_repeat(pipe, tmp_path):
         pipe.generate_tokens(PROMPT, jacobi_window=0)
 
 
-def test_int8_elsewhere_than_on_a_cpu_is_refused_before_any_work(seedset):
-    other = load_seedset(seedset).to("meta")
+def test_int8_elsewhere_than_on_a_cpu_is_refused_before_any_work(upstream_files):
+    other = load_upstream_files(upstream_files).to("meta")
     with pytest.raises(ValueError, match="quantize='int8' works on a CPU only; this pipeline is on meta"):
         other(PROMPT, quantize="int8")
 
 
-def test_the_batch_is_what_the_free_memory_holds(pipe, monkeypatch):
+def test_the_default_batch_size_fits_the_free_memory(pipe, monkeypatch):
     c = pipe.transformer.config
     each = c.depth * (2 * c.heads * c.dim_head + c.dim) * (c.seq_len + 1) * 4
     sizes = {}
@@ -1028,12 +1028,12 @@ def test_the_batch_is_what_the_free_memory_holds(pipe, monkeypatch):
     assert sizes == {0.5: 1, 11: 8, 1000: 32}
 
 
-def test_offloaded_parts_are_on_the_device_only_while_they_work(seedset, monkeypatch):
-    other, moves, there = load_seedset(seedset), [], set()
+def test_offloaded_parts_are_on_the_device_only_while_they_work(upstream_files, monkeypatch):
+    other, moves, there = load_upstream_files(upstream_files), [], set()
     expected = other(PROMPT, num_candidates=2, num_inference_steps=2, seed=3, progress=False)
     other.enable_model_offload("cuda")
     assert other.device == torch.device("cuda")
-    other.offload_device = torch.device("cpu", 0)  # stands for a GPU: what goes there is heard of below
+    other.offload_device = torch.device("cpu", 0)  # stands for a GPU: moves to it are recorded below
     for name in ("transformer", "vqgan", "clip", "upsampler"):
 
         def move(device=None, memory_format=None, name=name):
@@ -1069,8 +1069,8 @@ def test_offloaded_parts_are_on_the_device_only_while_they_work(seedset, monkeyp
     assert there == set()
 
 
-def test_offloaded_parts_stay_while_somebody_else_works_with_them(seedset, monkeypatch):
-    other, moved = load_seedset(seedset).enable_model_offload("cpu"), []
+def test_offloaded_parts_stay_while_another_thread_uses_them(upstream_files, monkeypatch):
+    other, moved = load_upstream_files(upstream_files).enable_model_offload("cpu"), []
     other.offload_device = torch.device("cpu", 0)
     for name in ("vqgan", "clip"):
         note = lambda device, name=name: moved.append(f"{name} back" if device == "cpu" else name)  # noqa: E731
@@ -1082,25 +1082,25 @@ def test_offloaded_parts_stay_while_somebody_else_works_with_them(seedset, monke
     assert moved == ["vqgan", "clip", "vqgan back", "clip back"]
 
 
-def test_hashes_are_not_made_anew_where_parts_only_move(seedset, monkeypatch):
-    other = load_seedset(seedset)
+def test_moving_parts_does_not_recompute_fingerprints(upstream_files, monkeypatch):
+    other = load_upstream_files(upstream_files)
     before = other.fingerprints()
     monkeypatch.setattr(parts, "fingerprint", lambda part: pytest.fail("hashed anew"))
     for module in other.networks.values():
         for parameter in module.parameters():
-            parameter.data = parameter.data.clone()  # as a move to a device and back leaves it
+            parameter.data = parameter.data.clone()  # as after a move to a device and back
     assert other.fingerprints() == before
 
 
 def seams(pictures):
-    """How far opposite edges are apart, by how far neighbouring columns and rows are on average."""
+    """Difference of opposite edges, relative to the mean difference of neighbouring columns and rows."""
     pictures = torch.cat((pictures, pictures.mT))
     edges = (pictures[..., 0] - pictures[..., -1]).abs().mean()
     return (edges / pictures.diff(dim=-1).abs().mean()).item()
 
 
-def test_seamless_pictures_go_on_at_the_opposite_edge():
-    small = Dall3Pipeline.from_pretrained()  # a decoder of noise has no seams
+def test_seamless_images_continue_at_the_opposite_edge():
+    small = Dall3Pipeline.from_pretrained()  # a decoder with random weights has no seams
     tokens = torch.randint(small.vqgan.num_tokens, (2, 256), generator=torch.Generator().manual_seed(0))
     coarse = [small.decode_tokens(tokens, seamless=seamless) for seamless in (False, True)]
     assert coarse[1].shape == coarse[0].shape
@@ -1112,7 +1112,7 @@ def test_seamless_pictures_go_on_at_the_opposite_edge():
     assert out.settings["seamless"] and small.repeat(out, progress=False).images == out.images
 
 
-def test_variations_draw_a_share_of_the_tokens_anew(pipe, out):
+def test_variations_redraw_a_fraction_of_the_tokens(pipe, out):
     how = dict(num_inference_steps=1, seed=1, progress=False)
     some, all_of_them = (pipe.variations(out.tokens[0], PROMPT, 3, change=change, **how) for change in (0.3, 1.0))
     share = (some.tokens == out.tokens[0]).float().mean()

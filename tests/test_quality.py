@@ -1,4 +1,4 @@
-"""The measures and the judge of benchmarks/quality.py, where the right answer is known."""
+"""The measures and the judge of benchmarks/quality.py, on cases with a known answer."""
 
 import sys
 from pathlib import Path
@@ -53,7 +53,7 @@ def test_scene_tasks_ask_for_pairs_of_one_kind_and_show_them(held_out):
 
 
 def test_judge_survives_saving(tmp_path):
-    judge = Judge(CLASSES, {"shape": 0.5}).half().float().eval()  # what half precision can hold
+    judge = Judge(CLASSES, {"shape": 0.5}).half().float().eval()  # representable in half precision
     save_judge(judge, tmp_path / "judge.safetensors")
     loaded, pictures = load_judge(tmp_path / "judge.safetensors"), torch.rand(2, 3, 2 * SIDE, 2 * SIDE)
     assert loaded.classes == judge.classes and loaded.accuracy == judge.accuracy

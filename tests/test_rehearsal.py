@@ -1,5 +1,6 @@
-"""Every set of weights.toml, from its name to a picture that is refined and saved: each file under its true name, in
-its true container, at its true place, on a server on this machine, with small random networks inside.
+"""Every set of weights.toml, from its name to a refined and saved image.
+
+A server on this machine provides each file with its published name, format and place, but with a small random network.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from originals import GOLDEN, Golden, openai_clip, save_dalle, save_vqgan
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning", "ignore:.torch.jit:DeprecationWarning")
 
 USUAL = (1, 1, 2, 2, 4, 4)
-UNETS = {  # as the true ones, of fewer channels
+UNETS = {  # the published architectures with fewer channels
     "dall3": UNetConfig(32, USUAL, 2, (3, 4, 5), 256, num_head_channels=64, embedding_dims=(32, 64)),
     "dall3-super-resolution": UNetConfig(32, USUAL, 2, (3, 4, 5), 256, super_resolution=True),
     "openai-256-uncond": UNetConfig(32, USUAL, 2, (3, 4, 5), 256, num_head_channels=64),
@@ -40,7 +41,7 @@ UNETS = {  # as the true ones, of fewer channels
     "pixel-art": UNetConfig(*(32, USUAL, 2, (4,), 256), num_heads=1, use_scale_shift_norm=False, resblock_updown=False),
 }
 UNETS |= {"watercolour": UNETS["pixel-art"], "rudalle": UNETS["dall3"]}
-SMALLER: dict[str, dict[str, Any]] = {  # what a small network's file does not tell, and the true one's does
+SMALLER: dict[str, dict[str, Any]] = {  # settings that the published sizes determine, but small ones do not
     "pixel-art/upsampler": {"num_channels": 32},
     "watercolour/upsampler": {"num_channels": 32},
     **{
@@ -80,7 +81,7 @@ def community_dalle(folder: Path) -> bytes:
 
 
 def true_files(folder: Path) -> dict[str, bytes]:
-    """The files of the sets by "set/part", those of a part's config by "set/part/config", and by place where it holds
+    """The files by "set/part", those of a part's config by "set/part/config", and by the place if the place has
     other bytes.
     """
     golden = {name: (GOLDEN / name) for name in ("tokenizer", "tokenizer_mini", "tokenizer_ru", "vqgan")}
@@ -152,7 +153,7 @@ class Rehearsal:
         (folder / "weights.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     def place(self, table: dict[str, Any], key: str) -> None:
-        """Put a file at each of its places on the server, and say so in its table."""
+        """Put a file at each of its places on the server, and update its table."""
         if table["places"][0].startswith("package:") if isinstance(table["places"][0], str) else False:
             return
         data = self.files[key]
@@ -177,7 +178,7 @@ class Rehearsal:
 
 
 def describe(table: dict[str, Any], data: bytes) -> None:
-    """What is known of the true file is known of the small one; what is not is not."""
+    """Give a file in weights.toml the size and hash of the small file, where those of the published one are known."""
     known = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     table.update({name: value for name, value in known.items() if name in table})
 

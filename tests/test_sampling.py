@@ -1,4 +1,4 @@
-"""Choosing tokens: the originals' filters, honest draws, and a loop that draws what full forwards would."""
+"""Sampling of tokens: the originals' filters, frequencies of samples, and the decoding loop."""
 
 import copy
 import re
@@ -30,7 +30,7 @@ def text():
 
 
 def image_logits(transformer, text, tokens):
-    """Logits of every image token (256, image vocabulary), by one full forward."""
+    """Logits of every image token (256, image vocabulary), from one full forward pass."""
     c = transformer.config
     return transformer(text[None], tokens[None])[0, c.text_seq_len :, c.text_vocabulary :]
 
@@ -67,14 +67,14 @@ def test_top_k_counts_the_whole_vocabulary():
     logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
     kept = filter_top_k(logits, 0.75, vocabulary=80).isfinite()
     assert kept.sum(dim=1).tolist() == [20, 20]
-    assert torch.equal(filter_top_k(logits, 0.75, vocabulary=8000), logits)  # more than there are: all
+    assert torch.equal(filter_top_k(logits, 0.75, vocabulary=8000), logits)  # more than there are: keeps all
 
 
 def test_top_p_keeps_the_token_that_passes_the_threshold():
     assert filter_top_p(torch.tensor([[0.0, 0.0, -INF]]), 0.5).isfinite().tolist() == [[True, True, False]]
 
 
-def test_draws_have_the_right_frequencies():
+def test_sampled_frequencies_match_the_probabilities():
     probabilities = torch.tensor([0.3, 0.0, 0.02, 0.08, 0.25, 0.1, 0.0, 0.25])
     uniforms = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
     drawn = choose(probabilities.log().expand(20_000, -1), uniforms)
@@ -84,11 +84,11 @@ def test_draws_have_the_right_frequencies():
     assert ((counts[possible] - wanted) ** 2 / wanted).sum() < 20.5  # chi-square of 5 degrees, p = 0.001
 
 
-def test_the_impossible_is_never_drawn():
+def test_tokens_of_probability_zero_are_never_drawn():
     logits = torch.tensor([[-INF, -INF, 0.3, -INF, 2.0, -INF]])
     assert choose(logits, torch.tensor([0.0])).item() == 2
     assert choose(logits, torch.tensor([BELOW_ONE])).item() == 4
-    # Sums of many probabilities round to less or more than 1; what underflows is as impossible as -inf.
+    # Sums of many probabilities round to less or more than 1; probabilities that underflow count as 0.
     logits = torch.randn(64, 8192, generator=torch.Generator().manual_seed(0))
     logits[:, :100], logits[:, -100:] = -1000, -INF
     for uniform in (0.0, BELOW_ONE):
@@ -96,7 +96,7 @@ def test_the_impossible_is_never_drawn():
         assert (logits.softmax(dim=-1)[torch.arange(64), drawn] > 0).all()
 
 
-def test_a_candidates_numbers_follow_from_the_seed_and_its_place():
+def test_a_candidates_random_numbers_follow_from_the_seed_and_its_number():
     uniforms = candidate_uniforms(7, range(8), 256)
     assert torch.equal(candidate_uniforms(7, range(3, 6), 256), uniforms[3:6])
     assert not torch.isclose(candidate_uniforms(8, range(8), 256), uniforms).all(dim=1).any()
@@ -127,7 +127,7 @@ def test_temperature_divides_after_filtering():
     assert (drawn == 3).float().mean() == pytest.approx(torch.tensor(0.5).sigmoid().item(), abs=0.03)
 
 
-def test_cond_scale_goes_past_the_text(transformer, text):
+def test_cond_scale_extrapolates_beyond_the_conditional_logits(transformer, text):
     uniforms = torch.full((1, 256), 0.5)
     tokens = draw_image_tokens(transformer, text, uniforms, Sampling(top_k=0.99999, cond_scale=3.0))[0]
     with_text, without = (image_logits(transformer, ids, tokens) for ids in (text, torch.zeros_like(text)))
@@ -135,7 +135,7 @@ def test_cond_scale_goes_past_the_text(transformer, text):
     assert not torch.equal(tokens, with_text.argmax(dim=1))
 
 
-def test_sampled_tokens_are_those_of_full_forwards(transformer, text):
+def test_sampled_tokens_equal_those_of_full_forward_passes(transformer, text):
     settings, uniforms = Sampling(temperature=0.8, top_p=0.9), candidate_uniforms(0, range(1), 256)
     tokens = draw_image_tokens(transformer, text, uniforms, settings)[0]
     logits = image_logits(transformer, text, tokens)
@@ -144,7 +144,7 @@ def test_sampled_tokens_are_those_of_full_forwards(transformer, text):
 
 @pytest.mark.parametrize("cond_scale", [1.0, 2.0])
 def test_draws_do_not_depend_on_the_batch(transformer, text, cond_scale):
-    exact = copy.deepcopy(transformer).double()  # no draw is tipped by how a processor rounds a batch's products
+    exact = copy.deepcopy(transformer).double()  # in double precision, so that rounding changes no sample
     uniforms = candidate_uniforms(0, range(3), 256)
     settings = Sampling(top_k=0.9, cond_scale=cond_scale)
     together = draw_image_tokens(exact, text, uniforms, settings)
@@ -174,7 +174,7 @@ def test_a_cache_is_used_again_but_never_by_two_draws_at_a_time(transformer, tex
     exact, uniforms, other = copy.deepcopy(transformer).double(), candidate_uniforms(0, range(2), 256), text.flip(0)
     cache = exact.prefill(text[None], 2)
     address = cache.state.layers[0].states.data_ptr()
-    assert exact.prefill(text[None], 2) is not cache  # it is taken
+    assert exact.prefill(text[None], 2) is not cache  # in use by the first draw
     exact.release(cache)
     settings = Sampling(top_k=0.9)
     expected = [draw_image_tokens(exact, ids, uniforms, settings) for ids in (text, other)]
@@ -186,10 +186,10 @@ def test_a_cache_is_used_again_but_never_by_two_draws_at_a_time(transformer, tex
     again = exact.prefill(text[None], 2)
     exact.release(again)
     assert exact.prefill(text[None], 2) is again and cache.state.layers[0].states.data_ptr() == address
-    assert exact.float().prefill(text[None], 2).first_logits.dtype == torch.float32  # not one of other weights
+    assert exact.float().prefill(text[None], 2).first_logits.dtype == torch.float32  # not a cache of other weights
 
 
-def test_a_negative_text_takes_the_place_of_the_empty_one(transformer, text):
+def test_a_negative_prompt_replaces_the_empty_text(transformer, text):
     uniforms, negative = torch.full((1, 256), 0.5), text.flip(0)
     settings = Sampling(top_k=0.99999, cond_scale=3.0)
     tokens = draw_image_tokens(transformer, torch.stack((text, negative)), uniforms, settings)[0]
@@ -209,7 +209,7 @@ def test_a_text_is_completed_up_to_its_first_padding(transformer):
     assert torch.equal(text[3:10], choose(logits[3:10], uniforms[0, 3:10]))
 
 
-def test_a_text_without_padding_fills_its_place(transformer):
+def test_a_completed_text_without_padding_has_full_length(transformer):
     given = torch.zeros(24, dtype=torch.int64)
     text = draw_text_tokens(transformer, given, torch.full((1, 24), 0.3), Sampling())
     assert (text > 0).all()
@@ -218,7 +218,7 @@ def test_a_text_without_padding_fills_its_place(transformer):
 
 
 @pytest.mark.parametrize("threshold", [0.1, 0.5, 0.9, 0.99, 1.0])
-def test_top_p_of_peaked_and_flat_logits_is_that_of_a_whole_sort(threshold):
+def test_top_p_equals_that_of_a_full_sort(threshold):
     generator = torch.Generator().manual_seed(0)
     for scale in (0.1, 1.0, 3.0, 10.0):
         logits = torch.randn(4, 512, generator=generator, dtype=torch.float64) * scale
@@ -229,4 +229,4 @@ def test_top_p_of_peaked_and_flat_logits_is_that_of_a_whole_sort(threshold):
         if threshold < 1:
             assert [{*row.nonzero().flatten().tolist()} for row in kept] == expected
         else:
-            assert kept.float().mean() > 0.9  # all but for rounding
+            assert kept.float().mean() > 0.9  # equal up to rounding

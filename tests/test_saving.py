@@ -1,4 +1,4 @@
-"""Saving and converting: what was loaded from files of 2021 gives the same numbers from a folder, to the bit."""
+"""Saving and converting: a saved folder gives the same results as the files of 2021, bit by bit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from dall3.weights import load_clip, load_discrete_vae, load_transformer, load_u
 from dall3.weights.convert.vae import load_openai_dvae
 from dall3.weights.folder import load_part, save_part
 
-from conftest import GOLDEN, Golden, load_seedset, save_dalle, save_vqgan
+from conftest import GOLDEN, Golden, load_upstream_files, save_dalle, save_vqgan
 from originals import openai_clip
 
 TRANSFORMERS = sorted(folder.name for folder in GOLDEN.glob("dalle_*") if folder.name != "dalle_mini")
@@ -36,7 +36,7 @@ UNETS = sorted(path.parent.name for path in GOLDEN.glob("unet_*/expected.safeten
 
 
 def original(name: str, folder: Path) -> Any:
-    """The model of a golden folder, from a file in its original's format."""
+    """The model of a golden folder, loaded from a file in the original's format."""
     if name == "openai_dvae":
         return load_openai_dvae(GOLDEN / name / "zip/encoder.pkl", GOLDEN / name / "zip/decoder.pkl")
     golden, path = Golden(name), folder / "original.pt"
@@ -56,7 +56,7 @@ def original(name: str, folder: Path) -> Any:
 
 
 def numbers(model: Any) -> torch.Tensor:
-    """What a model computes of fixed inputs."""
+    """The outputs of a model for fixed inputs."""
     config, kind = model.config, type(model).__name__
     draw = torch.Generator().manual_seed(0)
     if kind == "DalleTransformer":
@@ -92,7 +92,7 @@ def test_a_golden_model_is_the_same_from_a_folder(name: str, tmp_path: Path) -> 
     assert again.config == model.config and type(again) is type(model)
     state = again.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
-    # Copied: where a mapped tensor begins in memory decides on some CPUs which kernel runs, and so how it rounds.
+    # Copied, because the alignment of a mapped tensor can determine the kernel, and so the rounding.
     with torch.no_grad():
         assert torch.equal(numbers(copy.deepcopy(again)), numbers(copy.deepcopy(model)))
 
@@ -101,8 +101,8 @@ PROMPT = "a cube made of cloud"
 
 
 @pytest.fixture(scope="module")
-def from_2021(seedset: Path) -> Dall3Pipeline:
-    return load_seedset(seedset)
+def from_2021(upstream_files: Path) -> Dall3Pipeline:
+    return load_upstream_files(upstream_files)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def draw(pipe: Dall3Pipeline) -> Any:
     for part in (pipe.transformer, pipe.vqgan, pipe.clip, pipe.upsampler):
         assert part is not None
         for tensor in (*part.parameters(), *part.buffers()):
-            tensor.data = tensor.data.clone()  # as above: where a mapped tensor begins decides how it rounds
+            tensor.data = tensor.data.clone()  # copied for the same alignment, as above
     return pipe(
         PROMPT,
         num_images=1,
@@ -135,10 +135,10 @@ def test_a_pipeline_draws_the_same_from_a_folder(from_2021: Dall3Pipeline, folde
         *("README.md", "tokenizer.json", "transformer", "vqgan", "clip", "upsampler")
     }
     modes = {path.stat().st_mode for path in folder.rglob("*") if path.is_file()}
-    assert len(modes) == 1  # whoever may read the card may read the weights
+    assert len(modes) == 1  # the weights have the permissions of the card
 
 
-def test_a_folder_is_made_whole_or_not_at_all(
+def test_a_folder_is_written_completely_or_not_at_all(
     from_2021: Dall3Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "full").mkdir()
@@ -168,9 +168,9 @@ def test_half_precision_is_half_as_large_and_draws_on_any_dtype(
     assert len(out) == 1 and out.clip_scores is not None
 
 
-def test_a_model_card_says_licence_and_source(from_2021: Dall3Pipeline, seedset: Path, tmp_path: Path) -> None:
+def test_a_model_card_says_licence_and_source(from_2021: Dall3Pipeline, upstream_files: Path, tmp_path: Path) -> None:
     lines = ["[own.vqgan]", 'licence = "Apache-2.0"', 'source = "https://example.org/vqgan"', 'file = "last.ckpt"']
-    lines += [f"places = [{json.dumps(str(seedset / 'vqgan_gumbel_f8/last.ckpt'))}]"]
+    lines += [f"places = [{json.dumps(str(upstream_files / 'vqgan_gumbel_f8/last.ckpt'))}]"]
     (tmp_path / "weights.toml").write_text("\n".join(lines))
     pipe = Dall3Pipeline.from_pretrained("own", registry=tmp_path / "weights.toml")
     card = (pipe.save_pretrained(tmp_path / "first") / "README.md").read_text()
@@ -180,10 +180,10 @@ def test_a_model_card_says_licence_and_source(from_2021: Dall3Pipeline, seedset:
 
 
 def test_the_command_converts_and_lists_and_verifies(
-    seedset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    upstream_files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    files = ["--vqgan_model_path", str(seedset / "vqgan_gumbel_f8/last.ckpt"), "--out", str(out)]
+    files = ["--vqgan_model_path", str(upstream_files / "vqgan_gumbel_f8/last.ckpt"), "--out", str(out)]
     assert main(["convert", *files, "--half"]) == 0 and (out / "vqgan/model.safetensors").exists()
     for words, error in (
         (["convert", *files], "already exists and is not empty"),
@@ -221,7 +221,7 @@ def test_tokenizers_of_every_kind_are_saved(tmp_path: Path) -> None:
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the Hugging Face hub as a download of a repository asks for."""
+    """The requests of the Hugging Face Hub that a download of a repository needs."""
 
     folder: Path
 
@@ -290,7 +290,7 @@ def test_a_pipeline_is_pushed_as_it_is_saved(from_2021: Dall3Pipeline, monkeypat
     assert address == "https://hub/owner/name/{'private': True, 'exist_ok': True}"
 
 
-def test_a_clip_keeps_its_colours_and_its_tokenizer(tmp_path: Path) -> None:
+def test_a_saved_clip_keeps_its_normalisation_and_tokenizer(tmp_path: Path) -> None:
     config = CLIPConfig(
         16,
         dict(image_size=32, patch_size=16, width=64, layers=1),
@@ -316,11 +316,11 @@ def most():
 
 def load(folder):
     parameters = list(load_part(folder).parameters())
-    sum(float(p.sum()) for p in parameters)  # what is mapped is in memory once it is read
+    sum(float(p.sum()) for p in parameters)  # reads memory-mapped weights
     return sum(p.numel() * p.itemsize for p in parameters)
 
-load(BUNDLED / "transformer")  # the libraries
-open("/proc/self/clear_refs", "w").write("5")  # count the most from here on
+load(BUNDLED / "transformer")  # imports the libraries
+open("/proc/self/clear_refs", "w").write("5")  # reset the peak
 before = most()
 size = load(sys.argv[1])
 print((most() - before) / size)
@@ -361,7 +361,7 @@ def test_values_that_half_precision_cannot_hold_are_an_error(tmp_path: Path) -> 
         ({"text_cfg": {"context_length": 10**7}}, "context_length=1e"),
     ),
 )
-def test_a_clip_whose_settings_lead_elsewhere(tmp_path: Path, settings: dict[str, Any], words: str) -> None:
+def test_a_clip_config_cannot_load_other_models(tmp_path: Path, settings: dict[str, Any], words: str) -> None:
     plain = {"model": "CLIP", "embed_dim": 16, "tokenizer": "clip", "vision_cfg": {}, "text_cfg": {}}
     (tmp_path / "config.json").write_text(json.dumps(plain | settings))
     with pytest.raises(ValueError, match=words):

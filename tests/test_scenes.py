@@ -1,4 +1,4 @@
-"""The small world: pictures that follow from their scenes, the rules of drawing scenes, and honest captions."""
+"""Rendered scenes: images are determined by their scenes, rules of random scenes, and correct captions."""
 
 import json
 import random
@@ -42,13 +42,13 @@ def draw(seed=0, **names):
 
 
 def coverage(scene, size=96):
-    """Where a red object lies on white: its shadow there is grey."""
+    """Mask of a red object on white; its shadow is grey."""
     picture = render(replace(scene, material="red", background="white"), size).astype(int)
     return picture[..., 0] - picture[..., 1] > 40
 
 
 def share(mask):
-    """The longer side of the mask's bounding box, of the picture's."""
+    """The longer side of the mask's bounding box, relative to the image's side."""
     return max(np.ptp(np.flatnonzero(mask.any(axis))) + 1 for axis in (0, 1)) / len(mask)
 
 
@@ -108,7 +108,7 @@ def test_what_grows_on_the_surface_stays_inside_the_picture(material):
         assert not (grown[:2].any() or grown[-2:].any() or grown[:, :2].any() or grown[:, -2:].any())
 
 
-def test_quills_stand_out_from_the_outline():
+def test_quills_extend_beyond_the_outline():
     scene = Scene("sphere", "porcupine", "white", "large", seed=1)
     bare = coverage(replace(scene, size="large"), 128)
     picture = render(scene, 128).astype(int).max(2)
@@ -153,7 +153,7 @@ def test_the_torus_always_shows_its_hole(seed):
     assert hole[height // 3 : -height // 3, width // 3 : -width // 3].mean() > 0.2
 
 
-def test_a_picture_is_the_larger_one_filtered_down():
+def test_an_image_equals_the_downscaled_larger_one():
     for k, material in enumerate(MATERIALS):
         scene = draw(k, material=material)
         large = render(scene, 256).reshape(128, 2, 128, 2, 3).mean((1, 3))
@@ -168,20 +168,20 @@ def reference(column, row):
 
 
 def test_pictures_look_as_they_did_from_the_first_renderer():
-    """Every shape and material, three shapes a material, as drawn one ray after the other in numpy."""
+    """Every shape and material, three shapes per material, compared with an earlier renderer in numpy."""
     sheet = np.asarray(Image.open(GOLDEN)).astype(float).reshape(22, 64, 3, 64, 3).swapaxes(1, 2)
     places = [[(3 * row + k * 4) % 10 for k in range(3)] for row in range(22)]
     scenes = [reference(column, row) for row in range(22) for column in places[row]]
     drawn = render_many(scenes, 64).permute(0, 2, 3, 1).numpy().reshape(22, 3, 64, 64, 3)
     for row, pictures in enumerate(drawn):
         for old, new in zip(sheet[row], pictures, strict=True):
-            # Strands paint samples by chance; they agree in the mean of four pixels each way.
+            # Strands are sampled at random; means of 4×4 pixels agree.
             wide = 4 if reference(0, row).material in STRANDS else 1
             both = np.stack([old, new]).reshape(2, 64 // wide, wide, 64 // wide, wide, 3).mean((2, 4))
             assert np.abs(both[0] - both[1]).mean() < 2, reference(0, row).material
 
 
-def test_a_scene_looks_the_same_in_any_company():
+def test_a_scene_renders_the_same_in_any_batch():
     scenes = [draw(k, material=material) for k, material in enumerate(("cloud", "grass", "water", "avocado", "red"))]
     together = render_many(scenes * 2, 32)
     assert (together[:5] == together[5:]).all()
@@ -191,7 +191,7 @@ def test_a_scene_looks_the_same_in_any_company():
 
 @pytest.fixture
 def emoji_archive(tmp_path):
-    """An archive of a girl, glasses and a top hat: discs of their own colours."""
+    """An archive of a girl, glasses and a top hat, drawn as discs of different colours."""
     drawings = tmp_path / "node_modules/@lobehub/fluent-emoji-3d/assets"
     names = tmp_path / "node_modules/emojibase-data/en/data.json"
     drawings.mkdir(parents=True)
@@ -337,7 +337,7 @@ def test_one_scene_has_hundreds_of_wordings(material):
     assert len({caption(Scene("egg", material), rng) for _ in range(3000)}) > 300
 
 
-def test_the_seed_s_own_wording_is_among_them():
+def test_upstreams_wording_is_among_them():
     rng = np.random.default_rng(4)
     wordings = {caption(Scene("cube", "cloud"), rng) for _ in range(500)}
     assert {"a cube made of cloud", "a cube made of cloud, a cube with the texture of cloud"} <= wordings

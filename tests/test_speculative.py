@@ -18,7 +18,7 @@ def transformer():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = DalleTransformer(TransformerConfig(20, CODES, 4, 32, 1, heads=2, dim_head=16, grid_size=SIDE))
-        for parameter in model.parameters():  # so that tokens depend on those before them, and much
+        for parameter in model.parameters():  # so that tokens depend strongly on earlier ones
             parameter.data.normal_(0, 0.2)
     return model.eval().requires_grad_(False)
 
@@ -32,7 +32,7 @@ def draw(transformer, count, settings, kept=None):
 
 
 def true_probabilities(transformer, settings):
-    """Of each of the grids that there are, in the order of itertools.product: from one full forward."""
+    """The probability of every possible grid, in the order of itertools.product, from one full forward pass."""
     grids = torch.tensor(list(itertools.product(range(CODES), repeat=SIDE**2)))
 
     def logits(text):
@@ -67,7 +67,7 @@ def test_the_distribution_is_the_transformers(transformer, settings):
     chi2 = ((seen - expected * count) ** 2 / (expected * count))[often].sum()
     rest, rest_expected = seen[~often].sum(), expected[~often].sum() * count
     degrees = int(often.sum()) - 1
-    # The 99.9 % quantile of the distribution, by Wilson and Hilferty.
+    # The 99.9 % quantile of chi-square, by the approximation of Wilson and Hilferty.
     assert chi2 < degrees * (1 - 2 / (9 * degrees) + 3.09 * (2 / (9 * degrees)) ** 0.5) ** 3
     assert abs(rest - rest_expected) < 4 * rest_expected.clamp_min(1) ** 0.5
 

@@ -1,4 +1,4 @@
-"""The order of the modules: imports go one way, and private names stay in their file."""
+"""The structure of the package: imports go one way, and private names stay in their file."""
 
 import ast
 from functools import cache
@@ -15,7 +15,7 @@ FILES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 # dall3/__init__.py and weights/__init__.py import their public names lazily; `python -m` starts the command.
-FACES = {"dall3", "dall3.weights", "dall3.training.__main__"}
+LAZY = {"dall3", "dall3.weights", "dall3.training.__main__"}
 
 
 @cache
@@ -45,7 +45,7 @@ def imported(module: str, deferred: bool = True) -> set[str]:
 
 
 def test_imports_have_no_cycle():
-    graph = {module: imported(module) - FACES for module in FILES if module not in FACES}
+    graph = {module: imported(module) - LAZY for module in FILES if module not in LAZY}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -66,7 +66,7 @@ def test_imports_have_no_cycle():
 )
 def test_lower_layers_do_not_import_higher_ones(importing, imported_by_none):
     for module in FILES:
-        if (module == importing or module.startswith(f"{importing}.")) and module not in FACES:
+        if (module == importing or module.startswith(f"{importing}.")) and module not in LAZY:
             wrong = {name for name in imported(module) if name.startswith(imported_by_none)}
             assert not wrong, f"{module} imports {', '.join(sorted(wrong))}"
 

@@ -1,4 +1,4 @@
-"""Text to ids and back: equal to the originals, for every kind of tokenizer file, and errors that help."""
+"""Text encoding and decoding equal the originals for every kind of tokenizer file; errors of damaged files."""
 
 import base64
 import json
@@ -80,7 +80,7 @@ def test_yttm_special_ids_come_from_the_last_line(tmp_path: Path) -> None:
 
 
 def encode_naively(text: str) -> list[int]:
-    """youtokentome's algorithm as one would say it: while a rule applies, apply the first rule at its first place."""
+    """youtokentome's algorithm in its simplest form: repeatedly apply the first applicable merge at its first place."""
     lines = [list(map(int, line.split())) for line in MODEL.read_text().splitlines()]
     num_characters, num_merges = lines[0]
     ids = {chr(code): i for code, i in lines[1 : 1 + num_characters]}
@@ -122,7 +122,7 @@ def test_yttm_unknown_spaces_do_not_split_words(yttm: Tokenizer) -> None:
     assert yttm.encode("a\u00a0\u3000cube") == yttm.encode("aÉcube") != yttm.encode("a cube")
 
 
-def test_yttm_long_word(yttm: Tokenizer) -> None:
+def test_yttm_encodes_a_long_word(yttm: Tokenizer) -> None:
     start = time.perf_counter()
     assert yttm.encode("cube" * 5000) == [98] + [12, 18, 22, 5] * 4999
     assert yttm.encode("日" * 20000) == [4, 1]
@@ -166,7 +166,7 @@ def test_clip_equals_open_clip_without_start_and_end(clip: Tokenizer) -> None:
 
 def test_clip_decodes_without_start_end_and_padding(clip: Tokenizer) -> None:
     assert clip.decode(torch.tensor([49406, 320, 2368, 49407, 0, 0])) == "a cat"
-    # 40407 is a word: DALLE-pytorch leaves it out, by a slip of the pen for 49407.
+    # 40407 is a word that DALLE-pytorch skips by mistake instead of 49407.
     assert clip.encode(clip.decode([320, 40407])) == [320, 40407]
 
 
@@ -256,7 +256,7 @@ def test_tokenizer_of_another_transformer_is_refused_at_the_first_foreign_id(ytt
         encode("a cube")
 
 
-def test_decode_leaves_both_paddings_out(yttm: Tokenizer) -> None:
+def test_decode_skips_both_kinds_of_padding(yttm: Tokenizer) -> None:
     encode = TextEncoder(yttm, text_seq_len=6, num_text_tokens=175)
     ids = encode("a cube of cloud")
     padded = torch.where(ids == 0, 175 + torch.arange(6), ids)
@@ -290,7 +290,7 @@ SELF = "\n".join(["1 40", "97 4", *(f"{4 + i} {4 + i} {5 + i}" for i in range(40
         (SELF, "more than 1000 characters"),
     ),
 )
-def test_tokenizers_that_are_traps(tmp_path, text, words):
+def test_hostile_tokenizer_files(tmp_path, text, words):
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(ValueError, match=words) as error:
         load_tokenizer(tmp_path / "tokenizer.json")
@@ -298,7 +298,7 @@ def test_tokenizers_that_are_traps(tmp_path, text, words):
 
 
 def precompiled(replacement: bytes) -> str:
-    """A tokenizer as XLM-R's: sentencepiece's table of replacements, here one that no text leads to."""
+    """A tokenizer with sentencepiece's replacement table, as in XLM-R; no text matches its entry."""
     table = base64.b64encode((1024).to_bytes(4, "little") + bytes(1024) + replacement + b"\0").decode()
     spaces = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
     vocabulary = [["<s>", 0.0], ["<pad>", 0.0], ["</s>", 0.0], ["<unk>", 0.0], ["▁a", -1.0], ["▁cube", -2.0]]

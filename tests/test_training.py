@@ -1,6 +1,4 @@
-"""Training on own pictures: what it looks at, that it learns, that it resumes to the same numbers, and that what it
-writes loads.
-"""
+"""Training on a user's images: reading data, learning, resuming with the same losses, and loading the result."""
 
 from __future__ import annotations
 
@@ -95,7 +93,7 @@ COLOURS = {"red": (200, 30, 30), "green": (30, 160, 40), "blue": (40, 60, 220)}
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """A folder of plain pictures with captions."""
+    """A folder of images of one colour, with captions."""
     return write_pictures(tmp_path / "pictures")
 
 
@@ -109,7 +107,7 @@ def write_pictures(folder: Path) -> Path:
 
 @pytest.fixture
 def emoji_folder(tmp_path: Path) -> Path:
-    """What npm leaves behind, with two drawings: a disc, and one that emojibase has in two skin tones."""
+    """A folder as npm writes it, with two drawings: a disc, and one that emojibase has in two skin tones."""
     drawings = tmp_path / "emoji/node_modules/@lobehub/fluent-emoji-3d/assets"
     names = tmp_path / "emoji/node_modules/emojibase-data/en/data.json"
     drawings.mkdir(parents=True)
@@ -128,7 +126,7 @@ def emoji_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_samples(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Sheets of samples and plots take longer than the training; tests with the mark "samples" draw them."""
+    """Skip samples and plots, which take longer than the training, except in tests with the mark "samples"."""
     if "samples" not in request.fixturenames:
         monkeypatch.setattr(loop, "show_samples", lambda *args: None)
 
@@ -144,7 +142,10 @@ def settings(tmp_path: Path) -> Path:
 
 
 def write_settings(path: Path, more: str = "", **train: Any) -> Path:
-    """Settings with which every part trains within a second; more lines, and settings of [train] of every part."""
+    """Write settings with which every part trains within a second.
+
+    Further arguments: more lines, and settings of [train] for every part.
+    """
     tables = ""
     for part in TRAINABLE[1:]:
         values = TRAIN | {"side": SIDES.get(part, 16)} | train
@@ -155,7 +156,7 @@ def write_settings(path: Path, more: str = "", **train: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tokenizer and a VQGAN of the settings of these tests, trained on plain pictures."""
+    """A folder with a tokenizer and a VQGAN with the settings of these tests, trained on images of one colour."""
     place = tmp_path_factory.mktemp("trained")
     pictures = write_pictures(place / "pictures")
     settings = write_settings(place / "settings.toml")
@@ -209,7 +210,7 @@ def test_webdataset_shards_give_what_the_folder_gives(pictures: Path, tmp_path: 
             for name in names:
                 for suffix in (".txt", ".png"):
                     tar.add(pictures / f"{name}{suffix}", f"{name}{suffix}")
-            info = tarfile.TarInfo("alone.png")  # a picture without a caption is passed over
+            info = tarfile.TarInfo("alone.png")  # an image without a caption is skipped
             info.size = 4
             tar.addfile(info, io.BytesIO(b"none"))
     data = Mixture([f"webdataset:{tmp_path}/a-*.tar"], side=16)
@@ -254,12 +255,12 @@ def test_shuffled_epochs_hold_each_place_once() -> None:
         (["webdataset:/nowhere/*.tar"], "no shard"),
     ],
 )
-def test_data_that_cannot_be_had_is_said(names: list[str], words: str) -> None:
+def test_unusable_data_is_an_error(names: list[str], words: str) -> None:
     with pytest.raises(ValueError, match=words.replace("(", r"\(")):
         Mixture(names, 16)
 
 
-def test_a_picture_that_cannot_be_read_is_named_and_another_takes_its_place(pictures: Path, caplog: Any) -> None:
+def test_an_unreadable_image_is_named_and_replaced_by_another(pictures: Path, caplog: Any) -> None:
     good = Mixture([f"folder:{pictures}"], 16)
     captions = {good[i][1] for i in range(60)}
     Image.effect_noise((80, 80), 50).save(pictures / "cut.png")
@@ -279,17 +280,17 @@ def test_a_picture_that_cannot_be_read_is_named_and_another_takes_its_place(pict
     ]
     items = [seen[i] for i in range(60)]
     assert {text for _, text in items} == captions
-    late = Mixture([f"folder:{pictures}"], 16)  # a run that resumes meets the pictures in another order
+    late = Mixture([f"folder:{pictures}"], 16)  # a resumed run reads the images in another order
     for i in reversed(range(60)):
         again = late[i]
         assert torch.equal(again[0], items[i][0]) and again[1] == items[i][1]
-    assert not caplog.records  # they were named already
+    assert not caplog.records  # they were already named
     (pictures / "green.txt").write_bytes(b"\xff")
     assert {Mixture([f"folder:{pictures}"], 16)[i][1] for i in range(60)} == {c for c in captions if "green" not in c}
     assert [r.message for r in caplog.records if "green.png: its caption is not UTF-8; replaced" in r.message]
 
 
-def test_training_goes_on_past_an_unreadable_picture_and_ends_where_none_is_readable(
+def test_training_skips_an_unreadable_image_and_ends_if_none_is_readable(
     pictures: Path, settings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "weights"
@@ -373,7 +374,7 @@ def test_links_devices_and_sparse_files_in_a_shard_are_refused_before_training(p
     )
 
 
-def test_an_equals_sign_in_a_path_is_no_weight(pictures: Path) -> None:
+def test_an_equals_sign_in_a_path_is_not_a_weight(pictures: Path) -> None:
     for name in ("date=2021", "date=today"):
         folder = shutil.copytree(pictures, pictures.parent / name)
         for weight in ("", "=3"):
@@ -381,7 +382,7 @@ def test_an_equals_sign_in_a_path_is_no_weight(pictures: Path) -> None:
             assert data.shares.tolist() == ([0.75, 0.25] if weight else [0.5, 0.5])
 
 
-def test_transparent_pictures_lie_on_white_and_wide_ones_lose_their_sides() -> None:
+def test_transparent_images_are_put_on_white_and_wide_ones_are_cropped() -> None:
     picture = np.zeros((20, 40, 4), np.uint8)
     picture[:, 10:30, :] = (200, 0, 0, 255)
     picture[:, 19:21, :] = 0
@@ -391,7 +392,7 @@ def test_transparent_pictures_lie_on_white_and_wide_ones_lose_their_sides() -> N
     assert fitted[5, 2].tolist() == [200, 0, 0] and fitted[5, 10].tolist() == [255, 255, 255]
 
 
-def test_emoji_are_found_by_code_and_laid_on_the_background(emoji_folder: Path) -> None:
+def test_emoji_are_found_by_code_and_drawn_on_the_background(emoji_folder: Path) -> None:
     found = list_emoji(emoji_folder, toned=True)
     assert [(e.hexcode, e.name, e.toned) for e in found] == [
         ("1F535", "blue circle", False),
@@ -440,7 +441,7 @@ def test_a_tokenizer_reads_any_text_back_and_keeps_0_for_padding(tmp_path: Path)
         train_tokenizer(captions, 200)
 
 
-def test_a_tokenizer_reads_words_that_the_captions_have_not(tmp_path: Path) -> None:
+def test_a_tokenizer_encodes_words_that_the_captions_do_not_have(tmp_path: Path) -> None:
     captions = ["a grey cube", "a cube coloured red"] * 20
     text = train_tokenizer(captions, 300, {"gray": "grey", "colored": "coloured"})
     (tmp_path / "tokenizer.json").write_text(text)
@@ -465,7 +466,7 @@ def test_training_learns_and_what_it_writes_is_a_gumbel_vq_with_the_code_that_tr
     assert (model.decode(model.encode(images)) - images).abs().mean() < 0.15
     features = model.quant_conv(model.encoder(images * 2 - 1)).permute(0, 2, 3, 1).flatten(0, 2)
     chosen = part.codebook(F.normalize(features, dim=1))
-    assert (model.encode(images).flatten() == chosen).float().mean() > 0.99  # half precision may tip a tie
+    assert (model.encode(images).flatten() == chosen).float().mean() > 0.99  # half precision may change a tie
 
 
 @pytest.mark.parametrize("model", TRAINABLE[1:])
@@ -502,7 +503,7 @@ def test_a_run_that_resumes_has_the_same_losses(
         torch.testing.assert_close(value, ends[1]["average"][name], rtol=0, atol=1e-5, msg=name)
 
 
-def test_a_trained_model_can_be_trained_on(pictures: Path, tmp_path: Path) -> None:
+def test_a_trained_model_can_be_trained_further(pictures: Path, tmp_path: Path) -> None:
     config = small_config(pictures, steps=30, side=16, learning_rate=3e-3, ema_decay=0.5, every=15)
     fit_on(small_part(), config, tmp_path / "run", tmp_path / "vqgan")
     part, trained = small_part(), load_part(tmp_path / "vqgan")
@@ -573,7 +574,7 @@ def test_the_rotation_trick_gives_the_entries_and_turns_gradients() -> None:
     torch.testing.assert_close((gradient * features).sum(-1), (upstream * entries).sum(-1))
 
 
-def test_five_commands_make_a_pipeline_of_ones_own(pictures: Path, settings: Path, tmp_path: Path) -> None:
+def test_five_commands_train_a_pipeline(pictures: Path, settings: Path, tmp_path: Path) -> None:
     out = tmp_path / "weights"
     for model in TRAINABLE:
         command = ["train", model, "--config", str(settings), "--data", f"folder:{pictures}", "--out", str(out)]
@@ -591,7 +592,7 @@ def test_five_commands_make_a_pipeline_of_ones_own(pictures: Path, settings: Pat
     assert copied.text_encoder.unknown_words("All RED plutonium, plutonium!") == ["plutonium"]
 
 
-def test_the_bundled_weights_know_their_words() -> None:
+def test_the_bundled_weights_know_the_words_of_their_captions() -> None:
     encode = Dall3Pipeline.from_pretrained().text_encoder
     assert encode.unknown_words("a small cube made of cloud on a blue background, an avocado, a gray wooden egg") == []
     assert encode.unknown_words("an armchair in Paris") == ["armchair", "paris"]
@@ -602,7 +603,7 @@ def test_the_bundled_weights_know_their_words() -> None:
         encode.check("zzgl qwrtz")
 
 
-def test_training_conditions_the_upsampler_on_what_drawing_conditions_it_on(weights: Path) -> None:
+def test_training_and_drawing_condition_the_upsampler_alike(weights: Path) -> None:
     vqgan = load_part(weights / "vqgan")
     config = UNetConfig(
         *(32, (1, 1, 1, 1), 1, (), 32),
@@ -651,7 +652,7 @@ def test_an_upsampler_of_another_kind_is_refused(weights: Path) -> None:
         UpsamplerPart(other, loss, vqgan, CPU)
 
 
-def test_the_discriminator_is_shown_what_is_beyond_the_coarse_picture(weights: Path) -> None:
+def test_the_discriminator_sees_the_residual_beyond_the_coarse_image(weights: Path) -> None:
     class Judge(torch.nn.Conv2d):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             seen.append(x.detach())
@@ -701,7 +702,7 @@ def transformer_part(vqgan: GumbelVQ, codes: int = 8, **loss: float) -> Transfor
     return TransformerPart(config, TransformerLoss(**loss), vqgan, lambda *_, **__: torch.ones(4).long(), CPU)  # type: ignore[arg-type]
 
 
-def test_wrong_codes_are_another_pictures_and_the_right_ones_are_asked_for() -> None:
+def test_wrong_codes_come_from_another_image_and_targets_stay_right() -> None:
     part, asked = transformer_part(GumbelVQ(SMALL_VQGAN), null_text=0.0, wrong_codes=0.8), []
 
     def look(text_ids: torch.Tensor, image_ids: torch.Tensor, seen_ids: torch.Tensor) -> torch.Tensor:
@@ -709,7 +710,7 @@ def test_wrong_codes_are_another_pictures_and_the_right_ones_are_asked_for() -> 
         return seen_ids.float()
 
     part.loss = look
-    codes = torch.arange(6, dtype=torch.int16)[:, None].expand(6, 64)  # of picture k all are k
+    codes = torch.arange(6, dtype=torch.int16)[:, None].expand(6, 64)  # all codes of image k are k
     seen, _ = part({"codes": codes, "text": torch.ones(6, 4, dtype=torch.int16)}, 0.0)
     assert torch.equal(asked[0], codes.long())
     wrong = seen != codes
@@ -758,7 +759,7 @@ def test_wrong_captions_differ_in_one_word_of_a_group() -> None:
             CLIPLoss(**wrong)  # type: ignore[arg-type]
 
 
-def test_a_clip_tells_captions_from_wrong_ones_and_keeps_the_statistics_of_what_it_saw(
+def test_a_clip_separates_captions_from_wrong_ones_and_keeps_its_batch_statistics(
     pictures: Path, weights: Path, tmp_path: Path
 ) -> None:
     for name in COLOURS:
@@ -794,7 +795,7 @@ def test_a_library_that_training_needs_is_named_before_any_work(
         monkeypatch.undo()
 
 
-def test_what_cannot_be_trained_is_said_before_any_work(
+def test_what_cannot_be_trained_is_an_error_before_any_work(
     pictures: Path, settings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "weights"
@@ -850,7 +851,7 @@ from dall3.training.run import train_model
 def work(rank, port):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port)
     for model in models:
-        place = f"{out}/apart" if model == "vqgan" else out  # the others read the one in `out`
+        place = f"{out}/apart" if model == "vqgan" else out  # the other parts read the one in `out`
         train_model(model, place, settings, [data], progress=False, steps=1, batch_size=2)
 
 loop.show_samples = lambda *args: None

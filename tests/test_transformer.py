@@ -1,4 +1,4 @@
-"""The transformer computes what the originals did from their own checkpoints, at once and position by position."""
+"""The transformer gives the originals' numbers from their checkpoints, in one pass and token by token."""
 
 from types import SimpleNamespace
 
@@ -27,7 +27,7 @@ CASES = [
     "dalle_1_6_everything",
     "dalle_deepspeed_sparse",
 ]
-# What about.json says of the positions that are stored.
+# The stored positions, as listed in about.json.
 TEXT_STEP = {"dalle_deepspeed_sparse": 16}
 NULL_STEP = {"dalle_1_6_everything": 8}
 STORED = {name: set(Golden(name).expected) for name in CASES}
@@ -60,7 +60,7 @@ def case(request, tmp_path_factory):
 
 
 def storing(tensor: str) -> pytest.MarkDecorator:
-    """Only the cases for which the original's `tensor` is stored."""
+    """The cases in which the original's `tensor` is stored."""
     return pytest.mark.parametrize("case", [name for name in CASES if tensor in STORED[name]], indirect=True)
 
 
@@ -82,13 +82,13 @@ def test_loss(case):
 
 
 @storing("partial_last_logits")
-def test_image_logits_of_a_begun_image(case):
+def test_image_logits_of_a_partial_image(case):
     logits = case.model(case.text, case.image[:, :37])
     assert close(image_part(case, logits)[:, -1], case.expected["partial_last_logits"], 1e-4)
 
 
 @storing("partial_last_logits_150")
-def test_image_logits_of_an_image_begun_further(case):
+def test_image_logits_of_a_longer_partial_image(case):
     logits = case.model(case.text, case.image[:, :150])
     assert close(image_part(case, logits)[:, -1], case.expected["partial_last_logits_150"], 1e-4)
 
@@ -106,7 +106,7 @@ def test_greedy_tokens(case):
     assert torch.equal(drawn, case.expected["greedy"])
 
 
-def test_what_cannot_follow_is_masked(case):
+def test_impossible_tokens_are_masked(case):
     lowest = torch.finfo(torch.float32).min
     assert (case.logits[:, : case.config.text_seq_len, case.config.text_vocabulary :] == lowest).all()
     assert (case.logits[:, case.config.text_seq_len :, : case.config.text_vocabulary] == lowest).all()
@@ -140,7 +140,7 @@ def test_steps_give_the_logits_of_teacher_forcing(case, static):
 def test_rows_that_share_their_text_give_the_logits_of_teacher_forcing(case, static):
     text, rows = torch.cat((case.text[:1], case.text[:1].flip(1))), SHARING_ROWS
     images = torch.stack([case.image[0, :12].roll(k) for k in range(rows)])
-    for _ in range(2):  # the second time in the tensors of the first
+    for _ in range(2):  # the second time reuses the tensors of the first
         cache, found = case.model.prefill(text, rows), []
         for i in range(images.shape[1]):
             place, end = torch.tensor([i]), None if static else i + 1
@@ -150,12 +150,12 @@ def test_rows_that_share_their_text_give_the_logits_of_teacher_forcing(case, sta
     assert close(torch.cat(found, dim=1), expected, 1e-4)
 
 
-def test_rotary_table_is_the_checkpoints(case):
+def test_rotary_table_is_that_of_the_checkpoint(case):
     stored = case.weights.get("transformer.pos_emb")
     assert case.config.rotary_emb == (stored is not None)
     if stored is not None:
         stored = stored.reshape(stored.shape[-2:])
-        assert close(rotary_angles(case.config)[: len(stored)], stored, 1e-5)  # the fork's ends one row before
+        assert close(rotary_angles(case.config)[: len(stored)], stored, 1e-5)  # the fork's table has one row less
 
 
 def test_release_decides_the_window_of_conv_like(tmp_path):

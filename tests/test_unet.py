@@ -1,4 +1,4 @@
-"""The UNet's output is the original's, and what a file is is read off it, or asked for."""
+"""The UNet's output equals the original's; its settings are inferred from the file, or have to be passed."""
 
 import json
 
@@ -44,7 +44,7 @@ def test_output(unets, name):
     assert close(output, expected["raw"], 1e-4)
 
 
-def test_how_it_was_trained_is_in_its_config(unets):
+def test_the_config_holds_the_diffusion_of_the_training(unets):
     assert unets["unet_unconditional"].config.diffusion == DiffusionConfig(noise_schedule="cosine")
     trained = DiffusionConfig(learn_sigma=False, rescale_timesteps=False)
     assert unets["unet_class_conv"].config.diffusion == trained
@@ -82,7 +82,7 @@ def test_conditioning_of_another_kind_is_refused(unets, unwanted):
         unets["unet_unconditional"](torch.zeros(1, 3, 32, 32), torch.zeros(1), **unwanted)
 
 
-def test_a_unet_like_the_seeds_is_known_by_its_size(tmp_path):
+def test_a_unet_of_upstreams_shape_is_recognised_by_its_size(tmp_path):
     config = UNetConfig(
         model_channels=32,
         channel_mult=(1, 1, 2, 2, 4, 4),
@@ -103,7 +103,7 @@ def test_a_unet_like_the_seeds_is_known_by_its_size(tmp_path):
 
 
 def test_a_unet_of_an_unusual_size_needs_a_config(files):
-    with pytest.raises(CheckpointError, match="unusual size.*give the flags of its training as config"):
+    with pytest.raises(CheckpointError, match="unusual size.*pass the flags of its training as config"):
         load_unet(files["unet_unconditional"])
 
 
@@ -125,7 +125,7 @@ def test_a_config_that_contradicts_the_tensors_is_refused(files, flag, value):
         load_unet(files["unet_embedding"], flags | {flag: value})
 
 
-def test_heads_that_do_not_fit_are_refused(files):
+def test_heads_that_do_not_divide_the_channels_are_refused(files):
     with pytest.raises(CheckpointError, match="cannot be split into heads with num_head_channels=48"):
         load_unet(files["unet_embedding"], Golden("unet_embedding").about | {"num_head_channels": 48})
 
@@ -137,7 +137,7 @@ def test_an_image_size_that_its_tensors_contradict_is_refused(tmp_path):
         load_unet(tmp_path / "unet.pt", {"image_size": 64})
 
 
-def test_checkpointed_guidance_has_the_same_gradient_and_keeps_less():
+def test_gradient_checkpointing_gives_the_same_gradient_with_less_memory():
     torch.manual_seed(0)
     config = UNetConfig(32, (1, 2), 1, (1,), 32, num_heads=2)
     unet = UNet(config).eval().requires_grad_(False)

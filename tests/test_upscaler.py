@@ -1,4 +1,4 @@
-"""Upscalers of spandrel's formats as `super_resolution`: any family to any size, in tiles, saved and loaded."""
+"""Upscalers that spandrel reads as `super_resolution`: any family, any size, tiles, saving and loading."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from dall3.models.upscaler import Upscaler, UpscalerConfig
 from dall3.weights import load_upscaler
 from dall3.weights.folder import load_part, save_part
 
-from conftest import load_seedset
+from conftest import load_upstream_files
 from originals import Golden, close, openai_clip
 
 PROMPT = "a cube made of cloud"
 QUICK = {"seed": 0, "progress": False}
 TILES = {"tile": 32, "overlap": 32}
-NEW_NAMES = (  # of Real-ESRGAN, by those of the first ESRGAN
+NEW_NAMES = (  # names of Real-ESRGAN, by those of the original ESRGAN
     *(
         (r"model\.1\.sub\.(\d+)\.RDB(\d)\.conv(\d)\.0\.", r"body.\1.rdb\2.conv\3."),
         (r"model\.1\.sub\.\d+\.", "conv_body."),
@@ -36,7 +36,7 @@ NEW_NAMES = (  # of Real-ESRGAN, by those of the first ESRGAN
 
 
 def esrgan(scale: int = 4, channels: int = 3) -> torch.nn.Module:
-    """An ESRGAN of 8 channels and one block, which sees 19 pixels around each."""
+    """An ESRGAN with 8 channels and one block; its receptive field is 19 pixels on each side."""
     from spandrel.architectures.ESRGAN import ESRGAN
 
     torch.manual_seed(0)
@@ -46,7 +46,7 @@ def esrgan(scale: int = 4, channels: int = 3) -> torch.nn.Module:
 
 
 def real_esrgan_file(path: Path) -> Path:
-    """As RealESRGAN_x4plus.pth: Real-ESRGAN's names under "params_ema"."""
+    """A file like RealESRGAN_x4plus.pth: Real-ESRGAN's names under "params_ema"."""
     state = {}
     for name, tensor in esrgan().state_dict().items():
         for old, new in NEW_NAMES:
@@ -72,8 +72,8 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pipe(seedset: Path, file: Path) -> Dall3Pipeline:
-    return load_seedset(seedset, super_resolution=file)
+def pipe(upstream_files: Path, file: Path) -> Dall3Pipeline:
+    return load_upstream_files(upstream_files, super_resolution=file)
 
 
 def test_real_esrgan_computes_what_its_network_does(file: Path) -> None:
@@ -90,7 +90,7 @@ def test_tiles_equal_the_whole_inside_the_overlap(file: Path) -> None:
 
 
 def test_a_transformer_in_tiles_is_close(tmp_path: Path) -> None:
-    """A SwinIR sees far, and each tile has windows of its own."""
+    """A SwinIR has a large receptive field, and its windows depend on the tile."""
     path, image = swinir_file(tmp_path / "swinir.pth"), torch.rand(1, 3, 70, 90)
     whole, tiled = load_upscaler(path)(image), load_upscaler(path, TILES)(image)
     assert whole.shape == (1, 3, 140, 180) and close(tiled, whole, 0.02)
@@ -111,13 +111,13 @@ def test_less_memory_means_smaller_tiles(file: Path, monkeypatch: pytest.MonkeyP
     assert close(upscaler(image), whole, 1e-5) and sizes[0] == 84 and max(sizes[1:]) == 72
 
 
-def test_a_seamless_picture_stays_one(file: Path) -> None:
+def test_a_seamless_image_stays_seamless(file: Path) -> None:
     upscaler, image = load_upscaler(file), torch.rand(1, 3, 40, 40)
     rolled = upscaler(image.roll((13, 7), (2, 3)), seamless=True)
     assert close(rolled, upscaler(image, seamless=True).roll((52, 28), (2, 3)), 1e-5)
 
 
-def test_weights_stay_in_a_dtype_that_the_network_can_do(file: Path, tmp_path: Path) -> None:
+def test_weights_stay_in_a_dtype_that_the_network_supports(file: Path, tmp_path: Path) -> None:
     assert next(load_upscaler(file).half().parameters()).dtype == torch.float16
     swinir = load_upscaler(swinir_file(tmp_path / "swinir.pth"))
     assert next(swinir.to("cpu", torch.float16).parameters()).dtype == torch.float32
@@ -141,7 +141,7 @@ def test_the_picture_is_repeated_to_the_bit(pipe: Dall3Pipeline) -> None:
     assert out.settings["weights"]["super_resolution"] == pipe.fingerprints()["super_resolution"]
     assert pipe.repeat(out[1], progress=False).images == out[1].images
     small = pipe(PROMPT, num_inference_steps=2, **QUICK)
-    del small.settings["weights"]["super_resolution"]  # of a pipeline that had none: it made no difference
+    del small.settings["weights"]["super_resolution"]  # a pipeline without it gives the same
     assert pipe.repeat(small, progress=False).images == small.images
 
 
@@ -209,19 +209,19 @@ def test_a_saved_folder_loads_again(file: Path, tmp_path: Path) -> None:
         Dall3Pipeline.from_pretrained(folder)
 
 
-def test_a_network_that_its_tensors_do_not_tell_is_not_saved(tmp_path: Path) -> None:
+def test_a_network_that_its_tensors_do_not_determine_is_not_saved(tmp_path: Path) -> None:
     from spandrel.architectures.SwinIR import SwinIR
 
     sizes: dict[str, Any] = dict(img_size=16, embed_dim=12, depths=[2, 2], num_heads=[2, 2], window_size=8)
     net = SwinIR(**sizes, upscale=4, upsampler="pixelshuffle", start_unshuffle=2)
     state = {name.replace("conv_first.", "conv_first.1."): tensor for name, tensor in net.state_dict().items()}
     torch.save(state, tmp_path / "unshuffled.pth")
-    with pytest.raises(ValueError, match="this SwinIR cannot be saved, .* keep its file"):
+    with pytest.raises(ValueError, match="this SwinIR cannot be saved: .* keep its file"):
         save_part(load_upscaler(tmp_path / "unshuffled.pth"), tmp_path / "saved", None)
     assert not (tmp_path / "saved").exists()
 
 
-def test_other_files_are_refused_in_one_line(tmp_path: Path) -> None:
+def test_files_of_other_kinds_are_refused_in_one_line(tmp_path: Path) -> None:
     damaged = (real_esrgan_file(tmp_path / "whole.pth").read_bytes())[:-9000]
     (tmp_path / "half.pth").write_bytes(damaged)
     state = esrgan().state_dict()
@@ -259,7 +259,7 @@ def test_without_spandrel(file: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(CheckpointError, match=r"spandrel, which is not installed; run pip install 'dall3\[upscale\]'"):
         load_upscaler(file)
     torch.save(Golden("vqgan").weights(), tmp_path / "vqgan.pt")
-    with pytest.raises(CheckpointError, match="looks like a VQGAN"):  # whatever is installed
+    with pytest.raises(CheckpointError, match="looks like a VQGAN"):  # with or without spandrel
         load_upscaler(tmp_path / "vqgan.pt")
 
 
@@ -288,7 +288,7 @@ def test_weights_without_spandrel_are_loaded_without_their_upscaler(
         Dall3Pipeline.from_pretrained(alone)
 
 
-def test_the_commands(seedset: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands(upstream_files: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.effect_noise((48, 48), 90).save(tmp_path / "in.png")
     command = [
         "upsample",
@@ -305,8 +305,13 @@ def test_the_commands(seedset: Path, file: Path, tmp_path: Path, capsys: pytest.
     assert main([*command, "--strength", "0.3", "--outputs_dir", str(tmp_path / "no")]) == 2
     assert "leave out strength" in capsys.readouterr().err and not (tmp_path / "no").exists()
     words = ["generate", "--device", "cpu", "--num_images", "1", "a red cube"]
-    files = ["--dalle_path", str(seedset / "dalle-latest.pt"), "--bpe_path", str(seedset / "bpe.model")]
-    files += ["--vqgan_model_path", str(seedset / "vqgan_gumbel_f8/last.ckpt"), "--super_resolution_path", str(file)]
+    files = ["--dalle_path", str(upstream_files / "dalle-latest.pt"), "--bpe_path", str(upstream_files / "bpe.model")]
+    files += [
+        "--vqgan_model_path",
+        str(upstream_files / "vqgan_gumbel_f8/last.ckpt"),
+        "--super_resolution_path",
+        str(file),
+    ]
     assert main([*words, *files, "--output_size", "300", "--outputs_dir", str(tmp_path / "out")]) == 0
     assert Image.open(tmp_path / "out" / "a_red_cube" / "0-fine.png").size == (300, 300)
     assert main([*words, "--output_size", "512", "--outputs_dir", str(tmp_path / "refused")]) == 2

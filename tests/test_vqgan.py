@@ -1,4 +1,4 @@
-"""VQGANs of taming-transformers: ids, embeddings and pictures are the originals'."""
+"""VQGANs of taming-transformers give the ids, embeddings and images of the originals."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def models(files):
     return {name: load_vqgan(path, GOLDEN / name / "model.yaml") for name, path in files.items()}
 
 
-def test_the_kind_is_read_off_the_tensors(models, files):
+def test_the_kind_is_inferred_from_the_tensors(models, files):
     assert [isinstance(models[name], GumbelVQ) for name in ("vqgan", "gumbel_vq")] == [False, True]
     assert load_vqgan(files["gumbel_vq"]).config == models["gumbel_vq"].config  # without the YAML
     assert (models["gumbel_vq"].num_tokens, models["gumbel_vq"].downsampling) == (256, 8)
@@ -36,7 +36,7 @@ def test_vqgan_ids(models):
 
 def test_gumbel_vq_ids_of_a_larger_picture(models):
     # The original draws codes with Gumbel noise even in eval mode: gumbel_vq's `indices` are random, and only
-    # gumbel_vq_32 also stores the likeliest codes, those of the same network without noise.
+    # gumbel_vq_32 also stores the most probable codes, those of the same network without noise.
     expected = load_file(GOLDEN / "gumbel_vq_32" / "expected.safetensors")
     assert torch.equal(models["gumbel_vq"].encode(expected["image"].float() / 255), expected["argmax_indices"])
 
@@ -50,7 +50,7 @@ def test_gumbel_vq_picture_of_1024_codes(models, ids, crop):
 
 
 def test_embeddings(models):
-    # gumbel_vq's `quantised` is of another random draw than its `indices`.
+    # gumbel_vq's `quantised` comes from another random draw than its `indices`.
     expected = Golden("vqgan").expected
     assert close(models["vqgan"].embed(expected["indices"]), expected["quantised"], 1e-5)
 
@@ -69,7 +69,7 @@ def test_pictures_of_another_shape_are_refused(models, shape):
 
 
 @pytest.mark.parametrize("shape", [(1, 255), (256,)])
-def test_ids_that_make_no_square_are_refused(models, shape):
+def test_ids_that_do_not_form_a_square_are_refused(models, shape):
     with pytest.raises(ValueError, match="a square grid row by row"):
         models["vqgan"].decode(torch.zeros(shape, dtype=torch.int64))
 

@@ -1,4 +1,4 @@
-"""Choosing by eye: a wall of candidates, and the chosen ones refined as one call would have."""
+"""Walls of candidates: the chosen ones are refined as in one call."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ from PIL import Image
 from dall3 import Dall3Output, Dall3Pipeline, Wall
 from dall3.cli import main
 
-from conftest import load_seedset
+from conftest import load_upstream_files
 
 CALL = dict(num_inference_steps=2, clip_guidance_scale=0.0, progress=False)
 GUIDED = dict(num_inference_steps=2, cutn=2, progress=False)
@@ -18,9 +18,9 @@ DRAWN = dict(seed=4, batch_size=4)
 
 
 @pytest.fixture(scope="module")
-def pipe(seedset):
-    """All parts, small, with weights by rule."""
-    return load_seedset(seedset)
+def pipe(upstream_files):
+    """A pipeline with all parts, as small networks with generated weights."""
+    return load_upstream_files(upstream_files)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_the_images_chosen_are_those_of_the_one_call_to_the_bit(pipe, wall, tmp_
     assert pipe.refine(loaded.best(2), **GUIDED) == call
 
 
-def test_another_choice_has_the_noise_of_its_place_and_a_recipe_that_repeats(pipe, wall, tmp_path):
+def test_other_chosen_images_have_the_noise_of_their_rank_and_repeat(pipe, wall, tmp_path):
     out = pipe.refine(wall[5, 0], seamless=True, **CALL)
     folder = out.save(tmp_path)
     for place in (0, 1):
@@ -51,7 +51,7 @@ def test_another_choice_has_the_noise_of_its_place_and_a_recipe_that_repeats(pip
         unscored.best(1)
 
 
-def test_a_seed_per_image_a_kept_part_and_a_negative_prompt_go_on(pipe):
+def test_a_wall_keeps_generators_regions_and_negative_prompts(pipe):
     generators = [torch.Generator().manual_seed(k) for k in (7, 8)]
     start = dict(
         init_image=torch.zeros(256, dtype=torch.int64), keep_rows=8, negative_prompt="a sphere", guidance_scale=2.0
@@ -64,7 +64,7 @@ def test_a_seed_per_image_a_kept_part_and_a_negative_prompt_go_on(pipe):
     assert pipe.refine(both[order], **CALL) == call
 
 
-def test_numbers_are_those_shown(wall):
+def test_a_wall_is_indexed_by_the_numbers_shown(wall):
     assert len(wall) == 6 and [one.numbers for one in wall[4, 1]] == [(4,), (1,)]
     assert wall[4, 1][1].images == [wall.images[1]] and torch.equal(wall[4, 1].tokens, wall.tokens[[4, 1]])
     with pytest.raises(IndexError, match="no image 6 on this wall; it shows"):
@@ -88,7 +88,7 @@ def test_a_notebook_shows_each_image_with_its_number(wall):
     assert len(corners) == 6 and sheet.crop(corner).tobytes() != other.crop(corner).tobytes()
 
 
-def test_what_cannot_be_refined_is_said_before_any_work(pipe, wall, monkeypatch):
+def test_what_cannot_be_refined_is_an_error_before_any_work(pipe, wall, monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("work began")
 
@@ -110,7 +110,7 @@ def test_what_cannot_be_refined_is_said_before_any_work(pipe, wall, monkeypatch)
         pipe.refine(Wall("a", wall.images, wall.tokens, None, {**wall.settings, "seed": None})[1])
 
 
-def test_a_wall_of_other_weights_is_told(pipe, wall):
+def test_a_wall_of_other_weights_gives_a_warning(pipe, wall):
     other = Wall(wall.prompt, wall.images, wall.tokens, None, wall.settings | {"weights": {"vqgan": "0123"}})
     with pytest.warns(UserWarning, match="the vqgan of this pipeline has the hash '.*'; the wall was made with '0123'"):
         pipe.refine(other[0], **CALL)
@@ -120,7 +120,7 @@ ODD = [None, "x", -1, 1.5, 10**30, True, [1], {"a": 1}, "\ud800"]
 
 
 @pytest.mark.parametrize("name", ["prompt", "numbers", "clip_scores", "settings", *["seed", "kept", "batch_size", "a"]])
-def test_whatever_a_strangers_wall_holds_is_taken_or_refused(pipe, wall, tmp_path, name, monkeypatch):
+def test_an_untrusted_wall_is_loaded_or_refused(pipe, wall, tmp_path, name, monkeypatch):
     monkeypatch.setattr("dall3.wall.refine_wall", lambda *args: iter(()))
     folder = wall.save(tmp_path / "wall")
     good = json.loads((folder / "wall.json").read_text())
@@ -159,7 +159,7 @@ def test_the_command_draws_a_wall_and_refines_what_is_picked_later(pipe, tmp_pat
         (["--pick", "5,x"], "expected numbers on the wall, such as 3,7"),
         (["--pick", "5"], "already holds 5-fine.png"),
         (["--pick", "5", "--seed", "9"], "the wall has seed 4"),
-        (["--pick", "5", "--num_batches", "2"], "--num_batches does not go with --pick"),
+        (["--pick", "5", "--num_batches", "2"], "--num_batches and --pick exclude each other"),
     ]:
         assert main(["upsample", "--input", str(folder), *options]) == 2
         assert words in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The page in the browser: its handlers, and the page itself, driven in Chromium."""
+"""The web page: its handlers, and the page itself in Chromium."""
 
 import json
 import shutil
@@ -70,13 +70,13 @@ def test_a_call_shows_the_picture_as_it_forms_and_then_before_and_after(page, tm
         ({"prompt": "cube " * 200}, "tokens"),
     ],
 )
-def test_what_cannot_be_drawn_is_said_in_the_librarys_words(page, changed, words):
+def test_the_page_shows_the_librarys_error_messages(page, changed, words):
     given = dict(prompt="a cube", seed=0, images=1, candidates=1, steps=2, guidance=0, start=None, change=0.5) | changed
     with pytest.raises(gr.Error, match=words):
         next(handler(page, "draw")(*given.values()))
 
 
-def test_uploads_are_checked_to_be_pictures_of_a_size(page, tmp_path):
+def test_uploads_are_checked_for_kind_and_size(page, tmp_path):
     (tmp_path / "note.png").write_text("not a picture")
     Image.new("RGB", (600, 600)).save(tmp_path / "large.png")
     Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
@@ -90,7 +90,7 @@ def test_uploads_are_checked_to_be_pictures_of_a_size(page, tmp_path):
     assert open_picture(str(tmp_path / "red.png"), Limits()).getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_a_picture_made_here_fills_the_fields_and_can_be_varied(page, pipe, tmp_path):
+def test_an_image_of_the_page_restores_its_settings_and_can_be_varied(page, pipe, tmp_path):
     settings = dict(num_candidates=3, seed=5, num_inference_steps=5, clip_guidance_scale=0.0, progress=False)
     pipe("a blue cube", 1, **settings).save(tmp_path)
     fields = handler(page, "read_recipe")(str(tmp_path / "0.png"))
@@ -103,7 +103,7 @@ GOOD = {"num_images": 1, "num_candidates": 3, "seed": 5, "num_inference_steps": 
 
 
 def recipe_with(folder, recipe):
-    """The path of a PNG that holds a stranger's recipe."""
+    """The path of a PNG with an untrusted recipe."""
     about = PngInfo()
     about.add_itxt(RECIPE, recipe if isinstance(recipe, str) else json.dumps(recipe))
     Image.new("RGB", (8, 8)).save(folder / "theirs.png", pnginfo=about)
@@ -117,7 +117,7 @@ def whole(settings=GOOD):
 
 
 @pytest.mark.parametrize("odd", [None, "x", "10,10,5", -1, 1.5, 1e300, 10**30, True, [1], {"a": 1}, "\ud800", "<b>"])
-def test_whatever_a_strangers_recipe_holds_is_shown_or_refused(page, tmp_path, odd):
+def test_an_untrusted_recipe_is_shown_or_refused(page, tmp_path, odd):
     recipes = [whole() | {name: odd} for name in whole()]
     recipes += [whole(GOOD | {name: odd}) for name in GOOD] + [json.dumps(odd), [whole()], "{", "[" * 10**5]
     for recipe in recipes:
@@ -172,7 +172,7 @@ def test_the_unequal_steps_of_some_weights_are_kept_until_they_are_changed(pipe,
 
 
 @pytest.mark.parametrize("odd", [None, "x", float("nan"), float("inf"), [1]])
-def test_whatever_is_sent_in_place_of_a_number_is_refused(page, odd):
+def test_values_that_are_not_numbers_are_refused(page, odd):
     for place in range(1, 6):
         values = ["a cube", 0, 1, 1, 2, 0, None, 0.5]
         values[place] = odd
@@ -182,7 +182,7 @@ def test_whatever_is_sent_in_place_of_a_number_is_refused(page, odd):
             next(handler(page, "draw")(*values))
 
 
-def test_only_what_was_uploaded_is_read_and_nothing_is_fetched(pipe, tmp_path, monkeypatch):
+def test_only_uploaded_files_are_read_and_no_address_is_requested(pipe, tmp_path, monkeypatch):
     fetched = []
 
     async def fetch(address, *args, **kwargs):
@@ -223,7 +223,7 @@ def test_only_what_was_uploaded_is_read_and_nothing_is_fetched(pipe, tmp_path, m
 
 
 def chosen(index):
-    """What the browser sends when an image of a gallery is selected."""
+    """The event that the browser sends when an image of a gallery is selected."""
     return gr.SelectData(None, {"index": index, "value": None})
 
 
@@ -281,13 +281,13 @@ def test_a_painted_part_is_drawn_again_and_the_rest_stays(page, pipe, tmp_path):
         next(handler(page, "draw")("a red cube", 3, 1, 1, 5, 0, None, 0.5, edited))
 
 
-def test_a_seed_is_kept_or_drawn_anew(page):
+def test_a_seed_is_kept_or_chosen_again(page):
     next_seed = handler(page, "next_seed")
     assert next_seed(7, True) == 7 and next_seed(None, True) is None
     assert len({next_seed(7, False) for _ in range(4)} | {7}) == 5
 
 
-def test_weights_are_those_of_this_machine_and_others_are_fetched_only_where_allowed(pipe, tmp_path, monkeypatch):
+def test_weights_on_this_machine_can_be_chosen_and_others_downloaded_if_allowed(pipe, tmp_path, monkeypatch):
     monkeypatch.setenv("DALL3_HOME", str(tmp_path))
     monkeypatch.setenv("DALL3_OFFLINE", "1")
     shelf = Shelf(pipe, fetching=True)
@@ -307,7 +307,7 @@ def test_weights_are_those_of_this_machine_and_others_are_fetched_only_where_all
         handler(page, "use_weights")("dalle-mega")
 
 
-def test_a_missing_gradio_and_a_wrong_limit_are_said(monkeypatch, capsys):
+def test_a_missing_gradio_and_an_invalid_limit_are_errors(monkeypatch, capsys):
     assert main(["web", "--max_steps", "0"]) == 2
     assert "steps=0; expected a whole number from 1" in capsys.readouterr().err
     monkeypatch.setitem(__import__("sys").modules, "dall3.web", None)
@@ -316,7 +316,7 @@ def test_a_missing_gradio_and_a_wrong_limit_are_said(monkeypatch, capsys):
 
 
 class Watched:
-    """A pipeline that tells which of its streams were ended before they were done."""
+    """A pipeline that records which of its streams were ended early."""
 
     def __init__(self, pipe):
         self.pipe, self.ended, self.finished = pipe, threading.Event(), 0
@@ -329,7 +329,7 @@ class Watched:
         try:
             for preview in self.pipe.stream(*args, **kwargs):
                 yield preview
-                time.sleep(0.05)  # slow enough to be looked at
+                time.sleep(0.05)  # slow enough to observe
             done, self.finished = True, self.finished + 1
         finally:
             if not done:
@@ -346,7 +346,7 @@ def test_the_page_in_a_browser(pipe, tmp_path):
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
             page = browser.new_page(viewport={"width": 390, "height": 844})
-            page.set_default_timeout(120_000)  # a busy machine takes its time
+            page.set_default_timeout(120_000)  # for a busy machine
             asked = []
             page.on("request", lambda request: asked.append(request.url))
             page.goto(address)

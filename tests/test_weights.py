@@ -1,4 +1,4 @@
-"""Weights as folders: what is written is read back, what is broken is said, and the bundled weights draw offline."""
+"""Pipeline folders: saving and loading, errors of damaged folders, and the bundled weights offline."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_half_precision_halves_the_file_and_keeps_three_digits(tmp_path: Path) -
         torch.testing.assert_close(value, model.state_dict()[key], rtol=1e-3, atol=1e-4)
 
 
-def test_what_is_wrong_with_a_folder_is_said(tmp_path: Path) -> None:
+def test_errors_name_what_is_wrong_with_a_folder(tmp_path: Path) -> None:
     def fails(words: str) -> None:
         with pytest.raises(CheckpointError) as error:
             Dall3Pipeline.from_pretrained(tmp_path)
@@ -152,7 +152,7 @@ def test_the_bundled_settings_are_the_same_by_folder_and_by_name(offline: None) 
     assert Dall3Pipeline.from_pretrained().defaults == Dall3Pipeline.from_pretrained("mini").defaults == own
 
 
-def test_a_picture_of_the_bundled_weights_is_repeated_by_a_pipeline_that_has_not_ranked_yet(tmp_path: Path) -> None:
+def test_a_bundled_image_is_repeated_before_clip_is_loaded(tmp_path: Path) -> None:
     out = Dall3Pipeline.from_pretrained()("a red cube", seed=0, num_inference_steps=5, progress=False)
     out.save(tmp_path / "out")
     with warnings.catch_warnings():
@@ -173,7 +173,7 @@ def test_the_bundled_upsampler_refines_and_keeps_the_picture(offline: None) -> N
     assert after > before - 1
 
 
-def test_the_bundled_pipeline_draws_what_is_asked_offline(offline: None) -> None:
+def test_the_bundled_pipeline_draws_the_prompt_offline(offline: None) -> None:
     pipe = Dall3Pipeline.from_pretrained()
     for colour, channel in (("red", 0), ("green", 1), ("blue", 2)):
         tokens = pipe.generate_tokens(f"a large {colour} sphere on a white background", 4, seed=0, progress=False)
@@ -183,7 +183,7 @@ def test_the_bundled_pipeline_draws_what_is_asked_offline(offline: None) -> None
         assert middle.argmax() == channel, f"the middle of {colour} is {middle.tolist()}"
 
 
-def test_the_bundled_pipeline_reads_words_that_the_captions_have_not(offline: None) -> None:
+def test_the_bundled_pipeline_encodes_words_that_the_captions_do_not_have(offline: None) -> None:
     pipe = Dall3Pipeline.from_pretrained()
     for words, meant in (("a Golden torus", "a gold torus"), ("a wooden cube", "a wood cube")):
         assert torch.equal(pipe.text_encoder(words), pipe.text_encoder(meant))
@@ -213,12 +213,12 @@ def test_a_pipeline_can_be_copied_and_guide_wherever_its_clip_was_loaded() -> No
     assert not any(parameter.is_inference() for parameter in pipe.clip.parameters())
 
 
-def test_the_bundled_clip_is_loaded_when_it_is_needed() -> None:
+def test_the_bundled_clip_is_loaded_on_first_use() -> None:
     done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def test_the_bundled_clip_knows_which_picture_is_which(offline: None) -> None:
+def test_the_bundled_clip_tells_the_images_apart(offline: None) -> None:
     pipe = Dall3Pipeline.from_pretrained()
     scenes = [Scene("cube", "wood"), Scene("sphere", "grass"), Scene("torus", "blue"), Scene("star", "gold")]
     pictures = torch.stack([torch.from_numpy(render(scene, 128)).permute(2, 0, 1) / 255 for scene in scenes])

@@ -124,15 +124,15 @@ def generate(
         with closing(Store(out, book, about | job.settings(), prompts_per_shard)) as store:
             rows = [first_row(prompt) for prompt in book if not store.is_done(prompt.number)]
             if ray is None:
-                done = in_a_loop(job, rows, pipe.to(device))
+                done = run_in_loop(job, rows, pipe.to(device))
             else:
                 del pipe
                 done = ray_engine.run_on_ray(job, rows, **sizes)
-            keep(done, store, len(book) - len(rows), len(book), progress)
+            store_finished(done, store, len(book) - len(rows), len(book), progress)
             return Report(store.finish(), len(book), store.failures())
 
 
-def keep(done: Iterator[Row], store: Store, before: int, total: int, progress: bool) -> None:
+def store_finished(done: Iterator[Row], store: Store, before: int, total: int, progress: bool) -> None:
     """Store each finished prompt and show the progress: prompts per second, time left, failures."""
     failed = 0
     with tqdm(total=total, initial=before, unit="prompt", disable=not progress) as bar:
@@ -146,7 +146,7 @@ def keep(done: Iterator[Row], store: Store, before: int, total: int, progress: b
             bar.update()
 
 
-def in_a_loop(job: Job, rows: Sequence[Row], pipe: Dall3Pipeline) -> Iterator[Row]:
+def run_in_loop(job: Job, rows: Sequence[Row], pipe: Dall3Pipeline) -> Iterator[Row]:
     """Run all stages in this process, prompt after prompt, and yield the finished rows."""
     stages = [stage(job, pipe) for stage in STAGES]
     with torch_threads(job.threads):

@@ -23,7 +23,7 @@ class Job:
 
     weights: str | None
     dtype: str
-    threads: int  # torch threads per stage; another number can change a sampled token by rounding
+    threads: int  # torch threads per stage; their number affects rounding, which can change a sampled token
     devices: dict[str, str]  # device of each stage
     refine: bool
     rank_batch_size: int
@@ -35,7 +35,7 @@ class Job:
 
     def settings(self) -> dict[str, Any]:
         """The settings that determine the images. They include the content of the weights, but not their location."""
-        redundant = ("weights", "sampling", "denoising")  # the recipe has the last two
+        redundant = ("weights", "sampling", "denoising")  # the recipe contains the last two
         return {name: value for name, value in asdict(self).items() if name not in redundant}
 
 

@@ -18,10 +18,12 @@ from dall3.batch.job import STAGE_NAMES, Job
 from dall3.batch.stages import STAGES, Row
 from dall3.errors import require
 
-PROMPTS_PER_EXECUTION = 10_000  # each is a block that the driver keeps track of
-PATIENCE = 4 * 3600  # seconds without progress: a prompt may be 1,024 candidates of a large network on a slow core
-RESTARTS = 3  # of executions without a finished prompt
-AHEAD, PICTURES = 8, 64 << 20  # per worker: prompts that wait to be ranked, and bytes of finished files
+PROMPTS_PER_EXECUTION = 10_000  # bounds the blocks that the driver keeps track of, one per prompt
+# Seconds without progress after which an execution ends. Drawing 1,024 candidates of one prompt with a large network on
+# a slow core may take hours.
+PATIENCE = 4 * 3600
+RESTARTS = 3  # consecutive restarts without a finished prompt
+AHEAD, FILES = 8, 64 << 20  # per worker: most drawn prompts that wait to be ranked, most bytes of finished files
 
 # Fractions of a worker's resources. Drawing is nearly all of the work: no two drawing actors fit on one GPU.
 SHARES = {"draw": 0.8, "rank": 0.1, "refine": 0.1}
@@ -105,7 +107,7 @@ def execution(
     context.execution_no_progress_timeout_s = PATIENCE
     # A bound on the tokens that wait for a slower stage: at the bound, the stage before it waits.
     waiting = AHEAD * job.recipe["num_candidates"] * job.tokens * np.dtype(job.token_type).itemsize
-    limit = (waiting + PICTURES) * max(workers.values())
+    limit = (waiting + FILES) * max(workers.values())
     context.execution_options.resource_limits = ExecutionResources(object_store_memory=limit)
     with DataContext.current(context):
         # One block per prompt, so that little is repeated after a failure.

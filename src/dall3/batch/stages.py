@@ -28,7 +28,7 @@ from dall3.weights.registry import PARTS
 
 Row = dict[str, Any]
 ATTEMPTS = 4  # per stage, before a prompt is recorded as failed
-MAX_CHARACTERS = 10_000  # of a prompt: tokenizing megabytes takes gigabytes, and no transformer has room for them
+MAX_CHARACTERS = 10_000  # of a prompt: tokenizing megabytes of text takes gigabytes of memory
 
 
 def first_row(prompt: Prompt) -> Row:
@@ -77,7 +77,7 @@ class Stage(ABC):
 
     @abstractmethod
     def work(self, row: Row) -> Row:
-        """The columns to update. An error column marks a permanent failure; a raised exception may be temporary."""
+        """Returns the columns to update. A column "error" is a permanent failure; an exception may be temporary."""
 
     def tokens(self, row: Row) -> np.ndarray:
         """The candidates' tokens, (n, image tokens)."""
@@ -124,7 +124,7 @@ class Rank(Stage):
 
 
 class Refine(Stage):
-    """Refines the best candidates, if the run does so, and packs the encoded files in a tar."""
+    """Refines the best candidates, unless the run skips it, and packs the encoded files in a tar."""
 
     name, parts, adds = "refine", ("vqgan", "clip", "upsampler"), ("files",)
 

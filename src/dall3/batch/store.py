@@ -2,7 +2,7 @@
 
 manifest.json           the settings; a resumed run must have the same
 prompts/00000012.tar    a finished prompt of a shard that is not complete yet
-pictures-000000.tar     a shard: the pictures of `prompts_per_shard` prompts, in order
+pictures-000000.tar     a shard: the images of `prompts_per_shard` prompts, in order
 index/000000.parquet    the shard's rows of the index; written after the shard, it marks the shard as done
 index.parquet           all rows, written at the end
 
@@ -32,22 +32,23 @@ from dall3.tar import read_members
 
 logger = logging.getLogger(__name__)
 
-PROMPT, SHARD, PART = r"(\d{8})\.tar", r"pictures-(\d{6})\.tar", r"(\d{6})\.parquet"  # names of files, with a number
-SHARD_SIZE = b"shard bytes"  # in a part of the index: the size of its shard's file
+# Names of the files of a prompt, a shard and a part of the index, each with its number.
+PROMPT, SHARD, PART = r"(\d{8})\.tar", r"pictures-(\d{6})\.tar", r"(\d{6})\.parquet"
+SHARD_SIZE = b"shard bytes"  # key of the metadata of a part of the index: size of the shard in bytes
 
 SCHEMA = pa.schema(
     {
         "number": pa.int64(),  # of the prompt
         "prompt": pa.string(),
         "seed": pa.int64(),
-        "place": pa.int32(),  # of the picture among the prompt's, best first; null where the prompt failed
+        "place": pa.int32(),  # rank of the image among the prompt's, best first from 0; null if the prompt failed
         "candidate": pa.int32(),  # the candidate's number
         "score": pa.float32(),  # CLIP's cosine similarity; null without CLIP
         "tokens": pa.list_(pa.int32()),
         "file": pa.string(),  # the shard
-        "key": pa.string(),  # the picture's name in it, before the first dot
-        "recipe": pa.string(),  # JSON: with the columns above what the PNG carries
-        "error": pa.string(),  # why the prompt failed; null where it did not
+        "key": pa.string(),  # the image's name in the shard, before the first dot
+        "recipe": pa.string(),  # JSON: the settings; the rest of the PNG's recipe is in the columns above
+        "error": pa.string(),  # why the prompt failed; null if it did not
         "retry": pa.bool_(),  # whether a resumed run tries it again
     }
 )
@@ -110,19 +111,22 @@ class Store:
                     path.unlink()
 
     def _numbered(self, folder: str, pattern: str, count: int) -> dict[int, Path]:
-        """The files of a folder by their numbers. Raises ValueError for a file that no run wrote."""
+        """The files of a folder by their numbers. Raises ValueError for a file that this run did not write."""
         found = {}
         for path in sorted((self.folder / folder).iterdir()):
             match = re.fullmatch(pattern, path.name)
             belongs = match is not None and int(match[1]) < count and path.is_file()
-            require(belongs or path.suffix not in (".tar", ".parquet"), f"{path} is not of this run; move it away")
+            require(
+                belongs or path.suffix not in (".tar", ".parquet"), f"{path} is not a file of this run; move it away"
+            )
             if match is not None and belongs:
                 found[int(match[1])] = path
         return found
 
     def _find(self) -> None:
-        """Find what is done. Prompts are drawn again if their failure may have been temporary, or if their files are
-        missing, cut or damaged.
+        """Find the finished shards and prompts.
+
+        A prompt is drawn again if its failure may have been temporary, or if its files are missing or damaged.
         """
         shards = self._numbered("index", PART, -(-len(self.prompts) // self.per_shard))
         for shard, part in list(shards.items()):
@@ -132,13 +136,15 @@ class Store:
                 logger.warning("%s is missing or damaged; drawing its prompts again", path if size else part)
                 shards.pop(shard).unlink()
             elif retry:
-                self._take_apart(shard)
+                self._split_shard(shard)
                 shards.pop(shard).unlink()
         saved = self._numbered("prompts", PROMPT, len(self.prompts))
         for number, path in list(saved.items()):
             if number // self.per_shard in shards:
-                saved.pop(number).unlink()  # the run ended between the shard's index and this
-            elif not holds_pictures(path):
+                saved.pop(
+                    number
+                ).unlink()  # the run ended after the shard's index was written and before this file was removed
+            elif not is_complete_tar(path):
                 logger.warning("%s is damaged; drawing its prompt again", path)
                 saved.pop(number).unlink()
         self.shards, self.saved = set(shards), set(saved)
@@ -226,7 +232,7 @@ class Store:
             self.saved.discard(number)
             self.failed.pop(number, None)
 
-    def _take_apart(self, shard: int) -> None:
+    def _split_shard(self, shard: int) -> None:
         """Split a shard into the tars of its prompts, as they were before; failed prompts have none."""
         with tarfile.open(self._shard_path(shard)) as tar:
             for number, members in groupby(tar, key=lambda member: int(member.name.partition("-")[0])):
@@ -253,7 +259,7 @@ def read_part(path: Path) -> tuple[int | None, bool]:
         return None, False
 
 
-def holds_pictures(path: Path) -> bool:
+def is_complete_tar(path: Path) -> bool:
     """Whether a prompt's tar is complete and not empty."""
     try:
         members, whole = read_members(path)
@@ -263,6 +269,7 @@ def holds_pictures(path: Path) -> bool:
 
 
 def index_row(recipe: dict[str, Any], file: str, key: str) -> dict[str, Any]:
+    """The row of an image in the index. file: name of its shard. key: name of the image in the shard."""
     settings = recipe["settings"]
     columns = {name: recipe[name] for name in ("number", "prompt", "place", "candidate", "tokens")}
     return columns | {

@@ -24,8 +24,9 @@ from dall3.cli.options import (
 )
 from dall3.cli.options import sampling as given_sampling
 
+# Options that only apply with --dalle_path.
 WITH_DALLE_PATH = ("bpe_path", "vqgan_model_path", "vqgan_config_path", "openai_vae", "diffusion_path", "model_config")
-# Upstream's defaults, which apply with --dalle_path. A folder of weights has its own, as from Python.
+# Upstream's defaults, which apply with --dalle_path. With --weights, those of the weights apply, as from Python.
 UPSTREAM_TOP_P = 0.9
 UPSTREAM_TEXT_TOP_K = 0.5  # for --gentxt
 RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9¹²³])(\..*)?", re.IGNORECASE)  # device names on Windows
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
         write |= given(args, "temperature", "top_k")
         prompts = [pipe.complete_text(prompt, truncate=args.truncate, **write) for prompt in prompts]
     truncate = args.truncate or args.gentxt
-    for prompt in prompts:  # a prompt that does not fit is an error before the first picture is drawn
+    for prompt in prompts:  # a prompt that cannot be encoded is an error before the first image is drawn
         pipe.text_encoder.check(prompt)
         pipe.text_encoder(prompt, truncate)
     # Encode and decode, so that the bytes are the same if Python assumes ASCII as the file system's encoding.
@@ -127,7 +128,7 @@ def check(args: argparse.Namespace, candidates: int, sampling: dict[str, Any]) -
 
 
 def refines(args: argparse.Namespace) -> bool:
-    """Whether the images may be refined. With a folder of weights that depends on its parts."""
+    """Whether the options allow a refinement. With --weights it also depends on the parts of the set."""
     return args.dalle_path is None or args.diffusion_path is not None
 
 

@@ -145,7 +145,7 @@ def open_image(path: str) -> Image:
 
 
 def with_dashes(add: Callable[..., Any]) -> Callable[..., Any]:
-    """`add_argument` that accepts --some-name where --some_name is declared."""
+    """Wrap `add_argument`, so that an option --some_name can also be written --some-name."""
 
     def add_both(*names: str, **how: Any) -> Any:
         dashed = (name.replace("_", "-") for name in names if name.startswith("--"))

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
         for _ in tqdm(pool.map(job, range(args.count), chunksize=8), total=args.count, desc="rendering"):
             pass
-    print(f'rendered {args.count} pictures with captions in "{out}"')
+    print(f'rendered {args.count} images with captions in "{out}"')
 
 
 def render_scene(index: int, out: Path, size: int, seed: int) -> None:

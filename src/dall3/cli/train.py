@@ -14,9 +14,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", choices=(*MODELS, "family"), help="the part to train, in this order, or family for all from scratch")
     add("--out", required=True, metavar="FOLDER", help="folder of weights; parts trained earlier are read from it")
-    add("--config", metavar="TOML", help="settings (default, also of those left out: the bundled weights')")
+    add(
+        "--config",
+        metavar="TOML",
+        help="settings (default, also for settings left out: the recipe of the bundled weights)",
+    )
     add("--resume", action="store_true", help="continue from the checkpoints in --out")
-    add("--minutes", type=float, help="time of the training, instead of steps (family: all parts; default: 600)")
+    add("--minutes", type=float, help="minutes of training, instead of steps (family: for all parts; default: 600)")
     add("--device", help="cuda, cuda:1, cpu, … (default: the GPU, or the CPU; family: every GPU)")
     part = parser.add_argument_group("options for one part")
     add = part.add_argument
@@ -29,7 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = family.add_argument
     add("--emoji", default="emoji", help="folder or archive of the emoji, downloaded if needed (default: %(default)s)")
     add("--tiny", action="store_true", help="train very small networks, to test the command")
-    add("--commit", help="commit of this library, for the model card (default: asked of git)")
+    add("--commit", help="commit of this library, for the model card (default: that of its git repository)")
 
 
 def run(args: argparse.Namespace) -> None:

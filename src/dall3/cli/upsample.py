@@ -16,8 +16,8 @@ from dall3.cli.options import (
     refinement,
 )
 
-MODEL_PATH, VAE_PATH = "./models/model-latest.pt", "./models/vqgan_gumbel_f8/checkpoints/last.ckpt"  # sample.py's
-WHOLE = 1000  # --stop_at that stops nowhere
+MODEL_PATH, VAE_PATH = "./models/model-latest.pt", "./models/vqgan_gumbel_f8/checkpoints/last.ckpt"  # of sample.py
+ALL_STEPS = 1000  # default of --stop_at: do not stop early
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--num_batches", type=int, default=1, help="number of batches (default: %(default)s)")
     add("--batch_size", type=int, default=1, help="images in a batch (default: %(default)s)")
     add("--output_size", type=int, help="width and height of the result in pixels (default: the model's, or 512)")
-    add("--stop_at", type=int, default=WHOLE, help="stop after this many steps: fewer give a smoother image")
+    add("--stop_at", type=int, default=ALL_STEPS, help="stop after this many steps: fewer give a smoother image")
     add("--cpu", action="store_true", help="run on the CPU, as --device cpu")
     add("--outputs_dir", default=".", help="folder of the results (default: %(default)s)")
     add_refinement(parser)
@@ -76,7 +76,8 @@ def run(args: argparse.Namespace) -> None:
     require(not args.dvae_mode or isinstance(pipe.vqgan, DiscreteVAE), f"--dvae_mode: {given} is not a DiscreteVAE")
     size = args.output_size
     if is_upscaler:
-        unset = {"clip_guidance_scale"} | ({"stop_at"} if args.stop_at == WHOLE else set())  # what was not asked for
+        # An upscaler refuses denoising settings. Leave out those that hold a default or switch guidance off.
+        unset = {"clip_guidance_scale"} | ({"stop_at"} if args.stop_at == ALL_STEPS else set())
         settings = {name: value for name, value in settings.items() if name not in unset}
     elif size is None:
         size = 512 if network.config.super_resolution else network.config.image_size
@@ -90,9 +91,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def load(args: argparse.Namespace, needs_vae: bool, bundled: bool = False) -> Any:
-    """Load the pipeline from --weights or from the files. bundled: where neither is given, the bundled weights.
+    """Load the pipeline from --weights or from the files. Raises ValueError for weights without an upsampler.
 
-    needs_vae: load the VAE for any kind of UNet. Raises ValueError for weights without an upsampler.
+    needs_vae: load a VAE even if the UNet is not conditioned on code embeddings. bundled: load the bundled weights if
+    neither --weights nor files are given.
     """
     from dall3.errors import require
     from dall3.models.unet import UNet
@@ -124,7 +126,10 @@ def load(args: argparse.Namespace, needs_vae: bool, bundled: bool = False) -> An
 
 
 def refine_picked(args: argparse.Namespace) -> None:
-    """Refine the images of a wall that --pick names, as one call of `dall3 generate` would have."""
+    """Refine the images of a wall that --pick selects.
+
+    They are the images of a `dall3 generate` call that would have chosen the same candidates.
+    """
     from dall3.errors import require
     from dall3.output import File, check_free, write_files
     from dall3.tokens.sampling import check_counts
@@ -134,15 +139,16 @@ def refine_picked(args: argparse.Namespace) -> None:
     require(all(text.isdecimal() for text in numbers), f"--pick {args.pick}; expected numbers on the wall, such as 3,7")
     check_counts(batch_size=args.batch_size, stop_at=args.stop_at)
     for name, default in (("image_prompts", None), ("num_batches", 1), ("dvae_mode", False)):
-        require(getattr(args, name) == default, f"--{name} does not go with --pick; leave one of them out")
+        require(getattr(args, name) == default, f"--{name} and --pick exclude each other; pass one of them")
     try:
         wall = Wall.load(args.input)[[int(text) for text in numbers]]
     except IndexError as error:
         raise ValueError(f"--pick {args.pick}: {error}") from None
-    own = wall.settings.get("seed")
-    require(args.seed in (0, own), f"--seed {args.seed} does not go with --pick: the wall has seed {own}, and keeps it")
+    wall_seed = wall.settings.get("seed")
+    valid = args.seed in (0, wall_seed)
+    require(valid, f"--seed {args.seed} does not apply with --pick: the wall has seed {wall_seed}")
     settings = refinement(args)
-    settings |= {} if args.stop_at == WHOLE else {"stop_at": args.stop_at + 2}
+    settings |= {} if args.stop_at == ALL_STEPS else {"stop_at": args.stop_at + 2}
     check_denoising(settings)
     settings |= {} if args.text is None else {"guidance_prompt": decoded(args.text)}
     settings |= {} if args.output_size is None else {"output_size": args.output_size}

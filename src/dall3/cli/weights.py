@@ -62,7 +62,7 @@ def weights_table(sets: list[Any]) -> str:
             rows.append((name, part.name, size, part.licence, here, part.source))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    abouts = [f"{one.name}: {'. '.join(filter(None, (one.about, one.needs)))}" for one in sets if one.about]
+    abouts = [f"{one.name}: {one.about}{f'. Needs {one.needs}' if one.needs else ''}" for one in sets if one.about]
     return "\n".join([*lines, "", *abouts, "", f"cache (DALL3_HOME): {cache_dir()}"])
 
 

@@ -55,7 +55,7 @@ def check_tokenizer(text: str) -> str:
             for inner in part[lists[place]]:
                 check(place, inner)
         elif kind not in PARTS[place]:
-            raise ValueError(f"its {place} is a {kind}; expected some of {', '.join(PARTS[place])}")
+            raise ValueError(f"its {place} is a {kind}; expected one of {', '.join(PARTS[place])}")
         if kind == "Precompiled":  # sentencepiece's, as XLM-R has it
             growth *= max(longest_replacement(part.get("precompiled_charsmap") or ""), 1)
         added = max(len(part.get(key) or "") for key in ("content", "prepend"))
@@ -111,6 +111,7 @@ class HuggingFaceTokenizer:
 
 
 def bert_json(vocabulary: str) -> str:
+    """Convert the content of BERT's vocab.txt to the JSON of a tokenizer."""
     from tokenizers import BertWordPieceTokenizer
 
     ids = {token: i for i, token in enumerate(vocabulary.removesuffix("\n").split("\n"))}

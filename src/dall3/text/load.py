@@ -42,6 +42,7 @@ def load_text_encoder(
 
 
 def find_vocabulary(folder: Path) -> Path:
+    """Path of the vocabulary of DALL·E Mini in a folder. Raises FileNotFoundError if there is none, or several."""
     found = [path for path in sorted(folder.glob("vocab*.json")) if find_merges(path).is_file()]
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
@@ -95,6 +96,7 @@ def check_tokenizer_file(path: Path) -> None:
 
 
 def read_text(path: Path) -> str:
+    """Read a file as UTF-8 text. Raises the errors of `load_tokenizer`."""
     if not path.is_file():
         problem = IsADirectoryError if path.is_dir() else FileNotFoundError
         raise problem(f"{path} is not a file; {EXPECTED}")

@@ -25,9 +25,9 @@ class TextEncoder:
     after: tuple[int, ...] = ()  # special ids after the prompt
     padding = 0
     special_ids = frozenset({0})  # ids that `decode` leaves out
-    family = "this transformer"  # used in error messages, as `letters`
-    letters = "letters that its tokenizer knows"
-    usual_length = 256  # default of text_seq_len
+    family = "this transformer"  # name of the family in error messages
+    letters = "letters that its tokenizer knows"  # letters that the family reads, in error messages
+    default_text_seq_len = 256
 
     known_words: KnownWords | None = None
 
@@ -66,16 +66,16 @@ class TextEncoder:
         return ids[: self.text_seq_len]
 
     def check(self, prompt: str) -> None:
-        """Raise ValueError for a prompt that is empty, has no letter that the tokenizer knows, or has no word that the
-        transformer's training had.
+        """Raise ValueError for a prompt that is empty or that the transformer cannot know.
 
-        An example is a prompt in another language. `__call__` accepts such prompts, as the original code does.
+        That is a prompt without a letter that the tokenizer knows, such as one in another script, or without a word
+        that occurs in the training captions. `__call__` accepts such prompts, as the original code does.
         """
         if not prompt.strip():
             raise ValueError(f"the prompt {prompt!r} is empty; expected text")
         written = {letter for letter in prompt.lower() if letter.isalpha()}
         nothing = not self.tokenizer.encode(self.prepare(prompt))
-        if nothing or (written and not self.letters_read(prompt)):
+        if nothing or (written and not self.readable_letters(prompt)):
             raise ValueError(f"{self.family} cannot read the prompt {prompt!r}: it reads {self.letters}")
         if self.known_words is not None and self.known_words.none_known(prompt):
             raise ValueError(
@@ -84,7 +84,7 @@ class TextEncoder:
             )
 
     def unknown_words(self, prompt: str) -> list[str]:
-        """The words of a prompt that the transformer's training never had; none if they are not recorded.
+        """The words of a prompt that do not occur in the training captions; none if the captions are not recorded.
 
         >>> from dall3 import Dall3Pipeline
         >>> Dall3Pipeline.from_pretrained().text_encoder.unknown_words("a small cube made of plutonium")
@@ -97,7 +97,7 @@ class TextEncoder:
         found = self.known_words.examples[:4] if self.known_words is not None else ()
         return " or ".join(map(repr, found)) or "the words in its words.txt"
 
-    def letters_read(self, prompt: str) -> set[str]:
+    def readable_letters(self, prompt: str) -> set[str]:
         """Letters of a prompt that survive encoding and decoding."""
         text = self.prepare(prompt)
         return {letter for letter in text if letter.isalpha()} & {*self.tokenizer.decode(self.tokenizer.encode(text))}
@@ -119,7 +119,7 @@ class DalleMiniTextEncoder(TextEncoder):
     special_ids = frozenset({0, 1, 2, 3})
     family = "DALL·E Mini"
     letters = "English, the letters a to z"
-    usual_length = 64
+    default_text_seq_len = 64
 
     def prepare(self, prompt: str) -> str:
         if not prompt.isascii():
@@ -139,13 +139,13 @@ class RudalleTextEncoder(TextEncoder):
     special_ids = frozenset({0, 1, 2, 3})
     family = "ruDALL-E"
     letters = "Russian, in Cyrillic letters"
-    usual_length = 128
+    default_text_seq_len = 128
 
     def prepare(self, prompt: str) -> str:
         return prompt.lower().strip()
 
-    def letters_read(self, prompt: str) -> set[str]:
-        return {letter for letter in super().letters_read(prompt) if "\u0400" <= letter <= "\u04ff"}
+    def readable_letters(self, prompt: str) -> set[str]:
+        return {letter for letter in super().readable_letters(prompt) if "\u0400" <= letter <= "\u04ff"}
 
 
 KINDS: dict[str, type[TextEncoder]] = {
@@ -172,4 +172,4 @@ def text_encoder_of(
     """
     check_kind(kind)
     encoder = KINDS[kind]
-    return encoder(tokenizer, text_seq_len or encoder.usual_length, num_text_tokens or tokenizer.vocab_size)
+    return encoder(tokenizer, text_seq_len or encoder.default_text_seq_len, num_text_tokens or tokenizer.vocab_size)

@@ -1,4 +1,4 @@
-"""The words that a transformer knows: those of its training's captions, in the file words.txt of a pipeline folder.
+"""The words that a transformer knows: those of its training captions, in the file words.txt of a pipeline folder.
 
 Lines that begin with "#" are examples of captions, the others are words.
 """
@@ -13,13 +13,13 @@ from pathlib import Path
 WORDS = "words.txt"
 WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")  # letters and digits, with apostrophes inside
 PLAIN = re.compile(r"[a-z]+(?: [a-z]+){2,}", re.IGNORECASE)  # three words or more, without punctuation
-MOST_BYTES = 8 << 20
-EXAMPLES = 8  # captions in a file
+MAX_BYTES = 8 << 20
+EXAMPLES = 8  # most captions in a file
 
 
 @dataclass(frozen=True)
 class KnownWords:
-    """words: in lower case. examples: captions of the training data."""
+    """The content of words.txt. words: in lower case. examples: captions of the training data."""
 
     words: frozenset[str]
     examples: tuple[str, ...] = ()
@@ -48,7 +48,7 @@ def split_words(text: str) -> list[str]:
 
 
 def words_of(texts: Iterable[str], captions: Sequence[str]) -> KnownWords:
-    """The words of the texts, with a few short captions as examples."""
+    """Collect the words of the texts, and a few short ones of the captions as examples."""
     short = [text for text in dict.fromkeys(captions) if len(text) <= 40 and PLAIN.fullmatch(text)]
     return KnownWords(frozenset(word for text in texts for word in split_words(text)), tuple(short[:EXAMPLES]))
 
@@ -57,11 +57,11 @@ def read_words(path: Path) -> KnownWords | None:
     """Read words.txt. Returns None if there is no such file; raises ValueError if it is not a list of words."""
     if not path.is_file():
         return None
-    if path.stat().st_size > MOST_BYTES:
-        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; expected a list of words, one a line")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; expected a list of words, one per line")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8; expected a list of words, one a line") from None
+        raise ValueError(f"{path} is not UTF-8; expected a list of words, one per line") from None
     examples = tuple(line[1:].strip() for line in lines if line.startswith("#"))
     return KnownWords(frozenset(line.strip() for line in lines if line.strip() and line[0] != "#"), examples)

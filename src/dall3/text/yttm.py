@@ -23,7 +23,7 @@ class YttmTokenizer:
             raise ValueError("unknown format" if text.strip() else "it is empty")
         num_characters, num_merges, *body, self.unknown, pad, bos, eos = map(int, text.split())
         if len(body) != 2 * num_characters + 3 * num_merges:
-            raise ValueError(f"it is not as long as {num_characters} characters and {num_merges} merges need")
+            raise ValueError(f"its length does not match {num_characters} characters and {num_merges} merges")
         entries = iter(body)
         tokens = {i: chr(code) for code, i in islice(zip(entries, entries, strict=False), num_characters)}
         self.alphabet = set(tokens.values())

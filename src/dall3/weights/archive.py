@@ -138,7 +138,7 @@ class Unpickler(BaseUnpickler):
             self.storages[key] = storage
         return self.storages[key]
 
-    def plain(self, key: Any) -> Any:
+    def checked_key(self, key: Any) -> Any:
         """Check a dictionary key or set member and return it. Raises CheckpointError for a key that is unsafe to hash.
 
         Hashing nested tuples can take exponential time or overflow the stack, and integers can be chosen so that their
@@ -164,7 +164,7 @@ class Unpickler(BaseUnpickler):
         """Build a set and empty the list that it is made from, so that a pickle cannot copy the same list again."""
         if not isinstance(items, list):
             raise CheckpointError(f"a set is built from a {type(items).__name__}")
-        made = {self.plain(item) for item in items}
+        made = {self.checked_key(item) for item in items}
         items.clear()
         return made
 
@@ -177,18 +177,20 @@ class Unpickler(BaseUnpickler):
         self.stack[-1] = Placeholder(name.text) if known is None else known(*args)
 
     def load_build(self) -> None:
+        """Replace the call of `__setstate__`: store the state of a placeholder, ignore that of any other object."""
         state = self.stack.pop()
         if isinstance(self.stack[-1], Placeholder):
             self.stack[-1].state = state
 
     def add(self, kind: type, items: list[Any]) -> None:
+        """Add items to the container on top of the stack. kind: the container that the opcode expects."""
         target = self.stack[-1]
         if kind is dict and isinstance(target, dict):
-            target.update(zip(map(self.plain, items[::2]), items[1::2], strict=True))
+            target.update(zip(map(self.checked_key, items[::2]), items[1::2], strict=True))
         elif kind is list and isinstance(target, list):
             target.extend(items)
         elif kind is set and isinstance(target, set):
-            target.update(map(self.plain, items))
+            target.update(map(self.checked_key, items))
         elif not isinstance(target, Placeholder):  # items of a placeholder for a list or set subclass are ignored
             raise CheckpointError(f"the pickle adds items to a {type(target).__name__}")
 
@@ -206,7 +208,7 @@ class Unpickler(BaseUnpickler):
         del dispatch[getattr(pickle, name)[0]]
 
 
-def map_numbers(mapped: mmap.mmap, start: int, size: int, storage: Storage, key: str) -> Tensor:
+def map_storage(mapped: mmap.mmap, start: int, size: int, storage: Storage, key: str) -> Tensor:
     """Map the elements of a storage, which has `size` bytes from byte `start` of the file: a tensor (numel,).
 
     Raises CheckpointError if the storage claims more elements than the file holds.
@@ -246,7 +248,7 @@ def read_zip(path: Path, mapped: mmap.mmap) -> Any:
         raise CheckpointError("the file was written on a big-endian machine; save it again on a little-endian one")
 
     def load_storage(storage: Storage, key: str) -> Tensor:
-        return map_numbers(mapped, *locate(f"{root}data/{key}"), storage, key)
+        return map_storage(mapped, *locate(f"{root}data/{key}"), storage, key)
 
     return Unpickler(io.BytesIO(read(pickles[0])), load_storage).load()
 
@@ -267,15 +269,15 @@ def read_legacy(mapped: mmap.mmap) -> Any:
     start = mapped.tell()
     _, storages = load(lambda storage, key: None)  # first pass without data, to find where the data begins
     keys = load(lambda storage, key: None)[0]
-    places, place = {}, mapped.tell()
+    positions, position = {}, mapped.tell()
     for key in keys if isinstance(keys, list) else []:
-        if type(key) is not str or key not in storages or place + 8 > len(mapped):
+        if type(key) is not str or key not in storages or position + 8 > len(mapped):
             raise CheckpointError("it lists an unused storage, or ends before a storage's data")
-        size = struct.unpack_from("<q", mapped, place)[0] * storages[key].dtype.itemsize
-        places[key] = (place + 8, size)
-        place += 8 + max(size, 0)
+        size = struct.unpack_from("<q", mapped, position)[0] * storages[key].dtype.itemsize
+        positions[key] = (position + 8, size)
+        position += 8 + max(size, 0)
     mapped.seek(start)
-    return load(lambda storage, key: map_numbers(mapped, *places.get(key, (0, 0)), storage, key))[0]
+    return load(lambda storage, key: map_storage(mapped, *positions.get(key, (0, 0)), storage, key))[0]
 
 
 def read_archive(path: str | Path) -> Any:

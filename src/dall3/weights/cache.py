@@ -27,7 +27,8 @@ class Pins:
     """The verified state of a file in the cache.
 
     sha256, size, mtime_ns: hash, size in bytes and modification time when the file was last verified; the file counts
-    as unchanged while size and time are the same. hashes: the SHA-256 of the first download, by `pin_key` its place.
+    as unchanged while size and time are the same. hashes: the SHA-256 of the first download from each place; the keys
+    are those of `pin_key`.
     """
 
     sha256: str = ""
@@ -65,11 +66,11 @@ class CachedFile:
         except (OSError, ValueError, TypeError):
             return Pins()
 
-    def set_pin(self, sha256: str, key: str, found: os.stat_result) -> None:
-        """Store the hash of the file. key: `pin_key` its place. found: result of stat() before the file was hashed."""
+    def set_pin(self, sha256: str, key: str, status: os.stat_result) -> None:
+        """Store the hash of the file. key: the `pin_key` of its place. status: from stat() before it was hashed."""
         hashes = {key: sha256} | self.pins.hashes
         make_folder(self.target.parent)
-        write_json(self.pins_path, asdict(Pins(sha256, found.st_size, found.st_mtime_ns, hashes)))
+        write_json(self.pins_path, asdict(Pins(sha256, status.st_size, status.st_mtime_ns, hashes)))
 
     def find(self) -> Path | None:
         """Path of the file on this machine: at one of its places on disk, else in the cache, else None."""
@@ -82,7 +83,8 @@ class CachedFile:
 
 
 def pin_key(place: Place) -> str:
-    return place.url if place.other else SAME
+    """Key of the pin of a place: its URL, or `SAME` if its file is that of the other places."""
+    return place.url if place.own_content else SAME
 
 
 def cache_dir() -> Path:
@@ -110,6 +112,7 @@ def make_folder(folder: Path) -> None:
 
 
 def offline() -> bool:
+    """Whether the environment variable DALL3_OFFLINE forbids downloads."""
     return os.environ.get("DALL3_OFFLINE", "").lower() not in ("", "0", "false", "no")
 
 
@@ -146,7 +149,8 @@ def offline_message(wanted: CachedFile, problem: str) -> str:
     return f"{wanted.name} {problem}, and DALL3_OFFLINE is set; unset it, or put a copy at {wanted.target}"
 
 
-def read_progress(partial: Path) -> dict[str, Any]:
+def read_partial_state(partial: Path) -> dict[str, Any]:
+    """Read the state file of a partial download; empty if there is none or it cannot be read."""
     try:
         state = json.loads(with_suffix_added(partial, ".json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -21,7 +21,7 @@ from dall3.weights.cache import (
     offline,
     offline_message,
     pin_key,
-    read_progress,
+    read_partial_state,
     sha256_of,
     short_message,
     size_of,
@@ -50,8 +50,8 @@ class RetryableError(Exception):
         self.wait = wait
 
 
-class UnusableSource(Exception):
-    """An error that a retry at the same place cannot fix."""
+class UnusablePlace(Exception):
+    """A place cannot provide the file, and a retry cannot fix it."""
 
 
 def fetch_file(wanted: CachedFile, progress: bool = True) -> Path:
@@ -63,11 +63,11 @@ def fetch_file(wanted: CachedFile, progress: bool = True) -> Path:
 
     target, problems = wanted.target, []
     for path in (*(place.path for place in wanted.file.places if place.path is not None), target):
-        wrong = verify_file(wanted, path) if path.is_file() else "is not here"
-        if wrong is None:
+        problem = verify_file(wanted, path) if path.is_file() else "is not here"
+        if problem is None:
             return path
         if path != target or path.is_file():
-            problems.append(f"{path} {wrong}")
+            problems.append(f"{path} {problem}")
     if offline():
         raise FetchError(offline_message(wanted, "; ".join(problems) or "is not here"))
     make_folder(target.parent)
@@ -88,8 +88,8 @@ def fetch_file(wanted: CachedFile, progress: bool = True) -> Path:
             try:
                 fetch_from(place, wanted, progress)
                 return target
-            except UnusableSource as problem:
-                problems.append(f"{place.url}: {problem}")
+            except UnusablePlace as error:
+                problems.append(f"{place.url}: {error}")
                 logger.warning("%s: %s", wanted.name, problems[-1])
     finally:
         lock.release()
@@ -102,49 +102,50 @@ def fetch_file(wanted: CachedFile, progress: bool = True) -> Path:
 def fetch_from(place: Place, wanted: CachedFile, progress: bool) -> None:
     """Download a file from one place, verify it and move it to its final name.
 
-    Raises UnusableSource if this place cannot provide the file; FetchError if no place could, as with a full disk.
+    Raises UnusablePlace if this place cannot provide the file; FetchError if no place could, as with a full disk.
     """
     target, expected = wanted.target, wanted.sha256_at(place)
     partial = with_suffix_added(target, ".part")
     try:
-        url, headers = address(place)
+        url, headers = url_and_headers(place)
     except ValueError as error:
-        raise UnusableSource(short_message(error)) from None
-    failures, problem, most = 0, RetryableError("not tried"), size_of(partial)
+        raise UnusablePlace(short_message(error)) from None
+    failures, problem, largest = 0, RetryableError("not tried"), size_of(partial)
     while failures < ATTEMPTS:
         if failures:
             time.sleep(min(max(problem.wait, BACK_OFF * 2 ** (failures - 1)), LONGEST_WAIT))
         try:
-            fresh = transfer(url, headers, partial, place.size, expected, wanted.name, progress)
+            whole = transfer(url, headers, partial, place.size, expected, wanted.name, progress)
             found, sha256 = partial.stat(), sha256_of(partial)
             if expected in (None, sha256):
                 break
-            most = max(most, size_of(partial))
+            largest = max(largest, size_of(partial))
             delete_partial(partial)
-            if fresh:
+            if whole:
                 pinned = "" if place.sha256 else f", according to {wanted.pins_path}"
-                raise UnusableSource(f"holds a file with SHA-256 {sha256}; expected {expected}{pinned}")
+                raise UnusablePlace(f"holds a file with SHA-256 {sha256}; expected {expected}{pinned}")
             problem, failures = RetryableError("the resumed download has another SHA-256"), failures + 1
         except RetryableError as error:
             # Failures only count without progress: an unreliable host that sends more data each time is used to the
             # end. Progress is measured against the largest size so far, so the loop terminates.
-            progressed = size_of(partial) > most + CHUNK
-            problem, failures, most = error, 1 if progressed else failures + 1, max(most, size_of(partial))
+            progressed = size_of(partial) > largest + CHUNK
+            problem, failures = error, 1 if progressed else failures + 1
+            largest = max(largest, size_of(partial))
             logger.info("%s: %s (attempt %d of %d)", wanted.name, error, failures, ATTEMPTS)
     else:
-        raise UnusableSource(f"{problem}, {ATTEMPTS} times")
+        raise UnusablePlace(f"{problem}, {ATTEMPTS} times")
     if expected is None:
         try:
             check_content(partial, wanted)
         except Exception as error:
             delete_partial(partial)
-            raise UnusableSource(f"sends something else than the file ({short_message(error)})") from None
+            raise UnusablePlace(f"sends another file ({short_message(error)})") from None
     wanted.set_pin(sha256, pin_key(place), found)
     os.replace(partial, target)
     delete_partial(partial)
 
 
-def address(place: Place) -> tuple[str, dict[str, str]]:
+def url_and_headers(place: Place) -> tuple[str, dict[str, str]]:
     """The URL of a place, and the HTTP headers for its host."""
     if not place.url.startswith("hf:"):
         return place.url, {}
@@ -161,12 +162,12 @@ def transfer(
     """Download what is missing of `partial`. Returns True if this call downloaded the whole file.
 
     size, expected: size in bytes and SHA-256 of the file, None if unknown. Without an expected hash, a partial file is
-    only resumed if the host confirms that the file has not changed. Raises RetryableError, UnusableSource or
+    only resumed if the host confirms that the file has not changed. Raises RetryableError, UnusablePlace or
     FetchError.
     """
     import requests
 
-    state = read_progress(partial)
+    state = read_partial_state(partial)
     tag = state.get("validator") if state.get("url") == url else None
     offset = size_of(partial) if tag or (expected is not None and state.get("sha256") == expected) else 0
     if size is not None and offset == size:
@@ -179,23 +180,23 @@ def transfer(
     except (requests.ConnectionError, requests.Timeout) as error:
         raise RetryableError(f"no answer ({short_message(error)})") from None
     except Exception as error:  # requests raises various exceptions for malformed URLs
-        raise UnusableSource(f"no answer ({short_message(error)})") from None
+        raise UnusablePlace(f"no answer ({short_message(error)})") from None
     with response:
-        whole = response.headers.get("Content-Range") == f"bytes */{offset}"
-        if offset and response.status_code == 416 and whole:
+        complete = response.headers.get("Content-Range") == f"bytes */{offset}"
+        if offset and response.status_code == 416 and complete:
             return False  # the partial file is complete; only its verification was interrupted
-        offset, total = read_head(response, url, offset, state if tag else {}, partial)
+        offset, total = check_response(response, url, offset, state if tag else {}, partial)
         if size is not None and total not in (None, size):
-            raise UnusableSource(f"has {total:,} bytes; expected {size:,}")
+            raise UnusablePlace(f"has {total:,} bytes; expected {size:,}")
         total = size if total is None else total
         chunked = response.headers.get("Transfer-Encoding", "").lower() == "chunked"
         if expected is None and total is None and not chunked:
-            raise UnusableSource("sends no size of the file, whose SHA-256 is unknown")
+            raise UnusablePlace("sends no size of the file, whose SHA-256 is unknown")
         if not offset:
             delete_partial(partial)  # before the state changes: old bytes must never be paired with the new validator
         room = has_room(partial, (total or 0) - offset)
         if not room and size is None:
-            raise UnusableSource(f"reports {total:,} bytes, more than the free disk space")
+            raise UnusablePlace(f"reports {total:,} bytes, more than the free disk space")
         if not room:
             raise FetchError(room_message(partial, (total or 0) - offset, name))
         write_json(
@@ -209,7 +210,7 @@ def transfer(
                 bar.update(len(chunk))
                 if total is None and not has_room(partial, 0):
                     file.truncate(0)
-                    raise UnusableSource("sends more data than the free disk space")
+                    raise UnusablePlace("sends more data than the free disk space")
                 if total is not None and file.tell() > total:
                     break
             file.flush()
@@ -219,7 +220,7 @@ def transfer(
         raise RetryableError(f"the connection broke after {found:,} of {total:,} bytes")
     if total is not None and found > total:
         delete_partial(partial)
-        raise UnusableSource(f"sends more than the announced {total:,} bytes")
+        raise UnusablePlace(f"sends more than the announced {total:,} bytes")
     return offset == 0
 
 
@@ -229,25 +230,27 @@ def validator_of(response: Any) -> str | None:
     return response.headers.get("Last-Modified") if not tag or tag.startswith("W/") else tag
 
 
-def read_head(response: Any, url: str, offset: int, state: dict[str, Any], partial: Path) -> tuple[int, int | None]:
+def check_response(
+    response: Any, url: str, offset: int, state: dict[str, Any], partial: Path
+) -> tuple[int, int | None]:
     """Check the status and headers of a response. Returns the offset of its body and the file's size, None if unknown.
 
-    state: the stored state of the partial file. Raises RetryableError or UnusableSource if the response is an error, or
+    state: the stored state of the partial file. Raises RetryableError or UnusablePlace if the response is an error, or
     does not hold the requested range of the same file.
     """
     status, headers = response.status_code, response.headers
-    addresses = [answer.url for answer in (*response.history, response)]
-    if url.startswith("https://") and not all(address.startswith("https://") for address in addresses):
-        raise UnusableSource(f"redirects to {addresses[-1]} over an unencrypted connection")
+    urls = [answer.url for answer in (*response.history, response)]
+    if url.startswith("https://") and not all(one.startswith("https://") for one in urls):
+        raise UnusablePlace(f"redirects to {urls[-1]} over an unencrypted connection")
     if status in RETRYABLE_STATUS:
         raise RetryableError(f"answers {status}", float(whole_number(headers.get("Retry-After", "")) or 0))
     if status == 416:
         delete_partial(partial)  # the file on the host has changed
         raise RetryableError("answers 416 to the rest of the file")
     if status not in (200, 206):
-        raise UnusableSource(f"answers {status} {response.reason}")
+        raise UnusablePlace(f"answers {status} {response.reason}")
     if headers.get("Content-Encoding", "identity") != "identity":
-        raise UnusableSource(f"sends the content encoding {headers['Content-Encoding']}, which was not requested")
+        raise UnusablePlace(f"sends the content encoding {headers['Content-Encoding']}, which was not requested")
     length = whole_number(headers.get("Content-Length", ""))
     if status == 200:
         return 0, length
@@ -262,6 +265,7 @@ def read_head(response: Any, url: str, offset: int, state: dict[str, Any], parti
 
 
 def whole_number(text: str) -> int | None:
+    """The number in a header, None for anything else."""
     return int(text) if re.fullmatch(r"\d{1,18}", text, re.ASCII) else None
 
 

@@ -1,4 +1,4 @@
-"""Resolve names of weights; download and remove the files of a set."""
+"""Resolving names of weights; downloading and removing the files of a set."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dall3.weights.cache import (
     with_suffix_added,
 )
 from dall3.weights.download import fetch_file
-from dall3.weights.registry import NAME, WeightsSet, read_registry, unknown_set_error
+from dall3.weights.registry import NAME, WeightsSet, read_registry, unknown_set_message
 
 logger = logging.getLogger("dall3")
 
@@ -34,7 +34,7 @@ def find_weights(name: str | Path, registry: str | Path | None = None) -> Weight
     if isinstance(name, Path) or Path(name).exists():
         return Path(name)
     if NAME.fullmatch(name):
-        raise ValueError(f"no folder and {unknown_set_error(name, known)}")
+        raise ValueError(f"no folder and {unknown_set_message(name, known)}")
     owner, _, rest = name.partition("/")
     return fetch_repository(name) if NAME.fullmatch(owner) and NAME.fullmatch(rest) else Path(name)
 
@@ -63,8 +63,8 @@ def fetch_repository(name: str) -> Path:
 def fetch_set(weights: WeightsSet, progress: bool = True) -> dict[str, tuple[Path, Path | None]]:
     """Download the missing files of a set. Returns (file, config) for each part by name; config may be None.
 
-    A set with a transformer draws without its super_resolution: if that cannot be downloaded, it is left out with a
-    warning. Raises FetchError for any other file, with what was tried and what to do.
+    In a set with a transformer the part super_resolution is optional: if it cannot be downloaded, it is left out with a
+    warning. Raises FetchError for any other file, with the problem of each place and with what to do.
     """
     optional = {"super_resolution"} if any(part.name == "transformer" for part in weights.parts) else set()
     wanted = files_of(weights)

@@ -3,7 +3,7 @@
 README.md                                  model card
 generation_config.json                     recommended settings of the weights (optional)
 tokenizer.json                             tokenizer, in the format of Hugging Face's `tokenizers`
-words.txt                                  words of the training's captions, one a line (optional)
+words.txt                                  words of the training captions, one per line (optional)
 transformer/ vqgan/ clip/ upsampler/ …     config.json, model.safetensors
 """
 
@@ -13,7 +13,7 @@ import json
 import logging
 import re
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -33,9 +33,9 @@ from dall3.text import WORDS, KnownWords, Tokenizer, load_tokenizer, read_words,
 from dall3.weights.archive import CheckpointError, file_error
 from dall3.weights.convert.clip import load_clip
 from dall3.weights.convert.guided_diffusion import load_unet
-from dall3.weights.convert.state import Settings, load_tensors, without_weights
+from dall3.weights.convert.state import Settings, as_tuples, load_tensors, without_weights
 from dall3.weights.convert.transformer import load_transformer
-from dall3.weights.convert.upscaler import NotInstalled, check_saves, load_super_resolution, saved_upscaler
+from dall3.weights.convert.upscaler import NotInstalled, check_can_be_saved, load_saved_upscaler, load_super_resolution
 from dall3.weights.convert.vae import load_vae
 from dall3.weights.limits import check_limits
 from dall3.weights.progress import advance
@@ -83,15 +83,14 @@ def save_part(
 
     if model.config is None:
         raise ValueError("config.json cannot describe this CLIP; instead of saving it, load it by its open_clip name")
-
     if isinstance(model, Upscaler):
-        check_saves(model)
+        check_can_be_saved(model)
     tokenize = getattr(model, "tokenize", None)
-    own = tokenizer_json(tokenize.tokenizer) if isinstance(tokenize, RuclipTokenizer) else None
+    ruclip_tokenizer = tokenizer_json(tokenize.tokenizer) if isinstance(tokenize, RuclipTokenizer) else None
     folder = Path(folder)
-    again, state = shared_names(model), {}
+    duplicates, state = shared_names(model), {}
     for name, tensor in model.state_dict().items():
-        if name not in again:
+        if name not in duplicates:
             state[name] = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
             if not bool(state[name].isfinite().all()) and bool(tensor.isfinite().all()):
                 raise ValueError(f"{name} has values that {dtype} cannot represent; save it with dtype=None")
@@ -100,15 +99,15 @@ def save_part(
     check_limits(json.loads(text))  # load_part would reject the file otherwise
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(text, encoding="utf-8")
-    if own is not None:  # ruCLIP's tokenizer, which is not the transformer's
-        (folder / TOKENIZER).write_text(own, encoding="utf-8")
+    if ruclip_tokenizer is not None:  # it differs from the transformer's
+        (folder / TOKENIZER).write_text(ruclip_tokenizer, encoding="utf-8")
     save_file(state, folder / WEIGHTS)
     # safetensors creates files that only the owner can read; give the weights the permissions of the configuration.
     (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)
 
 
 def shared_names(model: torch.nn.Module) -> dict[str, str]:
-    """Parameters of layers that share weights: each further name of a parameter, with its first name."""
+    """The additional names of parameters that several layers share, each mapped to the parameter's first name."""
     first: dict[int, str] = {}
     names = [(name, first.setdefault(id(p), name)) for name, p in model.named_parameters(remove_duplicate=False)]
     return {name: original for name, original in names if name != original}
@@ -136,18 +135,18 @@ def load_part(
         raise file_error(folder / CONFIG, f"unknown model {name!r}; expected one of {', '.join(MODELS)}")
     model_class, config_class = MODELS[name]
     if model_class is CLIP and (folder / TOKENIZER).exists():
-        tokenizer = read_tokenizer(folder / TOKENIZER)
+        tokenizer = checked_read(load_tokenizer, folder / TOKENIZER)
     try:
         check_limits(settings)
         config = from_json(config_class, settings)
         with without_weights():
-            if model_class is not Upscaler:  # which spandrel builds from its tensors
+            if model_class is not Upscaler:  # spandrel builds an Upscaler from its tensors, below
                 model = CLIP.from_config(config, tokenizer) if model_class is CLIP else model_class(config)
     except Exception as error:  # invalid settings can raise any exception
         raise file_error(folder / CONFIG, f"cannot build a {name}: {type(error).__name__}: {error}") from None
     if model_class is Upscaler:
         state = read_tensors(folder / WEIGHTS, "cpu", torch.float32)
-        return saved_upscaler(folder / WEIGHTS, state, config).to(device, dtype)
+        return load_saved_upscaler(folder / WEIGHTS, state, config).to(device, dtype)
     state = read_tensors(folder / WEIGHTS, device, dtype)
     state |= {name: state[first] for name, first in shared_names(model).items() if first in state}
     if isinstance(model, DalleTransformer):
@@ -212,10 +211,6 @@ def from_json(config_class: Any, settings: dict[str, Any]) -> Any:
     )
 
 
-def as_tuples(value: Any) -> Any:
-    return tuple(as_tuples(item) for item in value) if isinstance(value, list) else value
-
-
 def load_folder(
     folder: PathLike, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> dict[str, Any]:
@@ -231,8 +226,8 @@ def load_folder(
         raise file_error(folder, f"{where}; expected a folder that save_pretrained wrote")
     found: dict[str, Any] = {}
     if (folder / TOKENIZER).exists():
-        found["tokenizer"] = read_tokenizer(folder / TOKENIZER)
-        found["words"] = checked_words(folder)
+        found["tokenizer"] = checked_read(load_tokenizer, folder / TOKENIZER)
+        found["words"] = checked_read(read_words, folder / WORDS)
     for name in present:
         load = partial(load_part, folder / name, found.get("tokenizer"), device, dtype)
         # The bundled CLIP is loaded on first use: importing open_clip takes longer than loading everything else.
@@ -244,7 +239,10 @@ def load_folder(
 
 
 def leave_out(name: str, present: Iterable[str], error: NotInstalled) -> None:
-    """Log that a part is left out because its package is not installed. Raises the error if it is the only part."""
+    """Log that a part is left out because its package is not installed. Raises the error if it is the only part.
+
+    present: the names of all parts.
+    """
     if {*present} == {name}:
         raise error
     logger.warning("%s; the weights are loaded without their %s", error, name)
@@ -256,7 +254,7 @@ def load_files(
     dtype: torch.dtype = torch.float32,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Load parts from files of any format, those of `save_part` and upstream's. Returns them by name.
+    """Load parts from files in any supported format, including those of `save_part`. Returns the parts by name.
 
     files: (file, config) by the part's name. settings: by the part's name, the settings that its file does not
     determine. An upscaler is left out if spandrel is not installed.
@@ -264,8 +262,8 @@ def load_files(
     found: dict[str, Any] = {}
     if "tokenizer" in files:
         vocabulary, merges = files["tokenizer"]
-        found["tokenizer"] = read_tokenizer(vocabulary if merges is None else (vocabulary, merges))
-        found["words"] = checked_words(vocabulary.parent)
+        found["tokenizer"] = checked_read(load_tokenizer, vocabulary if merges is None else (vocabulary, merges))
+        found["words"] = checked_read(read_words, vocabulary.with_name(WORDS))
     loaders: dict[str, Any] = {"vqgan": load_vae, "clip": load_clip, "super_resolution": load_super_resolution}
     # The transformer comes last, because the VQGAN may determine its number of image tokens.
     for name in sorted(files.keys() - {"tokenizer"}, key=lambda name: (name == "transformer", PARTS.index(name))):
@@ -288,18 +286,10 @@ def load_files(
     return found
 
 
-def read_tokenizer(path: Any) -> Tokenizer:
-    """`load_tokenizer`, with CheckpointError for a file that is damaged."""
+def checked_read(read: Callable[[Any], Any], path: Any) -> Any:
+    """Call `read` with a path. Raises CheckpointError in place of ValueError for a damaged file."""
     try:
-        return load_tokenizer(path)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from None
-
-
-def checked_words(folder: Path) -> KnownWords | None:
-    """`read_words` of a folder, with CheckpointError for a file that is damaged."""
-    try:
-        return read_words(folder / WORDS)
+        return read(path)
     except ValueError as error:
         raise CheckpointError(str(error)) from None
 
@@ -310,7 +300,7 @@ def load_transformer_for(
     hparams: Settings | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Any:
-    """`load_transformer`; for a DALL·E Mini without hyper-parameters, with the VQGAN's number of tokens."""
+    """Call `load_transformer`. The number of image tokens of DALL·E Mini without `hparams` is that of the VQGAN."""
     if hparams is None and vqgan is not None and isinstance(path, tuple | list):
         hparams = {"num_image_tokens": vqgan.num_tokens}
     return load_transformer(path, hparams, dtype=dtype)
@@ -354,9 +344,10 @@ def save_folder(
 ) -> Path:
     """Save parts by name, a tokenizer and a model card to a new or empty folder; returns its absolute path.
 
-    dtype: as for `save_part`. origins: by part. defaults: recommended settings. words: those of words.txt. The folder
-    is written under a temporary name in the same directory and then renamed, so it is never incomplete. Raises
-    FileExistsError for a folder that is not empty; ValueError for a part or a tokenizer that cannot be saved.
+    dtype: as for `save_part`. origins: by the part's name. defaults: recommended settings. words: the content of
+    words.txt. The folder is written under a temporary name in the same directory and then renamed, so it is never
+    incomplete. Raises FileExistsError for a folder that is not empty; ValueError for a part or a tokenizer
+    that cannot be saved.
     """
     folder, origins = Path(folder).absolute(), origins or {}
     check_empty(folder)

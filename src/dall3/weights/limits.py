@@ -14,7 +14,10 @@ MAX_POSITIONS = 5000  # sequence length of a transformer; building its masks tak
 
 
 def check_limits(settings: Any, name: str = "") -> None:
-    """Raise ValueError for settings above the upper bounds accepted in config.json."""
+    """Raise ValueError for settings above the upper bounds accepted in config.json.
+
+    settings: the content of the file, or a value in it. name: the name of that value.
+    """
     if isinstance(settings, dict):
         for key, value in settings.items():
             check_limits(value, key)

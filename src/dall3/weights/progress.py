@@ -1,4 +1,4 @@
-"""A progress bar for loading large weights, which tensors advance as they are read from their files."""
+"""A progress bar for loading large weights. Each tensor that is read from its file advances it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BAR: ContextVar[Any] = ContextVar("BAR", default=None)
 
 @contextmanager
 def loading_bar(files: Iterable[Path], progress: bool) -> Iterator[None]:
-    """Show a bar over the bytes of the files while the block loads them, if they are large and `progress` is True."""
+    """Show a bar in bytes while the `with` block loads the files, if they are large and `progress` is True."""
     total = sum(file.stat().st_size for file in files if file.is_file())
     with tqdm(
         total=total, desc="loading", unit="B", unit_scale=True, disable=not progress or total < LARGE, delay=0.5
@@ -31,7 +31,7 @@ def loading_bar(files: Iterable[Path], progress: bool) -> Iterator[None]:
 
 
 def advance(tensor: Tensor) -> None:
-    """Advance the bar, if there is one, by a tensor that was read from its file."""
+    """Advance the bar, if there is one, by the size of a tensor that was read from its file."""
     bar = BAR.get()
     if bar is not None:
         bar.update(min(tensor.nbytes, bar.total - bar.n))

@@ -27,14 +27,14 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 class Place:
     """A location of a file: a URL, or a path on disk.
 
-    sha256, size: hash and size in bytes of the file there, None if unknown. other: the place has its own sha256 and
-    size in weights.toml, because its file differs from that of the other places.
+    sha256, size: hash and size in bytes of the file there, None if unknown. own_content: whether the place has its own
+    sha256 and size in weights.toml, because its file differs from that of the other places.
     """
 
     url: str
     sha256: str | None
     size: int | None
-    other: bool = False
+    own_content: bool = False
 
     @property
     def path(self) -> Path | None:
@@ -89,7 +89,7 @@ class WeightsSet:
 
 
 def read_settings_text(path: PathLike) -> str:
-    """Read a settings file as text. Raises ValueError for a file above 1 MiB, and for one that is not UTF-8."""
+    """Read a settings file as text. Raises ValueError for a file above 1 MiB or not in UTF-8; FileNotFoundError."""
     if Path(path).stat().st_size > MAX_BYTES:
         raise ValueError(f"{path} has {Path(path).stat().st_size:,} bytes; expected at most {MAX_BYTES:,}")
     try:
@@ -117,7 +117,7 @@ def bundled_registry_path() -> Path:
 
 
 def read_registry(path: PathLike | None = None) -> dict[str, WeightsSet]:
-    """All sets of weights by name: those of dall3's weights.toml, and of a second file.
+    """Read all sets of weights by name: those of dall3's weights.toml and of a second file.
 
     path: the second file; by default the one in the environment variable DALL3_WEIGHTS. Its sets replace sets of the
     same name. Raises ValueError for a file that does not follow the format described in weights.toml;
@@ -134,11 +134,11 @@ def read_registry(path: PathLike | None = None) -> dict[str, WeightsSet]:
 def find_set(name: str, path: PathLike | None = None) -> WeightsSet:
     """The set of weights with this name. Raises ValueError with the known names for an unknown one."""
     found = read_registry(path)
-    require(name in found, unknown_set_error(name, found))
+    require(name in found, unknown_set_message(name, found))
     return found[name]
 
 
-def unknown_set_error(name: str, known: dict[str, WeightsSet]) -> str:
+def unknown_set_message(name: str, known: dict[str, WeightsSet]) -> str:
     near = get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     return f"no set of weights is called '{name}'; {hint}known sets: {', '.join(known)}"
@@ -181,15 +181,13 @@ def parse_part(name: str, table: dict[str, Any], path: Path, set_name: str, sets
     assert file is not None
     more = table.get("beside", [])
     are_tables = isinstance(more, list) and all(isinstance(one, dict) for one in more)
-    require(are_tables, f"{where}: beside is a list of tables of file and places")
-    part = Part(
-        *(name, file, second, licence, source, f"{set_name}/{name}", settings),
-        beside=tuple(parse_file(one, path, where) for one in more),
-    )
+    require(are_tables, f"{where}: beside is not a list of tables with file and places")
+    beside = tuple(parse_file(one, path, where) for one in more)
+    part = Part(name, file, second, licence, source, f"{set_name}/{name}", settings, beside)
     names = sorted(one.name for one in part.files)
     # The cache adds suffixes to a file's name for its pins, lock and partial download.
-    apart = not any(f"{after}.".startswith(f"{before}.") for before, after in pairwise(names))
-    require(apart, f"{where}: the name of one of its files begins with that of another; rename one of them")
+    distinct = not any(f"{after}.".startswith(f"{before}.") for before, after in pairwise(names))
+    require(distinct, f"{where}: the name of one of its files begins with that of another; rename one of them")
     return part
 
 
@@ -211,17 +209,17 @@ def parse_file(table: dict[str, Any], path: Path, where: str) -> File:
     require(bool(valid), f"{where}: file = {name!r}; expected a name without folders")
     require(isinstance(places, list) and bool(places), f"{where}: places is not a list of URLs or paths")
     assert isinstance(name, str) and isinstance(places, list)
-    same = {"sha256": table.get("sha256"), "size": table.get("size")}
+    shared = {"sha256": table.get("sha256"), "size": table.get("size")}
     made = (
         parse_place(place, path, where, True)
         if isinstance(place, dict)
-        else parse_place({"url": place, **same}, path, where, False)
+        else parse_place({"url": place, **shared}, path, where, False)
         for place in places
     )
     return File(name, tuple(made))
 
 
-def parse_place(table: dict[str, Any], path: Path, where: str, other: bool) -> Place:
+def parse_place(table: dict[str, Any], path: Path, where: str, own_content: bool) -> Place:
     url, sha256, size = table.get("url"), table.get("sha256"), table.get("size")
     require(table.keys() <= {"url", "sha256", "size"}, f"{where}: a place has url, sha256 and size only")
     valid = isinstance(url, str) and url.isprintable() and url.strip() == url and url
@@ -243,7 +241,7 @@ def parse_place(table: dict[str, Any], path: Path, where: str, other: bool) -> P
         require(url.startswith(("https://", "http://")), f"{where}: {url}; expected https://, hf: or a path")
     else:
         url = str((path.parent / url).absolute())
-    return Place(url, sha256, size, other)
+    return Place(url, sha256, size, own_content)
 
 
 def read_text_field(table: dict[str, Any], key: str, where: str, default: str) -> str:

@@ -25,9 +25,9 @@ def verify_file(wanted: CachedFile, path: Path, thorough: bool = False) -> str |
         return None
     sha256 = sha256_of(path)
     # A file that has no pins yet may come from a place without an expected hash.
-    unknown = next((place for place in wanted.file.places if wanted.sha256_at(place) is None), None)
-    first = not pins.sha256 and unknown is not None
-    if known and sha256 not in known and not first:
+    unpinned = next((place for place in wanted.file.places if wanted.sha256_at(place) is None), None)
+    may_pin = not pins.sha256 and unpinned is not None
+    if known and sha256 not in known and not may_pin:
         pinned = "" if any(place.sha256 for place in wanted.file.places) else f" (according to {wanted.pins_path})"
         return f"has SHA-256 {sha256}; expected {' or '.join(sorted(known))}{pinned}"
     if sha256 not in known:
@@ -39,8 +39,8 @@ def verify_file(wanted: CachedFile, path: Path, thorough: bool = False) -> str |
     if (now.st_size, now.st_mtime_ns) != (found.st_size, found.st_mtime_ns):
         return "changed while it was read"
     if known or in_cache:
-        known_at = (place for place in wanted.file.places if wanted.sha256_at(place) == sha256)
-        place = next(known_at, unknown)
+        matching = (place for place in wanted.file.places if wanted.sha256_at(place) == sha256)
+        place = next(matching, unpinned)
         key = SAME if place is None else pin_key(place)
         with suppress(OSError):  # the cache may be read-only
             wanted.set_pin(sha256, key, found)

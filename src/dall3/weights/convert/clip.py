@@ -23,6 +23,7 @@ from dall3.weights.convert.state import (
     OPENAI_CLIP,
     Settings,
     State,
+    as_tuples,
     checked,
     count,
     load_tensors,
@@ -33,11 +34,13 @@ from dall3.weights.convert.state import (
 from dall3.weights.registry import PathLike
 
 SIZES = ("input_resolution", "context_length", "vocab_size")  # scalars in OpenAI's files that are not weights
-ASK = (
-    "give config: a name of open_clip's (for OpenAI's weights \"ViT-B-16-quickgelu\" and the like), its JSON file, or "
-    'a dictionary such as {"quick_gelu": true}; ruCLIP is read from a folder with its config.json and bpe.model'
+CONFIG_HINT = (
+    'pass config: the name of an open_clip model (such as "ViT-B-16-quickgelu" for OpenAI\'s weights), a JSON file in '
+    'open_clip\'s format, or a dictionary such as {"quick_gelu": true}; for ruCLIP, pass a folder that also holds its '
+    "config.json and bpe.model"
 )
-HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # open_clip's, where a tag names none
+# Files that open_clip looks for in a repository of the Hub if the pretraining tag names no file.
+HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 RUCLIP_FILES = ("pytorch_model.bin", "config.json", "bpe.model")
 RUCLIP_SETTINGS = (
     *("embed_dim", "image_resolution", "vision_layers", "vision_width", "vision_patch_size", "context_length"),
@@ -49,9 +52,9 @@ RUCLIP_SETTINGS = (
 def load_clip(path_or_name: PathLike, config: Settings | None = None) -> CLIP:
     """Load CLIP in float32 on the CPU, from a file or by name.
 
-    path_or_name: OpenAI's TorchScript file; a checkpoint with the same parameter names, such as open_clip's; or the
-    name of an open_clip model with its pretraining tag, such as "ViT-B-16/openai", which is downloaded to dall3's
-    cache; or ruCLIP's folder, or its pytorch_model.bin with config.json and bpe.model in the same folder.
+    path_or_name: OpenAI's TorchScript file; a checkpoint with the same parameter names, such as open_clip's; the name
+    of an open_clip model with its pretraining tag, such as "ViT-B-16/openai", which is downloaded to dall3's cache;
+    ruCLIP's folder; or ruCLIP's pytorch_model.bin with config.json and bpe.model in the same folder.
 
     config: for a file, the settings that the tensors do not determine. Either a model of open_clip ("ViT-B-16" or
     "ViT-B-16/openai"), or a dictionary or JSON file in open_clip's format; its defaults are quick_gelu=False and heads
@@ -84,7 +87,7 @@ def load_clip(path_or_name: PathLike, config: Settings | None = None) -> CLIP:
     if settings is None and network.tensors.keys() >= {*SIZES}:
         settings = {"quick_gelu": True}
     if settings is None:
-        settings = recognise(state, str(network.context.get("name", "")), path_or_name)
+        settings = find_matching_model(state, str(network.context.get("name", "")), path_or_name)
     with without_weights():
         model = CLIP.from_config(clip_config_of(state, settings, path_or_name))
     return load_tensors(model, state, path_or_name)
@@ -150,7 +153,7 @@ def read_clip_settings(config: Settings) -> dict[str, Any]:
         settings = dict(settings["model_cfg"]) | {key: preprocess[key] for key in PREPROCESS if key in preprocess}
     known = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", *PREPROCESS}
     if odd := sorted(settings.keys() - known):
-        raise CheckpointError(f"CLIP has the setting {odd[0]}; expected some of {', '.join(sorted(known))}")
+        raise CheckpointError(f"CLIP has the setting {odd[0]}; expected one of {', '.join(sorted(known))}")
     return settings
 
 
@@ -165,7 +168,7 @@ def tag_settings(name: str, tag: str) -> dict[str, Any]:
     return {"quick_gelu": bool(known.get("quick_gelu"))} | {key: known[key] for key in PREPROCESS if key in known}
 
 
-def recognise(state: State, training: str, path: PathLike) -> dict[str, Any]:
+def find_matching_model(state: State, training: str, path: PathLike) -> dict[str, Any]:
     """Find the open_clip model that matches the tensors and return its settings.
 
     training: the name of the training run in an open_clip checkpoint, which contains the name of the model. Raises
@@ -173,49 +176,50 @@ def recognise(state: State, training: str, path: PathLike) -> dict[str, Any]:
     """
     import open_clip
 
-    found = plain_settings(state)
-    fitting = {name: settings for name in open_clip.list_models() if (settings := fit(name, found)) is not None}
-    said = [name for name in fitting if training == name or f"model_{name}-lr_" in training]
-    if said:
-        return fitting[said[0]]
+    found = settings_of_tensors(state)
+    fitting = {name: settings for name in open_clip.list_models() if (settings := match_model(name, found)) is not None}
+    named = [name for name in fitting if training == name or f"model_{name}-lr_" in training]
+    if named:
+        return fitting[named[0]]
     if not fitting:
-        raise file_error(path, f"its tensors do not determine its activation and the width of its heads; {ASK}")
+        raise file_error(path, f"its tensors do not determine its activation and the width of its heads; {CONFIG_HINT}")
     different = {repr((settings.get("quick_gelu", False), heads_of(settings))) for settings in fitting.values()}
     if len(different) > 1:
-        raise file_error(path, f"matches {' and '.join(fitting)}, which differ in their activation or heads; {ASK}")
+        raise file_error(path, f"matches {' and '.join(fitting)}, which differ in activation or heads; {CONFIG_HINT}")
     return next(iter(fitting.values()))
 
 
-def fit(name: str, found: dict[str, Any]) -> dict[str, Any] | None:
-    """The settings of an open_clip model if they match those found in the tensors, else None."""
+def match_model(name: str, found: dict[str, Any]) -> dict[str, Any] | None:
+    """The settings of an open_clip model if they match `found`, those of the tensors, else None."""
     import open_clip
 
     settings = open_clip.get_model_config(name)
-    if settings is None or not is_plain(settings) or settings["embed_dim"] != found["embed_dim"]:
+    if settings is None or not is_openai_architecture(settings) or settings["embed_dim"] != found["embed_dim"]:
         return None
     for part in ("vision_cfg", "text_cfg"):
         theirs, ours = {"mlp_ratio": 4.0} | settings[part], found[part]
         if int(theirs["width"] * theirs["mlp_ratio"]) != int(ours["width"] * ours["mlp_ratio"]):
             return None
         for key, value in ours.items():
-            if key not in ("mlp_ratio", "patch_size") and as_plain(theirs.get(key)) != value:
+            if key not in ("mlp_ratio", "patch_size") and as_tuples(theirs.get(key)) != value:
                 return None
         if ours.get("patch_size") not in (None, theirs.get("patch_size")):
             return None
     return settings
 
 
-def is_plain(settings: Mapping[str, Any]) -> bool:
+def is_openai_architecture(settings: Mapping[str, Any]) -> bool:
     """Whether a model has OpenAI's architecture: a ViT or ResNet image encoder and a text transformer."""
-    plain = settings.keys() <= {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}
-    return plain and settings["vision_cfg"].keys() <= {*VISION} and settings["text_cfg"].keys() <= {*TEXT}
+    known = settings.keys() <= {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}
+    return known and settings["vision_cfg"].keys() <= {*VISION} and settings["text_cfg"].keys() <= {*TEXT}
 
 
 def heads_of(settings: dict[str, Any]) -> tuple[Any, Any]:
+    """Width of the heads of the image encoder, number of heads of the text transformer."""
     return settings["vision_cfg"].get("head_width", 64), settings["text_cfg"]["heads"]
 
 
-def plain_settings(state: State) -> dict[str, Any]:
+def settings_of_tensors(state: State) -> dict[str, Any]:
     """The settings that the tensors determine, in open_clip's format."""
     context_length, width = state["model.positional_embedding"].shape
     text: dict[str, Any] = {"context_length": context_length, "width": width}
@@ -247,7 +251,7 @@ def clip_config_of(state: State, given: Mapping[str, Any], path: PathLike, token
 
     Raises CheckpointError if they contradict each other.
     """
-    found = plain_settings(state)
+    found = settings_of_tensors(state)
     parts = {"vision_cfg": {"head_width": 64}, "text_cfg": {"heads": found["text_cfg"]["width"] // 64}}
     for part, known in parts.items():
         for key, value in dict(given.get(part) or {}).items():
@@ -279,10 +283,10 @@ def load_open_clip(name: str, tag: str) -> CLIP:
     from open_clip.tokenizer import SimpleTokenizer
 
     known, cache = open_clip.get_pretrained_cfg(name, tag), str(cache_dir() / "open_clip")
-    instead = "if you have its file, give that: load_clip(FILE), or --clip_path FILE"
+    instead = "if you have its file, pass its path: load_clip(FILE), or --clip_path FILE"
     weights = cached_weights(name, known, cache) if offline() else None
     if offline() and weights is None:
-        raise FetchError(f"{name}/{tag} is not in {cache} as a whole, and DALL3_OFFLINE is set; {instead}")
+        raise FetchError(f"{name}/{tag} is not completely in {cache}, and DALL3_OFFLINE is set; {instead}")
     try:
         weights = weights or download_pretrained(known, cache_dir=cache)
         tokenize = open_clip.get_tokenizer(name, cache_dir=cache)
@@ -298,17 +302,17 @@ def load_open_clip(name: str, tag: str) -> CLIP:
     side = size[0] if isinstance(size, tuple) else size
     found = CLIP(model, tokenize, side, *(training.get(key) for key in PREPROCESS))
     settings = open_clip.get_model_config(name) or {}
-    if is_plain(settings) and isinstance(tokenize, SimpleTokenizer):
+    if is_openai_architecture(settings) and isinstance(tokenize, SimpleTokenizer):
         found.config = CLIPConfig(
-            **settings | {key: as_plain(value) for key, value in training.items()}, tokenizer="clip"
+            **settings | {key: as_tuples(value) for key, value in training.items()}, tokenizer="clip"
         )
     return found
 
 
 def cached_weights(name: str, known: Mapping[str, Any], cache: str) -> str | None:
-    """The weights of an open_clip model in the cache, None if they or its text model's files have to be downloaded.
+    """Path of the cached weights of an open_clip model; None if they or its text model's files have to be downloaded.
 
-    open_clip itself asks the hub even for cached files. known: its entry in the table of pretrained models.
+    open_clip itself contacts the hub even for cached files. known: open_clip's entry for the pretrained model.
     """
     import open_clip
     from huggingface_hub import try_to_load_from_cache
@@ -321,7 +325,3 @@ def cached_weights(name: str, known: Mapping[str, Any], cache: str) -> str | Non
     of_url = Path(cache) / Path(known["url"]).name if known.get("url") else None
     found = [known.get("file"), *on_hub, str(of_url) if of_url is not None and of_url.is_file() else None]
     return next((path for path in found if isinstance(path, str)), None)
-
-
-def as_plain(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value

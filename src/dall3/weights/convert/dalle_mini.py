@@ -23,8 +23,8 @@ from dall3.weights.convert.state import (
 )
 from dall3.weights.registry import PathLike
 
-CODES = {16385: 16384, 16416: 16384}  # rows of the image embedding of Mini and Mega: size of the codebook
-# Layer norms that have no weight in some files; it is 1.
+CODES = {16385: 16384, 16416: 16384}  # size of the codebook, by the rows of the image embedding (Mini, Mega)
+# Layer norms whose weight some files leave out; it is 1 then.
 WITHOUT_WEIGHT = re.compile(
     r"(final_ln|layers\.\d+\.(pre_self_attn_layer_norm|pre_encoder_attn_layer_norm|glu\.ln[01]))\.bias"
 )

@@ -25,11 +25,11 @@ from dall3.weights.registry import PathLike
 logger = logging.getLogger("dall3")
 
 ATTENTION_HEADS = ("num_heads", "num_head_channels", "num_heads_upsample")
-TRUTHS = (
+BOOLEAN_FLAGS = (
     *("learn_sigma", "predict_xstart", "rescale_timesteps", "use_new_attention_order", "use_scale_shift_norm"),
     *("resblock_updown", "class_cond", "emb_condition"),
 )
-NUMBERS = (*("image_size", "large_size", "num_channels", "num_res_blocks", "diffusion_steps"), *ATTENTION_HEADS)
+INTEGER_FLAGS = (*("image_size", "large_size", "num_channels", "num_res_blocks", "diffusion_steps"), *ATTENTION_HEADS)
 
 
 @dataclass(frozen=True)
@@ -93,24 +93,26 @@ def load_unet(path: PathLike, config: PathLike | dict[str, Any] | None = None) -
     sizes = [one for one in PUBLISHED if (one.channel_mult, one.super_resolution) == (channel_mult, super_resolution)]
     alike = [one for one in sizes if (one.attention_levels, one.num_res_blocks) == (attention_levels, blocks)]
     published = alike[0] if alike and scale_shift and updown else None
-    usual = next((one.image_size for one in alike or sizes), 0)
-    image_size = flags.get("large_size", flags.get("image_size", usual))
-    if sizes and image_size != usual and not super_resolution and not flags.get("channel_mult"):
-        raise file_error(path, f"the config says image_size={image_size}, but its tensors are those of {usual} pixels")
+    published_size = next((one.image_size for one in alike or sizes), 0)
+    image_size = flags.get("large_size", flags.get("image_size", published_size))
+    if sizes and image_size != published_size and not super_resolution and not flags.get("channel_mult"):
+        raise file_error(
+            path, f"the config says image_size={image_size}, but its tensors are those of {published_size} pixels"
+        )
     given = {name: value for name, value in flags.items() if value not in (-1, "", None)}
     heads = given.keys() & set(ATTENTION_HEADS)  # flags with heads count as complete: missing ones have their default
     if not image_size or (published is None and not heads):
         raise file_error(
             path,
-            "a UNet of an unusual size: its tensors do not determine its attention heads; give the flags of its "
+            "a UNet of an unusual size: its tensors do not determine its attention heads; pass the flags of its "
             "training as config, a dictionary or a JSON file with image_size, num_heads or num_head_channels, "
             "noise_schedule, …",
         )
     if published is not None and not heads:
         if model_channels != published.model_channels:
             logger.warning(
-                "%s: has %d channels where the published network of %d pixels has %d; its flags are taken (%s); give a "
-                "config if it was trained with others",
+                "%s: has %d channels where the published network of %d pixels has %d; its flags are used (%s); pass "
+                "config if it was trained with other flags",
                 *(path, model_channels, published.image_size, published.model_channels, published.flags),
             )
         given = published.flags | given
@@ -150,7 +152,7 @@ def read_flags(config: Settings | None) -> dict[str, Any]:
     """
     flags = read_settings(config, "guided-diffusion's flags")
     for name, value in flags.items():
-        read: Any = as_bool if name in TRUTHS else int if name in NUMBERS else None
+        read: Any = as_bool if name in BOOLEAN_FLAGS else int if name in INTEGER_FLAGS else None
         if read is not None and value not in ("", None):
             try:
                 flags[name] = read(value)

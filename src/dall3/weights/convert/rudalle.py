@@ -20,7 +20,7 @@ from dall3.weights.convert.state import (
 from dall3.weights.registry import PathLike
 
 HEADS = {2048: 16}  # heads of the released models, by their width
-MASKS = ("row_mask", "col_mask", "conv_mask")  # buffers; the oldest file has them without the prefix "transformer."
+MASKS = ("row_mask", "col_mask", "conv_mask")  # buffers, with or without the prefix "transformer."
 
 
 @checked

@@ -51,7 +51,7 @@ class Kind:
         return self.name
 
     def prefixes(self, names: Mapping[str, Any]) -> list[str]:
-        """Prefixes of the names of this kind, one for each copy of the network."""
+        """Prefixes before the names of this kind's tensors, one for each copy of the network."""
         ends = (name for name in names if name == self.marker or name.endswith(f".{self.marker}"))
         found = (name.removesuffix(self.marker) for name in ends)
         return [prefix for prefix in found if not self.absent or prefix + self.absent not in names]
@@ -68,9 +68,9 @@ DETOKER = Kind("a VQGAN's decoder, as DALL·E Mini's", "post_quant_conv.weight",
 UNET = Kind("a UNet of guided-diffusion", "time_embed.0.weight")
 DVAE = Kind("a DiscreteVAE of DALLE-pytorch", "codebook.weight")
 OPENAI_CLIP = Kind("a CLIP model", "visual.conv1.weight")
-OPENAI = Kind("a part of OpenAI's dVAE", "blocks.input.w")
+OPENAI_DVAE = Kind("a part of OpenAI's dVAE", "blocks.input.w")
 KINDS = (  # the order in which `kind_of` tries them
-    *(RUDALLE, MINI_DECODER, MINI_ENCODER, DALLE, VQGAN, DETOKER, UNET, DVAE, OPENAI_CLIP, OPENAI),
+    *(RUDALLE, MINI_DECODER, MINI_ENCODER, DALLE, VQGAN, DETOKER, UNET, DVAE, OPENAI_CLIP, OPENAI_DVAE),
 )
 
 
@@ -330,5 +330,11 @@ def count(state: Mapping[str, Any], pattern: str) -> int:
     return len({match[1] for name in state if (match := re.match(pattern, name))})
 
 
+def as_tuples(value: Any) -> Any:
+    """Convert a list and the lists in it to tuples; other values are returned unchanged."""
+    return tuple(as_tuples(item) for item in value) if isinstance(value, list) else value
+
+
 def as_tuple(value: Any) -> tuple[Any, ...] | None:
+    """Convert a list or a single value to a tuple; None stays None."""
     return None if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)

@@ -32,15 +32,17 @@ from dall3.weights.registry import PathLike
 
 INSTALL = "run pip install 'dall3[upscale]'"
 UPSCALER = Kind("an upscaler that spandrel reads, such as Real-ESRGAN or SwinIR", "")
-PREFIXES = ("module.", "netG.")  # of all names, as training scripts leave them
+PREFIXES = ("module.", "netG.")  # some training scripts put one before all names
 
 
 class NotInstalled(CheckpointError):
     """The weights need a package that is not installed."""
 
 
-class Outline(WithoutInit):
-    """Build a network whose weights take no memory. Tensors that it computes with while it is built are real."""
+class MetaWeights(WithoutInit):
+    """Create the weights of a network on the meta device, without memory. Constructors can still compute with other
+    tensors.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {}, device="meta") if func is torch.empty else kwargs
@@ -70,7 +72,7 @@ def load_super_resolution(path: PathLike, config: Settings | None = None) -> UNe
 
 
 def load_from(path: PathLike, config: Settings | None, *kinds: Kind) -> Upscaler:
-    """`load_upscaler`; kinds: what the file was expected to be, for the error message."""
+    """Load an upscaler as `load_upscaler` does. kinds: what the file was expected to be, for the error message."""
     state = find_upscaler(path, *kinds).tensors
     settings = read_settings(config, "tile and overlap")
     if odd := sorted(settings.keys() - {"tile", "overlap"}):
@@ -79,7 +81,10 @@ def load_from(path: PathLike, config: Settings | None, *kinds: Kind) -> Upscaler
 
 
 def check_super_resolution_file(path: PathLike) -> None:
-    """Raise CheckpointError for a file that `load_super_resolution` does not read. Without spandrel it may be one."""
+    """Raise CheckpointError for a file that `load_super_resolution` cannot read.
+
+    Without spandrel, a file that may be an upscaler is accepted.
+    """
     with suppress(NotInstalled):
         if not find_networks(read_archive(path), UNET):
             find_upscaler(path, UNET, UPSCALER)
@@ -93,7 +98,8 @@ def find_upscaler(path: PathLike, *kinds: Kind) -> FoundState:
     """
     archive = read_archive(path)
     found = [
-        FoundState(UPSCALER, place, without_prefix(state), beside) for place, state, beside in dictionaries(archive)
+        FoundState(UPSCALER, place, without_training_prefix(state), beside)
+        for place, state, beside in dictionaries(archive)
     ]
     kind = kind_of(archive)
     wrong = file_error(path, f"looks like {kind}; expected {' or '.join(map(str, kinds))}; {keys_of(archive)}")
@@ -110,7 +116,7 @@ def find_upscaler(path: PathLike, *kinds: Kind) -> FoundState:
     return choose_network(known, path)
 
 
-def without_prefix(state: State) -> State:
+def without_training_prefix(state: State) -> State:
     for prefix in PREFIXES:
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
@@ -120,30 +126,34 @@ def without_prefix(state: State) -> State:
 def upscaler_of(state: State, path: PathLike, settings: dict[str, Any]) -> Upscaler:
     """Build an upscaler from its tensors. settings: `tile` and `overlap`.
 
-    Raises CheckpointError for tensors that fit no architecture, and for a network that is no upscaler.
+    Raises CheckpointError for tensors that match no architecture, and for a network that is not an upscaler.
     """
     numbers = (int(number) for name in state for number in name.split(".") if number.isdecimal())
-    if max(numbers, default=0) > len(state):  # a network of so many layers would be built before its names are compared
+    # spandrel would build a network with this many layers before it compares the names.
+    if max(numbers, default=0) > len(state):
         raise file_error(path, "its tensors are numbered beyond their count; expected the tensors of an upscaler")
     data = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in state.values()}
     if sum(tensor.numel() * tensor.element_size() for tensor in state.values()) > 4 * sum(data.values()):
         raise file_error(path, "its tensors share too little data; expected the tensors of an upscaler")
-    outline_of(state)  # compares names and shapes before memory is taken
+    read_without_weights(state)  # compares names and shapes before memory is allocated
     with WithoutInit():
         descriptor = read_by_spandrel(state)
     config = UpscalerConfig(descriptor.architecture.id, descriptor.scale, **settings)
     return Upscaler(descriptor, config)
 
 
-def outline_of(state: State) -> Any:
-    """`read_by_spandrel` without the memory of the weights."""
-    with Outline(), warnings.catch_warnings():
+def read_without_weights(state: State) -> Any:
+    """Call `read_by_spandrel` without allocating memory for the weights."""
+    with MetaWeights(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter", UserWarning)
         return read_by_spandrel(state)
 
 
 def read_by_spandrel(state: State) -> Any:
-    """spandrel's descriptor of the network with these tensors. Raises ValueError if it is no upscaler of RGB images."""
+    """Build spandrel's descriptor of the network with these tensors.
+
+    Raises ValueError if it is not an upscaler of RGB images.
+    """
     from spandrel import MAIN_REGISTRY, ImageModelDescriptor
 
     found: Any = MAIN_REGISTRY.load(dict(state))
@@ -157,7 +167,7 @@ def read_by_spandrel(state: State) -> Any:
 
 
 @checked
-def saved_upscaler(path: PathLike, state: State, config: UpscalerConfig) -> Upscaler:
+def load_saved_upscaler(path: PathLike, state: State, config: UpscalerConfig) -> Upscaler:
     """Build an upscaler from the state dict of an `Upscaler`.
 
     Raises CheckpointError if the tensors do not fit the configuration.
@@ -173,15 +183,15 @@ def saved_upscaler(path: PathLike, state: State, config: UpscalerConfig) -> Upsc
     return found
 
 
-def check_saves(upscaler: Upscaler) -> None:
+def check_can_be_saved(upscaler: Upscaler) -> None:
     """Raise ValueError for a network that spandrel cannot recognise from its state dict."""
-    was, hyperparameters = upscaler.descriptor, getattr(upscaler.network, "hyperparameters", None)
+    expected, hyperparameters = upscaler.descriptor, getattr(upscaler.network, "hyperparameters", None)
     try:
-        now = outline_of(upscaler.network.state_dict())
-        same = (now.architecture.id, now.scale) == (was.architecture.id, was.scale)
-        same = same and getattr(now.model, "hyperparameters", None) == hyperparameters
+        found = read_without_weights(upscaler.network.state_dict())
+        same = (found.architecture.id, found.scale) == (expected.architecture.id, expected.scale)
+        same = same and getattr(found.model, "hyperparameters", None) == hyperparameters
     except Exception:  # spandrel's readers raise any exception
         same = False
     if not same:
         name = upscaler.config.architecture
-        raise ValueError(f"this {name} cannot be saved, since its tensors do not tell its settings; keep its file")
+        raise ValueError(f"this {name} cannot be saved: its tensors do not determine its settings; keep its file")

@@ -12,7 +12,7 @@ from dall3.weights.convert.rudalle import without_dwt_names
 from dall3.weights.convert.state import (
     DETOKER,
     DVAE,
-    OPENAI,
+    OPENAI_DVAE,
     VQGAN,
     FoundState,
     Settings,
@@ -178,7 +178,7 @@ def load_openai_dvae(encoder: PathLike, decoder: PathLike) -> OpenAIDiscreteVAE:
 
     The pickled modules are read without executing code. Raises CheckpointError for files of another kind.
     """
-    halves = {"encoder": read_state(encoder, OPENAI).tensors, "decoder": read_state(decoder, OPENAI).tensors}
+    halves = {"encoder": read_state(encoder, OPENAI_DVAE).tensors, "decoder": read_state(decoder, OPENAI_DVAE).tensors}
     return openai_dvae_of(halves, f"{encoder}, {decoder}")
 
 
@@ -231,7 +231,7 @@ def load_one_vae(path: PathLike, config: Settings | None) -> VAE:
 
 @checked
 def load_vae_inside(dalle: PathLike) -> VAE | None:
-    """Load the VAE in a DALLE-pytorch checkpoint, or return None. Its kind is recognised from the tensors, because
+    """Load the VAE in a DALLE-pytorch checkpoint; None if it has none. Its kind is recognised from the tensors, because
     `vae_params` may be outdated.
     """
     path = deepspeed_file(Path(dalle))
@@ -242,7 +242,7 @@ def load_vae_inside(dalle: PathLike) -> VAE | None:
         return discrete_vae_of(choose_network(networks, path), path, None)
     halves = {
         network.place.rpartition("/")[2].rpartition(".")[2]: network.tensors
-        for network in find_networks(archive, OPENAI)
+        for network in find_networks(archive, OPENAI_DVAE)
     }
     if halves.keys() == {"enc", "dec"}:
         return openai_dvae_of({"encoder": halves["enc"], "decoder": halves["dec"]}, path)
