@@ -96,7 +96,7 @@ def test_half_precision(pipe, monkeypatch):
 
 def test_the_default_batch_does_not_depend_on_what_the_allocator_reserved(pipe, monkeypatch):
     sizes, cuda = {}, torch.device("cuda")
-    for memory in (2**28, 2**33):
+    for memory in (2**26, 2**33):
         for reserved in (0, memory // 2, memory):
             with monkeypatch.context() as patch, pretend_gpu(patch, memory, reserved):
                 there = copy.deepcopy(pipe.transformer).to("cuda")
