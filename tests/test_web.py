@@ -3,7 +3,6 @@
 import json
 import shutil
 import threading
-import time
 
 import gradio as gr
 import pytest
@@ -14,11 +13,17 @@ from PIL.PngImagePlugin import PngInfo
 
 from dall3 import Dall3Output, Dall3Pipeline
 from dall3.cli import main
+from dall3.generate import run
 from dall3.output import RECIPE
 from dall3.web import Limits, make_page, open_picture, serve
 from dall3.web_weights import Shelf
+from dall3.weights.folder import BUNDLED
+from dall3.weights.registry import bundled_registry_path
+
+from hub import Hub
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome is installed")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 
 
@@ -42,9 +47,15 @@ def page(pipe):
 def test_a_call_shows_the_picture_as_it_forms_and_then_before_and_after(page, tmp_path):
     updates = list(handler(page, "draw")("a red cube", 3, 1, 2, 10, 0, None, 0.5))
     said = [update[1] for update in updates]
-    assert said[0] == "drawing tokens: 32 of 512" and "ranking the candidates" in said and said[-1] == "done"
-    assert any(status.startswith("refining: ") for status in said)
-    assert [update[0]["value"].size for update in updates[:-1]] == [(256, 256)] * (len(updates) - 1)
+    assert said[0] == "measuring how long this takes" and said[1].startswith("starting, about ") and said[-1] == "done"
+    assert said[2].startswith("drawing tokens: 32 of 512, about ")
+    assert all(status.endswith((" s left", " min left")) for status in said[1:-1])
+    assert {status.split(":")[0].split(",")[0] for status in said[2:-1]} == {
+        "drawing tokens",
+        "ranking the candidates",
+        "refining",
+    }
+    assert [update[0]["value"].size for update in updates[2:-1]] == [(256, 256)] * (len(updates) - 3)
     forming, _, gallery, files, vary, last, past, history = updates[-1]
     assert vary["visible"] and last.weights == "bundled" and len(last.result) == len(past) == 1
     assert [image.size for image, _ in history["value"]] == [(128, 128)] and past[0].fields == (
@@ -142,7 +153,7 @@ def test_a_recipe_without_a_seed_is_refused_and_other_fields_stay(page, tmp_path
         handler(page, "read_recipe")(recipe_with(tmp_path, whole({"seed": 2**53})))
 
 
-def test_the_unequal_steps_of_some_weights_are_kept_until_they_are_changed(pipe, tmp_path):
+def test_the_unequal_steps_of_some_weights_are_kept_until_they_are_changed(pipe, tmp_path, monkeypatch):
     given = []
 
     class Asked:
@@ -151,10 +162,11 @@ def test_the_unequal_steps_of_some_weights_are_kept_until_they_are_changed(pipe,
         def __getattr__(self, name):
             return getattr(pipe, name)
 
-        def stream(self, *args, **settings):
-            given.append(settings)
-            return iter(())
+    def make_request(pipe, prompt, *counts, **settings):
+        given.append(settings)
+        raise ValueError("enough")
 
+    monkeypatch.setattr("dall3.web_handlers.make_request", make_request)
     page = make_page(Asked(), Limits())
     steps, guidance = (
         next(block for block in page.blocks.values() if getattr(block, "label", "") == label)
@@ -162,13 +174,68 @@ def test_the_unequal_steps_of_some_weights_are_kept_until_they_are_changed(pipe,
     )
     assert steps.value == 25 and guidance.value == 9000 <= guidance.maximum
     for number in (25, 20):
-        list(handler(page, "draw")("a cube", 0, 1, 1, number, 0, None, 0.5))
+        with pytest.raises(gr.Error, match="enough"):
+            list(handler(page, "draw")("a cube", 0, 1, 1, number, 0, None, 0.5))
     assert "num_inference_steps" not in given[0] and given[1]["num_inference_steps"] == 20
     fields = handler(page, "read_recipe")(recipe_with(tmp_path, whole(GOOD | {"num_inference_steps": "10,10,5"})))
     assert fields[4] == 25
     with pytest.warns(UserWarning, match="has unevenly spaced denoising steps"):
         fields = handler(page, "read_recipe")(recipe_with(tmp_path, whole(GOOD | {"num_inference_steps": "ddim20"})))
     assert fields[4] == gr.update()
+
+
+def test_a_recipe_as_json_fills_the_fields_too(page, tmp_path):
+    path = tmp_path / "any.json"
+    fields = ["a cube", 5, 1, 3, 5, 0.0]
+    for recipe in (whole(), {"prompt": "a cube", "clip_scores": None, **GOOD}):  # and a settings.json
+        path.write_text(json.dumps(recipe))
+        assert handler(page, "read_recipe")(str(path)) == fields
+    path.write_text(json.dumps(whole(GOOD | {"kept": [-1, 0]})))
+    with pytest.warns(UserWarning, match="was made from another image"):
+        assert handler(page, "read_recipe")(str(path)) == fields
+    for text, words in [
+        (b"{", "Expecting property name"),
+        (b"[1]", "it is a list"),
+        (b"{}", "it has no prompt and settings"),
+        (b'{"prompt": "a cube", "settings": []}', "it has no prompt and settings"),
+        (b'{"prompt": "\\ud800"}', "surrogates not allowed"),
+        (b"[" * 10**5, "recursion"),
+        (b"\xff", "not text"),
+        (b" " * 2**21, "expected at most 1,048,576"),
+    ]:
+        path.write_bytes(text)
+        with pytest.raises(gr.Error, match=rf"any.json is not a recipe .*{words}.*; expected an image saved by dall3"):
+            handler(page, "read_recipe")(str(path))
+
+
+def test_words_that_the_weights_do_not_know_are_named_with_examples(page):
+    hint = handler(page, "hint")
+    for prompt in ("a red cube", "", "  ", None):
+        assert not hint(prompt, "bundled")["visible"]
+    assert not hint("plutonium", "dalle-mega")["visible"]  # not in memory
+    said = hint("a cube made of plutonium", "bundled")
+    assert said["visible"] and "the words 'plutonium' " in said["value"] and "'a cube made of cloud'" in said["value"]
+    assert "no word of the prompt '&lt;xyzzy&gt;' " in hint("<xyzzy>", "bundled")["value"]
+    with pytest.raises(gr.Error, match="no word of the prompt 'xyzzy' .* 'a cube made of cloud' or "):
+        next(handler(page, "draw")("xyzzy", 0, 1, 1, 2, 0, None, 0.5))
+
+
+def test_a_call_that_takes_too_long_is_refused_and_not_offered(pipe, monkeypatch):
+    steps = lambda pace: ((k, 3000.0) for k in range(8) for _ in pace.stages)  # noqa: E731
+    monkeypatch.setattr("dall3.estimate.Pace.denoising", steps)
+    for stage, seconds in (("drawing", 600.0), ("ranking", 200.0)):
+        monkeypatch.setattr(f"dall3.estimate.Pace.{stage}", lambda pace, seconds=seconds: seconds)
+    page = make_page(pipe, Limits(seconds=1800))
+    images, candidates = handler(page, "offer")("a cube", None, 2, 100)
+    assert (candidates["maximum"], candidates["value"]) == (18, 18) and images["maximum"] == 1
+    assert candidates["info"].endswith("; 8 take about 13 min") and images["info"].endswith("one takes about 50 min")
+    assert "value" not in handler(page, "offer")("a cube", None, 1, 8)[1]
+    assert handler(page, "offer")("xyzzy", None, 2, 100) == (gr.update(), gr.update())
+    words = "this takes about 6.9 h, and the page allows up to 30 min; choose fewer candidates"
+    with pytest.raises(gr.Error, match=words):
+        list(handler(page, "draw")("a cube", 0, 1, 1, 2, 0, None, 0.5))
+    wall = handler(page, "lay_out")("a cube", 0, 1, None, 0.5)  # is not refined
+    assert [next(wall)[1] for _ in range(2)][1] == "starting, about 13 min left"
 
 
 @pytest.mark.parametrize("odd", [None, "x", float("nan"), float("inf"), [1]])
@@ -228,12 +295,16 @@ def chosen(index):
 
 
 def test_a_wall_is_chosen_from_by_clicks_and_refined_as_one_call_would(page, pipe):
-    *_, (forming, said, wall, numbers, refine, drawn) = handler(page, "lay_out")("a red cube", 4, 4, None, 0.5)
+    updates = list(handler(page, "lay_out")("a red cube", 4, 4, None, 0.5))
+    assert updates[2][1].startswith("drawing tokens: 64 of 1024, about ")
+    forming, said, wall, numbers, refine, drawn = updates[-1]
     assert not forming["visible"] and refine["visible"] and "Select images" in said
     assert [caption for _, caption in wall["value"]] == numbers["choices"] == ["0", "1", "2", "3"]
     toggle = handler(page, "toggle")
     assert toggle(toggle(toggle([], chosen(3)), chosen(1)), chosen(3)) == ["1"]
-    *_, update = handler(page, "refine")(drawn, ["3", "1"], 5, 0)
+    updates = list(handler(page, "refine")(drawn, ["3", "1"], 5, 0))
+    update = updates[-1]
+    assert updates[2][1].startswith("refining, about ") or updates[2][1].startswith("refining: 1 of ")
     assert update[5].result == pipe.refine(
         pipe.draw("a red cube", 4, seed=4, progress=False)[3, 1], clip_guidance_scale=0.0, progress=False
     )
@@ -292,7 +363,7 @@ def test_weights_on_this_machine_can_be_chosen_and_others_downloaded_if_allowed(
     monkeypatch.setenv("DALL3_OFFLINE", "1")
     shelf = Shelf(pipe, fetching=True)
     known = {choice.name: choice for choice in shelf.choices()}
-    assert known["bundled"].here and not known["dalle-mega"].here and known["dalle-mega"].size > 7e9
+    assert known["bundled"].here and not known["dalle-mega"].here and known["dalle-mega"].size == "8.0 GB"
     for name, words in (("dalle-mega", "not on this machine"), ("../etc", "are not known"), ("mini/..", "not known")):
         with pytest.raises(ValueError, match=words):
             shelf.get(name)
@@ -304,7 +375,28 @@ def test_weights_on_this_machine_can_be_chosen_and_others_downloaded_if_allowed(
     with pytest.raises(gr.Error, match="fetches no weights"):
         list(handler(make_page(pipe, shelf=Shelf(pipe)), "fetch")("dalle-mega"))
     with pytest.raises(gr.Error, match="not on this machine"):
-        handler(page, "use_weights")("dalle-mega")
+        list(handler(page, "use_weights")("dalle-mega"))
+
+
+def copy_of_the_bundled_weights(folder, places):
+    """Add the set "copy" to those that dall3 knows. places: where the files of the bundled weights are."""
+    table = bundled_registry_path().read_text(encoding="utf-8").partition("\n[dall3]\n")[0]
+    table = table.replace("[mini", "[copy").replace("package:mini/", places)
+    (folder / "weights.toml").write_text(table, encoding="utf-8")
+    return str(folder / "weights.toml")
+
+
+def test_weights_that_do_not_fit_the_memory_are_not_loaded(pipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("DALL3_WEIGHTS", copy_of_the_bundled_weights(tmp_path, f"{BUNDLED}/"))
+    shelf = Shelf(pipe)
+    page = make_page(pipe, shelf=shelf)
+    monkeypatch.setattr("dall3.web_weights.free_memory", lambda device: 20_000_000)
+    with pytest.raises(gr.Error, match="copy need at least 29 MB of memory, and cpu has 20 MB free; choose smaller"):
+        list(handler(page, "use_weights")("copy"))
+    assert shelf.peek("copy") is None and shelf.peek("bundled") is pipe
+    monkeypatch.setattr("dall3.web_weights.free_memory", lambda device: 40_000_000)
+    assert [update[2] for update in handler(page, "use_weights")("copy")] == ["loading copy", "loaded copy"]
+    assert shelf.peek("copy") is shelf.get("copy") is not pipe
 
 
 def test_a_missing_gradio_and_an_invalid_limit_are_errors(monkeypatch, capsys):
@@ -316,32 +408,42 @@ def test_a_missing_gradio_and_an_invalid_limit_are_errors(monkeypatch, capsys):
 
 
 class Watched:
-    """A pipeline that records which of its streams were ended early."""
+    """The calls of a page: their requests, and how they ended."""
 
-    def __init__(self, pipe):
-        self.pipe, self.ended, self.finished = pipe, threading.Event(), 0
+    def __init__(self, monkeypatch):
+        self.requests, self.ended, self.finished = [], threading.Event(), 0
+        monkeypatch.setattr("dall3.web_handlers.run", self.run)
 
-    def __getattr__(self, name):
-        return getattr(self.pipe, name)
-
-    def stream(self, *args, **kwargs):
+    def run(self, parts, request):
+        self.requests.append(request)
         done = False
         try:
-            for preview in self.pipe.stream(*args, **kwargs):
-                yield preview
-                time.sleep(0.05)  # slow enough to observe
+            output = yield from run(parts, request)
             done, self.finished = True, self.finished + 1
+            return output
         finally:
             if not done:
                 self.ended.set()
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome is installed")
-def test_the_page_in_a_browser(pipe, tmp_path):
-    from playwright.sync_api import expect, sync_playwright
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A server that has the set "copy" to download."""
+    files = {f"/host/{path.relative_to(BUNDLED)}": path.read_bytes() for path in BUNDLED.rglob("*.*")}
+    hub = Hub(files)
+    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    monkeypatch.setenv("DALL3_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("DALL3_WEIGHTS", copy_of_the_bundled_weights(tmp_path, f"{hub.url}/host/"))
+    yield hub
+    hub.shutdown()
 
-    watched = Watched(pipe)
-    address = serve(watched, port=None, limits=Limits(candidates=8), block=False)
+
+@pytest.fixture
+def tab(pipe):
+    """A page in Chromium, as wide as a phone."""
+    from playwright.sync_api import sync_playwright
+
+    address = serve(pipe, port=None, limits=Limits(candidates=8), block=False)
     try:
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
@@ -350,43 +452,127 @@ def test_the_page_in_a_browser(pipe, tmp_path):
             asked = []
             page.on("request", lambda request: asked.append(request.url))
             page.goto(address)
-            page.get_by_role("button", name="an avocado").click()
-            expect(page.locator("#prompt textarea")).to_have_value("an avocado", timeout=60_000)
-            page.locator("#prompt textarea").fill("a red cube")
-            page.locator("#draw").click()
-            expect(page.locator("#status")).to_contain_text("drawing tokens", timeout=60_000)
-            expect(page.locator("#forming img")).to_be_visible(timeout=60_000)
-            expect(page.locator("#status")).to_contain_text("done", timeout=600_000)
-            expect(page.locator("#gallery img")).to_have_count(4, timeout=60_000)
-            assert page.evaluate("document.documentElement.scrollWidth") <= 390
-            with page.expect_download() as download:
-                page.locator("#files a").first.click()
-            download.value.save_as(tmp_path / "picture.png")
-            assert Dall3Output.load(tmp_path / "picture.png").prompt == "a red cube"
-
-            page.locator("#draw").click()
-            expect(page.locator("#status")).to_contain_text("drawing tokens", timeout=60_000)
-            page.locator("#cancel").click()
-            expect(page.locator("#status")).to_contain_text("cancelled", timeout=60_000)
-            assert watched.ended.wait(30)
-
-            page.locator("#lay").click()
-            expect(page.locator("#wall img")).to_have_count(8, timeout=600_000)
-            page.locator("#wall button").nth(5).click()
-            expect(page.locator("#chosen input:checked")).to_have_count(1, timeout=60_000)
-            page.locator("#refine").press("Enter")
-            expect(page.locator("#status")).to_contain_text("done", timeout=600_000)
-            expect(page.locator("#gallery img")).to_have_count(2, timeout=60_000)
-            expect(page.locator("#history img")).to_have_count(3, timeout=60_000)
-            assert page.evaluate("document.documentElement.scrollWidth") <= 390
-
-            watched.ended.clear()
-            page.locator("#draw").click()
-            expect(page.locator("#status")).to_contain_text("drawing tokens", timeout=60_000)
-            page.close()
-            assert watched.ended.wait(60)  # closing the tab ends the work too
-            assert watched.finished == 1
+            yield page
             assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
             browser.close()
     finally:
         gr.close_all(verbose=False)
+
+
+@needs_browser
+def test_the_page_in_a_browser(tab, tmp_path, monkeypatch):
+    from playwright.sync_api import expect
+
+    expect.set_options(timeout=60_000)
+    watched, prompt, status = Watched(monkeypatch), tab.locator("#prompt textarea"), tab.locator("#status")
+    tab.get_by_role("button", name="an avocado").click()
+    expect(prompt).to_have_value("an avocado")
+    prompt.fill("a red cube")
+    prompt.press("Enter")
+    expect(status).to_contain_text("drawing tokens")
+    expect(status).to_contain_text(" left")
+    expect(tab.locator("#forming img")).to_be_visible()
+    expect(status).to_contain_text("done", timeout=600_000)
+    expect(tab.locator("#gallery img")).to_have_count(4)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+    with tab.expect_download() as download:
+        tab.locator("#files a").first.click()
+    download.value.save_as(tmp_path / "picture.png")
+    assert Dall3Output.load(tmp_path / "picture.png").prompt == "a red cube"
+
+    tab.locator("#draw").click()
+    expect(status).to_contain_text("drawing tokens")
+    tab.locator("#cancel").click()
+    expect(status).to_contain_text("cancelled")
+    assert watched.ended.wait(30)
+
+    tab.locator("#lay").click()
+    expect(tab.locator("#wall img")).to_have_count(8, timeout=600_000)
+    tab.locator("#wall button").nth(5).press("Space")
+    expect(tab.locator("#chosen input:checked")).to_have_count(1)
+    tab.locator("#refine").press("Enter")
+    expect(status).to_contain_text("done", timeout=600_000)
+    expect(tab.locator("#gallery img")).to_have_count(2)
+    expect(tab.locator("#history img")).to_have_count(3)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+
+    watched.ended.clear()
+    tab.locator("#draw").click()
+    expect(status).to_contain_text("drawing tokens")
+    tab.close()
+    assert watched.ended.wait(60)  # closing the tab ends the work too
+    assert watched.finished == 1
+
+
+DROP = """text => {
+  const files = new DataTransfer();
+  files.items.add(new File([text], "recipe.json", { type: "application/json" }));
+  const event = new DragEvent("drop", { dataTransfer: files, bubbles: true, cancelable: true });
+  document.querySelector("h1").dispatchEvent(event);
+}"""
+
+
+@needs_browser
+def test_hints_recipes_and_the_brush_in_a_browser(pipe, tab, tmp_path, monkeypatch):
+    from playwright.sync_api import expect
+
+    expect.set_options(timeout=60_000)
+    watched, prompt, status = Watched(monkeypatch), tab.locator("#prompt textarea"), tab.locator("#status")
+    prompt.fill("a cube made of plutonium")
+    prompt.press("Tab")
+    expect(tab.locator("#hint")).to_contain_text("'plutonium'")
+
+    tab.evaluate(DROP, "{}")
+    expect(tab.get_by_text("recipe.json is not a recipe")).to_be_visible()
+    expect(tab.locator("#recipe input[type=file]")).to_have_count(1)
+    small = {"seed": 7, "num_images": 1, "num_candidates": 1, "clip_guidance_scale": 0.0}
+    tab.evaluate(DROP, json.dumps({"prompt": "a red cube", **small}))
+    expect(prompt).to_have_value("a red cube")
+    expect(tab.locator("#hint")).to_be_hidden()
+    expect(tab.get_by_label("number input for Candidates")).to_have_value("1")
+
+    Image.new("RGB", (128, 128), "blue").save(tmp_path / "blue.png")
+    tab.get_by_role("button", name="Draw a part of an image again").click()
+    canvas = tab.locator("#edited canvas").first
+    expect(canvas).to_be_visible()
+    tab.locator("#edited input[type=file]").first.set_input_files(tmp_path / "blue.png")
+    tab.wait_for_timeout(3000)  # until the editor shows it
+    tab.get_by_label("Brush").first.click()
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    tab.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    tab.mouse.down()
+    tab.mouse.move(box["x"] + box["width"] / 2 + 5, box["y"] + box["height"] / 2, steps=3)
+    tab.mouse.up()
+    tab.wait_for_timeout(1000)
+    tab.locator("#draw").click()
+    expect(status).to_contain_text("done", timeout=600_000)
+    (request,) = watched.requests
+    assert request.seed == 7 and 0 < (request.kept < 0).sum() < 200
+    blue = pipe.encode(torch.tensor([0, 0, 1.0])[None, :, None, None].expand(1, 3, 128, 128))[0]
+    assert torch.equal(request.kept[request.kept >= 0], blue[request.kept >= 0])
+
+    tab.locator("#gallery button").nth(1).click()
+    tab.locator("#vary").click()
+    expect(tab.locator("#history img")).to_have_count(2, timeout=600_000)
+    assert 90 < (watched.requests[1].kept < 0).sum() < 166  # about a half
+
+
+@needs_browser
+def test_weights_are_fetched_and_loaded_in_a_browser(hub, tab):
+    from playwright.sync_api import expect
+
+    expect.set_options(timeout=60_000)
+
+    def choose(field):
+        tab.wait_for_timeout(500)  # the end of an animation
+        tab.locator(f"{field} input").click()
+        tab.locator("[role=option]", has_text="copy,").click()
+
+    tab.get_by_role("button", name="Weights").click()
+    choose("#wanted")
+    tab.locator("#fetch").click()
+    expect(tab.locator("#status")).to_contain_text("fetched copy")
+    assert any(path.endswith("upsampler/model.safetensors") for _, path, _ in hub.log)
+    choose("#weights")
+    expect(tab.locator("#status")).to_contain_text("loaded copy")

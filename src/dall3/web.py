@@ -12,7 +12,8 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dall3.pipeline import Dall3Pipeline
-from dall3.web_handlers import HIDDEN, Handlers, Limits, facts_of, open_picture, weight_choices
+from dall3.web_handlers import HIDDEN, Handlers, facts_of, weight_choices
+from dall3.web_uploads import Limits, open_picture
 from dall3.web_weights import Shelf
 
 __all__ = ["APP", "Limits", "make_page", "open_picture", "serve"]
@@ -33,9 +34,29 @@ CSS = """
 #history .grid-container { grid-template-columns: repeat(auto-fill, minmax(64px, 1fr)) !important; }
 #history .grid-wrap { padding-top: 32px; }
 #history .caption-label { display: none; }
+#hint { font-size: 0.9em; }
+#lay { white-space: nowrap; padding-left: 4px; padding-right: 4px; }
+@media (max-width: 480px) { #draw, #lay, #cancel { font-size: 0.85rem; } }
+#recipe .icon-wrap { display: none; }
+:focus-visible { outline: 2px solid #64748b !important; outline-offset: 2px; }
+#gallery .caption-label { white-space: normal; }
 #examples { gap: 6px; flex-wrap: wrap; }
 #examples button { flex: 0 0 auto; width: auto; min-width: 0; white-space: nowrap; }
 """
+# A file that is dropped anywhere on the page goes to the field for recipes. Without this, the browser would open it.
+DROP = """() => {
+  document.addEventListener("dragover", (event) => event.preventDefault());
+  document.addEventListener("drop", (event) => {
+    if (event.defaultPrevented) return;  // another field has taken it
+    event.preventDefault();
+    const field = document.querySelector("#recipe input[type=file]");
+    if (!field || !event.dataTransfer.files.length) return;
+    const first = new DataTransfer();
+    first.items.add(event.dataTransfer.files[0]);
+    field.files = first.files;
+    field.dispatchEvent(new Event("change", { bubbles: true }));
+  });
+}"""
 
 
 class Page(gr.Blocks):
@@ -97,14 +118,15 @@ def make_page(pipe: Dall3Pipeline, limits: Limits = LIMITS, shelf: Shelf | None 
         past, drawn, last, selected = gr.State([]), gr.State(None), gr.State(None), gr.State(0)
         with gr.Row(equal_height=False):
             with gr.Column(min_width=320):
-                prompt = gr.Textbox(label="Prompt", value=EXAMPLES[0], lines=2, elem_id="prompt")
+                prompt = gr.Textbox(label="Prompt", value=EXAMPLES[0], lines=1, max_lines=4, elem_id="prompt")
+                hint = gr.HTML(visible=False, elem_id="hint")
                 with gr.Row(elem_id="examples"):
                     examples = [gr.Button(text, size="sm") for text in EXAMPLES]
                 with gr.Row():
                     go = gr.Button("Draw", variant="primary", elem_id="draw", min_width=90)
                     lay = gr.Button("Draw a wall", elem_id="lay", min_width=90)
                     cancel = gr.Button("Cancel", elem_id="cancel", min_width=90)
-                images = gr.Slider(1, limits.images, 2, step=1, label="Images")
+                images = gr.Slider(1, limits.images, 2, step=1, label="Images", info="images kept")
                 candidates = gr.Slider(
                     1, limits.candidates, 8, step=1, label="Candidates", info="images drawn; CLIP or you keep the best"
                 )
@@ -132,20 +154,22 @@ def make_page(pipe: Dall3Pipeline, limits: Limits = LIMITS, shelf: Shelf | None 
                     )
                     change = gr.Slider(0.05, 1, 0.5, step=0.05, label="Fraction of an image's tokens to draw again")
                     start = gr.File(label=f"An image to vary, up to {UPLOAD}", file_types=["image"], height=110)
-                    recipe = gr.File(
-                        label="An image of this page, to restore its settings", file_types=[".png"], height=110
-                    )
                 with gr.Accordion("Draw a part of an image again", open=False):
+                    gr.Markdown("Upload an image and paint over the part.")
                     edited = gr.ImageEditor(
-                        label="Upload an image and paint over the part",
+                        show_label=False,
                         type="filepath",
                         sources=["upload"],
                         transforms=(),
                         layers=False,
                         brush=gr.Brush(default_size=40, colors=["#ffffff"], color_mode="fixed"),
+                        format="png",
                         height=340,
                         elem_id="edited",
                     )
+                recipe = gr.File(
+                    label="Recipe: drop a PNG or JSON", file_types=[".png", ".json"], height=120, elem_id="recipe"
+                )
             with gr.Column(min_width=320):
                 status = gr.Markdown("", elem_id="status")
                 plain: dict[str, Any] = dict(show_label=False, interactive=False, visible=False)
@@ -168,26 +192,43 @@ def make_page(pipe: Dall3Pipeline, limits: Limits = LIMITS, shelf: Shelf | None 
         results = [forming, status, gallery, files, vary, last, past, history]
         origin, quiet = [start, change, edited, weights], dict[str, Any](show_progress="hidden")
         new_seed: dict[str, Any] = dict(fn=act.next_seed, inputs=[seed, locked], outputs=seed, queue=False)
+        work: dict[str, Any] = dict(show_progress="hidden", concurrency_id="work")  # one at a time
         runs: list[Any] = [
-            trigger(**new_seed).then(act.draw, [*fields, *origin, past], results, **quiet)
+            trigger(**new_seed).then(act.draw, [*fields, *origin, past], results, **work)
             for trigger in (go.click, prompt.submit)
         ]
         laid = [forming, status, wall, chosen, refine, drawn]
-        runs.append(lay.click(**new_seed).then(act.lay_out, [prompt, seed, candidates, *origin], laid, **quiet))
-        runs.append(refine.click(act.refine, [drawn, chosen, steps, guidance, past], results, **quiet))
+        runs.append(lay.click(**new_seed).then(act.lay_out, [prompt, seed, candidates, *origin], laid, **work))
+        runs.append(refine.click(act.refine, [drawn, chosen, steps, guidance, past], results, **work))
         varied = [prompt, seed, images, steps, guidance, change, last, selected, past]
-        runs.append(vary.click(**new_seed).then(act.vary, varied, results, **quiet))
+        runs.append(vary.click(**new_seed).then(act.vary, varied, results, **work))
         runs.append(fetch.click(act.fetch, wanted, [status, weights, wanted], **quiet))
         # Set the status after the run has ended; otherwise its last progress update would replace it.
-        ended = cancel.click(lambda: None, cancels=runs, queue=False)
-        ended.then(lambda: (HIDDEN, "cancelled"), None, [forming, status], queue=False)
-        for button, text in zip(examples, EXAMPLES, strict=True):
-            button.click(None, None, prompt, js=f"() => {json.dumps(text)}")
+        stopped = cancel.click(lambda: None, cancels=runs, queue=False)
+        stopped.then(lambda: (HIDDEN, "cancelled"), None, [forming, status], queue=False)
         wall.select(act.toggle, chosen, chosen, queue=False)
         gallery.select(act.select, last, selected, queue=False)
-        history.select(act.recall, past, fields, queue=False)
-        weights.input(act.use_weights, weights, [steps, guidance, status], **quiet)
-        recipe.upload(act.read_recipe, [recipe, weights], fields)
+        offered: dict[str, Any] = dict(fn=act.offer, inputs=[prompt, weights, images, candidates], **work)
+        offered |= dict(outputs=[images, candidates])
+        loaded = weights.input(act.use_weights, weights, [steps, guidance, status], **work)
+        restored = recipe.upload(act.read_recipe, [recipe, weights], fields, concurrency_limit=None, **quiet)
+        recalled = history.select(act.recall, past, fields, queue=False)
+        clicked = [
+            button.click(None, None, prompt, js=f"() => {json.dumps(text)}")
+            for button, text in zip(examples, EXAMPLES, strict=True)
+        ]
+        triggers: list[Any] = [
+            prompt.blur,
+            prompt.submit,
+            *(one.then for one in (loaded, restored, recalled, *clicked)),
+        ]
+        for trigger in triggers:
+            trigger(act.hint, [prompt, weights], hint, queue=False, **quiet)
+        for ended in (restored.success, restored.failure):
+            ended(lambda: None, None, recipe, queue=False)
+        loaded.then(**offered)
+        page.load(None, None, None, js=DROP)
+        page.load(**offered)
     page.queue(default_concurrency_limit=1, max_size=64)
     return page
 

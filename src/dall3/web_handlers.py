@@ -6,7 +6,7 @@ import html
 import secrets
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,34 +16,21 @@ from PIL import Image
 from dall3.diffusion.denoising import Denoising
 from dall3.diffusion.schedule import space_timesteps
 from dall3.errors import require
-from dall3.images import make_grid, open_image, read_rgb
-from dall3.output import Dall3Output, Preview
+from dall3.estimate import Pace, size_text, time_text
+from dall3.generate import run
+from dall3.images import make_grid
+from dall3.output import Dall3Output
 from dall3.pipeline import Dall3Pipeline
-from dall3.request import default_guidance_scale
-from dall3.wall import Wall, draw_wall, make_draw_request, refine_wall, request_of_wall
+from dall3.request import default_guidance_scale, make_request
+from dall3.wall import draw_wall, make_draw_request, refine_wall, request_of_wall
+from dall3.web_progress import Steps, follow, pace_of_wall
+from dall3.web_uploads import LARGEST_SEED, Limits, checked_number, open_picture, read_mask, read_recipe
 from dall3.web_weights import Shelf
 
-LARGEST_SEED = 2**53 - 1  # the largest integer that JavaScript represents exactly
 REMEMBERED = 24  # images in the history of a session
 THUMB = 128  # pixels
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Upper bounds on the settings of a request. pixels: width times height of an uploaded image."""
-
-    images: int = 8
-    candidates: int = 256
-    steps: int = 250
-    pixels: int = 4096**2
-
-
-def open_picture(path: str, limits: Limits) -> Image.Image:
-    """Read an uploaded image. Raises ValueError for a file that is not an image or exceeds `limits`."""
-    try:
-        return read_rgb(path, Path(path).name, limits.pixels)
-    except OSError as error:
-        raise ValueError(f"{Path(path).name}: {error.strerror}; upload it again") from None
+MEASURED = 8  # candidates whose time the page states
+REFUSED = (ValueError, TypeError, IndexError, OverflowError, OSError)  # errors whose message the page shows
 
 
 def refusal(error: object, title: str) -> gr.Error:
@@ -51,24 +38,8 @@ def refusal(error: object, title: str) -> gr.Error:
     return gr.Error(html.escape(str(error), quote=False), title=title, print_exception=False)
 
 
-def checked_number(recipe: dict[str, Any], name: str, low: int, high: float, kind: type = int) -> int | float | None:
-    """A number from a recipe, or None if it has none. Raises ValueError for another type or a value out of range."""
-    value = recipe.get(name)
-    if value is None:
-        return None
-    valid = type(value) in (int, kind) and low <= value <= high
-    number = "a whole number" if kind is int else "a number"
-    require(valid, f"the recipe's {name} is {str(value)[:40]!r}; expected {number} in [{low}, {high:,}]")
-    return value
-
-
 def limited(value: int | float | None, bound: int) -> int | float | None:
     return None if value is None else min(value, bound)
-
-
-def status_text(preview: Preview) -> str:
-    texts = {"drawing": "drawing tokens", "ranking": "ranking the candidates", "refining": "refining", "done": "done"}
-    return f"{texts[preview.stage]}: {preview.step} of {preview.total}" if preview.total > 1 else texts[preview.stage]
 
 
 def show_output(out: Dall3Output, folder: str) -> tuple[list[tuple[str, str]], list[str]]:
@@ -128,11 +99,21 @@ def shown(value: Any, **more: Any) -> Any:
     return gr.update(value=value, visible=True, **more)
 
 
+def bounded(value: float, most: int, info: str) -> Any:
+    """A slider's new maximum and description. Its value changes only if it is above the maximum."""
+    changed: dict[str, Any] = dict(value=most) if value > most else {}
+    return gr.update(maximum=most, info=info, **changed)
+
+
 class Handlers:
     """The event handlers of a page. Every value that they get may come from a stranger."""
 
     def __init__(self, shelf: Shelf, limits: Limits) -> None:
         self.shelf, self.limits = shelf, limits
+        self.most: dict[str, tuple[int, int]] = {}  # images and candidates that weights draw in time, by their name
+
+    def most_of(self, weights: str | None) -> tuple[int, int]:
+        return self.most.get(weights or self.shelf.own, (self.limits.images, self.limits.candidates))
 
     def check(self, facts: Facts, prompt: str, **values: float) -> None:
         """Raise ValueError for an empty prompt and for values above the limits."""
@@ -182,12 +163,13 @@ class Handlers:
             pipe = self.shelf.get(weights or self.shelf.own)
             facts = facts_of(pipe)
             self.check(facts, prompt, images=images, candidates=candidates, steps=steps, guidance=guidance)
-            settings: dict[str, Any] = dict(num_candidates=int(candidates), seed=None if seed is None else int(seed))
+            settings: dict[str, Any] = dict(seed=None if seed is None else int(seed), progress=False)
             settings |= self.denoising(facts, steps, guidance) | self.starting(start, change, edited)
+            request = make_request(pipe, prompt.strip(), int(images), int(candidates), **settings)
             fields = (int(images), int(candidates), int(steps), float(guidance))
-            previews = pipe.stream(prompt.strip(), int(images), progress=False, **settings)
-            yield from self.show(previews, weights or self.shelf.own, fields, past or [])
-        except (ValueError, TypeError, OverflowError) as error:
+            shown_steps = follow(Pace(pipe, request), run(pipe, request), self.limits)
+            yield from self.show(shown_steps, weights or self.shelf.own, fields, past or [])
+        except REFUSED as error:
             raise refusal(error, "Invalid request") from None
 
     def vary(
@@ -212,10 +194,11 @@ class Handlers:
             number = min(max(int(selected or 0), 0), len(out) - 1)
             settings: dict[str, Any] = dict(init_image=out.tokens[number], change=float(change), progress=False)
             settings |= dict(seed=None if seed is None else int(seed)) | self.denoising(facts, steps, guidance)
+            request = make_request(pipe, prompt.strip(), int(images), **settings)
             fields = (int(images), int(images), int(steps), float(guidance))
-            previews = pipe.stream(prompt.strip(), int(images), **settings)
-            yield from self.show(previews, last.weights, fields, past or [])
-        except (ValueError, TypeError, OverflowError) as error:
+            shown_steps = follow(Pace(pipe, request), run(pipe, request), self.limits)
+            yield from self.show(shown_steps, last.weights, fields, past or [])
+        except REFUSED as error:
             raise refusal(error, "Invalid request") from None
 
     def lay_out(
@@ -235,21 +218,22 @@ class Handlers:
             settings: dict[str, Any] = dict(seed=None if seed is None else int(seed), progress=False)
             settings |= self.starting(start, change, edited)
             request = make_draw_request(pipe, prompt.strip(), int(candidates), **settings)
-            steps = draw_wall(pipe, request)
+            request = replace(request, num_images=1)  # so that a preview decodes one image
+            updates = follow(pace_of_wall(pipe, request), draw_wall(pipe, request), self.limits)
             while True:
                 try:
-                    preview = next(steps)
+                    status, preview = next(updates)
                 except StopIteration as end:
-                    wall: Wall = end.value
+                    wall = end.value
                     break
-                picture = make_grid([preview.images[:1]], 256)
-                yield shown(picture), status_text(preview), HIDDEN, HIDDEN, CLOSED, None
+                picture = HIDDEN if preview is None else shown(make_grid([preview.images], 256))
+                yield picture, status, HIDDEN, HIDDEN, CLOSED, None
             numbers = [str(number) for number in wall.numbers]
             thumbs = [(image, number) for image, number in zip(wall.images, numbers, strict=True)]
             told = "Select images below, then refine them."
             drawn = Drawn(weights or self.shelf.own, wall)
             yield HIDDEN, told, shown(thumbs), shown([], choices=numbers), OPEN, drawn
-        except (ValueError, TypeError, OverflowError) as error:
+        except REFUSED as error:
             raise refusal(error, "Invalid request") from None
 
     def refine(
@@ -271,41 +255,72 @@ class Handlers:
             wall = drawn.result[[int(number) for number in numbers]]
             request = request_of_wall(pipe, wall, progress=False, **self.denoising(facts, steps, guidance))
             fields = (len(wall), request.num_candidates, int(steps), float(guidance))
-
-            def previews() -> Iterator[Preview]:
-                out = yield from refine_wall(pipe, wall, request, every=5)
-                yield Preview("done", 1, 1, out.to_pil, out)
-
-            yield from self.show(previews(), drawn.weights, fields, past or [])
-        except (ValueError, TypeError, IndexError, OverflowError) as error:
+            shown_steps = follow(Pace(pipe, request), refine_wall(pipe, wall, request), self.limits, drawn=True)
+            yield from self.show(shown_steps, drawn.weights, fields, past or [])
+        except REFUSED as error:
             raise refusal(error, "Invalid request") from None
 
     def show(
-        self, previews: Iterator[Preview], weights: str, fields: tuple[Any, ...], past: list[Past]
+        self, steps: Steps[Dall3Output], weights: str, fields: tuple[Any, ...], past: list[Past]
     ) -> Iterator[Update]:
-        """The updates of the page for the previews of a call."""
+        """The updates of the page for the steps of a call (`follow`)."""
+        while True:
+            try:
+                status, preview = next(steps)
+            except StopIteration as end:
+                out: Dall3Output = end.value
+                break
+            picture = HIDDEN if preview is None else shown(make_grid([preview.images], 256))
+            yield picture, status, HIDDEN, HIDDEN, CLOSED, None, past, SAME
         with tempfile.TemporaryDirectory() as folder:
-            for preview in previews:
-                out = preview.output
-                if out is None:
-                    picture = shown(make_grid([preview.images], 256))
-                    yield picture, status_text(preview), HIDDEN, HIDDEN, CLOSED, None, past, SAME
-                    continue
-                gallery, files = show_output(out, folder)
-                past = [*remembered(out, fields), *past][:REMEMBERED]
-                history = shown([(one.image, one.caption) for one in past])
-                last = Drawn(weights, out)
-                yield HIDDEN, status_text(preview), shown(gallery), shown(files), OPEN, last, past, history
+            gallery, files = show_output(out, folder)
+            past = [*remembered(out, fields), *past][:REMEMBERED]
+            history = shown([(one.image, one.caption) for one in past])
+            yield HIDDEN, "done", shown(gallery), shown(files), OPEN, Drawn(weights, out), past, history
+
+    def offer(self, prompt: str, weights: str | None, images: float, candidates: float) -> tuple[Any, Any]:
+        """The bounds of the images and the candidates that these weights draw within the time limit.
+
+        They stay as they are if the prompt cannot be drawn.
+        """
+        name, limits = weights or self.shelf.own, self.limits
+        count = min(MEASURED, limits.candidates)
+        try:
+            pipe = self.shelf.get(name)
+            self.check(facts_of(pipe), prompt)
+            pace = Pace(pipe, make_request(pipe, prompt.strip(), count, count, picked=True, progress=False))
+            drawing, one = pace.drawing() + pace.ranking(), pace.refining() / count
+        except REFUSED:
+            return SAME, SAME
+        bounds = (limits.images, one), (limits.candidates, drawing / count)
+        kept, drawn = (max(min(most, int(limits.seconds / max(each, 1e-9))), 1) for most, each in bounds)
+        self.most[name] = kept, drawn
+        about = f"; one takes {time_text(one)}" if pace.stages else ""
+        return (
+            bounded(images, kept, f"images kept{about}"),
+            bounded(candidates, drawn, f"images drawn; CLIP or you keep the best; {count} take {time_text(drawing)}"),
+        )
+
+    def hint(self, prompt: str, weights: str | None = None) -> Any:
+        """The hint below the prompt: why these weights cannot draw it, or the words that they do not know."""
+        pipe = self.shelf.peek(weights or self.shelf.own)
+        encode = None if pipe is None else pipe.text_encoder
+        if encode is None or not prompt or not prompt.strip():
+            return HIDDEN
+        try:
+            encode.check(prompt)
+            unknown = ", ".join(map(repr, encode.unknown_words(prompt)[:10]))
+        except ValueError as error:
+            return shown(html.escape(str(error), quote=False))
+        words = f"These weights were trained without the words {unknown} and draw something else for them. They know "
+        return shown(html.escape(f"{words}{encode.examples()}.", quote=False)) if unknown else HIDDEN
 
     def read_recipe(self, path: str, weights: str | None = None) -> list[Any]:
-        """Field values from the recipe in a PNG; fields that the recipe lacks are unchanged."""
-        limits = self.limits
+        """Field values from an image or a JSON file of dall3; fields that it lacks are unchanged."""
+        pipe = self.shelf.peek(weights or self.shelf.own) or self.shelf.pipe
         try:
-            pipe = self.shelf.get(weights or self.shelf.own)
             facts = facts_of(pipe)
-            open_picture(path, limits)
-            out = Dall3Output.load(path)
-            how = dict(out.settings)
+            prompt, how = read_recipe(path, self.limits)
             if isinstance(how.get("num_inference_steps"), str):  # such as "10,10,5"
                 if how["num_inference_steps"] == facts.default_steps:
                     how["num_inference_steps"] = facts.default_count
@@ -316,18 +331,17 @@ class Handlers:
                     del how["num_inference_steps"]
             seed = checked_number(how, "seed", 0, LARGEST_SEED)
             require(seed is not None, "the recipe has no seed")
+            names = ("num_images", "num_candidates", "num_inference_steps")
+            bounds = (*self.most_of(weights), self.limits.steps)
             counts = [
-                limited(checked_number(how, name, 1, 2**20), most)
-                for name, most in (
-                    ("num_images", limits.images),
-                    ("num_candidates", limits.candidates),
-                    ("num_inference_steps", limits.steps),
-                )
+                limited(checked_number(how, name, 1, 2**20), most) for name, most in zip(names, bounds, strict=True)
             ]
             scale = checked_number(how, "clip_guidance_scale", 0, facts.most_guidance, float)
-        except (ValueError, OSError) as error:
-            raise refusal(str(error).replace(str(path), Path(path).name), "No recipe") from None
-        return [out.prompt, *(SAME if value is None else value for value in (seed, *counts, scale))]
+        except REFUSED as error:
+            raise refusal(error, "No recipe") from None
+        if how.get("kept") is not None:
+            gr.Warning("The image was made from another image, which the page does not restore.")
+        return [prompt, *(SAME if value is None else value for value in (seed, *counts, scale))]
 
     def recall(self, past: list[Past], event: gr.SelectData) -> list[Any]:
         """Field values of an image of the history."""
@@ -352,23 +366,26 @@ class Handlers:
         """The seed of the next call: the same if it is locked, else a random one."""
         return seed if locked else secrets.randbelow(2**32)
 
-    def use_weights(self, name: str) -> tuple[Any, Any, str]:
-        """Load weights: new values of the steps and the guidance, and the status."""
+    def use_weights(self, name: str) -> Iterator[tuple[Any, Any, str]]:
+        """Load weights: yields new values of the steps and the guidance, and the status."""
+        told = html.escape(str(name), quote=False)
+        yield SAME, SAME, f"loading {told}"
         try:
             facts = facts_of(self.shelf.get(name))
-        except (ValueError, OSError) as error:
+        except REFUSED as error:
             raise refusal(error, "Not loaded") from None
         steps = gr.update(value=min(facts.default_count, self.limits.steps), visible=facts.refines)
         guidance = gr.update(value=facts.default_guidance, maximum=facts.most_guidance, visible=facts.guides)
-        return steps, guidance, f"loaded {html.escape(str(name), quote=False)}"
+        yield steps, guidance, f"loaded {told}"
 
     def fetch(self, name: str | None) -> Iterator[tuple[str, Any, Any]]:
         """Download weights: yields the status, and at the end the new choices of both lists."""
         try:
             require(bool(name), "choose the weights to fetch first")
             for here, whole in self.shelf.fetch(str(name)):
-                yield f"fetching {name}: {here / 1e9:.2f} of {whole / 1e9:.2f} GB", SAME, SAME
-        except (ValueError, OSError) as error:
+                of_all = f" of {size_text(whole)}" if whole > here else ""
+                yield f"fetching {name}: {size_text(here)}{of_all}", SAME, SAME
+        except REFUSED as error:
             raise refusal(error, "Not fetched") from None
         present, absent = weight_choices(self.shelf)
         yield f"fetched {name}", gr.update(choices=present), gr.update(choices=absent, value=None)
@@ -379,16 +396,9 @@ def weight_choices(shelf: Shelf) -> tuple[list[tuple[str, str]], list[tuple[str,
     here: list[tuple[str, str]] = []
     absent: list[tuple[str, str]] = []
     for one in shelf.choices():
-        size = f", {one.size / 1e9:.1f} GB" if one.size else ""
+        size = f", {one.size}" if one.size else ""
         (here if one.here else absent).append((f"{one.name}{size}: {one.about}", one.name))
     return here, absent
-
-
-def read_mask(path: str, limits: Limits) -> Image.Image:
-    """The painted region of a layer of the editor, in white. Raises ValueError as `open_picture` does."""
-    open_picture(path, limits)
-    alpha = open_image(path, Path(path).name, limits.pixels).convert("RGBA").getchannel("A")
-    return alpha.point(lambda value: 255 if value > 127 else 0)
 
 
 def remembered(out: Dall3Output, fields: tuple[Any, ...]) -> list[Past]:

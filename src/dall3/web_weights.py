@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dall3.errors import FetchError, require
+from dall3.estimate import size_text
 from dall3.pipeline import Dall3Pipeline
+from dall3.tokens.batching import free_memory
 from dall3.weights.cache import CachedFile, files_of, size_of, with_suffix_added
 from dall3.weights.find import fetch_set
 from dall3.weights.registry import WeightsSet, read_registry
@@ -18,11 +20,11 @@ POLL = 0.5  # seconds between two looks at a download
 
 @dataclass(frozen=True)
 class Choice:
-    """A set of weights. size: bytes of its files, 0 if unknown. here: whether all of them are on this machine."""
+    """A set of weights. size: disk space as text, "" if unknown. here: whether all files are on this machine."""
 
     name: str
     about: str
-    size: int
+    size: str
     here: bool
 
 
@@ -39,16 +41,23 @@ class Shelf:
 
     def choices(self) -> list[Choice]:
         """The sets that draw, with the page's own first."""
-        found = [Choice(self.own, "the weights that the page was started with", 0, True)]
+        found = [Choice(self.own, "the weights that the page was started with", "", True)]
         for weights in sets_that_draw().values():
             if weights.name not in (self.own, "mini"):  # mini is the bundled one
                 wanted = files_of(weights)
                 here = all(one.find() is not None for one in wanted)
-                found.append(Choice(weights.name, weights.about, sum(map(file_size, wanted)), here))
+                found.append(Choice(weights.name, weights.about, disk_space(weights), here))
         return found
 
+    def peek(self, name: str) -> Dall3Pipeline | None:
+        """The pipeline of a set, None if it is not in memory."""
+        loaded, pipe = self.loaded
+        return self.pipe if name == self.own else pipe if name == loaded else None
+
     def get(self, name: str) -> Dall3Pipeline:
-        """The pipeline of a set that is on this machine. Raises ValueError for any other name."""
+        """The pipeline of a set that is on this machine. Raises ValueError for any other name, and for weights that do
+        not fit the free memory.
+        """
         with self.lock:
             if name == self.own:
                 return self.pipe
@@ -57,11 +66,22 @@ class Shelf:
                 require(name in known, f"the weights {name!r:.60} are not known; choose among those listed")
                 require(known[name].here, f"the weights {name} are not on this machine; fetch them first")
                 self.loaded = self.own, self.pipe  # frees the memory of the last ones before the next are loaded
+                self.check_memory(name)
                 pipe = Dall3Pipeline.from_pretrained(
                     name, device=self.pipe.device, dtype=self.pipe.dtype, progress=False
                 )
                 self.loaded = name, pipe
             return self.loaded[1]
+
+    def check_memory(self, name: str) -> None:
+        """Raise ValueError if the networks of a set that draw are larger than the free memory of the device."""
+        weights, device = sets_that_draw()[name], self.pipe.device
+        files = [one for one in files_of(weights) if one.part.name in ("transformer", "vqgan")]
+        least, free = sum(map(file_size, files)), free_memory(device)
+        words = f"the weights {name} need at least {size_text(least)} of memory"
+        words += f" ({weights.needs})" if weights.needs else ""
+        fits = free is None or least <= free
+        require(fits, f"{words}, and {device} has {size_text(free or 0)} free; choose smaller weights")
 
     def fetch(self, name: str) -> Iterator[tuple[int, int]]:
         """Download a set; yields the bytes that are there and the bytes in all. Raises ValueError or FetchError.
@@ -99,6 +119,14 @@ def file_size(wanted: CachedFile) -> int:
     """The size of a file in bytes: of the one that is here, else as weights.toml states it, 0 if unknown."""
     path = wanted.find()
     return path.stat().st_size if path else max((place.size or 0 for place in wanted.file.places), default=0)
+
+
+def disk_space(weights: WeightsSet) -> str:
+    """The disk space of a set as text: as weights.toml states it, else the sum of its files; "" if unknown."""
+    stated, found, _ = weights.needs.partition(" of disk")
+    sizes = [file_size(one) for one in files_of(weights)]
+    known = f"{'' if all(sizes) else 'at least '}{size_text(sum(sizes))}" if any(sizes) else ""
+    return stated if found else known
 
 
 def bytes_here(wanted: CachedFile) -> int:

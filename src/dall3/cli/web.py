@@ -6,7 +6,7 @@ import argparse
 
 from dall3.cli.options import WHICH_WEIGHTS, add_placement, given, placement
 
-MAXIMA = ("max_images", "max_candidates", "max_steps")
+MAXIMA = ("max_images", "max_candidates", "max_steps", "max_seconds")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -15,8 +15,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all interfaces (default: %(default)s)")
     add("--port", type=int, default=7860, help="port to listen on (default: %(default)s)")
     add_placement(parser)
-    for name, most in (("images", 8), ("candidates", 256), ("steps", 250)):  # the defaults of `dall3.web.Limits`
-        add(f"--max_{name}", type=int, help=f"upper bound on {name} in a visitor's request (default: {most})")
+    # The defaults of `dall3.web.Limits`.
+    for name, most in (("images", 8), ("candidates", 256), ("steps", 250), ("seconds", 3600)):
+        add(f"--max_{name}", type=int, help=f"upper bound on the {name} of a visitor's request (default: {most})")
 
 
 def run(args: argparse.Namespace) -> None:
