@@ -7,9 +7,10 @@ import torch
 
 from dall3 import Dall3Pipeline
 from dall3.estimate import Countdown, Pace, estimate_request
-from dall3.memory import free_memory, memory_needs
+from dall3.memory import memory_needs
 from dall3.output import Preview
 from dall3.request import make_request
+from dall3.tokens.batching import free_memory
 
 QUICK = dict(clip_guidance_scale=0.0, progress=False)
 

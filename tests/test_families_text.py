@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dall3.text import load_text_encoder, load_tokenizer, tokenizer_json
+from dall3.text import KnownWords, load_text_encoder, load_tokenizer, tokenizer_json
 
 from originals import GOLDEN
 
@@ -82,6 +82,18 @@ def test_a_prompt_in_another_language_is_an_error(kind, path, unread, read):
     encode.check(read)
     with pytest.raises(ValueError, match="is empty"):
         encode.check("  ")
+    encode.check(encode.example)
+
+
+def test_the_example_prompt_has_known_words():
+    encode = load_text_encoder(MINI, kind="dalle-mini")
+    for known, expected in (
+        (KnownWords(frozenset({"cats", "dogs"}), ("cats and dogs",)), "cats and dogs"),
+        (KnownWords(frozenset({"dogs", "cats"})), "cats"),
+    ):
+        encode.known_words = known
+        assert encode.example == expected
+        encode.check(encode.example)
 
 
 def test_an_unknown_kind_is_refused():

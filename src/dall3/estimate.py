@@ -26,6 +26,7 @@ from dall3.output import Dall3Output, Preview
 from dall3.parts import Parts
 from dall3.request import Request, make_request
 from dall3.settings import Stage as StageName
+from dall3.text import TextEncoder
 from dall3.tokens.batching import free_memory
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ class Pace:
             self.parts.clip  # noqa: B018  load it, which is not part of the measured time
             tokens = self.any_tokens(size)
             start = self.now()
-            choose_best(self.parts, tokens, "a", 1, batch_size=size, seamless=seamless, progress=False)
+            choose_best(self.parts, tokens, self.request.prompt, 1, batch_size=size, seamless=seamless, progress=False)
             self.rates[key] = (self.now() - start) / size
         return self.rates[key] * self.candidates
 
@@ -272,7 +273,8 @@ class EstimateCalls(Parts):
 
         Raises the same errors as the call, except for a call that does not fit the memory: its memory is estimated.
         """
-        request = make_request(self, "a", num_images, num_candidates, call="estimate()", must_fit=False, **settings)
+        prompt = TextEncoder.default_example if self.text_encoder is None else self.text_encoder.example
+        request = make_request(self, prompt, num_images, num_candidates, call="estimate()", must_fit=False, **settings)
         return estimate_request(self, request)
 
 

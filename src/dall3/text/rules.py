@@ -28,6 +28,7 @@ class TextEncoder:
     family = "this transformer"  # name of the family in error messages
     letters = "letters that its tokenizer knows"  # letters that the family reads, in error messages
     default_text_seq_len = 256
+    default_example = "a cube"  # a prompt that the family can read
 
     known_words: KnownWords | None = None
 
@@ -97,6 +98,13 @@ class TextEncoder:
         found = self.known_words.examples[:4] if self.known_words is not None else ()
         return " or ".join(map(repr, found)) or "the words in its words.txt"
 
+    @property
+    def example(self) -> str:
+        """A prompt that `check` accepts."""
+        if self.known_words is None:
+            return self.default_example
+        return next(iter(self.known_words.examples or sorted(self.known_words.words)), self.default_example)
+
     def readable_letters(self, prompt: str) -> set[str]:
         """Letters of a prompt that survive encoding and decoding."""
         text = self.prepare(prompt)
@@ -140,6 +148,7 @@ class RudalleTextEncoder(TextEncoder):
     family = "ruDALL-E"
     letters = "Russian, in Cyrillic letters"
     default_text_seq_len = 128
+    default_example = "куб"
 
     def prepare(self, prompt: str) -> str:
         return prompt.lower().strip()
