@@ -108,7 +108,7 @@ def timed(self, *args):
     writing.append(time.perf_counter() - times[-1][0])
 Store.add = timed
 small = {"draw": 0.4, "rank": 0.3, "refine": 0.3}
-coarse = dict(refine=False, ray="local", num_cpus=small, progress=False)
+coarse = dict(refine=False, ray="local", num_cpus=small, prompts_per_task=int(sys.argv[3]), progress=False)
 generate(["a cube"] * count, home / "driver", images, candidates, **coarse)
 wall, cpu = (times[-1][k] - times[0][k] for k in (0, 1))
 print(json.dumps({"prompts per second": (count - 1) / wall, "writing, share of the time": sum(writing[:-1]) / wall,
@@ -287,14 +287,16 @@ def memory() -> None:
 
 
 def driver() -> None:
-    command = [sys.executable, "-c", DRIVER, str(args.driver_prompts), str(home)]
-    with object_store() as most:
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    row = {"prompts": args.driver_prompts} | json.loads(done.stdout.splitlines()[-1])
-    row["peak of the object store, MB"] = most[0] / 1e6
-    print(f"\n{row}", flush=True)
+    rows = []
+    for per_task in (1, 8, 32):
+        with tempfile.TemporaryDirectory(dir=home) as folder, object_store() as most:
+            command = [sys.executable, "-c", DRIVER, str(args.driver_prompts), folder, str(per_task)]
+            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        rows.append({"prompts": args.driver_prompts, "prompts per task": per_task})
+        rows[-1] |= json.loads(done.stdout.splitlines()[-1]) | {"peak of the object store, MB": most[0] / 1e6}
+        print(f"\n{rows[-1]}", flush=True)
     results = Path(__file__).with_name("results") / "batch.json"
-    results.write_text(json.dumps({"driver": row}, indent=2) + "\n", encoding="utf-8")
+    results.write_text(json.dumps({"driver": rows}, indent=2) + "\n", encoding="utf-8")
 
 
 try:

@@ -506,7 +506,7 @@ def test_a_run_survives_failing_nodes_and_actors(cluster, weights, plain, tmp_pa
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    how = dict(weights=weights, ray=cluster.address, workers=2, num_cpus=1)
+    how = dict(weights=weights, ray=cluster.address, workers=2, num_cpus=1, prompts_per_task=2)
     assert generate(BOOK, out, **how, **HOW).failed.keys() == BAD
     killer.join(timeout=60)
     assert node not in cluster.list_all_nodes()

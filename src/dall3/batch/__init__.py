@@ -61,6 +61,7 @@ def generate(
     workers: int | dict[str, int] = 1,
     num_cpus: float | dict[str, float] | None = None,
     num_gpus: float | dict[str, float] = 0,
+    prompts_per_task: int = 1,
     progress: bool = True,
     **settings: Any,
 ) -> Report:
@@ -86,6 +87,8 @@ def generate(
     ray: None to run in this process, the address of a cluster ("auto", "host:6379"), or "local" to start one on this
     machine. workers: number of actors per stage. num_cpus (default: threads), num_gpus: of one worker, shared by its
     three actors. Each of the three may be a dict with the keys "draw", "rank" and "refine", for one actor each.
+    prompts_per_task: prompts that an actor takes at a time. With more, the driver has less to do per prompt, and a
+    failure repeats more work.
 
     Raises ValueError, before any work, for prompts that cannot be read, a setting out of range, a missing part, a
     missing library, or a folder with another run; RuntimeError if Ray cannot continue.
@@ -99,7 +102,7 @@ def generate(
         require(find_spec(module) is not None, f"dall3 batch{option} needs {module}; run pip install 'dall3[ray]'")
     from dall3.batch.store import Store
 
-    check_counts(prompts_per_shard=prompts_per_shard)
+    check_counts(prompts_per_shard=prompts_per_shard, prompts_per_task=prompts_per_task)
     require(dtype in ("float32", "float16", "bfloat16"), f"dtype='{dtype}'; expected float32, float16 or bfloat16")
     book = read_prompts(prompts, choose_seed(seed, None))
     devices = dict.fromkeys(STAGE_NAMES, torch.device(device).type)
@@ -127,7 +130,7 @@ def generate(
                 done = run_in_loop(job, rows, pipe.to(device))
             else:
                 del pipe
-                done = ray_engine.run_on_ray(job, rows, **sizes)
+                done = ray_engine.run_on_ray(job, rows, **sizes, prompts_per_task=prompts_per_task)
             store_finished(done, store, len(book) - len(rows), len(book), progress)
             return Report(store.finish(), len(book), store.failures())
 

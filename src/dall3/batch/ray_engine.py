@@ -18,7 +18,7 @@ from dall3.batch.job import STAGE_NAMES, Job
 from dall3.batch.stages import STAGES, Row
 from dall3.errors import require
 
-PROMPTS_PER_EXECUTION = 10_000  # bounds the blocks that the driver keeps track of, one per prompt
+TASKS_PER_EXECUTION = 10_000  # bounds the tasks of a stage that the driver keeps track of
 # Seconds without progress after which an execution ends. Drawing 1,024 candidates of one prompt with a large network on
 # a slow core may take hours.
 PATIENCE = 4 * 3600
@@ -74,9 +74,16 @@ def cluster(address: str) -> Iterator[None]:
 
 
 def run_on_ray(
-    job: Job, rows: Sequence[Row], workers: dict[str, float], num_cpus: dict[str, float], num_gpus: dict[str, float]
+    job: Job,
+    rows: Sequence[Row],
+    workers: dict[str, float],
+    num_cpus: dict[str, float],
+    num_gpus: dict[str, float],
+    prompts_per_task: int = 1,
 ) -> Iterator[Row]:
     """Run all stages on the cluster and yield the finished rows, in the order in which they finish.
+
+    workers, num_cpus, num_gpus: by stage. prompts_per_task: rows that an actor takes at a time.
 
     Ray repeats the work of an actor or a machine that fails. If an execution fails nevertheless, another one starts
     with the remaining rows. Raises RuntimeError if executions fail repeatedly without finishing a row.
@@ -86,8 +93,9 @@ def run_on_ray(
     fruitless = 0
     while left:
         before, reason = len(left), "it ended early"
+        now = list(islice(left.values(), TASKS_PER_EXECUTION * prompts_per_task))
         try:
-            for row in execution(job, list(islice(left.values(), PROMPTS_PER_EXECUTION)), workers, num_cpus, num_gpus):
+            for row in execution(job, now, workers, num_cpus, num_gpus, prompts_per_task):
                 if left.pop(row["number"], None) is not None:
                     yield row
         except Exception as error:  # raised by Ray, Ray Data, or an actor that could not start
@@ -98,7 +106,12 @@ def run_on_ray(
 
 
 def execution(
-    job: Job, rows: list[Row], workers: dict[str, float], num_cpus: dict[str, float], num_gpus: dict[str, float]
+    job: Job,
+    rows: list[Row],
+    workers: dict[str, float],
+    num_cpus: dict[str, float],
+    num_gpus: dict[str, float],
+    prompts_per_task: int,
 ) -> Iterator[Row]:
     """One execution of Ray Data over the rows."""
     context = DataContext.get_current().copy()
@@ -106,12 +119,13 @@ def execution(
     context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = PATIENCE
     # A bound on the tokens that wait for a slower stage: at the bound, the stage before it waits.
-    waiting = AHEAD * job.recipe["num_candidates"] * job.tokens * np.dtype(job.token_type).itemsize
+    ahead = max(AHEAD, 2 * prompts_per_task)
+    waiting = ahead * job.recipe["num_candidates"] * job.tokens * np.dtype(job.token_type).itemsize
     limit = (waiting + FILES) * max(workers.values())
     context.execution_options.resource_limits = ExecutionResources(object_store_memory=limit)
     with DataContext.current(context):
-        # One block per prompt, so that little is repeated after a failure.
-        data: Any = ray.data.from_items(rows, override_num_blocks=len(rows))
+        # A task works on one block. Without a number of blocks, Ray would choose few large ones.
+        data: Any = ray.data.from_items(rows, override_num_blocks=math.ceil(len(rows) / prompts_per_task))
     for stage in STAGES:
         data = data.map(
             stage,

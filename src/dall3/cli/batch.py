@@ -45,6 +45,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     share = "with --ray, of one worker, divided among its three actors; or of each actor, as draw=N rank=N refine=N"
     add("--num_cpus", nargs="+", metavar="N", help=f"CPUs {share} (default: threads)")
     add("--num_gpus", nargs="+", metavar="N", help=f"GPUs {share} (default: 0)")
+    add("--prompts_per_task", type=int, help="with --ray, prompts that an actor takes at a time (default: 1)")
     add_sampling(parser)
     add_diffusion(parser, "on if the weights have a CLIP and an upsampler")
     add_seed(parser)
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     require(args.ray is None or args.device is None, "--device does not apply with --ray; use --num_gpus")
     device, _ = placement(args)
     names = ("num_images", "num_candidates", "weights", "seed", "batch_size", "rank_batch_size", "refine_batch_size")
-    how = given(args, *names, "truncate", "threads", "dtype", "prompts_per_shard", "ray")
+    how = given(args, *names, "truncate", "threads", "dtype", "prompts_per_shard", "ray", "prompts_per_task")
     for name, words in given(args, "workers", "num_cpus", "num_gpus").items():
         how[name] = numbers(name, words, int if name == "workers" else float)
     how |= refinement(args) | sampling(args)
