@@ -537,8 +537,8 @@ def test_safetensors_with_an_endless_header(tmp_path):
 @pytest.mark.parametrize(
     ("data", "match"),
     (
-        (b"", "empty"),
-        (b"PK", "empty"),
+        (b"", "has only . bytes; expected a checkpoint"),
+        (b"PK", "has only . bytes; expected a checkpoint"),
         (b"a text, which is no checkpoint\n", "not a PyTorch or safetensors file"),
         (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(9), "not a PyTorch or safetensors file"),
         (b"PK\x03\x04" + bytes(99), "damaged"),

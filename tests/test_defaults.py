@@ -7,21 +7,23 @@ import re
 import pytest
 from PIL import Image
 
-from dall3 import Dall3Pipeline
 from dall3.batch import generate
 from dall3.cli import main, make_parser
 from dall3.diffusion.denoising import Denoising
 from dall3.tokens.sampling import Sampling
 from dall3.web import Limits, make_page
 
+from conftest import load_upstream_files
+
 PROMPT = "a red cube"
 
 
 @pytest.mark.parametrize("with_defaults", [True, False])
-def test_python_the_command_and_the_page_give_the_same_images(with_defaults, tmp_path):
+def test_python_the_command_and_the_page_give_the_same_images(with_defaults, upstream_files, tmp_path):
     """with_defaults: whether the weights have default settings of sampling, steps and guidance."""
-    pipe = Dall3Pipeline.from_pretrained()
-    pipe.defaults = pipe.defaults | {"num_inference_steps": 3} if with_defaults else {}
+    pipe = load_upstream_files(upstream_files)
+    defaults = {"num_inference_steps": 3, "cond_scale": 2.0, "top_p": 0.9, "clip_guidance_scale": 500.0}
+    pipe.defaults = defaults if with_defaults else {}
     weights = pipe.save_pretrained(tmp_path / "weights")
     steps = {} if with_defaults else {"num_inference_steps": 3}  # the defaults would take too long
     expected = pipe(PROMPT, 1, 2, seed=7, progress=False, **steps)

@@ -160,6 +160,8 @@ def test_the_time_left_counts_what_is_done_and_later_stages(pipe, monkeypatch):
     assert left("refining", 8, 8, 32.0) == pytest.approx(8)  # as fast as measured
     assert left("refining", 4, 8, 48.0) == pytest.approx(8)  # half as fast
     assert left("refining", 8, 8, 56.0) == pytest.approx(0)
+    countdown.pace.upscaling = lambda: 100.0  # an upscaler runs after the last step
+    assert left("refining", 8, 8, 56.0) == pytest.approx(100)
     assert Preview("done", 1, 1, list).seconds_left is None
 
 

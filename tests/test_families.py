@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from dall3 import CheckpointError, Dall3Pipeline
+from dall3.batch.job import STAGE_NAMES, make_job
 from dall3.models.packed import Int8Linear
 from test_families_mini import save_halves
 
@@ -63,6 +64,8 @@ def test_rudalle_decodes_to_twice_the_size_that_it_encodes(rudalle: Dall3Pipelin
     out = rudalle(about["texts"][0], top_k=16, top_p=0.9, init_image=Image.new("RGB", (128, 128), "blue"), **QUICK)
     assert out.images[0].size == (256, 256)
     assert rudalle.estimate().seconds > 0
+    job = make_job(rudalle, None, "float32", dict.fromkeys(STAGE_NAMES, "cpu"), 1, 1, 1, None, None, False, 1, {})
+    assert job.tokens == 256
 
 
 def test_what_a_family_cannot_do_is_an_error_before_any_work(mini: Dall3Pipeline, rudalle: Dall3Pipeline) -> None:

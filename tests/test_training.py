@@ -584,7 +584,7 @@ def test_five_commands_train_a_pipeline(pictures: Path, settings: Path, tmp_path
     result = pipe("a red picture", num_candidates=2, num_inference_steps=2, seed=0, progress=False)
     assert result.images[0].size == (32, 32) and result.clip_scores is not None
     assert result.coarse_images[0].size == (16, 16)
-    with pytest.warns(UserWarning, match="trained without the words 'plutonium'.*they know '"):
+    with pytest.warns(UserWarning, match="trained without the words 'plutonium'.*they can draw '"):
         pipe.generate_tokens("a plutonium picture", progress=False)
     with pytest.raises(ValueError, match="no word of the prompt 'plutonium' .* they draw 'a.*larger weights"):
         pipe("plutonium")

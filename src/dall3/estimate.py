@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -20,13 +21,12 @@ import torch
 from dall3.diffusion.denoising import Denoising
 from dall3.diffusion.schedule import space_timesteps
 from dall3.generate import Previews, Record, choose_best, draw, refine, run
-from dall3.memory import StageEstimate, memory_needs, weight_bytes
+from dall3.memory import StageEstimate, check_memory, memory_needs, weight_bytes
 from dall3.models.upscaler import Upscaler
 from dall3.output import Dall3Output, Preview
 from dall3.parts import Parts
-from dall3.request import Request, make_request
+from dall3.request import Request, example_prompt, make_request
 from dall3.settings import Stage as StageName
-from dall3.text import TextEncoder
 from dall3.tokens.batching import free_memory
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Pace:
         self.setup = (str(parts.device), parts.dtype, parts.offload_device is not None, torch.get_num_threads())
         self.candidates = len(request.candidates())
         batch = min(request.batch_size, self.candidates)
-        self.draw_key = ("drawing", batch, str(request.sampling), *self.setup)
+        self.draw_key = ("drawing", batch, str(request.sampling), *identity(parts.transformer), *self.setup)
         self.stages: list[StageName] = [] if parts.upsampler is None else ["upsampler"]
         self.upscaler = parts.super_resolution if isinstance(parts.super_resolution, Upscaler) else None
         self.upscaler = None if request.output_size is None else self.upscaler
@@ -130,7 +130,7 @@ class Pace:
     def ranking(self) -> float:
         """Seconds of decoding and scoring all candidates."""
         size, seamless = min(self.draw_key[1], 4), self.request.denoising.seamless
-        key = ("ranking", size, self.parts.clip_or_loader is None, seamless, *self.setup)
+        key = ("ranking", size, id(self.parts.clip_or_loader), seamless, *identity(self.parts.vqgan), *self.setup)
         if key not in self.rates:
             self.parts.clip  # noqa: B018  load it, which is not part of the measured time
             tokens = self.any_tokens(size)
@@ -152,7 +152,7 @@ class Pace:
         """Seconds of upscaling all images; 0 without an upscaler."""
         if self.upscaler is None:
             return 0.0
-        key = ("upscaling", *self.setup)
+        key = ("upscaling", *identity(self.upscaler), *self.setup)
         if key not in self.rates:
             with self.parts.on_device("refining", "super_resolution") as [upscaler]:
                 start = self.now()
@@ -164,14 +164,19 @@ class Pace:
 
     def denoising(self) -> Iterator[tuple[int, float]]:
         """Yield, for each denoising step of the call in order, the number of its batch and its duration in seconds."""
-        size, number = self.request.refine_batch_size, 0
-        count = len(self.request.places(self.request.num_images))
+        number = 0
         for stage in self.stages:
-            steps, guided, _ = self.step_counts(stage)
-            for start in range(0, count, size):
-                batch = min(size, count - start)
-                yield from ((number, self.step(stage, batch, k < guided)) for k in range(steps))
-                number += 1
+            for batch, seconds in self.stage_steps(stage):
+                yield number + batch, seconds
+            number += batch + 1
+
+    def stage_steps(self, stage: StageName) -> Iterator[tuple[int, float]]:
+        """`denoising` of one stage."""
+        size, count = self.request.refine_batch_size, len(self.request.places(self.request.num_images))
+        steps, guided, _ = self.step_counts(stage)
+        for number, start in enumerate(range(0, count, size)):
+            batch = min(size, count - start)
+            yield from ((number, self.step(stage, batch, k < guided)) for k in range(steps))
 
     def step_counts(self, stage: StageName) -> tuple[int, int, int]:
         """Counts of a stage's denoising steps: steps that it runs, guided ones, steps of a run from pure noise."""
@@ -188,7 +193,8 @@ class Pace:
         """Seconds of a denoising step for a batch of `size` images."""
         settings = self.request.denoising
         guidance = (settings.clip_guidance_scale > 0, settings.cutn) if guided else ()
-        key = (stage, size, guidance, settings.seamless, self.request.output_size, *self.setup)
+        network = identity(self.parts.require(stage, "refining"))
+        key = (stage, size, guidance, settings.seamless, self.request.output_size, *network, *self.setup)
         if key not in self.rates:
             self.rates[key] = self.time_step(stage, size, guided)
         return self.rates[key]
@@ -205,6 +211,15 @@ class Pace:
         image = torch.zeros(size, 3, 64, 64) if tokens is None else None
         times = [self.now() for _ in refine(self.parts, request, Record(), stage, tokens, image)]
         return (times[-1] - times[0]) / max(len(times) - 1, 1)
+
+
+def identity(network: Any) -> tuple[Any, ...]:
+    """A value that differs for another network, and after `compile`."""
+    return (
+        id(network),
+        getattr(network, "compile_options", None) is not None,
+        getattr(network, "_compiled_call_impl", None) is not None,
+    )
 
 
 def is_guided(settings: Denoising) -> bool:
@@ -235,15 +250,12 @@ def plural(count: int, word: str) -> str:
 def estimate_request(parts: Parts, request: Request) -> Estimate:
     """The estimate of a call. Runs and times steps that have not been timed yet, if the call fits the memory."""
     pace, needs, free = Pace(parts, request), memory_needs(parts, request), free_memory(parts.device)
-    fits = free is None or all(need.least(need.stage.batch_size) <= free for need in needs)
     stages = [need.stage for need in needs]
-    if fits:
-        refining = dict.fromkeys(pace.stages, 0.0)
-        count = sum(1 for _ in pace.denoising())
-        for place, (_, seconds) in enumerate(pace.denoising()):
-            refining[pace.stages[place * len(pace.stages) // count]] += seconds
+    with suppress(ValueError):
+        check_memory(parts, needs)
+        refining = [sum(seconds for _, seconds in pace.stage_steps(stage)) for stage in pace.stages]
         upscaling = [] if pace.upscaler is None else [pace.upscaling()]
-        times = [pace.drawing(), pace.ranking(), *refining.values(), *upscaling]
+        times = [pace.drawing(), pace.ranking(), *refining, *upscaling]
         stages = [replace(stage, seconds=seconds) for stage, seconds in zip(stages, times, strict=True)]
     resident = 0
     if parts.offload_device is None:
@@ -273,8 +285,9 @@ class EstimateCalls(Parts):
 
         Raises the same errors as the call, except for a call that does not fit the memory: its memory is estimated.
         """
-        prompt = TextEncoder.default_example if self.text_encoder is None else self.text_encoder.example
-        request = make_request(self, prompt, num_images, num_candidates, call="estimate()", must_fit=False, **settings)
+        request = make_request(
+            self, example_prompt(self), num_images, num_candidates, call="estimate()", must_fit=False, **settings
+        )
         return estimate_request(self, request)
 
 
@@ -318,8 +331,9 @@ class Countdown:
                 return rest + self.pace.ranking() + self.pace.refining()
             if preview.stage == "ranking":
                 return self.pace.refining()
-            whole, rest = self.pace.refining(), refining_left(self.pace, batch, step)
-            return rest * elapsed / max(whole - rest, 1e-9)
+            upscaling, rest = self.pace.upscaling(), refining_left(self.pace, batch, step)
+            done = self.pace.refining() - upscaling - rest
+            return rest * elapsed / max(done, 1e-9) + upscaling
 
         preview.measure_seconds_left = left
         return preview

@@ -116,8 +116,7 @@ class Preview:
 
     stage: "drawing" (steps are tokens), "ranking", "refining" (steps are denoising steps) or "done". step, total: the
     number of completed steps of the stage, and of all its steps. images: the images so far, decoded when read. output:
-    the result, in the stage "done". seconds_left: the estimated number of seconds until
-    the call returns.
+    the result, in the stage "done". seconds_left: the estimated number of seconds until the call returns.
 
     >>> preview = Preview("drawing", 128, 256, lambda: [Image.new("RGB", (8, 8))])
     >>> preview.images[0].size

@@ -34,6 +34,7 @@ from dall3.settings import (
     pop_fields,
 )
 from dall3.start import tokens_to_keep
+from dall3.text import TextEncoder
 from dall3.tokens.batching import fitting_batch_size
 from dall3.tokens.sampling import Sampling, check_counts
 from dall3.tokens.seeds import choose_seed
@@ -329,6 +330,11 @@ def check_prompt(prompt: str) -> None:
         raise TypeError(f"prompt={prompt!r:.60}; expected a string, or a list of strings")
 
 
+def example_prompt(parts: Parts) -> str:
+    """A prompt that the transformer can read, for measuring and checking without a prompt."""
+    return TextEncoder.default_example if parts.text_encoder is None else parts.text_encoder.example
+
+
 def check_text(parts: Parts, prompt: str, truncate: bool) -> None:
     """Raise ValueError for a prompt that the text encoder cannot represent, or that is too long.
 
@@ -340,8 +346,8 @@ def check_text(parts: Parts, prompt: str, truncate: bool) -> None:
     if unknown := encode.unknown_words(prompt):
         words = ", ".join(map(repr, unknown[:10])) + ", …" * (len(unknown) > 10)
         warnings.warn(
-            f"these weights were trained without the words {words}, and draw something else for them; they know "
-            f"{encode.examples()}",
+            f"these weights were trained without the words {words}, and draw something else for them; they "
+            f"can draw {encode.examples()}",
             stacklevel=2,
         )
 

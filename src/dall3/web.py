@@ -12,11 +12,12 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dall3.pipeline import Dall3Pipeline
+from dall3.text.rules import MAX_CHARACTERS
 from dall3.web_handlers import HIDDEN, Handlers, facts_of, weight_choices
-from dall3.web_uploads import Limits, open_picture
+from dall3.web_uploads import Limits
 from dall3.web_weights import Shelf
 
-__all__ = ["APP", "Limits", "make_page", "open_picture", "serve"]
+__all__ = ["APP", "Limits", "make_page", "serve"]
 
 UPLOAD = "8mb"
 LIMITS = Limits()
@@ -45,9 +46,10 @@ CSS = """
 """
 # A file that is dropped anywhere on the page goes to the field for recipes. Without this, the browser would open it.
 DROP = """() => {
-  document.addEventListener("dragover", (event) => event.preventDefault());
+  const hasFiles = (event) => [...event.dataTransfer.types].includes("Files");
+  document.addEventListener("dragover", (event) => { if (hasFiles(event)) event.preventDefault(); });
   document.addEventListener("drop", (event) => {
-    if (event.defaultPrevented) return;  // another field has taken it
+    if (event.defaultPrevented || !hasFiles(event)) return;  // another field has taken it, or it is text
     event.preventDefault();
     const field = document.querySelector("#recipe input[type=file]");
     if (!field || !event.dataTransfer.files.length) return;
@@ -118,7 +120,9 @@ def make_page(pipe: Dall3Pipeline, limits: Limits = LIMITS, shelf: Shelf | None 
         past, drawn, last, selected = gr.State([]), gr.State(None), gr.State(None), gr.State(0)
         with gr.Row(equal_height=False):
             with gr.Column(min_width=320):
-                prompt = gr.Textbox(label="Prompt", value=EXAMPLES[0], lines=1, max_lines=4, elem_id="prompt")
+                prompt = gr.Textbox(
+                    label="Prompt", value=EXAMPLES[0], lines=1, max_lines=4, max_length=MAX_CHARACTERS, elem_id="prompt"
+                )
                 hint = gr.HTML(visible=False, elem_id="hint")
                 with gr.Row(elem_id="examples"):
                     examples = [gr.Button(text, size="sm") for text in EXAMPLES]
@@ -208,11 +212,11 @@ def make_page(pipe: Dall3Pipeline, limits: Limits = LIMITS, shelf: Shelf | None 
         stopped.then(lambda: (HIDDEN, "cancelled"), None, [forming, status], queue=False)
         wall.select(act.toggle, chosen, chosen, queue=False)
         gallery.select(act.select, last, selected, queue=False)
-        offered: dict[str, Any] = dict(fn=act.offer, inputs=[prompt, weights, images, candidates], **work)
+        offered: dict[str, Any] = dict(fn=act.offer, inputs=[weights, images, candidates], **work)
         offered |= dict(outputs=[images, candidates])
         loaded = weights.input(act.use_weights, weights, [steps, guidance, status], **work)
         restored = recipe.upload(act.read_recipe, [recipe, weights], fields, concurrency_limit=None, **quiet)
-        recalled = history.select(act.recall, past, fields, queue=False)
+        recalled = history.select(act.recall, [past, weights], fields, queue=False)
         clicked = [
             button.click(None, None, prompt, js=f"() => {json.dumps(text)}")
             for button, text in zip(examples, EXAMPLES, strict=True)
@@ -226,8 +230,9 @@ def make_page(pipe: Dall3Pipeline, limits: Limits = LIMITS, shelf: Shelf | None 
             trigger(act.hint, [prompt, weights], hint, queue=False, **quiet)
         for ended in (restored.success, restored.failure):
             ended(lambda: None, None, recipe, queue=False)
-        loaded.then(**offered)
+        loaded.success(**offered)
         page.load(None, None, None, js=DROP)
+        page.load(act.hint, [prompt, weights], hint, queue=False, **quiet)
         page.load(**offered)
     page.queue(default_concurrency_limit=1, max_size=64)
     return page

@@ -21,15 +21,15 @@ from dall3.generate import run
 from dall3.images import make_grid
 from dall3.output import Dall3Output
 from dall3.pipeline import Dall3Pipeline
-from dall3.request import default_guidance_scale, make_request
+from dall3.request import default_guidance_scale, example_prompt, make_request
 from dall3.wall import draw_wall, make_draw_request, refine_wall, request_of_wall
 from dall3.web_progress import Steps, follow, pace_of_wall
-from dall3.web_uploads import LARGEST_SEED, Limits, checked_number, open_picture, read_mask, read_recipe
+from dall3.web_uploads import LARGEST_SEED, Limits, checked_number, open_upload, read_mask, read_uploaded_recipe
 from dall3.web_weights import Shelf
 
 REMEMBERED = 24  # images in the history of a session
 THUMB = 128  # pixels
-MEASURED = 8  # candidates whose time the page states
+MEASURED = 8  # number of candidates for which the page states the drawing time
 REFUSED = (ValueError, TypeError, IndexError, OverflowError, OSError)  # errors whose message the page shows
 
 
@@ -138,11 +138,11 @@ class Handlers:
         """The settings of an image to start from: one with a painted region, or one to vary."""
         layers = (edited or {}).get("layers") or []
         if edited and edited.get("background") and layers:
-            image = open_picture(edited["background"], self.limits)
+            image = open_upload(edited["background"], self.limits)
             painted = read_mask(layers[0], self.limits)
             if painted.getbbox() is not None:
                 return dict(init_image=image, mask_image=painted.resize(image.size))
-        return dict(init_image=open_picture(start, self.limits), change=float(change)) if start else {}
+        return dict(init_image=open_upload(start, self.limits), change=float(change)) if start else {}
 
     def draw(
         self,
@@ -226,7 +226,7 @@ class Handlers:
                 except StopIteration as end:
                     wall = end.value
                     break
-                picture = HIDDEN if preview is None else shown(make_grid([preview.images], 256))
+                picture = HIDDEN if preview is None else shown(make_grid([preview.images[:1]], 256))
                 yield picture, status, HIDDEN, HIDDEN, CLOSED, None
             numbers = [str(number) for number in wall.numbers]
             thumbs = [(image, number) for image, number in zip(wall.images, numbers, strict=True)]
@@ -278,17 +278,13 @@ class Handlers:
             history = shown([(one.image, one.caption) for one in past])
             yield HIDDEN, "done", shown(gallery), shown(files), OPEN, Drawn(weights, out), past, history
 
-    def offer(self, prompt: str, weights: str | None, images: float, candidates: float) -> tuple[Any, Any]:
-        """The bounds of the images and the candidates that these weights draw within the time limit.
-
-        They stay as they are if the prompt cannot be drawn.
-        """
+    def offer(self, weights: str | None, images: float, candidates: float) -> tuple[Any, Any]:
+        """The bounds of the images and the candidates that these weights draw within the time limit."""
         name, limits = weights or self.shelf.own, self.limits
         count = min(MEASURED, limits.candidates)
         try:
             pipe = self.shelf.get(name)
-            self.check(facts_of(pipe), prompt)
-            pace = Pace(pipe, make_request(pipe, prompt.strip(), count, count, picked=True, progress=False))
+            pace = Pace(pipe, make_request(pipe, example_prompt(pipe), count, count, picked=True, progress=False))
             drawing, one = pace.drawing() + pace.ranking(), pace.refining() / count
         except REFUSED:
             return SAME, SAME
@@ -310,9 +306,11 @@ class Handlers:
         try:
             encode.check(prompt)
             unknown = ", ".join(map(repr, encode.unknown_words(prompt)[:10]))
-        except ValueError as error:
+        except REFUSED as error:
             return shown(html.escape(str(error), quote=False))
-        words = f"These weights were trained without the words {unknown} and draw something else for them. They know "
+        words = (
+            f"These weights were trained without the words {unknown} and draw something else for them. They can draw "
+        )
         return shown(html.escape(f"{words}{encode.examples()}.", quote=False)) if unknown else HIDDEN
 
     def read_recipe(self, path: str, weights: str | None = None) -> list[Any]:
@@ -320,7 +318,7 @@ class Handlers:
         pipe = self.shelf.peek(weights or self.shelf.own) or self.shelf.pipe
         try:
             facts = facts_of(pipe)
-            prompt, how = read_recipe(path, self.limits)
+            prompt, how = read_uploaded_recipe(path, self.limits)
             if isinstance(how.get("num_inference_steps"), str):  # such as "10,10,5"
                 if how["num_inference_steps"] == facts.default_steps:
                     how["num_inference_steps"] = facts.default_count
@@ -343,11 +341,14 @@ class Handlers:
             gr.Warning("The image was made from another image, which the page does not restore.")
         return [prompt, *(SAME if value is None else value for value in (seed, *counts, scale))]
 
-    def recall(self, past: list[Past], event: gr.SelectData) -> list[Any]:
-        """Field values of an image of the history."""
+    def recall(self, past: list[Past], weights: str | None, event: gr.SelectData) -> list[Any]:
+        """Field values of an image of the history, within the bounds of the weights."""
         if not isinstance(event.index, int) or not 0 <= event.index < len(past):
             raise refusal("the history has no such image", "No image")
-        return list(past[event.index].fields)
+        facts = facts_of(self.shelf.peek(weights or self.shelf.own) or self.shelf.pipe)
+        prompt, seed, *values = past[event.index].fields
+        bounds = (*self.most_of(weights), self.limits.steps, facts.most_guidance)
+        return [prompt, seed, *(min(value, most) for value, most in zip(values, bounds, strict=True))]
 
     def toggle(self, numbers: list[str] | None, event: gr.SelectData) -> list[str]:
         """The chosen numbers after a click on an image of the wall."""

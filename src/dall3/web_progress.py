@@ -1,4 +1,4 @@
-"""What the page tells while a call runs: what it does, and the time left."""
+"""Status and remaining time of a running call, for the page."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from dall3.request import Request
 from dall3.web_uploads import Limits
 
 PAUSE = 0.3  # seconds between two previews, at least
-COST = 4  # the same, as a multiple of the time that the last preview took to decode and show
+COST = 4  # pause after a preview, at least, as a multiple of the time that decoding and showing it took
 Result = TypeVar("Result")
 Steps = Generator[tuple[str, Preview | None], None, Result]  # the status, and a preview if there is one
 
 
 def left_text(seconds: float) -> str:
-    """The time left. Whole minutes would be too coarse for the first ones."""
+    """The time left; below 10 minutes with one decimal place."""
     return (
         f"about {seconds / 60:.1f} min left" if 99.5 <= seconds < 600 else f"{time_text(max(round(seconds), 1))} left"
     )
@@ -41,9 +41,10 @@ def follow(pace: Pace, steps: Previews[Result], limits: Limits, drawn: bool = Fa
     """
     yield "measuring how long this takes", None
     seconds = pace.refining() + (0.0 if drawn else pace.drawing() + pace.ranking())
+    allowed = time_text(limits.seconds).removeprefix("about ")
     require(
         seconds <= limits.seconds,
-        f"this takes {time_text(seconds)}, and the page allows up to {limits.seconds / 60:.3g} min; choose fewer "
+        f"this takes {time_text(seconds)}, and the page allows up to {allowed}; choose fewer "
         "candidates, images or denoising steps",
     )
     yield f"starting, {left_text(seconds)}", None

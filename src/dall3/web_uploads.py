@@ -15,7 +15,7 @@ from dall3.output import Dall3Output
 from dall3.weights.registry import read_settings_text
 
 LARGEST_SEED = 2**53 - 1  # the largest integer that JavaScript represents exactly
-EXPECTED = "expected an image saved by dall3 (PNG), or its recipe or settings.json (JSON)"
+EXPECTED = "expected an image saved by dall3 (PNG), or its recipe, settings.json or wall.json (JSON)"
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Limits:
     pixels: int = 4096**2
 
 
-def open_picture(path: str, limits: Limits) -> Image.Image:
+def open_upload(path: str, limits: Limits) -> Image.Image:
     """Read an uploaded image. Raises ValueError for a file that is not an image or exceeds `limits`."""
     try:
         return read_rgb(path, Path(path).name, limits.pixels)
@@ -38,20 +38,20 @@ def open_picture(path: str, limits: Limits) -> Image.Image:
 
 
 def read_mask(path: str, limits: Limits) -> Image.Image:
-    """The painted region of a layer of the editor, in white. Raises ValueError as `open_picture` does."""
-    open_picture(path, limits)
+    """The painted region of a layer of the editor, in white. Raises ValueError as `open_upload` does."""
+    open_upload(path, limits)
     alpha = open_image(path, Path(path).name, limits.pixels).convert("RGBA").getchannel("A")
     return alpha.point(lambda value: 255 if value > 127 else 0)
 
 
-def read_recipe(path: str, limits: Limits) -> tuple[str, dict[str, Any]]:
+def read_uploaded_recipe(path: str, limits: Limits) -> tuple[str, dict[str, Any]]:
     """The prompt and the settings of an image that dall3 saved, or of a JSON file.
 
     The JSON is that of `Dall3Output.recipe`, or a settings.json or wall.json. Raises ValueError for any other file.
     """
     name = Path(path).name
     if Path(path).suffix.lower() != ".json":
-        open_picture(path, limits)
+        open_upload(path, limits)
         try:
             out = Dall3Output.load(path)
         except ValueError as error:

@@ -11,7 +11,7 @@ from dall3.errors import FetchError, require
 from dall3.estimate import size_text
 from dall3.pipeline import Dall3Pipeline
 from dall3.tokens.batching import free_memory
-from dall3.weights.cache import CachedFile, files_of, size_of, with_suffix_added
+from dall3.weights.cache import CachedFile, file_size, files_of, size_of, with_suffix_added
 from dall3.weights.find import fetch_set
 from dall3.weights.registry import WeightsSet, read_registry
 
@@ -77,7 +77,9 @@ class Shelf:
         """Raise ValueError if the networks of a set that draw are larger than the free memory of the device."""
         weights, device = sets_that_draw()[name], self.pipe.device
         files = [one for one in files_of(weights) if one.part.name in ("transformer", "vqgan")]
-        least, free = sum(map(file_size, files)), free_memory(device)
+        # Weights in float32, the largest that files have, are converted to the dtype of the page's pipeline.
+        least = sum(map(file_size, files)) * self.pipe.dtype.itemsize // 4
+        free = free_memory(device)
         words = f"the weights {name} need at least {size_text(least)} of memory"
         words += f" ({weights.needs})" if weights.needs else ""
         fits = free is None or least <= free
@@ -113,12 +115,6 @@ def sets_that_draw() -> dict[str, WeightsSet]:
     """The sets of weights.toml with a transformer and its tokenizer, by name."""
     needed = {"tokenizer", "transformer"}
     return {name: one for name, one in read_registry().items() if needed <= {part.name for part in one.parts}}
-
-
-def file_size(wanted: CachedFile) -> int:
-    """The size of a file in bytes: of the one that is here, else as weights.toml states it, 0 if unknown."""
-    path = wanted.find()
-    return path.stat().st_size if path else max((place.size or 0 for place in wanted.file.places), default=0)
 
 
 def disk_space(weights: WeightsSet) -> str:

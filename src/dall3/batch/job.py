@@ -10,7 +10,7 @@ import torch
 from dall3.diffusion.denoising import Denoising, default_refine_batch_size
 from dall3.errors import require
 from dall3.pipeline import Dall3Pipeline
-from dall3.request import make_request
+from dall3.request import example_prompt, make_request
 from dall3.tokens.sampling import Sampling, check_counts
 from dall3.weights.registry import PathLike
 
@@ -76,7 +76,7 @@ def make_job(
     how: dict[str, Any] = dict(num_images=num_images, num_candidates=num_candidates, batch_size=batch_size)
     how |= dict(refine_batch_size=default_refine_batch_size(refine_batch_size, devices["refine"]))
     how |= dict(truncate=truncate, progress=False)
-    request = make_request(pipe, "a picture", seed=0, **(how | {"truncate": True}), **settings)
+    request = make_request(pipe, example_prompt(pipe), seed=0, **(how | {"truncate": True}), **settings)
     pipe.clip  # noqa: B018  load it, so that it is among the fingerprints
     assert pipe.transformer is not None
     config = pipe.transformer.config

@@ -23,7 +23,7 @@ TASKS_PER_EXECUTION = 10_000  # bounds the tasks of a stage that the driver keep
 # a slow core may take hours.
 PATIENCE = 4 * 3600
 RESTARTS = 3  # consecutive restarts without a finished prompt
-AHEAD, FILES = 8, 64 << 20  # per worker: most drawn prompts that wait to be ranked, most bytes of finished files
+AHEAD, FILES = 8, 64 << 20  # per worker: maximum number of drawn prompts that wait to be ranked, and of bytes of files
 
 # Fractions of a worker's resources. Drawing is nearly all of the work: no two drawing actors fit on one GPU.
 SHARES = {"draw": 0.8, "rank": 0.1, "refine": 0.1}

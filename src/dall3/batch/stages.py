@@ -24,11 +24,11 @@ from dall3.generate import choose_best
 from dall3.images import to_pil
 from dall3.output import Dall3Output, png_bytes
 from dall3.pipeline import Dall3Pipeline
+from dall3.text.rules import MAX_CHARACTERS
 from dall3.weights.registry import PARTS
 
 Row = dict[str, Any]
 ATTEMPTS = 4  # per stage, before a prompt is recorded as failed
-MAX_CHARACTERS = 10_000  # of a prompt: tokenizing megabytes of text takes gigabytes of memory
 
 
 def first_row(prompt: Prompt) -> Row:

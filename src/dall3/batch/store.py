@@ -141,9 +141,8 @@ class Store:
         saved = self._numbered("prompts", PROMPT, len(self.prompts))
         for number, path in list(saved.items()):
             if number // self.per_shard in shards:
-                saved.pop(
-                    number
-                ).unlink()  # the run ended after the shard's index was written and before this file was removed
+                # The run ended after the shard's index was written and before this file was removed.
+                saved.pop(number).unlink()
             elif not is_complete_tar(path):
                 logger.warning("%s is damaged; drawing its prompt again", path)
                 saved.pop(number).unlink()

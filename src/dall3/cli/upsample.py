@@ -146,7 +146,7 @@ def refine_picked(args: argparse.Namespace) -> None:
         raise ValueError(f"--pick {args.pick}: {error}") from None
     wall_seed = wall.settings.get("seed")
     valid = args.seed in (0, wall_seed)
-    require(valid, f"--seed {args.seed} does not apply with --pick: the wall has seed {wall_seed}")
+    require(valid, f"--seed {args.seed} does not apply with --pick: the wall has seed {wall_seed}; leave --seed out")
     settings = refinement(args)
     settings |= {} if args.stop_at == ALL_STEPS else {"stop_at": args.stop_at + 2}
     check_denoising(settings)

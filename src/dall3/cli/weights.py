@@ -45,24 +45,21 @@ def run(args: argparse.Namespace) -> None:
 
 def weights_table(sets: list[Any]) -> str:
     """A table with a row per part: set, part, size, licence, on this machine or not, source. Descriptions follow."""
-    from dall3.weights.cache import cache_dir, files_of
+    from dall3.weights.cache import cache_dir, file_size, files_of
 
     rows = [("set", "part", "size", "licence", "here", "source")]
     for one in sets:
         for part in one.parts:
             files = [wanted for wanted in files_of(one) if wanted.part == part]
             paths = [wanted.find() for wanted in files]
-            sizes = [
-                path.stat().st_size if path else max((place.size or 0 for place in wanted.file.places), default=0)
-                for wanted, path in zip(files, paths, strict=True)
-            ]
+            sizes = [file_size(wanted) for wanted in files]
             here = "yes" if all(paths) else "in part" if any(paths) else "no"
             size = size_text(sum(sizes)) if sizes[0] else "unknown"
             name = one.name if part == one.parts[0] else ""
             rows.append((name, part.name, size, part.licence, here, part.source))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    abouts = [f"{one.name}: {one.about}{f'. Needs {one.needs}' if one.needs else ''}" for one in sets if one.about]
+    abouts = [f"{one.name}: {one.about}{f'. Needs: {one.needs}' if one.needs else ''}" for one in sets if one.about]
     return "\n".join([*lines, "", *abouts, "", f"cache (DALL3_HOME): {cache_dir()}"])
 
 

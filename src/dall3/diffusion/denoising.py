@@ -125,8 +125,7 @@ def denoising_steps(
 
     shape: (3, height, width) of one image. generators: one for each image, on the device of the UNet. conditioning:
     keyword arguments of `UNet.forward`. image: initial images, float (batch, 3, height, width) in [-1, 1], to which
-    `settings.strength` of the noise is added; None to start from pure noise. guide: wraps `predict`
-    to add guidance.
+    `settings.strength` of the noise is added; None to start from pure noise. guide: wraps `predict` to add guidance.
     progress: label of the progress bar; None for no bar.
     """
     device, scheduler = generators[0].device, settings.scheduler

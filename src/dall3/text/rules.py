@@ -9,6 +9,8 @@ import torch
 from dall3.text.tokenizer import Tokenizer
 from dall3.text.words import KnownWords
 
+MAX_CHARACTERS = 10_000  # of a prompt: tokenizing megabytes of text takes gigabytes of memory
+
 
 class TextEncoder:
     """Text encoder of DALLE-pytorch's transformers: lower-cased text, no special ids, padded with 0.
@@ -67,11 +69,13 @@ class TextEncoder:
         return ids[: self.text_seq_len]
 
     def check(self, prompt: str) -> None:
-        """Raise ValueError for a prompt that is empty or that the transformer cannot know.
+        """Raise ValueError for a prompt that is empty or that the transformer cannot draw.
 
-        That is a prompt without a letter that the tokenizer knows, such as one in another script, or without a word
-        that occurs in the training captions. `__call__` accepts such prompts, as the original code does.
+        It cannot draw a prompt with more than MAX_CHARACTERS, one whose letters the tokenizer does not know (another
+        script), or one without any word of the training captions. `__call__` accepts these, as the original code does.
         """
+        if len(prompt) > MAX_CHARACTERS:
+            raise ValueError(f"the prompt has {len(prompt):,} characters; expected at most {MAX_CHARACTERS:,}")
         if not prompt.strip():
             raise ValueError(f"the prompt {prompt!r} is empty; expected text")
         written = {letter for letter in prompt.lower() if letter.isalpha()}

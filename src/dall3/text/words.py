@@ -14,7 +14,7 @@ WORDS = "words.txt"
 WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")  # letters and digits, with apostrophes inside
 PLAIN = re.compile(r"[a-z]+(?: [a-z]+){2,}", re.IGNORECASE)  # three words or more, without punctuation
 MAX_BYTES = 8 << 20
-EXAMPLES = 8  # most captions in a file
+EXAMPLES = 8  # maximum number of captions in a file
 
 
 @dataclass(frozen=True)
@@ -63,5 +63,5 @@ def read_words(path: Path) -> KnownWords | None:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8; expected a list of words, one per line") from None
-    examples = tuple(line[1:].strip() for line in lines if line.startswith("#"))
+    examples = tuple(line[1:].strip() for line in lines if line.startswith("#") and line[1:].strip())
     return KnownWords(frozenset(line.strip() for line in lines if line.strip() and line[0] != "#"), examples)

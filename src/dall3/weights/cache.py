@@ -165,3 +165,9 @@ def size_of(path: Path) -> int:
 def short_message(error: BaseException) -> str:
     """The message of an error in one line of at most 200 characters, or the name of its class."""
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def file_size(wanted: CachedFile) -> int:
+    """The size of a file in bytes: of the one that is here, else as weights.toml states it, 0 if unknown."""
+    path = wanted.find()
+    return path.stat().st_size if path else max((place.size or 0 for place in wanted.file.places), default=0)

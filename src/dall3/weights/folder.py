@@ -327,12 +327,6 @@ def read_defaults(folder: PathLike) -> dict[str, Any]:
     return read_config(path) if path.exists() else {}
 
 
-def set_default(folder: PathLike, name: str, value: Any) -> None:
-    """Add or replace a recommended setting in the generation_config.json of a pipeline folder."""
-    settings = read_defaults(folder) | {name: value}
-    (Path(folder) / DEFAULTS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
 def save_folder(
     parts: dict[str, Any],
     tokenizer: Tokenizer | None,
