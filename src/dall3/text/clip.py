@@ -19,11 +19,13 @@ class ClipTokenizer:
         self.vocab_size: int = self.bpe.vocab_size
 
     def encode(self, text: str) -> list[int]:
-        return self.bpe.encode(text)
+        ids: list[int] = self.bpe.encode(text)
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         kept = [i for i in without_padding(ids, self.vocab_size) if i not in self.bpe.all_special_ids]
-        return self.bpe.decode(kept).rstrip()
+        text: str = self.bpe.decode(kept)
+        return text.rstrip()
 
     def to_json(self) -> str:
         return CLIP_JSON  # a marker: the JSON format of `tokenizers` cannot express the ftfy cleaning of the text
