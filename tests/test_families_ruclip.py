@@ -68,9 +68,7 @@ def test_the_weights_file_finds_the_files_beside_it(folder: Path, clip: CLIP) ->
 def test_a_weights_file_without_the_files_beside_it_names_them(folder: Path, tmp_path: Path) -> None:
     shutil.copy(folder / "pytorch_model.bin", tmp_path)
     shutil.copy(BPE, tmp_path)
-    with pytest.raises(
-        CheckpointError, match="for ruCLIP, pass a folder that also holds its config.json"
-    ):
+    with pytest.raises(CheckpointError, match="for ruCLIP, pass a folder that also holds its config.json"):
         load_clip(tmp_path / "pytorch_model.bin")
     torch.save(openai_clip(), tmp_path / "ViT-B-16.pt")  # OpenAI's file is recognised even beside a bpe.model
     assert not load_clip(tmp_path / "ViT-B-16.pt").reads_russian

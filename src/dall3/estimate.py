@@ -291,13 +291,17 @@ class EstimateCalls(Parts):
         return estimate_request(self, request)
 
 
-def run_with_estimate(parts: Parts, request: Request, every: int = 1) -> Previews[Dall3Output]:
-    """Run `dall3.generate.run`; log its estimate at level INFO, and add `seconds_left` to its previews."""
-    pace = Pace(parts, request)
+def log_estimate(parts: Parts, request: Request) -> None:
+    """Log at level INFO what a call does and how long it takes."""
     if LOGGER.isEnabledFor(logging.INFO):
+        pace = Pace(parts, request)
         seconds = pace.drawing() + pace.ranking() + pace.refining()
         LOGGER.info("%s: %s", describe(pace), time_text(seconds))
-    countdown, steps = Countdown(pace), run(parts, request, every)
+
+
+def run_with_countdown(parts: Parts, request: Request, every: int = 1) -> Previews[Dall3Output]:
+    """Run `dall3.generate.run`, and add `seconds_left` to its previews."""
+    countdown, steps = Countdown(Pace(parts, request)), run(parts, request, every)
     while True:
         try:
             preview = next(steps)

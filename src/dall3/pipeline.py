@@ -13,8 +13,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dall3.errors import require
-from dall3.estimate import EstimateCalls, run_with_estimate
-from dall3.generate import Record, draw, exhaust, refine
+from dall3.estimate import EstimateCalls, log_estimate, run_with_countdown
+from dall3.generate import Record, draw, exhaust, refine, run
 from dall3.images import ImageInput, Images, OutputType, center_crop, check_output_type, to_output_type, to_tensor
 from dall3.loading import LoadedParts
 from dall3.models.transformer import DalleTransformer
@@ -127,7 +127,9 @@ class Dall3Pipeline(WallCalls, EstimateCalls, LoadedParts):
         finite.
         """
         if isinstance(prompt, str):
-            return exhaust(run_with_estimate(self, make_request(self, prompt, num_images, num_candidates, **settings)))
+            request = make_request(self, prompt, num_images, num_candidates, **settings)
+            log_estimate(self, request)
+            return exhaust(run(self, request))
         if not isinstance(prompt, list | tuple):
             check_prompt(prompt)  # type: ignore[arg-type]
         require(len(prompt) > 0, "prompt is an empty list; expected at least one string")
@@ -140,7 +142,11 @@ class Dall3Pipeline(WallCalls, EstimateCalls, LoadedParts):
             by_prompt = [{**settings, "generator": group} for group in groups]
         pairs = zip(prompt, by_prompt, strict=True)
         requests = [make_request(self, text, num_images, num_candidates, **given) for text, given in pairs]
-        return [exhaust(run_with_estimate(self, request)) for request in requests]
+        outputs = []
+        for request in requests:
+            log_estimate(self, request)
+            outputs.append(exhaust(run(self, request)))
+        return outputs
 
     def variations(
         self,
@@ -165,7 +171,9 @@ class Dall3Pipeline(WallCalls, EstimateCalls, LoadedParts):
         Raises the same errors as the call.
         """
         given: dict[str, Any] = dict(settings) | {"init_image": image, "change": change}
-        return exhaust(run_with_estimate(self, make_request(self, prompt, num_images, call="variations()", **given)))
+        request = make_request(self, prompt, num_images, call="variations()", **given)
+        log_estimate(self, request)
+        return exhaust(run(self, request))
 
     def stream(
         self,
@@ -196,7 +204,8 @@ class Dall3Pipeline(WallCalls, EstimateCalls, LoadedParts):
         request = make_request(self, prompt, num_images, num_candidates, call="stream()", **settings)
 
         def steps() -> Iterator[Preview]:
-            output = yield from run_with_estimate(self, request, every)
+            log_estimate(self, request)
+            output = yield from run_with_countdown(self, request, every)
             yield Preview("done", 1, 1, output.to_pil, output)
 
         return steps()
@@ -234,7 +243,8 @@ class Dall3Pipeline(WallCalls, EstimateCalls, LoadedParts):
                 warnings.warn(f"the {part} of this pipeline {words}", stacklevel=2)
         if effects := recipe["settings"].get("callback"):
             warnings.warn(f"a callback {' and '.join(effects)} the original call; it is not repeated", stacklevel=2)
-        again = exhaust(run_with_estimate(self, request))
+        log_estimate(self, request)
+        again = exhaust(run(self, request))
         if again.recipe(0)["tokens"] != recipe["tokens"]:
             warnings.warn("the tokens differ from the recipe's, so the image differs too", stacklevel=2)
         return again
