@@ -16,6 +16,12 @@ def pytest_configure(config):
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # for processes that a test starts
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """Random numbers do not depend on the tests that ran before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def golden():
     return Golden
