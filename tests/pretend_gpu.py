@@ -130,8 +130,7 @@ class PretendGraph:
 @contextmanager
 def pretend_gpu(monkeypatch: Any, memory: int = 8 * 2**30, reserved: int = 0) -> Any:
     """Context in which `device="cuda"` is the pretended device. memory, reserved: bytes of its memory."""
-    if hasattr(torch._C, "_ensureCUDADeviceGuardSet"):  # since PyTorch 2.10
-        torch._C._ensureCUDADeviceGuardSet()
+    torch._C._ensureCUDADeviceGuardSet()
     real_tensor = torch.tensor
 
     def tensor(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
