@@ -130,9 +130,9 @@ class Pace:
     def ranking(self) -> float:
         """Seconds of decoding and scoring all candidates."""
         size, seamless = min(self.draw_key[1], 4), self.request.denoising.seamless
-        key = ("ranking", size, id(self.parts.clip_or_loader), seamless, *identity(self.parts.vqgan), *self.setup)
+        clip = self.parts.clip  # loads it, which is not part of the measured time
+        key = ("ranking", size, *identity(clip), seamless, *identity(self.parts.vqgan), *self.setup)
         if key not in self.rates:
-            self.parts.clip  # noqa: B018  load it, which is not part of the measured time
             tokens = self.any_tokens(size)
             start = self.now()
             choose_best(self.parts, tokens, self.request.prompt, 1, batch_size=size, seamless=seamless, progress=False)
