@@ -67,9 +67,10 @@ def run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     on_gpu = [isinstance(tensor, OnGPU) for tensor in tensors]
     stays = any(on_gpu)
-    if kwargs.get("device") is not None:
-        stays = torch.device(kwargs["device"]).type in ("cuda", "meta")
-        kwargs = kwargs | {"device": CPU}
+    requested = kwargs.get("device") or next((x for x in args if isinstance(x, torch.device)), None)
+    if requested is not None:
+        stays = torch.device(requested).type in ("cuda", "meta")
+        kwargs = kwargs | ({"device": CPU} if "device" in kwargs else {})
     elif function is aten.copy_.default:
         stays = on_gpu[0]
     elif function not in (aten._to_copy.default, aten.index.Tensor):
@@ -78,7 +79,7 @@ def run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         assert not stays or not left, f"{function} got tensors of both devices; on the CPU lay {left}"
 
     def bring(x: Any) -> Any:
-        return x.here if isinstance(x, OnGPU) else x
+        return x.here if isinstance(x, OnGPU) else CPU if isinstance(x, torch.device) else x
 
     out = function(*tree_map(bring, args), **tree_map(bring, kwargs))
     if not stays:

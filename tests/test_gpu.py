@@ -89,6 +89,23 @@ def test_each_stage_accepts_tensors_on_the_cpu(pipe, monkeypatch):
         assert there.complete_text("a cube", seed=0) == pipe.complete_text("a cube", seed=0)
 
 
+def test_int8_weights_on_a_gpu_replay_their_own_captured_step_and_follow_the_weights(transformer, monkeypatch):
+    text, uniforms = torch.tensor([3, 4, 5, 0, 0, 0, 0, 0]), candidate_uniforms(0, range(24), 16)
+    int8 = Sampling(temperature=2.0, quantize="int8")
+    transformer = transformer.float()
+    plain = draw_image_tokens(transformer, text, uniforms, Sampling(temperature=2.0))
+    with pretend_gpu(monkeypatch):
+        there = copy.deepcopy(transformer).to("cuda")
+        drawn = draw_image_tokens(there, text.to("cuda"), uniforms.to("cuda"), int8).cpu()
+        assert (drawn[:, 0] == plain[:, 0]).float().mean() > 0.8  # later tokens depend on the ones before
+        assert PretendGraph.captures == 1 and PretendGraph.replays == 15
+        assert torch.equal(draw_image_tokens(there, text.to("cuda"), uniforms.to("cuda"), int8).cpu(), drawn)
+        assert PretendGraph.captures == 1 and PretendGraph.replays == 30
+        there.to_logits.weight.data.copy_(there.to_logits.weight.roll(1, dims=0))
+        other = draw_image_tokens(there, text.to("cuda"), uniforms.to("cuda"), int8).cpu()
+        assert not torch.equal(other, drawn)
+
+
 def test_half_precision(pipe, monkeypatch):
     with pretend_gpu(monkeypatch):
         there = copy.deepcopy(pipe).to("cuda", torch.float16)

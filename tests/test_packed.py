@@ -15,6 +15,7 @@ from dall3.models.packed import (
     Int8Linear,
     PackedLinear,
     RowLinear,
+    TorchaoLinear,
     can_pack,
     has_fbgemm,
     prepare,
@@ -220,12 +221,25 @@ def test_int8_weights_are_within_half_a_quantization_step():
     assert ((layer(x) - expected).abs() <= 0.02 * expected.abs().amax(dim=(0, 1))).all()
 
 
-def test_drawing_with_int8_is_close_and_only_on_a_cpu():
+def test_torchaos_int8_weights_are_within_half_a_quantization_step_and_compile():
+    weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 6)[:, None]
+    bias = torch.arange(6.0)
+    layer = TorchaoLinear(weight, bias)
+    step = weight.abs().amax(dim=1, keepdim=True) / 127
+    restored = (layer(torch.eye(64)) - bias).T
+    assert ((restored - weight).abs() <= step * 0.51).all()
+    torch._dynamo.reset()
+    assert close(torch.compile(layer, fullgraph=True, backend="aot_eager")(torch.eye(64)), layer(torch.eye(64)), 1e-4)
+
+
+def test_drawing_with_int8_is_close_and_only_on_a_cpu_or_a_gpu():
     model, uniforms = make_transformer(), candidate_uniforms(0, range(40), 16)
     plain = draw_image_tokens(model, TEXT[0], uniforms, Sampling(temperature=2.0))
     small = draw_image_tokens(model, TEXT[0], uniforms, Sampling(temperature=2.0, quantize="int8"))
     assert (plain[:, 0] == small[:, 0]).float().mean() > 0.8  # later tokens depend on the ones before
-    with pytest.raises(ValueError, match="quantize='int8' is for a CPU, and the transformer is on meta"):
+    with pytest.raises(
+        ValueError, match="quantize='int8' needs a CPU or a CUDA device, and the transformer is on meta"
+    ):
         prepare(make_transformer().to("meta"), "int8")
     with pytest.raises(ValueError, match="quantize='int4' is not known; expected float16, int8 or None"):
         Sampling(quantize="int4")

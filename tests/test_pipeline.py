@@ -1016,7 +1016,9 @@ def test_faster_draws_are_in_the_recipe_and_repeat(pipe, tmp_path):
 
 def test_int8_elsewhere_than_on_a_cpu_is_refused_before_any_work(upstream_files):
     other = load_upstream_files(upstream_files).to("meta")
-    with pytest.raises(ValueError, match="quantize='int8' works on a CPU only; this pipeline is on meta"):
+    with pytest.raises(
+        ValueError, match="quantize='int8' needs a CPU or a CUDA device, and the transformer is on meta"
+    ):
         other(PROMPT, quantize="int8")
 
 

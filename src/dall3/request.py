@@ -16,6 +16,7 @@ from dall3.diffusion.schedule import space_timesteps
 from dall3.errors import require
 from dall3.images import OutputType, check_output_type
 from dall3.memory import check_memory, memory_needs, refining_needs
+from dall3.models.packed import check_quantization
 from dall3.models.upscaler import Upscaler
 from dall3.parts import NETWORKS, Parts
 from dall3.recipe import kept_of_recipe, recipe_arguments, seeds_of_recipe
@@ -355,8 +356,7 @@ def check_text(parts: Parts, prompt: str, truncate: bool) -> None:
 def pop_sampling(parts: Parts, given: dict[str, Any]) -> Sampling:
     """Remove the fields of `Sampling` from `given` and return them validated."""
     sampling = Sampling(**pop_fields(given, Sampling, given.pop("sampling", None), parts.defaults))
-    on_cpu = sampling.quantize is None or parts.device.type == "cpu"
-    require(on_cpu, f"quantize='{sampling.quantize}' works on a CPU only; this pipeline is on {parts.device}")
+    check_quantization(sampling.quantize, parts.device)
     return sampling
 
 

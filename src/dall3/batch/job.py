@@ -9,6 +9,7 @@ import torch
 
 from dall3.diffusion.denoising import Denoising, default_refine_batch_size
 from dall3.errors import require
+from dall3.models.packed import check_quantization
 from dall3.pipeline import Dall3Pipeline
 from dall3.request import example_prompt, make_request
 from dall3.tokens.sampling import Sampling, check_counts
@@ -81,8 +82,7 @@ def make_job(
     assert pipe.transformer is not None
     config = pipe.transformer.config
     sampling, denoising = asdict(request.sampling), vars(request.denoising) | {"scheduler": request.scheduler}
-    on_cpu = sampling["quantize"] is None or devices["draw"] == "cpu"
-    require(on_cpu, f"quantize='{sampling['quantize']}' works on a CPU only; tokens are drawn on {devices['draw']}")
+    check_quantization(sampling["quantize"], torch.device(devices["draw"]))
     recipe = request.recipe() | {"truncate": truncate, "weights": pipe.fingerprints()}
     del recipe["seed"]
     return Job(

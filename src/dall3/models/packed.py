@@ -1,4 +1,4 @@
-"""Linear layers with memory layouts that are fast for decoding on a CPU, where reading the weights takes most time.
+"""Linear layers that are fast for decoding, where reading the weights takes most time: layouts for a CPU, and int8.
 
 `prepare` makes a copy of a transformer with such layers; all other tensors are shared with the original. The copy is
 kept for as long as the original exists. There is one copy per transformer: a draw that needs another layout replaces
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import importlib.util
 import mmap
 import platform
 import sys
@@ -152,6 +153,25 @@ class Int8Linear(PreparedLayer):
         return (out if self.bias is None else out + self.bias).to(x.dtype)
 
 
+class TorchaoLinear(PreparedLayer):
+    """A linear layer with int8 weights and one scale per row, by torchao, for a GPU.
+
+    Compiled, it reads the int8 weights. Otherwise every call converts them to the dtype of the input first.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        layer = nn.Linear(weight.shape[1], len(weight), bias=False, device="meta")
+        layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        quantize_(layer, Int8WeightOnlyConfig())
+        self.weight, self.bias = layer.weight.detach(), None if bias is None else bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
 class Prepared(NamedTuple):
     """A prepared copy of a transformer, and the state of the original that it was made from."""
 
@@ -171,15 +191,17 @@ def signature(transformer: ImageTokenTransformer[Any]) -> tuple[Any, ...]:
 
     Writes that autograd tracks change a tensor's version counter. Writes to `weight.data` change the product of the
     matrix with a fixed random vector, unless rounding hides them. Computing the product takes a tenth of the time of
-    making a copy. For float16 weights it is not computed, and writes to their `data` are not detected.
+    making a copy. For float16 weights on a CPU it is not computed, and writes to their `data` are not detected.
     """
     held: list[Any] = [id(value) for name, value in vars(transformer).items() if name not in UNRELATED]
     for tensor in chain(transformer.parameters(), transformer.buffers()):
         held += id(tensor), tensor.data_ptr(), None if tensor.is_inference() else tensor._version
-    for weight in linear_weights(transformer):
-        if weight.dtype != torch.float16:  # of a mapped file the product would read every page
-            vector = random_vector(weight.shape[1]).to(weight.dtype)
-            held.append((weight @ vector).float().numpy().tobytes())
+    weights = linear_weights(transformer)
+    if weights[0].dtype != torch.float16 or weights[0].device.type != "cpu":  # the product reads all of a mapped file
+        products = [
+            (weight @ random_vector(weight.shape[1]).to(weight.device, weight.dtype)).float() for weight in weights
+        ]
+        held.append(torch.cat(products).cpu().numpy().tobytes())
     return tuple(held)
 
 
@@ -221,10 +243,26 @@ def linear_weights(transformer: ImageTokenTransformer[Any]) -> list[Tensor]:
     return [weight.detach() for weight in (*layers, transformer.head[0])]
 
 
-def linear_class(quantize: str | None, exact: bool, rows: int | None) -> type[nn.Module]:
+def check_quantization(quantize: str | None, device: torch.device) -> None:
+    """Raise ValueError for a quantization that the device does not have, ImportError without the package it needs."""
+    if quantize is not None and device.type not in ("cpu", "cuda"):
+        raise ValueError(f"quantize='{quantize}' needs a CPU or a CUDA device, and the transformer is on {device}")
+    if quantize == "float16" and device.type != "cpu":
+        raise ValueError(
+            f"quantize='float16' is for a CPU, and the transformer is on {device}; use dtype=torch.float16"
+        )
+    if quantize == "float16" and not has_fbgemm():
+        raise ValueError("quantize='float16' needs FBGEMM, which torch has on x86 with AVX2; use 'int8' or None")
+    if quantize == "int8" and device.type != "cpu" and importlib.util.find_spec("torchao") is None:
+        raise ImportError("quantize='int8' on a GPU needs torchao; install it: pip install 'dall3[int8]'")
+
+
+def linear_class(quantize: str | None, on_cpu: bool, exact: bool, rows: int | None) -> type[nn.Module]:
     """The class of linear layer for a draw: the fastest one with the requested precision."""
-    if quantize is not None:
-        return Float16Linear if quantize == "float16" else Int8Linear
+    if quantize == "int8":
+        return Int8Linear if on_cpu else TorchaoLinear
+    if quantize == "float16":
+        return Float16Linear
     avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
     if exact and has_fbgemm() and not (avx512 and rows is not None and rows > FLOAT16_ROWS):
         return Float16Linear
@@ -253,21 +291,21 @@ def prepare(transformer: T, quantize: str | None = None, rows: int | None = None
     batch size, if known; the layout depends on it. A transformer in float16 on a CPU computes in float32: only
     the weights of the copy's linear layers and embeddings are float16.
 
-    Raises ValueError for a quantization on another device than a CPU, and for float16 without FBGEMM.
+    On a GPU only "int8" makes a copy, which is compiled if the original is.
+
+    Raises as `check_quantization`.
     """
     weight, bias = transformer.head
-    if quantize is not None and weight.device.type != "cpu":
-        raise ValueError(f"quantize='{quantize}' is for a CPU, and the transformer is on {weight.device}")
-    if quantize == "float16" and not has_fbgemm():
-        raise ValueError("quantize='float16' needs FBGEMM, which torch has on x86 with AVX2; use 'int8' or None")
-    half = weight.device.type == "cpu" and weight.dtype == torch.float16 and has_fbgemm() and quantize != "int8"
+    on_cpu = weight.device.type == "cpu"
+    check_quantization(quantize, weight.device)
+    half = on_cpu and weight.dtype == torch.float16 and has_fbgemm() and quantize != "int8"
     if transformer.image_head is not None or (quantize is None and not half and not can_pack(weight)):
         return transformer
     found, kept = signature(transformer), PREPARED.get(transformer)
     if kept is not None and kept.signature != found:
         kept = None
-    exact = half or (all(map(float16_holds, linear_weights(transformer))) if kept is None else kept.exact)
-    kind = Float16Linear if half else linear_class(quantize, exact, rows)
+    exact = half or (on_cpu and all(map(float16_holds, linear_weights(transformer)))) if kept is None else kept.exact
+    kind = Float16Linear if half else linear_class(quantize, on_cpu, exact, rows)
     if kept is not None and kept.kind is kind:
         ready: T = kept.transformer
         return ready
@@ -277,6 +315,8 @@ def prepare(transformer: T, quantize: str | None = None, rows: int | None = None
     ready = copy.deepcopy(transformer, shared)
     if half:
         convert_to_float32(ready)
+    if not on_cpu:
+        ready.compile_options = transformer.compile_options
     ready.image_head = kind(weight, bias)
     prepared: dict[nn.Module, nn.Module] = {}
     decoder = set(ready.decoder.modules())

@@ -156,12 +156,12 @@ def image_token_steps(
     Yields a tuple: the tokens, int64 (candidates, grid_size²), the same tensor each time; the range of candidates of
     the current batch; the number of tokens sampled in this batch so far.
     """
-    compiled = compiled_step(transformer) if settings.quantize is None else None
     texts = texts_of_rows(transformer, text_ids, settings)
-    if compiled is None:
+    if settings.quantize is not None or transformer.compile_options is None:
         transformer = prepare(
             transformer, settings.quantize, len(texts) * min(batch_size or len(uniforms), len(uniforms))
         )
+    compiled = compiled_step(transformer)
     length, device = transformer.config.image_seq_len, uniforms.device
     with torch.inference_mode(False):  # callers may use the result with autograd
         drawn = torch.zeros(uniforms.shape, dtype=torch.int64, device=device)

@@ -96,9 +96,10 @@ class Sampling:
     vocabulary that is dropped; or an integer from 1, the number of codes that are kept, as in DALL·E Mini and ruDALL-E.
     With an integer, codes equal to the last one are kept too, the temperature divides before filtering, and top_p may
     filter further. top_p: in (0, 1], the probability that is kept (nucleus sampling). cond_scale: scale of
-    classifier-free guidance, as in DALLE-pytorch 1.6; 1 for none. quantize: "int8" for int8 weights on a CPU: faster
-    for a few candidates at a time, with nearly the same distribution; "float16" for weights rounded to float16 (weights
-    that float16 represents exactly are stored in it by default). jacobi_window: tokens per step of speculative Jacobi
+    classifier-free guidance, as in DALLE-pytorch 1.6; 1 for none. quantize: "int8" for int8 weights: faster for a
+    few candidates at a time, with nearly the same distribution; a GPU needs the extra `int8` and a compiled transformer
+    for it. "float16" for weights rounded to float16 on a CPU (weights that float16 represents exactly are stored in it
+    by default). jacobi_window: tokens per step of speculative Jacobi
     decoding (`dall3.tokens.speculative`), which draws one candidate after the other: faster for a few candidates, with
     the same distribution but other tokens for a seed.
 
