@@ -13,7 +13,6 @@ hardware reads the weights once a token, or multiplies; kernels a step, by torch
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
 import statistics
@@ -22,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +268,8 @@ def draw_rows(
 ) -> None:
     """Rows of whole draws, by the number of images."""
     config, read = transformer.config, read_a_step(transformer)
+    if sampling.quantize == "int8":
+        read //= transformer.head[0].element_size()
     text = torch.full((config.text_seq_len,), 5, device=bench.device)
     bandwidth = bench.find("memory").get("GB/s")
     for name, count in counts.items():
@@ -328,6 +330,17 @@ def mega_compiled(bench: Bench) -> None:
     draw_rows(bench, "Mega, compiled", transformer, MEGA, {"1 image, guided": 1})
 
 
+def int8_compiled(bench: Bench) -> None:
+    """Both with 8-bit weights by torchao, compiled and then captured; on a CPU not compiled."""
+    networks = {"67 M": (bench.dalle, TOP_K, "1 image"), "Mega": (bench.mega, MEGA, "1 image, guided")}
+    for label, (make, sampling, name) in networks.items():
+        with bench.row(f"{label}, int8, compiled"):
+            transformer = make()
+            if bench.on_gpu:
+                transformer.compile(mode="max-autotune-no-cudagraphs")
+            draw_rows(bench, f"{label}, int8, compiled", transformer, replace(sampling, quantize="int8"), {name: 1})
+
+
 def rudalle(bench: Bench) -> None:
     """1,024 tokens of ruDALL-E's shape."""
     draw_rows(bench, "ruDALL-E", bench.rudalle(), Sampling(top_k=32, top_p=0.9), {"1 image": 1})
@@ -372,9 +385,9 @@ class Refinement:
         """Floating point operations of a step of one image."""
         diffusion, x = GaussianDiffusion(self.unet.config.diffusion), torch.randn(1, 3, self.side, self.side)
         x = x.to(self.bench.device)
-        plain = copy.deepcopy(self.unet)  # not compiled: counting and compiling exclude each other
-        predict = unet_predict(plain, diffusion, {"image_embeds": self.embeds[:1]})
-        with CountOperators() as counter:
+        predict = unet_predict(self.unet, diffusion, {"image_embeds": self.embeds[:1]})
+        # Counting and compiling exclude each other.
+        with torch.compiler.set_stance("force_eager"), CountOperators() as counter:
             if self.loss is None:
                 predict(x, 500)
             else:
@@ -478,6 +491,7 @@ GROUPS: dict[Callable[[Bench], None], int] = {
     unet_compiled: 200,
     mega_compiled: 150,
     dalle_combined: 120,
+    int8_compiled: 200,
 }
 COLUMNS = ("row", "seconds", "goal", "bound", "share of the bound", "kernels a step", "batch", "peak GB")
 
