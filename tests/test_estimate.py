@@ -7,6 +7,7 @@ import torch
 
 from dall3 import Dall3Pipeline
 from dall3.estimate import Countdown, Pace, estimate_request
+from dall3.generate import WithResult
 from dall3.memory import memory_needs
 from dall3.output import Preview
 from dall3.request import make_request
@@ -73,7 +74,7 @@ def test_a_call_that_cannot_fit_is_refused_before_any_work(pipe, monkeypatch, se
         if fits:
             assert make_request(pipe, "a cube", **{"num_images": 1, **settings}, **QUICK)
             continue
-        for name in ("dall3.estimate.run", "dall3.estimate.draw", "dall3.estimate.refine", "dall3.wall.draw"):
+        for name in ("dall3.pipeline.run", "dall3.estimate.draw", "dall3.estimate.refine", "dall3.wall.draw"):
             monkeypatch.setattr(name, nothing)
         with pytest.raises(ValueError, match=words) as caught:
             pipe("a cube", **{"num_images": 1, **settings}, **QUICK)
@@ -163,6 +164,31 @@ def test_the_time_left_counts_what_is_done_and_later_stages(pipe, monkeypatch):
     countdown.pace.upscaling = lambda: 100.0  # an upscaler runs after the last step
     assert left("refining", 8, 8, 56.0) == pytest.approx(100)
     assert Preview("done", 1, 1, list).seconds_left is None
+
+
+def test_the_time_left_does_not_count_the_pauses_of_the_consumer(pipe, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("dall3.estimate.time.perf_counter", lambda: clock[0])
+
+    def steps():
+        for stage, seconds, count in (
+            ("drawing", 5.0, 4),
+            ("ranking", 4.0, 1),
+            ("refining", 1.0, 8),
+            ("refining", 1.0, 8),
+        ):
+            for step in range(1, count + 1):
+                clock[0] += seconds
+                yield Preview(stage, step, count, list)
+        return "the output"
+
+    pace, left = Slow(pipe, make_request(pipe, "a cube", 2, 2, **QUICK)), []
+    previews = WithResult(Countdown(pace).watch(steps()))
+    for preview in previews:
+        left.append(preview.seconds_left)
+        clock[0] += 100.0
+    assert left == pytest.approx([15 + 4 + 16, 10 + 4 + 16, 5 + 4 + 16, 4 + 16, 16, *range(15, -1, -1)])
+    assert previews.result == "the output" and pace.rates[pace.draw_key] == pytest.approx(20.0)
 
 
 def test_an_estimate_of_weights_without_an_upsampler(pipe):

@@ -24,7 +24,7 @@ from dall3.training.family import Job, commit_of_library, describe, train_family
 from dall3.training.optimizers import Average
 from dall3.training.pool import Pool, PoolConfig
 from dall3.training.processes import Processes
-from dall3.training.recipe import PARTS, RECIPE, TINY, laid_over, read_recipe
+from dall3.training.recipe import PARTS, RECIPE, TINY, laid_over, read_training_recipe
 from dall3.training.vqgan import Codebook, VQGANLoss, VQGANPart
 
 CPU = Processes(torch.device("cpu"))
@@ -34,7 +34,7 @@ def test_a_recipe_that_lacks_a_part_or_has_an_unknown_setting_is_refused(tmp_pat
     path = tmp_path / "short.toml"
     path.write_text("[family]\nseed = 0\n")
     with pytest.raises(ValueError, match="expected .*vqgan"):
-        read_recipe(path)
+        read_training_recipe(path)
     for was, now, words in (
         ("batch_size = 64", "batch = 64", "unknown setting batch"),
         ("capacity = 32768", "capacities = 1", "unknown setting capacities"),
@@ -43,11 +43,11 @@ def test_a_recipe_that_lacks_a_part_or_has_an_unknown_setting_is_refused(tmp_pat
     ):
         path.write_text(RECIPE.read_text().replace(was, now))
         with pytest.raises(ValueError, match=f"short.toml: .*{words}"):
-            read_recipe(path)
+            read_training_recipe(path)
 
 
 def test_the_recipe_of_the_bundled_weights_draws_from_pure_noise_in_few_steps() -> None:
-    recipe = read_recipe(RECIPE)
+    recipe = read_training_recipe(RECIPE)
     assert recipe["defaults"]["num_inference_steps"] <= 8 and "strength" not in recipe["defaults"]
     assert recipe["upsampler"]["model"]["diffusion"] == {
         "noise_schedule": "linear",
@@ -64,7 +64,7 @@ def test_existing_weights_are_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_tiny_settings_override_the_recipe_and_change_nothing_else() -> None:
-    whole, tiny = read_recipe(RECIPE), read_recipe(RECIPE, tiny=True)
+    whole, tiny = read_training_recipe(RECIPE), read_training_recipe(RECIPE, tiny=True)
     assert tiny["vqgan"]["model"]["n_embed"] == TINY["vqgan"]["model"]["n_embed"]
     assert tiny["vqgan"]["model"]["embed_dim"] == whole["vqgan"]["model"]["embed_dim"]
     assert laid_over({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}) == {"a": {"b": 3, "c": 2}}
@@ -169,11 +169,11 @@ def test_a_pool_renders_what_training_uses_and_resumes_with_the_next_numbers() -
 @pytest.fixture
 def recipe(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A very small recipe with scenes only."""
-    tiny = read_recipe(RECIPE, tiny=True)
+    tiny = read_training_recipe(RECIPE, tiny=True)
     for part in PARTS:
         tiny[part]["pool"]["kinds"] = {"scenes": 1}
     tiny["tokenizer"]["kinds"] = {"scenes": 1}
-    monkeypatch.setattr(family, "read_recipe", lambda path, tiny_too: tiny)
+    monkeypatch.setattr(family, "read_training_recipe", lambda path, tiny_too: tiny)
     return tiny
 
 
@@ -246,7 +246,7 @@ def test_the_parts_that_failed_are_named_and_the_others_described(
     command = ["train", "family", "--out", str(out), "--emoji", str(emoji), "--minutes", "10", "--device", "cpu"]
     assert main(command) == 2
     assert "clip, upsampler failed" in capsys.readouterr().err.replace("upsampler, clip", "clip, upsampler")
-    windows = read_recipe(RECIPE)["family"]["windows"]
+    windows = read_training_recipe(RECIPE)["family"]["windows"]
     for job in Started.jobs:
         end = windows.get(job.part, [0.0, 1.0])[1]
         assert job.until - begun == pytest.approx(600 * end, abs=30) and job.device == "cpu"

@@ -272,7 +272,7 @@ def test_an_unreadable_image_is_named_and_replaced_by_another(pictures: Path, ca
     (pictures / "latin.txt").write_bytes("un café".encode("latin-1"))
     shutil.copy(pictures / "red.png", pictures / "latin.png")
     shutil.copy(pictures / "red.png", pictures / "alone.png")
-    seen, lines = Mixture([f"folder:{pictures}"], 16), Mixture([f"folder:{pictures}"], 16).look()
+    seen, lines = Mixture([f"folder:{pictures}"], 16), Mixture([f"folder:{pictures}"], 16).inspect()
     assert "7 images, 6 captions" in lines[0] and "no .txt of the same name: 1" in lines[1]
     assert lines[2].endswith("replaced by others: 4") and "latin.png: its caption is not UTF-8" in lines[4]
     assert [line.split(":")[0].rpartition("/")[2] for line in lines[3:]] == [
@@ -315,7 +315,7 @@ def test_hidden_files_are_left_out_and_byte_order_marks_removed(pictures: Path) 
         (pictures / f"{name}.png").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
         (pictures / f"{name}.txt").write_bytes(b"\0\5\x16\7\xff")
     data = Mixture([f"folder:{pictures}"], 16)
-    assert data.look() == [f"{pictures}: 3 images, 6 captions"]
+    assert data.inspect() == [f"{pictures}: 3 images, 6 captions"]
     assert {data[i][1] for i in range(60)} == captions
 
 
@@ -331,9 +331,9 @@ def write_shard(path: Path, pictures: Path, *more: tarfile.TarInfo, mode: str = 
 def test_shards_are_found_by_braces_and_a_cut_one_is_named(pictures: Path, tmp_path: Path) -> None:
     for i in range(8, 11):
         write_shard(tmp_path / f"s{i:02}.tar", pictures)
-    (line,) = Mixture([f"webdataset:{tmp_path}/s{{08..10}}.tar"], 16).look()
+    (line,) = Mixture([f"webdataset:{tmp_path}/s{{08..10}}.tar"], 16).inspect()
     assert line.endswith("9 images, 18 captions")
-    assert len(Mixture([f"webdataset:{tmp_path}/{{s08,s10}}.tar=2"], 16).look()) == 1
+    assert len(Mixture([f"webdataset:{tmp_path}/{{s08,s10}}.tar=2"], 16).inspect()) == 1
     with pytest.raises(ValueError, match="no shard at .*s11.tar"):
         Mixture([f"webdataset:{tmp_path}/s{{08..11}}.tar"], 16)
     with pytest.raises(ValueError, match="expected {from..to} with at most"):
@@ -343,7 +343,7 @@ def test_shards_are_found_by_braces_and_a_cut_one_is_named(pictures: Path, tmp_p
         members = tar.getmembers()
     for cut, left in ((members[-1].offset_data + 26, 3), (members[4].offset, 2), (members[3].offset_data + 5, 1)):
         (tmp_path / "s08.tar").write_bytes(whole[:cut])
-        first, second = Mixture([f"webdataset:{tmp_path}/s08.tar"], 16).look()
+        first, second = Mixture([f"webdataset:{tmp_path}/s08.tar"], 16).inspect()
         assert f"{left} image{'s' * (left > 1)}, {2 * left} captions" in first and "s08.tar: is truncated" in second
     (tmp_path / "s08.tar").write_bytes(whole[:700])
     with pytest.raises(ValueError, match="s08.tar: not a tar, or cut"):
@@ -370,7 +370,7 @@ def test_links_devices_and_sparse_files_in_a_shard_are_refused_before_training(p
     write_shard(tmp_path / "s.tar", pictures, claims)
     assert (
         "s.tar: is truncated; complete images, which are used: 3"
-        in Mixture([f"webdataset:{tmp_path}/s.tar"], 16).look()[1]
+        in Mixture([f"webdataset:{tmp_path}/s.tar"], 16).inspect()[1]
     )
 
 

@@ -13,17 +13,18 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 
 from dall3.diffusion.denoising import Denoising
 from dall3.diffusion.schedule import space_timesteps
-from dall3.generate import Previews, Record, choose_best, draw, refine, run
+from dall3.formatting import counted, size_text
+from dall3.generate import Previews, Record, WithResult, choose_best, draw, refine
 from dall3.memory import StageEstimate, check_memory, memory_needs, weight_bytes
 from dall3.models.upscaler import Upscaler
-from dall3.output import Dall3Output, Preview
+from dall3.output import Preview
 from dall3.parts import Parts
 from dall3.request import Request, example_prompt, make_request
 from dall3.settings import Stage as StageName
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from dall3.settings import CallSettings
 
 LOGGER = logging.getLogger("dall3")
+Result = TypeVar("Result")
 UPSCALED = 64  # side in pixels of the image whose upscaling is timed
 TIMED_STEPS = 2  # denoising steps that are timed, after an untimed first one
 RATES: WeakKeyDictionary[Parts, dict[Any, float]] = WeakKeyDictionary()  # measured seconds, by the keys of `Pace`
@@ -74,10 +76,6 @@ class Estimate:
             listed = ", ".join(f"{name} {size_text(size)}" for name, size in sizes if size)
             lines.append(f"  {stage.name}, {stage.batch_size} at a time: {time_text(stage.seconds)}; {listed}")
         return "\n".join(lines)
-
-
-def size_text(size: float) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
 def time_text(seconds: float | None) -> str:
@@ -231,20 +229,16 @@ def describe(pace: Pace) -> str:
     """Summarize the stages of a call in words."""
     request, count = pace.request, pace.candidates
     length = pace.parts.require("transformer", "drawing tokens").config.image_seq_len
-    words = f"draws {plural(count, 'candidate')} of {length} tokens"
+    words = f"draws {counted(count, 'candidate')} of {length} tokens"
     words += ", ranks them" if pace.parts.clip_or_loader is not None and count > request.num_images else ""
     for stage in pace.stages:
         steps, guided, whole = pace.step_counts(stage)
-        many = plural(steps, "step") if steps == whole else f"{steps} of {plural(whole, 'step')}"
-        words += f", refines {plural(request.num_images, 'image')} in {many}"
+        many = counted(steps, "step") if steps == whole else f"{steps:,} of {counted(whole, 'step')}"
+        words += f", refines {counted(request.num_images, 'image')} in {many}"
         words += f" ({guided} guided)" if guided else ""
     if pace.upscaler is not None:
-        words += f", upscales {plural(request.num_images, 'image')}"
+        words += f", upscales {counted(request.num_images, 'image')}"
     return words
-
-
-def plural(count: int, word: str) -> str:
-    return f"{count} {word}{'s' * (count != 1)}"
 
 
 def estimate_request(parts: Parts, request: Request) -> Estimate:
@@ -299,29 +293,32 @@ def log_estimate(parts: Parts, request: Request) -> None:
         LOGGER.info("%s: %s", describe(pace), time_text(seconds))
 
 
-def run_with_countdown(parts: Parts, request: Request, every: int = 1) -> Previews[Dall3Output]:
-    """Run `dall3.generate.run`, and add `seconds_left` to its previews."""
-    countdown, steps = Countdown(Pace(parts, request)), run(parts, request, every)
-    while True:
-        try:
-            preview = next(steps)
-        except StopIteration as end:
-            output: Dall3Output = end.value
-            return output
-        yield countdown.follow(preview)
-
-
 class Countdown:
     """The remaining time of a call. The current stage continues at its rate so far; later stages are measured."""
 
     def __init__(self, pace: Pace) -> None:
         self.pace, self.stage, self.batch, self.step = pace, "drawing", 0, 0
-        self.begun = self.last = time.perf_counter()  # start of the stage, and time of the last preview
+        self.begun = self.last = pace.now()  # start of the stage, and time of the last preview
+
+    def watch(self, steps: Previews[Result]) -> Previews[Result]:
+        """Run the steps of a call and set `seconds_left` of their previews. Returns the result of the call.
+
+        The time between a preview and the request for the next one is the consumer's and does not count.
+        """
+        previews = WithResult(steps)
+        for preview in previews:
+            yield self.follow(preview)
+            pause = self.pace.now() - self.last
+            self.begun, self.last = self.begun + pause, self.last + pause
+        return previews.result
 
     def follow(self, preview: Preview) -> Preview:
         """Set `seconds_left` of a preview and return the preview."""
-        now = time.perf_counter()
+        now = self.pace.now()
         if preview.stage != self.stage:
+            if self.stage == "drawing" and preview.stage == "refining":
+                # The candidates of a wall were drawn before. Decoding them is not part of the first step's time.
+                self.last = now - next((seconds for _, seconds in self.pace.denoising()), 0.0)
             self.stage, self.begun, self.batch, self.step = preview.stage, self.last, 0, 0
         self.batch += preview.step <= self.step
         self.step, self.last = preview.step, now

@@ -12,7 +12,7 @@ import math
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from dall3.diffusion.denoising import Guide, Step, denoising_steps
 from dall3.diffusion.guidance import clip_loss, cut_out, draw_cutouts, guided, with_penalties
 from dall3.errors import require
+from dall3.formatting import counted
 from dall3.images import ImageInput, center_crop, enlarge, to_output_type, to_pil, to_tensor
 from dall3.models.discrete_vae import OpenAIDiscreteVAE
 from dall3.models.unet import UNet
@@ -40,6 +41,7 @@ from dall3.tokens.speculative import speculative_token_steps
 if TYPE_CHECKING:
     from dall3.pipeline import Dall3Pipeline
 
+Event = TypeVar("Event")
 Result = TypeVar("Result")
 Previews = Generator[Preview, None, Result]
 
@@ -67,17 +69,16 @@ class Ranked(NamedTuple):
     images: Tensor  # float32 (n, 3, height, width) in [0, 1], coarse
 
 
-def run(parts: Parts, request: Request, every: int = 1) -> Previews[Dall3Output]:
-    """Draw candidates, rank them and refine the best. every: number of denoising steps between previews."""
+def run(parts: Parts, request: Request, every: int = 1, best: Ranked | None = None) -> Previews[Dall3Output]:
+    """Draw candidates, rank them and refine the best with the stages that the pipeline and the request have.
+
+    every: number of denoising steps between previews. best: candidates that are already drawn and chosen.
+    """
     record = Record()
-    parts.load_clip_early()  # in the background, while tokens are drawn
-    tokens = yield from draw(parts, request, record)
-    best = yield from rank(parts, request, tokens)
-    return (yield from refine_best(parts, request, record, best, every))
-
-
-def refine_best(parts: Parts, request: Request, record: Record, best: Ranked, every: int = 1) -> Previews[Dall3Output]:
-    """Refine the chosen candidates with the stages that the pipeline and the request have. every: as in `run`."""
+    if best is None:
+        parts.load_clip_early()  # in the background, while tokens are drawn
+        tokens = yield from draw(parts, request, record)
+        best = yield from rank(parts, request, tokens)
     fine = best.images
     if parts.upsampler is not None:
         fine = yield from refine(parts, request, record, "upsampler", best.tokens, fine, best.candidates, every)
@@ -102,7 +103,7 @@ def draw(parts: Parts, request: Request, record: Record) -> Previews[Tensor]:
             uniforms = torch.cat(rows).to(parts.device)
             steps = image_token_steps(transformer, texts, uniforms, sampling, request.batch_size, kept=request.kept)
         sizes: dict[int, int] = {}  # batch sizes, by the index of the batch's first candidate
-        desc = f"drawing {len(numbers)} candidate{'s' * (len(numbers) > 1)}"
+        desc = f"drawing {counted(len(numbers), 'candidate')}"
         with tqdm(total=len(numbers) * length, desc=desc, disable=not request.progress) as bar:
             for tokens, batch, drawn in steps:
                 sizes[batch.start] = len(batch)
@@ -391,9 +392,22 @@ def estimate_to_pil(pred_xstart: Tensor) -> list[Image.Image]:
 
 def exhaust(steps: Generator[object, None, Result]) -> Result:
     """Exhaust a generator and return its return value."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            result: Result = end.value
-            return result
+    remaining = WithResult(steps)
+    for _ in remaining:
+        pass
+    return remaining.result
+
+
+class WithResult(Generic[Event, Result]):
+    """An iterable over the events of a generator that keeps the generator's return value.
+
+    result: the return value, set at the end of the iteration.
+    """
+
+    result: Result
+
+    def __init__(self, steps: Generator[Event, None, Result]) -> None:
+        self.steps = steps
+
+    def __iter__(self) -> Iterator[Event]:
+        self.result = yield from self.steps

@@ -191,10 +191,10 @@ def check_memory(parts: Parts, needs: list[Need]) -> None:
         moved = need.stage.weights if parts.offload_device is not None and device.type == "cuda" else 0
         least = need.least(size) + moved
         if least > free:
-            raise ValueError(refusal(parts, need, size, least, free, moved))
+            raise ValueError(does_not_fit_message(parts, need, size, least, free, moved))
 
 
-def refusal(parts: Parts, need: Need, size: int, least: int, free: int, moved: int) -> str:
+def does_not_fit_message(parts: Parts, need: Need, size: int, least: int, free: int, moved: int) -> str:
     """An error message: the stage that does not fit, and settings that need less memory."""
     device, many = parts.device, f"{size} images at a time" if size > 1 else "one image"
     words = f"{need.stage.name} {many} needs at least {least / GB:.2f} GB, and {device} has {free / GB:.2f} GB free"

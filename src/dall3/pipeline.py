@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dall3.errors import require
-from dall3.estimate import EstimateCalls, log_estimate, run_with_countdown
+from dall3.estimate import Countdown, EstimateCalls, Pace, log_estimate
 from dall3.generate import Record, draw, exhaust, refine, run
 from dall3.images import ImageInput, Images, OutputType, center_crop, check_output_type, to_output_type, to_tensor
 from dall3.loading import LoadedParts
@@ -205,7 +205,7 @@ class Dall3Pipeline(WallCalls, EstimateCalls, LoadedParts):
 
         def steps() -> Iterator[Preview]:
             log_estimate(self, request)
-            output = yield from run_with_countdown(self, request, every)
+            output = yield from Countdown(Pace(self, request)).watch(run(self, request, every))
             yield Preview("done", 1, 1, output.to_pil, output)
 
         return steps()

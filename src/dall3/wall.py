@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from dall3.errors import require
-from dall3.generate import Previews, Ranked, Record, check_finite, choose_best, draw, exhaust, refine_best
+from dall3.generate import Previews, Ranked, Record, check_finite, choose_best, draw, exhaust, run
 from dall3.images import make_grid, open_image, to_pil, to_rgb
 from dall3.output import Dall3Output, File, Preview, png_bytes, read_tokens, write_files
 from dall3.parts import Parts
@@ -279,7 +279,7 @@ def refine_wall(parts: Parts, wall: Wall, request: Request, every: int = 1) -> P
     images = decode_in_batches(parts, wall, request)
     best = Ranked(numbers, wall.clip_scores, wall.tokens.to(parts.device), images)
     check_finite(best.images, "coarse images")
-    out = yield from refine_best(parts, request, Record(), best, every)
+    out = yield from run(parts, request, every, best)
     # The recipe records the transformer that drew the tokens, and the CLIP that scored them if this pipeline has none.
     original = {name: recorded[name] for name in ("transformer", "clip") if isinstance(recorded.get(name), str)}
     used = original | out.settings["weights"] | {name: original[name] for name in original if name == "transformer"}

@@ -118,6 +118,7 @@ def make_page(pipe: Dall3Pipeline, limits: Limits = LIMITS, shelf: Shelf | None 
     with Page(title="dall3", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown("# dall3")
         past, drawn, last, selected = gr.State([]), gr.State(None), gr.State(None), gr.State(0)
+        unmeasured = gr.State(False)
         with gr.Row(equal_height=False):
             with gr.Column(min_width=320):
                 prompt = gr.Textbox(
@@ -197,25 +198,29 @@ def make_page(pipe: Dall3Pipeline, limits: Limits = LIMITS, shelf: Shelf | None 
         origin, quiet = [start, change, edited, weights], dict[str, Any](show_progress="hidden")
         new_seed: dict[str, Any] = dict(fn=act.next_seed, inputs=[seed, locked], outputs=seed, queue=False)
         work: dict[str, Any] = dict(show_progress="hidden", concurrency_id="work")  # one at a time
+        waiting: dict[str, Any] = dict(fn=None, outputs=status, js="() => 'waiting in the queue'")
         runs: list[Any] = [
-            trigger(**new_seed).then(act.draw, [*fields, *origin, past], results, **work)
+            trigger(**waiting).then(**new_seed).then(act.draw, [*fields, *origin, past], results, **work)
             for trigger in (go.click, prompt.submit)
         ]
         laid = [forming, status, wall, chosen, refine, drawn]
-        runs.append(lay.click(**new_seed).then(act.lay_out, [prompt, seed, candidates, *origin], laid, **work))
-        runs.append(refine.click(act.refine, [drawn, chosen, steps, guidance, past], results, **work))
+        walled = [prompt, seed, candidates, *origin]
+        runs.append(lay.click(**waiting).then(**new_seed).then(act.lay_out, walled, laid, **work))
+        refined = [drawn, chosen, steps, guidance, past]
+        runs.append(refine.click(**waiting).then(act.refine, refined, results, **work))
         varied = [prompt, seed, images, steps, guidance, change, last, selected, past]
-        runs.append(vary.click(**new_seed).then(act.vary, varied, results, **work))
+        runs.append(vary.click(**waiting).then(**new_seed).then(act.vary, varied, results, **work))
         runs.append(fetch.click(act.fetch, wanted, [status, weights, wanted], **quiet))
         # Set the status after the run has ended; otherwise its last progress update would replace it.
         stopped = cancel.click(lambda: None, cancels=runs, queue=False)
         stopped.then(lambda: (HIDDEN, "cancelled"), None, [forming, status], queue=False)
         wall.select(act.toggle, chosen, chosen, queue=False)
         gallery.select(act.select, last, selected, queue=False)
-        offered: dict[str, Any] = dict(fn=act.offer, inputs=[weights, images, candidates], **work)
-        offered |= dict(outputs=[images, candidates])
-        loaded = weights.input(act.use_weights, weights, [steps, guidance, status], **work)
-        restored = recipe.upload(act.read_recipe, [recipe, weights], fields, concurrency_limit=None, **quiet)
+        loaded = weights.input(**waiting).then(act.use_weights, weights, [steps, guidance, status], **work)
+        for run in (*runs, loaded):
+            run.failure(None, None, status, js="() => ''")
+        at_once: dict[str, Any] = dict(concurrency_limit=None, **quiet)  # does not wait for the work of others
+        restored = recipe.upload(act.restore_fields, [recipe, weights], fields, **at_once)
         recalled = history.select(act.recall, [past, weights], fields, queue=False)
         clicked = [
             button.click(None, None, prompt, js=f"() => {json.dumps(text)}")
@@ -230,10 +235,13 @@ def make_page(pipe: Dall3Pipeline, limits: Limits = LIMITS, shelf: Shelf | None 
             trigger(act.hint, [prompt, weights], hint, queue=False, **quiet)
         for ended in (restored.success, restored.failure):
             ended(lambda: None, None, recipe, queue=False)
-        loaded.success(**offered)
         page.load(None, None, None, js=DROP)
         page.load(act.hint, [prompt, weights], hint, queue=False, **quiet)
-        page.load(**offered)
+        asked, bounds = [weights, images, candidates], [images, candidates]
+        page.load(act.offer, asked, [*bounds, unmeasured], **at_once)
+        # Only the first visitor's page measures, in the queue; later pages get the result at once.
+        unmeasured.change(act.measure, asked, bounds, **work)
+        loaded.success(act.measure, asked, bounds, **work)
     page.queue(default_concurrency_limit=1, max_size=64)
     return page
 

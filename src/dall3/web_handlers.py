@@ -16,8 +16,9 @@ from PIL import Image
 from dall3.diffusion.denoising import Denoising
 from dall3.diffusion.schedule import space_timesteps
 from dall3.errors import require
-from dall3.estimate import Pace, size_text, time_text
-from dall3.generate import run
+from dall3.estimate import Pace, time_text
+from dall3.formatting import size_text
+from dall3.generate import WithResult, run
 from dall3.images import make_grid
 from dall3.output import Dall3Output
 from dall3.pipeline import Dall3Pipeline
@@ -33,7 +34,7 @@ MEASURED = 8  # number of candidates for which the page states the drawing time
 REFUSED = (ValueError, TypeError, IndexError, OverflowError, OSError)  # errors whose message the page shows
 
 
-def refusal(error: object, title: str) -> gr.Error:
+def page_error(error: object, title: str) -> gr.Error:
     """An error to show on the page. The message is escaped, because gradio renders it as HTML."""
     return gr.Error(html.escape(str(error), quote=False), title=title, print_exception=False)
 
@@ -73,6 +74,15 @@ def facts_of(pipe: Dall3Pipeline) -> Facts:
     return Facts(refines, refines and pipe.clip_or_loader is not None, steps, count, guidance, max(5000, guidance))
 
 
+class Offer(NamedTuple):
+    """Bounds of the controls for some weights, from the time limit, and descriptions with measured times."""
+
+    images: int
+    candidates: int
+    about_images: str
+    about_candidates: str
+
+
 class Past(NamedTuple):
     """An image of the session: a thumbnail, its caption, and the fields that made it."""
 
@@ -110,10 +120,12 @@ class Handlers:
 
     def __init__(self, shelf: Shelf, limits: Limits) -> None:
         self.shelf, self.limits = shelf, limits
-        self.most: dict[str, tuple[int, int]] = {}  # images and candidates that weights draw in time, by their name
+        self.offers: dict[str, Offer] = {}  # of the weights that have been measured, by their name
 
     def most_of(self, weights: str | None) -> tuple[int, int]:
-        return self.most.get(weights or self.shelf.own, (self.limits.images, self.limits.candidates))
+        """The upper bounds of the images and the candidates."""
+        offer = self.offers.get(weights or self.shelf.own)
+        return (self.limits.images, self.limits.candidates) if offer is None else (offer.images, offer.candidates)
 
     def check(self, facts: Facts, prompt: str, **values: float) -> None:
         """Raise ValueError for an empty prompt and for values above the limits."""
@@ -170,7 +182,7 @@ class Handlers:
             shown_steps = follow(Pace(pipe, request), run(pipe, request), self.limits)
             yield from self.show(shown_steps, weights or self.shelf.own, fields, past or [])
         except REFUSED as error:
-            raise refusal(error, "Invalid request") from None
+            raise page_error(error, "Invalid request") from None
 
     def vary(
         self,
@@ -199,7 +211,7 @@ class Handlers:
             shown_steps = follow(Pace(pipe, request), run(pipe, request), self.limits)
             yield from self.show(shown_steps, last.weights, fields, past or [])
         except REFUSED as error:
-            raise refusal(error, "Invalid request") from None
+            raise page_error(error, "Invalid request") from None
 
     def lay_out(
         self,
@@ -219,22 +231,18 @@ class Handlers:
             settings |= self.starting(start, change, edited)
             request = make_draw_request(pipe, prompt.strip(), int(candidates), **settings)
             request = replace(request, num_images=1)  # so that a preview decodes one image
-            updates = follow(pace_of_wall(pipe, request), draw_wall(pipe, request), self.limits)
-            while True:
-                try:
-                    status, preview = next(updates)
-                except StopIteration as end:
-                    wall = end.value
-                    break
+            updates = WithResult(follow(pace_of_wall(pipe, request), draw_wall(pipe, request), self.limits))
+            for status, preview in updates:
                 picture = HIDDEN if preview is None else shown(make_grid([preview.images[:1]], 256))
                 yield picture, status, HIDDEN, HIDDEN, CLOSED, None
+            wall = updates.result
             numbers = [str(number) for number in wall.numbers]
             thumbs = [(image, number) for image, number in zip(wall.images, numbers, strict=True)]
             told = "Select images below, then refine them."
             drawn = Drawn(weights or self.shelf.own, wall)
             yield HIDDEN, told, shown(thumbs), shown([], choices=numbers), OPEN, drawn
         except REFUSED as error:
-            raise refusal(error, "Invalid request") from None
+            raise page_error(error, "Invalid request") from None
 
     def refine(
         self,
@@ -258,28 +266,33 @@ class Handlers:
             shown_steps = follow(Pace(pipe, request), refine_wall(pipe, wall, request), self.limits, drawn=True)
             yield from self.show(shown_steps, drawn.weights, fields, past or [])
         except REFUSED as error:
-            raise refusal(error, "Invalid request") from None
+            raise page_error(error, "Invalid request") from None
 
     def show(
         self, steps: Steps[Dall3Output], weights: str, fields: tuple[Any, ...], past: list[Past]
     ) -> Iterator[Update]:
         """The updates of the page for the steps of a call (`follow`)."""
-        while True:
-            try:
-                status, preview = next(steps)
-            except StopIteration as end:
-                out: Dall3Output = end.value
-                break
+        updates = WithResult(steps)
+        for status, preview in updates:
             picture = HIDDEN if preview is None else shown(make_grid([preview.images], 256))
             yield picture, status, HIDDEN, HIDDEN, CLOSED, None, past, SAME
+        out = updates.result
         with tempfile.TemporaryDirectory() as folder:
             gallery, files = show_output(out, folder)
             past = [*remembered(out, fields), *past][:REMEMBERED]
             history = shown([(one.image, one.caption) for one in past])
             yield HIDDEN, "done", shown(gallery), shown(files), OPEN, Drawn(weights, out), past, history
 
-    def offer(self, weights: str | None, images: float, candidates: float) -> tuple[Any, Any]:
-        """The bounds of the images and the candidates that these weights draw within the time limit."""
+    def offer(self, weights: str | None, images: float, candidates: float) -> tuple[Any, Any, Any]:
+        """The bounds of the images and the candidates, and whether these weights have to be measured first."""
+        offer = self.offers.get(weights or self.shelf.own)
+        if offer is None:
+            return SAME, SAME, True
+        shown_images = bounded(images, offer.images, offer.about_images)
+        return shown_images, bounded(candidates, offer.candidates, offer.about_candidates), False
+
+    def measure(self, weights: str | None, images: float, candidates: float) -> tuple[Any, Any]:
+        """Measure how fast these weights draw. Returns the bounds that keep the time limit."""
         name, limits = weights or self.shelf.own, self.limits
         count = min(MEASURED, limits.candidates)
         try:
@@ -290,12 +303,10 @@ class Handlers:
             return SAME, SAME
         bounds = (limits.images, one), (limits.candidates, drawing / count)
         kept, drawn = (max(min(most, int(limits.seconds / max(each, 1e-9))), 1) for most, each in bounds)
-        self.most[name] = kept, drawn
-        about = f"; one takes {time_text(one)}" if pace.stages else ""
-        return (
-            bounded(images, kept, f"images kept{about}"),
-            bounded(candidates, drawn, f"images drawn; CLIP or you keep the best; {count} take {time_text(drawing)}"),
-        )
+        about_images = f"images kept; one takes {time_text(one)}" if pace.stages else "images kept"
+        about_candidates = f"images drawn; CLIP or you keep the best; {count} take {time_text(drawing)}"
+        self.offers[name] = Offer(kept, drawn, about_images, about_candidates)
+        return self.offer(weights, images, candidates)[:2]
 
     def hint(self, prompt: str, weights: str | None = None) -> Any:
         """The hint below the prompt: why these weights cannot draw it, or the words that they do not know."""
@@ -313,7 +324,7 @@ class Handlers:
         )
         return shown(html.escape(f"{words}{encode.examples()}.", quote=False)) if unknown else HIDDEN
 
-    def read_recipe(self, path: str, weights: str | None = None) -> list[Any]:
+    def restore_fields(self, path: str, weights: str | None = None) -> list[Any]:
         """Field values from an image or a JSON file of dall3; fields that it lacks are unchanged."""
         pipe = self.shelf.peek(weights or self.shelf.own) or self.shelf.pipe
         try:
@@ -336,7 +347,7 @@ class Handlers:
             ]
             scale = checked_number(how, "clip_guidance_scale", 0, facts.most_guidance, float)
         except REFUSED as error:
-            raise refusal(error, "No recipe") from None
+            raise page_error(error, "No recipe") from None
         if how.get("kept") is not None:
             gr.Warning("The image was made from another image, which the page does not restore.")
         return [prompt, *(SAME if value is None else value for value in (seed, *counts, scale))]
@@ -344,7 +355,7 @@ class Handlers:
     def recall(self, past: list[Past], weights: str | None, event: gr.SelectData) -> list[Any]:
         """Field values of an image of the history, within the bounds of the weights."""
         if not isinstance(event.index, int) or not 0 <= event.index < len(past):
-            raise refusal("the history has no such image", "No image")
+            raise page_error("the history has no such image", "No image")
         facts = facts_of(self.shelf.peek(weights or self.shelf.own) or self.shelf.pipe)
         prompt, seed, *values = past[event.index].fields
         bounds = (*self.most_of(weights), self.limits.steps, facts.most_guidance)
@@ -374,7 +385,7 @@ class Handlers:
         try:
             facts = facts_of(self.shelf.get(name))
         except REFUSED as error:
-            raise refusal(error, "Not loaded") from None
+            raise page_error(error, "Not loaded") from None
         steps = gr.update(value=min(facts.default_count, self.limits.steps), visible=facts.refines)
         guidance = gr.update(value=facts.default_guidance, maximum=facts.most_guidance, visible=facts.guides)
         yield steps, guidance, f"loaded {told}"
@@ -387,7 +398,7 @@ class Handlers:
                 of_all = f" of {size_text(whole)}" if whole > here else ""
                 yield f"fetching {name}: {size_text(here)}{of_all}", SAME, SAME
         except REFUSED as error:
-            raise refusal(error, "Not fetched") from None
+            raise page_error(error, "Not fetched") from None
         present, absent = weight_choices(self.shelf)
         yield f"fetched {name}", gr.update(choices=present), gr.update(choices=absent, value=None)
 

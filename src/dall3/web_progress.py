@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from dall3.errors import require
 from dall3.estimate import Countdown, Pace, time_text
-from dall3.generate import Previews
+from dall3.generate import Previews, WithResult
 from dall3.output import Preview
 from dall3.parts import Parts
 from dall3.request import Request
@@ -48,21 +48,14 @@ def follow(pace: Pace, steps: Previews[Result], limits: Limits, drawn: bool = Fa
         "candidates, images or denoising steps",
     )
     yield f"starting, {left_text(seconds)}", None
-    countdown, stage, shown_at, cost = Countdown(pace), "", 0.0, 0.0
-    while True:
-        try:
-            preview = next(steps)
-        except StopIteration as end:
-            result: Result = end.value
-            return result
+    previews, stage, shown_at, cost = WithResult(Countdown(pace).watch(steps)), "", 0.0, 0.0
+    for preview in previews:
         now = time.perf_counter()
-        if drawn and not stage:  # the decoding before the first step is no part of its time
-            countdown.last = now - next((step for _, step in pace.denoising()), 0.0)
-        preview = countdown.follow(preview)
         if preview.stage != stage or now - shown_at >= max(PAUSE, COST * cost):
             yield status_text(preview), preview
             stage, shown_at = preview.stage, time.perf_counter()
             cost = shown_at - now
+    return previews.result
 
 
 def pace_of_wall(parts: Parts, request: Request) -> Pace:

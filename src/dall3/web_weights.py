@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dall3.errors import FetchError, require
-from dall3.estimate import size_text
+from dall3.formatting import size_text
 from dall3.pipeline import Dall3Pipeline
 from dall3.tokens.batching import free_memory
 from dall3.weights.cache import CachedFile, file_size, files_of, size_of, with_suffix_added

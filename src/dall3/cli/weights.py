@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from dall3.formatting import size_text
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -61,11 +63,3 @@ def weights_table(sets: list[Any]) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     abouts = [f"{one.name}: {one.about}{f'. Needs: {one.needs}' if one.needs else ''}" for one in sets if one.about]
     return "\n".join([*lines, "", *abouts, "", f"cache (DALL3_HOME): {cache_dir()}"])
-
-
-def size_text(size: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} GB"

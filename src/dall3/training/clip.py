@@ -82,7 +82,7 @@ class CLIPPart(Part):
         self.model.model.requires_grad_(True).train()  # train mode updates batch normalization's statistics
         self.frozen = [] if vqgan is None else [vqgan.to(processes.device).requires_grad_(False)]
 
-    def look_for(self, out: Path) -> None:
+    def load_finished_parts(self, out: Path) -> None:
         if not self.frozen and (out / "runs/vqgan/finished").exists():
             self.frozen = [load_part(out / "vqgan").to(self.processes.device).requires_grad_(False)]
 

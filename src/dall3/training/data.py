@@ -44,7 +44,7 @@ class Source(Protocol):
     def describe(self, index: int, rng: np.random.Generator) -> str:
         """A caption of item number `index`, without its image."""
 
-    def look(self) -> list[str]:
+    def inspect(self) -> list[str]:
         """Describe the data and anything unusual, one statement per line. Raises ValueError if nothing can be read."""
 
 
@@ -58,7 +58,7 @@ class Scenes:
     def describe(self, index: int, rng: np.random.Generator) -> str:
         return caption(random_scene(rng), rng)
 
-    def look(self) -> list[str]:
+    def inspect(self) -> list[str]:
         return ["scenes: rendered during training"]
 
 
@@ -76,7 +76,7 @@ class EmojiImages:
         background = random_background(emoji, rng)
         return emoji_caption(emoji, background or "white", random_placement(rng)[0], rng)
 
-    def look(self) -> list[str]:
+    def inspect(self) -> list[str]:
         return [f"emoji: {len(self.pool)} drawings"]
 
 
@@ -128,12 +128,12 @@ class Mixture(Dataset[tuple[Tensor, str]]):
         self.sources = [open_source(name) for name, _ in parts]
         self.shares, self.side, self.seed = weights / weights.sum(), side, seed
 
-    def look(self) -> list[str]:
+    def inspect(self) -> list[str]:
         """Describe the sources and anything unusual, one statement per line. Takes a few seconds.
 
         Raises ValueError for a source from which nothing can be read.
         """
-        return [line for source in self.sources for line in source.look()]
+        return [line for source in self.sources for line in source.inspect()]
 
     def choose(self, index: int) -> tuple[Source, np.random.Generator]:
         """The source of an item, and the random generator for the item's remaining choices."""

@@ -35,7 +35,7 @@ from dall3.training.loop import fit
 from dall3.training.part import Part
 from dall3.training.pool import Pool, PoolConfig
 from dall3.training.processes import Processes
-from dall3.training.recipe import PARTS, make_part, read_recipe
+from dall3.training.recipe import PARTS, make_part, read_training_recipe
 from dall3.training.tokenizer import TokenizerConfig, write_tokenizer
 from dall3.weights.folder import DEFAULTS, TOKENIZER, Origin, from_json, load_part, model_card
 
@@ -136,7 +136,7 @@ def warm_up(part: Part, config: TrainingConfig, pool: Pool, name: str) -> None:
 
 def train_part(job: Job) -> None:
     """Train one part in this process."""
-    recipe, out, device = read_recipe(job.config, job.tiny), Path(job.out), torch.device(job.device)
+    recipe, out, device = read_training_recipe(job.config, job.tiny), Path(job.out), torch.device(job.device)
     if job.part == "tokenizer":
         make_tokenizer(recipe, out, job.emoji)
         mark(out, "tokenizer", "finished")
@@ -189,7 +189,7 @@ def train_family(
     not empty.
     """
     out, begun = Path(out), time.time()
-    recipe = read_recipe(config, tiny)
+    recipe = read_training_recipe(config, tiny)
     if not minutes > 0:
         raise ValueError(f"minutes={minutes}; expected a number above 0")
     if not resume and out.exists() and any(out.iterdir()):

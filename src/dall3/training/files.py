@@ -21,16 +21,17 @@ import numpy as np
 from PIL import Image
 
 from dall3.errors import require
+from dall3.formatting import counted
 from dall3.images import read_rgb
 from dall3.tar import Member, read_members
 
 logger = logging.getLogger(__name__)
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-LOOK_SECONDS = 5.0  # time that `look` reads images for
+INSPECT_SECONDS = 5.0  # time that `inspect` reads images for
 MAX_BYTES, MAX_CAPTION_BYTES = 256 << 20, 1 << 20
 MAX_SHARDS = 1_000_000
-NAMED = 5  # maximum number of unreadable images that `look` names; the others are only counted
+NAMED = 5  # maximum number of unreadable images that `inspect` names; the others are only counted
 
 reported: set[str] = set()  # warnings that this process has already printed
 
@@ -110,14 +111,14 @@ class CaptionedFiles(ABC):
             return image, captions[rng.integers(len(captions))]
         raise ValueError(f"{self.place}: none of the {self.length} images can be read: {self.unreadable[first]}")
 
-    def look(self) -> list[str]:
+    def inspect(self) -> list[str]:
         """Count images and captions and describe anything unusual, after reading images for a few seconds.
 
         Raises ValueError if none of those can be read.
         """
         captions = empty = tried = 0
         bad: list[str] = []
-        until = time.monotonic() + LOOK_SECONDS
+        until = time.monotonic() + INSPECT_SECONDS
         for number in permutation(0, self.length).tolist():
             try:
                 found = self.item(number, 8)[1]
@@ -143,11 +144,6 @@ class CaptionedFiles(ABC):
             lines += [f"    {reason}" for reason in named] + ["    …"] * (len(bad) > NAMED)
         lines += [f"{self.place}: images with an empty caption: {empty}"] if empty else []
         return lines
-
-
-def counted(number: int, noun: str) -> str:
-    """A number with a noun, in the plural if needed: "1 image", "2,000 images"."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 class Folder(CaptionedFiles):

@@ -129,12 +129,12 @@ def fit(
                 state.progress = before + (1 - before) * min((time.time() - begun) / max(until - begun, 1e-3), 1.0)
             state.drawn = data.drawn
             log.add(figures)
-            look = log.is_due() or state.progress >= 1
-            if processes.count > 1 and (look or device.type == "cpu") and processes.any(bool(stopped)):
+            log_due = log.is_due() or state.progress >= 1
+            if processes.count > 1 and (log_due or device.type == "cpu") and processes.any(bool(stopped)):
                 break  # all processes stop after the same step; otherwise one would wait for the others forever
-            if look:
+            if log_due:
                 log.write()
-                part.look_for(target.parent)
+                part.load_finished_parts(target.parent)
             due = state.step % config.every == 0 if config.every else now - saved > CHECKPOINT_SECONDS
             if main and due and state.progress < 1:
                 keep()

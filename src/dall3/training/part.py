@@ -76,7 +76,7 @@ class Part(nn.Module, ABC):
     def run_eagerly(self) -> None:
         """Undo `compile_parts`."""
 
-    def look_for(self, out: Path) -> None:
+    def load_finished_parts(self, out: Path) -> None:
         """Load parts that have finished training to the pipeline folder `out`. Does nothing by default."""
 
 

@@ -71,14 +71,14 @@ TINY: dict[str, Any] = {  # overrides of `--tiny`: networks and images that a CP
 }
 
 
-def read_recipe(path: str | Path, tiny: bool = False) -> dict[str, Any]:
+def read_training_recipe(path: str | Path, tiny: bool = False) -> dict[str, Any]:
     """Read a whole recipe. Raises ValueError for missing or unknown tables and settings."""
     recipe = read_toml(path)
     wanted = {"family", "defaults", "tokenizer", *PARTS}
     if recipe.keys() != wanted:
         raise ValueError(f"{path}: tables {', '.join(sorted(recipe))}; expected {', '.join(sorted(wanted))}")
     recipe = laid_over(recipe, TINY) if tiny else recipe
-    check_recipe(recipe, path)
+    check_training_recipe(recipe, path)
     return recipe
 
 
@@ -93,11 +93,11 @@ def read_settings(path: str | Path | None) -> dict[str, Any]:
     own = read_toml(path)
     if unknown := own.keys() - recipe.keys():
         raise ValueError(f"{path}: {', '.join(sorted(unknown))}; expected some of {', '.join(sorted(recipe))}")
-    check_recipe(own, path)
+    check_training_recipe(own, path)
     return laid_over(recipe, own)
 
 
-def check_recipe(recipe: dict[str, Any], path: str | Path) -> None:
+def check_training_recipe(recipe: dict[str, Any], path: str | Path) -> None:
     """Raise ValueError for settings that are unknown or out of range. Networks are checked when they are made."""
     try:
         from_json(TokenizerConfig, recipe.get("tokenizer", {}))

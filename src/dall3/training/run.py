@@ -110,7 +110,7 @@ def train_model(
     vqgan = need_vqgan(folder) if with_codes else None
     tokenizer = need_tokenizer(folder) if model in ("transformer", "clip") else None
     if processes.rank == 0:
-        look_at(training, progress)
+        inspect_data(training, progress)
     with torch.random.fork_rng():
         torch.manual_seed(training.seed)
         part = make_part(model, recipe, lambda: need_tokenizer(folder), lambda: vqgan, processes)
@@ -124,12 +124,12 @@ def train_model(
         (folder / DEFAULTS).write_text(json.dumps(recipe["defaults"], indent=2) + "\n", encoding="utf-8")
 
 
-def look_at(config: TrainingConfig, progress: bool) -> Mixture:
+def inspect_data(config: TrainingConfig, progress: bool) -> Mixture:
     """Print the contents of the data and anything unusual. Raises ValueError for missing or unreadable data."""
     if not config.data:
         raise ValueError("no data; expected --data with scenes, emoji, folder:PATH or webdataset:PATTERN")
     data = Mixture(config.data, config.side, config.seed)
-    lines = data.look()
+    lines = data.inspect()
     if progress:
         print("\n".join(lines), file=sys.stderr)
     return data
@@ -138,6 +138,6 @@ def look_at(config: TrainingConfig, progress: bool) -> Mixture:
 def make_tokenizer(folder: Path, config: TokenizerConfig, training: TrainingConfig, progress: bool) -> None:
     """Train the tokenizer on the captions of the data, and write it with the list of their words."""
     train_tokenizer([], config.vocab_size, config.replacements)  # raises ValueError before captions are drawn
-    data = look_at(replace(training, side=16), progress)
+    data = inspect_data(replace(training, side=16), progress)
     captions = [data.caption(i) for i in tqdm(range(config.captions), desc="captions", disable=not progress)]
     write_tokenizer(folder, captions, config)
