@@ -298,23 +298,24 @@ class Countdown:
 
     def __init__(self, pace: Pace) -> None:
         self.pace, self.stage, self.batch, self.step = pace, "drawing", 0, 0
-        self.begun = self.last = pace.now()  # start of the stage, and time of the last preview
+        self.begun = self.last = time.perf_counter()  # start of the stage, and time of the last preview
 
     def watch(self, steps: Previews[Result]) -> Previews[Result]:
         """Run the steps of a call and set `seconds_left` of their previews. Returns the result of the call.
 
-        The time between a preview and the request for the next one is the consumer's and does not count.
+        On a CPU the time between a preview and the request for the next one is the consumer's and does not count. A GPU
+        works on during that time.
         """
-        previews = WithResult(steps)
+        previews, on_cpu = WithResult(steps), self.pace.parts.device.type == "cpu"
         for preview in previews:
             yield self.follow(preview)
-            pause = self.pace.now() - self.last
+            pause = time.perf_counter() - self.last if on_cpu else 0.0
             self.begun, self.last = self.begun + pause, self.last + pause
         return previews.result
 
     def follow(self, preview: Preview) -> Preview:
         """Set `seconds_left` of a preview and return the preview."""
-        now = self.pace.now()
+        now = time.perf_counter()
         if preview.stage != self.stage:
             if self.stage == "drawing" and preview.stage == "refining":
                 # The candidates of a wall were drawn before. Decoding them is not part of the first step's time.
