@@ -5,7 +5,7 @@
 FROM python:3.12-slim
 
 ARG TORCH=cpu
-RUN useradd --create-home dall3 && mkdir /cache && chown dall3 /cache
+RUN useradd --create-home --uid 1000 dall3 && mkdir /cache && chown dall3 /cache
 # Versions are bounded by pyproject.toml; the newest that fit are installed.
 # hadolint ignore=DL3013
 RUN pip install --no-cache-dir torch torchvision --index-url https://download.pytorch.org/whl/${TORCH}
@@ -13,7 +13,7 @@ COPY pyproject.toml README.md LICENSE weights.toml /src/
 COPY src /src/src
 RUN pip install --no-cache-dir "/src[web]" && rm -rf /src
 
-USER dall3
+USER 1000
 WORKDIR /home/dall3
 ENV DALL3_HOME=/cache HF_HOME=/cache/huggingface
 VOLUME /cache

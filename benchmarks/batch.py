@@ -84,7 +84,7 @@ print((len(times) - 1) / (times[-1] - times[0]))
 """
 
 DRIVER = """
-import json, resource, sys, time
+import json, sys, time
 from pathlib import Path
 from dall3.batch import generate, ray_engine, stages
 from dall3.batch.store import Store
@@ -113,7 +113,7 @@ generate(["a cube"] * count, home / "driver", images, candidates, **coarse)
 wall, cpu = (times[-1][k] - times[0][k] for k in (0, 1))
 print(json.dumps({"prompts per second": (count - 1) / wall, "writing, share of the time": sum(writing[:-1]) / wall,
     "driver's CPU seconds per second": cpu / wall, "bytes per prompt": len(files),
-    "driver's peak MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+    "driver's peak MB": int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024}))
 """
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -522,10 +522,10 @@ def start(args: argparse.Namespace) -> list[Row]:
 
 def memory(args: argparse.Namespace) -> list[Row]:
     """Peak memory of a process that draws and ranks candidates and keeps 8, without refinement."""
-    code = (
-        "import sys, resource; from dall3 import Dall3Pipeline; pipe = Dall3Pipeline.from_pretrained(); "
+    code = (  # ru_maxrss would include the memory of this process
+        "import sys; from dall3 import Dall3Pipeline; pipe = Dall3Pipeline.from_pretrained(); "
         "pipe.upsampler = None; pipe('a cube made of cloud', 8, int(sys.argv[1]), seed=0, progress=False); "
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+        "print(int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) / 1024)"
     )
     rows: list[Row] = []
     for candidates in (32, 1024):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,9 @@ from PIL import Image
 
 from dall3 import CheckpointError, Dall3Pipeline
 from dall3.batch.job import STAGE_NAMES, make_job
-from dall3.models.packed import Int8Linear
+from dall3.models.packed import Int8Linear, has_fbgemm
+from dall3.weights.folder import load_files
+from pretend_gpu import pretend_gpu
 from test_families_mini import save_halves
 
 from originals import GOLDEN, Golden
@@ -55,6 +58,26 @@ def test_mini_with_top_k_1_draws_the_originals_greedy_tokens(mini: Dall3Pipeline
     out = mini(about["texts"][1], top_k=24, cond_scale=10.0, **QUICK)
     assert out.images[0].size == (256, 256) and out.settings["top_k"] == 24
     assert torch.equal(mini.repeat(out, progress=False).tokens, out.tokens)
+
+
+@pytest.mark.skipif(not has_fbgemm(), reason="torch has no FBGEMM here")
+def test_a_transformer_published_in_half_precision_stays_so_on_a_cpu_only(
+    files: SimpleNamespace, mini: Dall3Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is memory-mapped, draws the same tokens, and gets the dtype of the other parts on a GPU."""
+    paths = {"transformer": save_halves(tmp_path, torch.float16), "vqgan": (files.folder / "detoker.pt", None)}
+    drawn = []
+    for dtype, expected in ((None, torch.float16), (torch.float32, torch.float32)):
+        pipe = Dall3Pipeline(**load_files(paths, "cpu", dtype), text_encoder=mini.text_encoder)
+        assert pipe.transformer.head[0].dtype == expected and pipe.dtype == torch.float32
+        drawn.append(pipe.generate_tokens("a cat", top_k=1, cond_scale=10.0, **QUICK))
+        with pretend_gpu(monkeypatch):
+            assert copy.deepcopy(pipe).to("cuda").transformer.head[0].dtype == torch.float32
+            assert copy.deepcopy(pipe).enable_model_offload("cuda").transformer.head[0].dtype == torch.float32
+        assert pipe.to("cpu").transformer.head[0].dtype == expected
+    assert torch.equal(*drawn)
+    whole = {"transformer": save_halves(tmp_path, torch.float32), "vqgan": paths["vqgan"]}
+    assert load_files(whole, "cpu", None)["transformer"].head[0].dtype == torch.float32
 
 
 def test_rudalle_decodes_to_twice_the_size_that_it_encodes(rudalle: Dall3Pipeline) -> None:

@@ -101,7 +101,7 @@ class LoadedParts(Parts):
         *,
         registry: PathLike | None = None,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         progress: bool = True,
     ) -> Self:
         """Load a pipeline by name.
@@ -110,7 +110,8 @@ class LoadedParts(Parts):
         `save_pretrained`; or "owner/name" on the Hugging Face hub. Write a folder with the name of a set as "./dall3"
         (default: the bundled small weights).
         registry: path of an additional weights.toml.
-        device, dtype: device and floating point type of the weights.
+        device, dtype: device and floating point type of the weights (default: float32; but on a CPU, transformers that
+        DALL·E Mini, Mega and ruDALL-E publish in float16 stay memory-mapped in float16, and compute in float32).
         progress: show progress bars for downloads, and for loading weights of more than 200 MB.
 
         >>> from dall3 import Dall3Pipeline
@@ -130,7 +131,7 @@ class LoadedParts(Parts):
             left_out = {*settings} - {*parts}
         else:
             with loading_bar(Path(found).glob("*/*.safetensors"), progress):
-                parts, origins = load_folder(found, device, dtype), read_origins(found)
+                parts, origins = load_folder(found, device, dtype or torch.float32), read_origins(found)
             defaults = load_defaults(found)
             left_out = {*origins} - {*parts}
         words = parts.pop("words", None)

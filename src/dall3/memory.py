@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dall3.models.packed import PREPARED, can_pack, linear_weights
+from dall3.models.packed import PREPARED, can_pack, has_fbgemm, linear_weights
 from dall3.models.upscaler import Upscaler
 from dall3.parts import Parts
 from dall3.tokens.batching import free_memory
@@ -70,10 +70,12 @@ def weight_bytes(part: Any) -> int:
 
 def copied_bytes(transformer: Any, quantize: str | None) -> int:
     """Bytes of the copy of the linear weights that `packed.prepare` makes for drawing on a CPU."""
-    if quantize is None and not can_pack(transformer.head[0]):
+    weight = transformer.head[0]
+    half = weight.device.type == "cpu" and weight.dtype == torch.float16 and has_fbgemm()
+    if quantize is None and not half and not can_pack(weight):
         return 0
     numbers = sum(weight.numel() for weight in linear_weights(transformer))
-    return numbers * {None: 4, "float16": 2, "int8": 1}[quantize]
+    return numbers * {None: 2 if half else 4, "float16": 2, "int8": 1}[quantize]
 
 
 def memory_needs(parts: Parts, request: Request) -> list[Need]:

@@ -139,8 +139,9 @@ class Parts:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Floating point type of the weights."""
-        parameters = (parameter for part in self.networks.values() for parameter in part.parameters())
+        """Floating point type of the weights. The transformer may have another one, see `from_pretrained`."""
+        networks = sorted(self.networks.items(), key=lambda item: item[0] == "transformer")
+        parameters = (parameter for _, part in networks for parameter in part.parameters())
         return next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
 
     def part_or_loader(self, name: str) -> object:
@@ -205,14 +206,17 @@ class Parts:
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Self:
         """Move all parts to a device and convert them to `dtype` (float32, float16 or bfloat16) if given. Returns self.
 
+        A transformer in float16 whose other parts have another dtype gets theirs on another device than a CPU.
+
         >>> from dall3 import Dall3Pipeline
         >>> Dall3Pipeline.from_pretrained().to("cpu", torch.bfloat16).device
         device(type='cpu')
         """
         self.offload_device = None
-        layout = torch.contiguous_format if torch.device(device).type == "cpu" else torch.channels_last
-        for part in self.networks.values():
-            part.to(device, dtype)
+        on_cpu = torch.device(device).type == "cpu"
+        layout = torch.contiguous_format if on_cpu else torch.channels_last
+        for name, part in self.networks.items():
+            part.to(device, self.dtype if name == "transformer" and dtype is None and not on_cpu else dtype)
             if isinstance(part, UNet | CLIP):
                 set_memory_layout(part)
             else:
@@ -232,6 +236,8 @@ class Parts:
         (256, 256)
         """
         self.to("cpu", dtype)
+        if self.transformer is not None and torch.device(device).type != "cpu":
+            self.transformer.to(dtype=self.dtype)
         self.offload_device = torch.device(device)
         return self
 

@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 from dall3.errors import FetchError, require
 from dall3.formatting import size_text
 from dall3.pipeline import Dall3Pipeline
@@ -67,9 +69,8 @@ class Shelf:
                 require(known[name].here, f"the weights {name} are not on this machine; fetch them first")
                 self.loaded = self.own, self.pipe  # frees the memory of the last ones before the next are loaded
                 self.check_memory(name)
-                pipe = Dall3Pipeline.from_pretrained(
-                    name, device=self.pipe.device, dtype=self.pipe.dtype, progress=False
-                )
+                dtype = None if self.pipe.dtype == torch.float32 else self.pipe.dtype
+                pipe = Dall3Pipeline.from_pretrained(name, device=self.pipe.device, dtype=dtype, progress=False)
                 self.loaded = name, pipe
             return self.loaded[1]
 

@@ -20,7 +20,8 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--device", help="device, such as cuda or cpu (default: cuda if available, else cpu)")
     dtypes = ("float32", "float16", "bfloat16")
-    add("--dtype", choices=dtypes, default="float32", help="type of the weights (default: %(default)s)")
+    about = "type of the weights (default: float32; on a CPU, published float16 transformers stay float16)"
+    add("--dtype", choices=dtypes, help=about)
 
 
 def add_sampling(parser: argparse.ArgumentParser, top_p_default: str = "the weights' setting, or off") -> None:
@@ -104,13 +105,13 @@ def check_denoising(settings: dict[str, Any]) -> None:
 
 
 def placement(args: argparse.Namespace) -> tuple[Any, Any]:
-    """The device and the dtype. Raises an error for an unavailable device, before loading."""
+    """The device and the dtype, None if it was not given. Raises an error for an unavailable device, before loading."""
     import torch
 
     device = "cpu" if getattr(args, "cpu", False) else args.device
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.empty(1, device=device)
-    return device, getattr(torch, args.dtype)
+    return device, None if args.dtype is None else getattr(torch, args.dtype)
 
 
 def decoded(text: str) -> str:

@@ -251,14 +251,17 @@ def leave_out(name: str, present: Iterable[str], error: NotInstalled) -> None:
 def load_files(
     files: dict[str, tuple[Path, Path | None]],
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Load parts from files in any supported format, including those of `save_part`. Returns the parts by name.
 
-    files: (file, config) by the part's name. settings: by the part's name, the settings that its file does not
-    determine. An upscaler is left out if spandrel is not installed.
+    files: (file, config) by the part's name. dtype: None for float32, with the exception that `load_transformer` makes
+    on a CPU. settings: by the part's name, the settings that its file does not determine. An upscaler is left out if
+    spandrel is not installed.
     """
+    common = dtype or torch.float32
+    of_transformer = dtype if torch.device(device).type == "cpu" else common
     found: dict[str, Any] = {}
     if "tokenizer" in files:
         vocabulary, merges = files["tokenizer"]
@@ -270,19 +273,19 @@ def load_files(
         file, config = files[name]
         part_settings = dict((settings or {}).get(name, {})) or None
         if (file.name, config) == (WEIGHTS, file.with_name(CONFIG)):
-            found[name] = load_part(file.parent, found.get("tokenizer"), device, dtype)
+            found[name] = load_part(file.parent, found.get("tokenizer"), device, common)
         elif name == "transformer":
             pair = config is not None and config.suffix != ".json"  # DALL·E Mini's encoder.pt and decoder.pt
             path: Any = (file, config) if pair else file
             hparams = part_settings if pair else part_settings or config
-            found[name] = load_transformer_for(found.get("vqgan"), path, hparams, dtype)
+            found[name] = load_transformer_for(found.get("vqgan"), path, hparams, of_transformer)
         else:
             try:
                 found[name] = loaders.get(name, load_unet)(file, part_settings or config)
             except NotInstalled as error:
                 leave_out(name, files, error)
                 continue
-        found[name] = found[name].to(device, dtype)
+        found[name] = found[name].to(device, of_transformer if name == "transformer" else common)
     return found
 
 
@@ -298,7 +301,7 @@ def load_transformer_for(
     vqgan: Any,
     path: PathLike | tuple[PathLike, PathLike],
     hparams: Settings | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
 ) -> Any:
     """Call `load_transformer`. The number of image tokens of DALL·E Mini without `hparams` is that of the VQGAN."""
     if hparams is None and vqgan is not None and isinstance(path, tuple | list):

@@ -32,13 +32,16 @@ WITHOUT_WEIGHT = re.compile(
 
 @checked
 def load_dalle_mini(
-    encoder_path: PathLike, decoder_path: PathLike, hparams: Settings | None = None, dtype: torch.dtype = torch.float32
+    encoder_path: PathLike,
+    decoder_path: PathLike,
+    hparams: Settings | None = None,
+    dtype: torch.dtype | None = torch.float32,
 ) -> DalleMini:
     """Load DALL·E Mini or Mega from its two files, on the CPU.
 
     hparams: a dictionary or a JSON file with `num_image_tokens`, the size of the VQGAN's codebook; needed if the
     decoder's image embedding has another number of rows than Mini's or Mega's. dtype: dtype of the weights; tensors
-    that have it in the file are memory-mapped, not copied.
+    that have it in the file are memory-mapped, not copied; None as for `load_tensors`.
 
     Raises CheckpointError for a file of another kind, for files that do not match each other, and if
     `num_image_tokens` is needed.

@@ -24,12 +24,12 @@ MASKS = ("row_mask", "col_mask", "conv_mask")  # buffers, with or without the pr
 
 
 @checked
-def load_rudalle(path: PathLike, hparams: Settings | None = None, dtype: torch.dtype = torch.float32) -> Rudalle:
+def load_rudalle(path: PathLike, hparams: Settings | None = None, dtype: torch.dtype | None = torch.float32) -> Rudalle:
     """Load a checkpoint of ru-dalle, on the CPU.
 
     hparams: a dictionary or a JSON file with ru-dalle's names. `num_attention_heads` is needed for a width other than
     2,048; `hf_version` ("v2" or "v3") for a file without masks. Other settings are compared with the tensors. dtype:
-    dtype of the weights; tensors that have it in the file are memory-mapped, not copied.
+    dtype of the weights; tensors that have it in the file are memory-mapped, not copied; None as for `load_tensors`.
 
     Raises CheckpointError for a file of another kind, for hparams that contradict the tensors, and if `hparams` are
     needed.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dall3.models.packed import page_out
+from dall3.models.packed import has_fbgemm, page_out
 from dall3.weights.archive import CheckpointError, Placeholder, file_error, module_tensors, read_archive
 from dall3.weights.progress import advance
 from dall3.weights.registry import NAME, PathLike, read_settings_text
@@ -291,12 +291,16 @@ def without_weights() -> Iterator[None]:
         yield
 
 
-def load_tensors(model: Model, state: State, path: object, dtype: torch.dtype = torch.float32) -> Model:
+def load_tensors(model: Model, state: State, path: object, dtype: torch.dtype | None = torch.float32) -> Model:
     """Load tensors into a model on the meta device and return it in eval mode, without gradients.
 
-    Floating-point tensors are converted to `dtype`; those that have it are not copied. Raises CheckpointError with the
-    names of tensors that are missing, unexpected, or of another type or shape.
+    Floating-point tensors are converted to `dtype`; those that have it are not copied. None: float16 if all of them are
+    float16 and this CPU can multiply by float16 weights, else float32. Raises CheckpointError with the names of tensors
+    that are missing, unexpected, or of another type or shape.
     """
+    if dtype is None:
+        kinds = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+        dtype = torch.float16 if kinds == {torch.float16} and has_fbgemm() else torch.float32
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     reshaped = [name for name in wanted.keys() & found.keys() if wanted[name] != found[name]]

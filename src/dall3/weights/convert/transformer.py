@@ -19,7 +19,7 @@ def load_transformer(
     path: PathLike | tuple[PathLike, PathLike],
     hparams: Settings | None = None,
     release: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
 ) -> DalleTransformer | DalleMini | Rudalle:
     """Load a transformer of any family, on the CPU: DALLE-pytorch, DALL·E Mini or Mega, ruDALL-E.
 
@@ -27,7 +27,8 @@ def load_transformer(
     file with the settings that the tensors do not determine: the hyper-parameters of DALLE-pytorch or ru-dalle, or
     `num_image_tokens` of DALL·E Mini. The released files need none. release: the version of DALLE-pytorch, such as
     "1.4.2"; see `dall3.weights.convert.dalle_pytorch.load_transformer`. dtype: dtype of the weights; tensors that have
-    it in the file are memory-mapped, not copied.
+    it in the file are memory-mapped, not copied. None: float32, but float16 for a float16 file of DALL·E Mini, Mega or
+    ruDALL-E, if this CPU can multiply by float16 weights; drawing on it computes in float32.
 
     Raises CheckpointError for a file of another kind, for tensors that do not match the settings, and if `hparams` are
     needed.
