@@ -63,8 +63,8 @@ def main() -> None:
             row |= {"seconds": estimate.seconds, "peak": estimate.peak, "dtype": dtype}
             row |= {"device": args.device, "threads": torch.get_num_threads(), "torch": torch.__version__}
             results[f"{name}, best of {candidates}, {args.device}"] = row
+            args.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         del pipe
-    args.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

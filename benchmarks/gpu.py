@@ -195,15 +195,16 @@ class Bench:
 
 
 class Letters:
-    """A tokenizer for random weights: an id for each letter."""
+    """A tokenizer for random weights: an id for each English and Russian letter."""
 
-    vocab_size = 68
+    alphabet = " abcdefghijklmnopqrstuvwxyzабвгдеёжзийклмнопрстуфхцчшщъыьэюя"
+    vocab_size = 4 + len(alphabet)
 
     def encode(self, text: str) -> list[int]:
-        return [4 + ord(letter) % 64 for letter in text]
+        return [4 + self.alphabet.index(letter) for letter in text.lower() if letter in self.alphabet]
 
     def decode(self, ids: Any) -> str:
-        return "".join(chr(64 + int(i) - 4) for i in ids if i > 3)
+        return "".join(self.alphabet[int(i) - 4] for i in ids if i > 3)
 
 
 def bounds(bench: Bench) -> None:

@@ -1,13 +1,13 @@
 """Other programs that speed.py measures: min-dalle's networks and diffusers' UNet2DModel, with random weights.
 
 Run as a program, it draws once and prints its peak memory in MB: python benchmarks/peers.py FOLDER PROGRAM DEPTH IMAGES
+FILES, where FILES is a folder with encoder.pt and decoder.pt.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,13 +61,15 @@ def draw_min_dalle(encoder: Any, decoder: Any, depth: int, pictures: int) -> Ten
     return tokens[:, 1:]
 
 
-def load_ours(encoder: Any, decoder: Any) -> Any:
-    """Our transformer with min-dalle's weights, loaded from files in its format."""
-    with tempfile.TemporaryDirectory() as folder:
-        paths = Path(folder) / "encoder.pt", Path(folder) / "decoder.pt"
-        for model, path in zip((encoder, decoder), paths, strict=True):
-            torch.save({name: tensor.half() for name, tensor in model.state_dict().items()}, path)
-        return load_dalle_mini(*paths)
+def save_files(encoder: Any, decoder: Any, folder: Path) -> None:
+    """Write min-dalle's weights as the published files, in half precision."""
+    for model, name in ((encoder, "encoder.pt"), (decoder, "decoder.pt")):
+        torch.save({name: tensor.half() for name, tensor in model.state_dict().items()}, folder / name)
+
+
+def load_ours(folder: Path) -> Any:
+    """Our transformer, loaded as `from_pretrained` does on a CPU: memory-mapped in half precision."""
+    return load_dalle_mini(folder / "encoder.pt", folder / "decoder.pt", dtype=None)
 
 
 def draw_ours(transformer: Any, pictures: int) -> Tensor:
@@ -75,10 +77,11 @@ def draw_ours(transformer: Any, pictures: int) -> Tensor:
     return draw_image_tokens(transformer, text_ids(), candidate_uniforms(0, range(pictures), PLACES), settings)
 
 
-def mini_pair(folder: Path, depth: int) -> dict[str, Draw]:
-    """Functions of both programs that draw with the same weights."""
+def mini_pair(folder: Path, depth: int, files: Path) -> dict[str, Draw]:
+    """Functions of both programs that draw with the same weights, which are written to the folder `files`."""
     encoder, decoder = make_min_dalle(folder, depth)
-    ours = load_ours(encoder, decoder)
+    save_files(encoder, decoder, files)
+    ours = load_ours(files)
     return {
         "ours": lambda pictures: draw_ours(ours, pictures),
         "min-dalle 0.4.11": lambda pictures: draw_min_dalle(encoder, decoder, depth, pictures),
@@ -110,13 +113,14 @@ def make_unet2d(device: str) -> Any:
 
 def main() -> None:
     folder, program, depth, pictures = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-    encoder, decoder = make_min_dalle(folder, depth)
+    files = Path(sys.argv[5])
     if program == "ours":
-        ours = load_ours(encoder, decoder)
-        del encoder, decoder
-        draw_ours(ours, pictures)
+        draw_ours(load_ours(files), pictures)
     else:
-        draw_min_dalle(encoder, decoder, depth, pictures)
+        halves = make_min_dalle(folder, depth)
+        for half, name in zip(halves, ("encoder.pt", "decoder.pt"), strict=True):  # as `MinDalle` loads them
+            half.load_state_dict(torch.load(files / name, map_location="cpu"))
+        draw_min_dalle(*halves, depth, pictures)
     # ru_maxrss would include the memory of the process that started this one.
     status = Path("/proc/self/status").read_text()
     print(int(status.split("VmHWM:")[1].split()[0]) / 1024)

@@ -412,8 +412,13 @@ def mini(args: argparse.Namespace) -> list[Row]:
     if args.min_dalle is None:
         print("skipped: pass the folder of min-dalle, --min-dalle")
         return []
+    with tempfile.TemporaryDirectory() as files:
+        return compare_mini(args, Path(files))
+
+
+def compare_mini(args: argparse.Namespace, files: Path) -> list[Row]:
     rows: list[Row] = []
-    programs = mini_pair(args.min_dalle, args.mini_depth)
+    programs = mini_pair(args.min_dalle, args.mini_depth, files)
     for pictures in (1, 4, 8):
         works: dict[str, Callable[[], object]] = {
             name: lambda draw=draw, n=pictures: draw(n)  # type: ignore[misc]
@@ -422,7 +427,7 @@ def mini(args: argparse.Namespace) -> list[Row]:
         found = in_turn(works, args.rounds)
         for name, taken in found.items():
             command = [sys.executable, Path(__file__).with_name("peers.py"), args.min_dalle, name]
-            command += [str(args.mini_depth), str(pictures)]
+            command += [str(args.mini_depth), str(pictures), str(files)]
             peak = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
             rows.append({"depth": args.mini_depth, "pictures": pictures, "program": name, "seconds": taken})
             rows[-1] |= {"times as long": taken / found["ours"], "peak MB": peak}
@@ -455,12 +460,13 @@ def growth(args: argparse.Namespace) -> list[Row]:
         return {"cache MB": transformer.cache_bytes(1, min(count, 32)) / 2**20, "candidates that fit": most}
 
     def draw(transformer: DalleTransformer, count: int, places: int = 32) -> None:
-        """The first tokens of an image."""
-        uniforms = candidate_uniforms(0, range(count), transformer.config.image_seq_len)
-        steps = image_token_steps(transformer, text, uniforms, Sampling(top_k=TOP_K), min(count, 32))
-        for _, batch, done in steps:
-            if batch.stop == count and done == places:
-                break
+        """The first tokens of each batch of 32 images."""
+        for first in range(0, count, 32):
+            batch = range(first, min(first + 32, count))
+            uniforms = candidate_uniforms(0, batch, transformer.config.image_seq_len)
+            for _, _, done in image_token_steps(transformer, text, uniforms, Sampling(top_k=TOP_K)):
+                if done == places:
+                    break
 
     def random(**changes: Any) -> DalleTransformer:
         torch.manual_seed(0)

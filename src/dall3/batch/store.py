@@ -6,7 +6,7 @@ pictures-000000.tar     a shard: the images of `prompts_per_shard` prompts, in o
 index/000000.parquet    the shard's rows of the index; written after the shard, it marks the shard as done
 index.parquet           all rows, written at the end
 
-Every file is written atomically, so a run may be killed at any moment. Prompts without a file are drawn again.
+Every file is written atomically, so a run may be killed at any moment. Prompts without a complete file are drawn again.
 """
 
 from __future__ import annotations
@@ -156,13 +156,17 @@ class Store:
         return number // self.per_shard in self.shards or number in self.saved or number in self.failed
 
     def add(self, number: int, files: bytes, error: str, retry: bool) -> None:
-        """Store the result of a prompt. Images are on disk when this returns; failures are written with their shard."""
+        """Store the result of a prompt. Images are in a file when this returns; failures are written with their shard.
+
+        The file of a prompt is not flushed, which takes longer than all else here. If a power failure damages it, the
+        resumed run makes it again.
+        """
         if self.is_done(number):
             return
         if error:
             self.failed[number] = (error.encode(errors="backslashreplace").decode(), retry)
         else:
-            write_whole(self._path(number), lambda file: file.write(files))
+            write_whole(self._path(number), lambda file: file.write(files), flush=False)
             self.saved.add(number)
         shard = number // self.per_shard
         if self._is_whole(shard) and not any(self.failed.get(n, ("", False))[1] for n in self._numbers(shard)):
@@ -289,14 +293,17 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a file atomically and flush it to disk."""
+def write_whole(path: Path, write: Callable[[BinaryIO], Any], flush: bool = True) -> None:
+    """Write a file atomically. flush: also flush it to disk, so that it survives a power failure."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
         write(file)
-        file.flush()
-        os.fsync(file.fileno())
+        if flush:
+            file.flush()
+            os.fsync(file.fileno())
     os.replace(temporary, path)
+    if not flush:
+        return
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)
