@@ -210,19 +210,20 @@ class Store:
         numbers, path, rows = self._numbers(shard), self._shard_path(shard), []
 
         def write(file: BinaryIO) -> None:
-            with tarfile.open(fileobj=file, mode="w") as tar:
-                for number in numbers:
-                    if number in self.failed:
-                        rows.append(self._failure(number))
-                        continue
-                    with tarfile.open(self._path(number)) as files:
-                        for member in files:
-                            content = files.extractfile(member)
-                            assert content is not None
-                            data = content.read()
-                            tar.addfile(member, io.BytesIO(data))
-                            if member.name.endswith(".json"):
-                                rows.append(index_row(json.loads(data), path.name, member.name.partition(".")[0]))
+            for number in numbers:
+                if number in self.failed:
+                    rows.append(self._failure(number))
+                    continue
+                data, end = self._path(number).read_bytes(), 0
+                with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+                    for member in tar:
+                        content = data[member.offset_data : member.offset_data + member.size]
+                        end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                        if member.name.endswith(".json"):
+                            rows.append(index_row(json.loads(content), path.name, member.name.partition(".")[0]))
+                file.write(data[:end])  # the members, without the end of the archive
+            file.write(bytes(2 * tarfile.BLOCKSIZE))
+            file.write(bytes(-file.tell() % tarfile.RECORDSIZE))
 
         write_whole(path, write)
         size = str(path.stat().st_size).encode()
