@@ -22,10 +22,10 @@ PROMPT = "a red cube"
 def test_python_the_command_and_the_page_give_the_same_images(with_defaults, upstream_files, tmp_path):
     """with_defaults: whether the weights have default settings of sampling, steps and guidance."""
     pipe = load_upstream_files(upstream_files)
-    defaults = {"num_inference_steps": 2, "cond_scale": 2.0, "top_p": 0.9, "clip_guidance_scale": 500.0}
+    defaults = {"num_inference_steps": 3, "cond_scale": 2.0, "top_p": 0.9, "clip_guidance_scale": 500.0}
     pipe.defaults = defaults if with_defaults else {}
     weights = pipe.save_pretrained(tmp_path / "weights")
-    steps = {} if with_defaults else {"num_inference_steps": 2}  # the defaults would take too long
+    steps = {} if with_defaults else {"num_inference_steps": 3}  # the defaults would take too long
     expected = pipe(PROMPT, 1, 2, seed=7, progress=False, **steps)
 
     options = ["--num_images", "1", "--num_candidates", "2", "--seed", "7", "--device", "cpu"]
@@ -40,7 +40,7 @@ def test_python_the_command_and_the_page_give_the_same_images(with_defaults, ups
     if not with_defaults:
         assert shown["Denoising steps"] == Denoising().num_inference_steps and shown["CLIP guidance"] == 1000
     files = {}
-    for _, _, _, files, *_ in draw(PROMPT, 7, 1, 2, 2, shown["CLIP guidance"], None, 0.5):
+    for _, _, _, files, *_ in draw(PROMPT, 7, 1, 2, 3, shown["CLIP guidance"], None, 0.5):
         if files.get("value"):  # the last update; its files are deleted after it
             with Image.open(files["value"][0]) as image:
                 assert image.tobytes() == expected.images[0].tobytes()

@@ -930,7 +930,8 @@ def test_eight_threads_get_what_one_gets(pipe):
     def draw(call):
         return pipe(call[0], seed=call[1], num_inference_steps=2, top_p=0.9, progress=False).images
 
-    calls = [((PROMPT, "a cloud")[k % 2], k // 4) for k in range(8)]
+    prompts = [PROMPT, "a cloud", "a cube"]
+    calls = [(prompts[k % 3], k % 2) for k in range(16)]
     expected = {call: draw(call) for call in set(calls)}
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(draw, calls)) == [expected[call] for call in calls]
@@ -1013,7 +1014,7 @@ def test_faster_draws_are_in_the_recipe_and_repeat(pipe, tmp_path):
         pipe.generate_tokens(PROMPT, jacobi_window=0)
 
 
-def test_int8_elsewhere_than_on_a_cpu_is_refused_before_any_work(upstream_files):
+def test_int8_elsewhere_than_on_a_cpu_or_a_gpu_is_refused_before_any_work(upstream_files):
     other = load_upstream_files(upstream_files).to("meta")
     with pytest.raises(
         ValueError, match="quantize='int8' needs a CPU or a CUDA device, and the transformer is on meta"

@@ -206,7 +206,7 @@ class Parts:
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Self:
         """Move all parts to a device and convert them to `dtype` (float32, float16 or bfloat16) if given. Returns self.
 
-        A transformer in float16 whose other parts have another dtype gets theirs on another device than a CPU.
+        A transformer that is float16 on a CPU gets the dtype of the other parts when it moves to another device.
 
         >>> from dall3 import Dall3Pipeline
         >>> Dall3Pipeline.from_pretrained().to("cpu", torch.bfloat16).device
@@ -215,8 +215,10 @@ class Parts:
         self.offload_device = None
         on_cpu = torch.device(device).type == "cpu"
         layout = torch.contiguous_format if on_cpu else torch.channels_last
-        for name, part in self.networks.items():
-            part.to(device, self.dtype if name == "transformer" and dtype is None and not on_cpu else dtype)
+        if dtype is None and not on_cpu:
+            self._match_transformer()
+        for part in self.networks.values():
+            part.to(device, dtype)
             if isinstance(part, UNet | CLIP):
                 set_memory_layout(part)
             else:
@@ -224,6 +226,12 @@ class Parts:
         if self.clip_or_loader is not None and not isinstance(self.clip_or_loader, nn.Module):
             self.clip_or_loader = partial(load_and_move, self.clip_or_loader, device, dtype)
         return self
+
+    def _match_transformer(self) -> None:
+        """Give a transformer that is float16 on a CPU, where it computes in float32, the dtype of the other parts."""
+        weight = None if self.transformer is None else self.transformer.head[0]
+        if weight is not None and weight.device.type == "cpu" and weight.dtype == torch.float16:
+            self.transformer.to(dtype=self.dtype)  # type: ignore[union-attr]
 
     def enable_model_offload(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Self:
         """Keep the parts on the CPU and move each to `device` only while it is used. Returns self.
@@ -236,8 +244,8 @@ class Parts:
         (256, 256)
         """
         self.to("cpu", dtype)
-        if self.transformer is not None and torch.device(device).type != "cpu":
-            self.transformer.to(dtype=self.dtype)
+        if torch.device(device).type != "cpu":
+            self._match_transformer()
         self.offload_device = torch.device(device)
         return self
 
